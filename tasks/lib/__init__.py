@@ -1,0 +1,1 @@
+"""What the tasks share: settings and the running of programs."""

@@ -1,0 +1,45 @@
+"""Run the project's own programs on this machine, as the user would type them."""
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from invoke.context import Context
+from invoke.exceptions import Exit
+
+from tasks.lib.settings import ROOT, SETTINGS, resolve
+
+INTERRUPTED = 130
+
+
+def environment(names: Sequence[str], inherited: Mapping[str, str]) -> dict[str, str]:
+    """Return `inherited` plus those settings `names` that `.env` has and the environment has not."""
+    found = {name: resolve(name, environ=inherited) for name in names}
+    return {**inherited, **{name: value for name, value in found.items() if value}}
+
+
+def run_program(c: Context, script: Path, args: Sequence[str], env: Mapping[str, str] | None = None) -> None:
+    """Run `script` with this Python in the foreground; leave with its exit code when that is not 0.
+
+    The program inherits the terminal, so progress bars and Ctrl-C work as if it had been typed.
+
+    Raises:
+        Exit: the program's exit code; 130 after Ctrl-C.
+    """
+    argv = [sys.executable, str(script), *args]
+    if c.config.run.dry or c.config.run.echo:
+        print(shlex.join(argv), flush=True)
+    if c.config.run.dry:
+        return
+    process = subprocess.Popen(argv, env=dict(env) if env is not None else None)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:  # the terminal signalled the program too: let it tidy up
+        process.wait()
+        code = INTERRUPTED
+    if code:
+        raise Exit(code=code)
+
+
+__all__ = ["ROOT", "SETTINGS", "environment", "run_program"]
