@@ -21,12 +21,88 @@ class Setting:
     secret: bool = False
 
 
+FLASH_ATTN_WHEEL = ("https://github.com/Dao-AILab/flash-attention/releases/download/v2.7.3/"
+                    "flash_attn-2.7.3%2Bcu12torch2.4cxx11abiFALSE-cp310-cp310-linux_x86_64.whl")
+
+# Compose reads the same variables by itself, with the same defaults (a test compares the two).
 SETTINGS: dict[str, Setting] = {
-    "LOCAL_DIR": Setting("saves/checkpoint", "Folder with the sharded actor checkpoint that `invoke merge` reads."),
-    "SAVE_DIR": Setting("", "Folder for the merged model (default: LOCAL_DIR/huggingface)."),
-    "HF_UPLOAD_PATH": Setting("", "Hub repository, user/name, to which `invoke merge` uploads (default: no upload)."),
-    "HF_TOKEN": Setting("", "Hugging Face token for the upload (default: the login of `hf auth login`).", secret=True),
-    "HF_ENDPOINT": Setting("", "Hub address (default: https://huggingface.co)."),
+    # Sources
+    "AGENTGYM_RL_SRC":
+    Setting("https://github.com/WooooDyy/AgentGym-RL.git#82402a99c62a293735a3f412fb8ac9a600673bc0",
+            "AgentGym-RL: a checkout's folder, or a git URL with #commit. Found by itself in or beside this folder."),
+    "AGENTGYM_SRC":
+    Setting("https://github.com/WooooDyy/AgentGym.git#d014732d9fe39b975c368c03749bfd50950067f6",
+            "AgentGym: a checkout's folder, or a git URL with #commit. Found by itself in or beside this folder."),
+    # Images
+    "REGISTRY":
+    Setting("", "Prefix of the image names, with its slash, for --push: registry.example.com/team/."),
+    "IMAGE_TAG":
+    Setting("latest", "Tag of the images that are built and run."),
+    "BASE_IMAGE":
+    Setting("nvidia/cuda:12.4.1-devel-ubuntu22.04", "What the base image starts from (with --cpu: ubuntu:22.04)."),
+    "PYTHON_VERSION":
+    Setting("3.10", "Python of the base image; the default FLASH_ATTN_WHEEL fits 3.10 only."),
+    "TORCH_VERSION":
+    Setting("2.4.0", "torch of the base image."),
+    "TORCHVISION_VERSION":
+    Setting("0.19.0", "The torchvision that goes with TORCH_VERSION."),
+    "TORCH_INDEX_URL":
+    Setting("https://download.pytorch.org/whl/cu124",
+            "Index with torch's CUDA builds (with --cpu: .../whl/cpu). Set but empty: PyPI."),
+    "FLASH_ATTN_WHEEL":
+    Setting(FLASH_ATTN_WHEEL, "flash-attn's release wheel. Set but empty: skipped."),
+    "TRAIN_CONSTRAINTS":
+    Setting("docker/constraints/train.txt", "Pins for verl's dependencies, a file under docker/constraints/."),
+    "EVAL_BASE_IMAGE":
+    Setting("python:3.12-slim", "What the evaluation image starts from."),
+    "PACKAGE_INDEX_URL":
+    Setting("", "Private Python package index for the builds, login included.", secret=True),
+    "CA_BUNDLE":
+    Setting("/dev/null", "PEM file of a certificate authority for the builds."),
+    # Containers
+    "COMPOSE_PROJECT_NAME":
+    Setting("agentgym-rl", "Prefix of container and network names; two copies on one engine need two."),
+    "HOST_UID":
+    Setting("1000", "User id in the containers. The tasks pass yours; set it for plain docker compose."),
+    "HOST_GID":
+    Setting("1000", "Group id in the containers. The tasks pass yours; set it for plain docker compose."),
+    "GPUS":
+    Setting("all", "GPUs of train, scripts and model-merger: all, none (tasks only), or indices such as 0,1."),
+    "SHM_SIZE":
+    Setting("32g", "Shared memory of the training container."),
+    "IPC_MODE":
+    Setting("private", "IPC namespace of the training container; with host, SHM_SIZE means nothing."),
+    # Environments and evaluation
+    "ENV":
+    Setting("searchqa", "Environment that is served and evaluated."),
+    "ENV_PORT":
+    Setting("36001", "Port of the environment server, on the host and in the containers."),
+    "ENV_BIND":
+    Setting("127.0.0.1", "Host address on which ENV_PORT is published. The servers have no authentication."),
+    "MODEL":
+    Setting("gpt-4o-mini", "Model that is evaluated."),
+    "MAX_ROUND":
+    Setting("10", "Rounds of one episode, at most."),
+    "OPENAI_API_KEY":
+    Setting("", "Key for the model's API.", secret=True),
+    "OPENAI_BASE_URL":
+    Setting("", "Address of an OpenAI-compatible API (default: OpenAI's own)."),
+    # Training
+    "WANDB_API_KEY":
+    Setting("", "Weights & Biases key.", secret=True),
+    "WANDB_MODE":
+    Setting("offline", "online, offline or disabled."),
+    # Merging
+    "LOCAL_DIR":
+    Setting("saves/checkpoint", "Folder with the sharded actor checkpoint that `invoke merge` reads."),
+    "SAVE_DIR":
+    Setting("", "Folder for the merged model (default: LOCAL_DIR/huggingface)."),
+    "HF_UPLOAD_PATH":
+    Setting("", "Hub repository, user/name, to which `invoke merge` uploads (default: no upload)."),
+    "HF_TOKEN":
+    Setting("", "Hugging Face token for the upload (default: the login of `hf auth login`).", secret=True),
+    "HF_ENDPOINT":
+    Setting("", "Hub address (default: https://huggingface.co)."),
 }
 
 
@@ -60,3 +136,15 @@ def resolve_path(name: str, flag: str | None = None) -> str:
     """Return the path setting `name`; a relative flag starts where the user stands, any other at the project's root."""
     value = flag or resolve(name)
     return value if flag or not value else str(ROOT / value)
+
+
+def secret_values(environ: Mapping[str, str] | None = None, dotenv: Mapping[str, str] | None = None) -> list[str]:
+    """Return the values of all secrets that are set, longest first: what no output may show."""
+    environ = os.environ if environ is None else environ
+    dotenv = read_dotenv() if dotenv is None else dotenv
+    found = {
+        source[name]
+        for source in (environ, dotenv)
+        for name, setting in SETTINGS.items() if setting.secret and source.get(name)
+    }
+    return sorted(found, key=len, reverse=True)

@@ -1,0 +1,52 @@
+# The training image: base, verl as AgentGym-RL carries it, and AgentGym's client package agentenv.
+#
+# Named build contexts: `agentgym-rl` and `agentgym` are the two repositories, a folder or a pinned git URL.
+ARG BASE=agentgym-rl/base:latest
+FROM ${BASE}
+
+SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
+# hadolint ignore=DL3002
+USER root
+
+# spawn: a forked vLLM worker cannot touch CUDA again. XFORMERS: the attention backend AgentGym-RL trains with.
+ENV HYDRA_FULL_ERROR=1 \
+    VLLM_ATTENTION_BACKEND=XFORMERS \
+    VLLM_USE_MODELSCOPE=0 \
+    VLLM_WORKER_MULTIPROC_METHOD=spawn
+
+# What verl asks for, from its pyproject.toml alone: a change in its source leaves this layer cached. The
+# constraints matter: unpinned, the resolver picks a vllm of 2023 and a pyarrow that breaks datasets.
+ARG TRAIN_CONSTRAINTS=docker/constraints/train.txt
+RUN --mount=type=bind,from=agentgym-rl,source=AgentGym-RL/pyproject.toml,target=/run/verl/pyproject.toml \
+    --mount=type=bind,source=docker/constraints,target=/run/docker/constraints \
+    --mount=type=cache,target=/var/cache/uv \
+    --mount=type=secret,id=package_index --mount=type=secret,id=ca_bundle \
+    torch=$(python -c 'import importlib.metadata as m; print(m.version("torch"))'); \
+    echo "torch==${torch}" >/run/torch.txt; \
+    with-secrets uv pip install --constraint /run/torch.txt --constraint "/run/${TRAIN_CONSTRAINTS}" \
+        --requirements /run/verl/pyproject.toml transformers; \
+    rm /run/torch.txt
+
+# agentenv without its dependencies: they (trl, deepspeed, tensorboard) are for its own trainer, and the client
+# that verl imports needs none of them. The example scripts speak of models/ and saves/ beside verl, hence the links.
+COPY --from=agentgym agentenv /workspace/AgentGym/agentenv
+COPY --from=agentgym-rl examples /workspace/examples
+COPY --from=agentgym-rl AgentGym-RL /workspace/AgentGym-RL
+RUN --mount=type=cache,target=/var/cache/uv \
+    uv pip install --no-deps --no-build-isolation --editable /workspace/AgentGym-RL --editable /workspace/AgentGym/agentenv; \
+    for folder in models saves data AgentItemId AgentEval; do \
+        [ -e "/workspace/AgentGym-RL/$folder" ] || ln -s "../$folder" "/workspace/AgentGym-RL/$folder"; \
+    done
+
+USER agentgym
+RUN python -c 'import agentenv, transformers, verl.agent_trainer.main_ppo; print("transformers", transformers.__version__)'
+
+ARG REVISION=unknown
+ARG SOURCE_URL=unknown
+ARG AGENTGYM_RL_REVISION=unknown
+ARG AGENTGYM_REVISION=unknown
+LABEL org.opencontainers.image.title="AgentGym-RL train" \
+      org.opencontainers.image.source="${SOURCE_URL}" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.agentgym-rl.agentgym-rl.revision="${AGENTGYM_RL_REVISION}" \
+      org.agentgym-rl.agentgym.revision="${AGENTGYM_REVISION}"

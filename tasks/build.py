@@ -1,0 +1,109 @@
+"""Build the images."""
+import os
+import re
+import time
+
+from invoke.context import Context
+from invoke.exceptions import Exit
+from invoke.tasks import task
+
+from tasks.lib import docker
+from tasks.lib.images import IMAGES, Image, human_size, image_of
+from tasks.lib.settings import ROOT, read_dotenv
+from tasks.lib.sources import GYM, RL, choose_sources, origin, revision
+
+FLAGS = {
+    "no_cache": "Build every layer again.",
+    "pull": "Ask the registry for newer base images first.",
+    "cpu": "Start from Ubuntu with torch's CPU build: for hosts without an NVIDIA GPU.",
+    "push": "Push the images when they are built; see REGISTRY in .env.example.",
+    "tag": "Tag of the images (default: $IMAGE_TAG, then latest).",
+}
+
+
+def build_variables(tag: str) -> dict[str, str]:
+    """Return what Compose interpolates into a build: the sources, their commits, the tag.
+
+    Raises:
+        Exit: a tag or a source that cannot be.
+    """
+    if tag and not re.fullmatch(r"[\w][\w.-]{0,127}", tag):
+        raise Exit(f"build: --tag {tag!r} is no image tag; use letters, digits, dot, dash, underscore", code=2)
+    settings = {**read_dotenv(), **os.environ}
+    try:
+        sources = choose_sources(ROOT, settings)
+    except ValueError as error:
+        raise Exit(f"build: {error}", code=2) from None
+    variables = {**sources, "REVISION": revision(str(ROOT)), "SOURCE_URL": origin(ROOT)}
+    for name, label in ((RL, "AGENTGYM_RL_REVISION"), (GYM, "AGENTGYM_REVISION")):
+        if name in sources:
+            variables[label] = revision(sources[name])
+    if tag:
+        variables["IMAGE_TAG"] = tag
+    return variables
+
+
+def build_images(c: Context, images: tuple[Image, ...], no_cache: bool, pull: bool, cpu: bool, push: bool,
+                 tag: str) -> None:
+    """Build `images` in this order, then push them if asked; print size, seconds and whether anything changed."""
+    variables = build_variables(tag)
+    docker.require_engine(c)
+    rows = []
+    for image in images:
+        name = docker.image_name(image.name, tag)
+        for need in image.needs:
+            if image_of(need) not in images:
+                docker.require_image(c, docker.image_name(image_of(need).name, tag), f"build.{need}")
+        before = None if c.config.run.dry else docker.image_facts(name)
+        start = time.monotonic()
+        docker.drive(
+            c,
+            # An image that needs another of ours starts from what was just built: no registry has a newer one.
+            lambda client, image=image: client.compose.build(
+                [image.service], cache=not no_cache, pull=pull and not image.needs, stream_logs=True),
+            profiles=[image.profile],
+            cpu=cpu,
+            variables=variables)
+        if not c.config.run.dry:
+            after = docker.image_facts(name)
+            if after:
+                unchanged = before is not None and before.id == after.id
+                rows.append((name, human_size(after.size), f"{time.monotonic() - start:.1f} s",
+                             "cached" if unchanged else "built"))
+    if push:
+        for image in images:
+            docker.drive(c,
+                         lambda client, image=image: client.compose.push([image.service]),
+                         profiles=[image.profile],
+                         variables=variables)
+    docker.print_table(("image", "size", "seconds", ""), rows)
+
+
+@task(positional=[], auto_shortflags=False, help=FLAGS)
+def all(c, no_cache=False, pull=False, cpu=False, push=False, tag=""):
+    """Build base, train, scripts and eval, in this order."""
+    build_images(c, IMAGES, no_cache, pull, cpu, push, tag)
+
+
+@task(positional=[], auto_shortflags=False, help=FLAGS)
+def base(c, no_cache=False, pull=False, cpu=False, push=False, tag=""):
+    """Build CUDA, Python, torch and flash-attn."""
+    build_images(c, (image_of("base"), ), no_cache, pull, cpu, push, tag)
+
+
+@task(positional=[], auto_shortflags=False, help=FLAGS)
+def train(c, no_cache=False, pull=False, cpu=False, push=False, tag=""):
+    """Build the training image on top of base."""
+    build_images(c, (image_of("train"), ), no_cache, pull, cpu, push, tag)
+
+
+@task(positional=[], auto_shortflags=False, help=FLAGS)
+def scripts(c, no_cache=False, pull=False, cpu=False, push=False, tag=""):
+    """Build the merger's and formatter's image on base."""
+    build_images(c, (image_of("scripts"), ), no_cache, pull, cpu, push, tag)
+
+
+@task(positional=[], auto_shortflags=False, help=FLAGS)
+def eval(c, no_cache=False, pull=False, cpu=False, push=False, tag=""):
+    """Build the light evaluation runner."""
+    build_images(c, (image_of("eval-runner"), ), no_cache, pull, cpu, push, tag)

@@ -1,0 +1,110 @@
+"""Run one command in a service's container, with the checks and choices that all such tasks share."""
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+
+from invoke.context import Context
+from invoke.exceptions import Exit
+
+from tasks.lib import docker
+from tasks.lib.gpus import GpuChoice, choose_gpus
+from tasks.lib.images import image_of
+from tasks.lib.mounts import ensure_folders
+from tasks.lib.settings import ROOT, read_dotenv, resolve
+
+# Services that run another service's image.
+IMAGE_FROM = {"model-merger": "scripts", "formatter": "scripts"}
+GPU_SERVICES = ("train", "scripts", "model-merger")
+
+
+def gpus_for(c: Context, service: str, flag: str) -> GpuChoice:
+    """Decide on the GPUs of `service` and say so where it gets none unasked.
+
+    `--dry` asks the engine nothing: it assumes GPUs where the NVIDIA container toolkit is installed on this host.
+
+    Raises:
+        Exit: the flag is wrong, or asks for what the engine cannot give.
+    """
+    if service not in GPU_SERVICES:
+        return GpuChoice(cpu=False, variables={})
+    setting = resolve("GPUS")
+    try:
+        choose_gpus(flag, setting, nvidia=True)  # a wrong word is a wrong word with and without GPUs
+        nvidia = docker.has_nvidia_hook() if c.config.run.dry else docker.has_nvidia_runtime()
+        choice = choose_gpus(flag, setting, nvidia)
+    except ValueError as error:
+        raise Exit(f"{service}: {error}", code=2) from None
+    if choice.notice:
+        print(f"{service}: {choice.notice}", file=sys.stderr, flush=True)
+    return choice
+
+
+def run(c: Context,
+        service: str,
+        command: Sequence[str],
+        gpus: str = "",
+        user: str = "",
+        volumes: Mapping[str, str] | None = None,
+        variables: Mapping[str, str] | None = None) -> None:
+    """Run `command` in a new container of `service`, removed afterwards; on this terminal where there is one.
+
+    Args:
+        c: the task's context.
+        service: a Compose service, which has a profile of its own name.
+        command: the words, untouched.
+        gpus: the flag `--gpus`.
+        user: the flag `--user`; empty means the caller.
+        volumes: host folder to container folder, for this run only.
+        variables: what Compose interpolates.
+
+    Raises:
+        Exit: Docker's exit code or the command's; one clear line where engine or image are missing.
+    """
+    source = image_of(IMAGE_FROM.get(service, service))
+    docker.require_engine(c)
+    choice = gpus_for(c, service, gpus)
+    docker.require_image(c, docker.image_name(source.name), f"build.{source.service}")
+    if not c.config.run.dry:
+        for folder in ensure_folders(ROOT, {**read_dotenv(), **os.environ}):
+            print(f"{service}: created {folder}", file=sys.stderr, flush=True)
+    tty = docker.interactive()
+    docker.drive(c,
+                 lambda client: client.compose.run(service,
+                                                   list(command),
+                                                   tty=tty,
+                                                   stream=not tty,
+                                                   remove=True,
+                                                   user=user or None,
+                                                   volumes=list((volumes or {}).items())),
+                 profiles=[service],
+                 cpu=choice.cpu,
+                 variables={
+                     **choice.variables,
+                     **(variables or {})
+                 })
+
+
+def running(c: Context, service: str) -> str:
+    """Return the id of a running container of `service`, the latest; empty where none runs, and under `--dry`."""
+    docker.require_engine(c)
+    if c.config.run.dry:
+        return ""
+    # By label: `compose ps` leaves out what `compose run` started.
+    project = docker.ask(lambda client: client.compose.config(return_json=True), profiles=[service])["name"]
+    filters = [("label", f"com.docker.compose.project={project}"), ("label", f"com.docker.compose.service={service}")]
+    found = docker.ask(lambda client: client.container.list(filters=filters))
+    return found[0].id if found else ""
+
+
+def join(c: Context, container: str, service: str, command: Sequence[str], user: str) -> None:
+    """Run `command` in the running `container`, on this terminal where there is one.
+
+    Raises:
+        Exit: Docker's exit code or the command's.
+    """
+    tty = docker.interactive()
+    docker.drive(
+        c, lambda client: client.container.execute(
+            container, list(command), interactive=True, tty=tty, stream=not tty, user=user or None))

@@ -1,0 +1,329 @@
+"""The one door to Docker: every docker command of the tasks goes through `drive` or `ask`.
+
+python-on-whales is imported inside the functions: importing it costs more than `invoke --list` may take.
+"""
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from invoke.context import Context
+from invoke.exceptions import Exit
+
+from tasks.lib.settings import ROOT, read_dotenv, resolve, secret_values
+
+if TYPE_CHECKING:
+    from python_on_whales import DockerClient
+
+Answer = TypeVar("Answer")
+
+ENGINE_AT_LEAST = 24
+INTERRUPTED = 130
+COMMAND_NOT_FOUND = 127
+NO_DOCKER = "docker: no docker command on PATH; install Docker Engine 24 or newer with Compose v2 and Buildx"
+
+# What Docker says, and what a user can do about it. The first match counts.
+REMEDIES = (
+    (r"permission denied while trying to connect", "add yourself to the group docker, then log in again"),
+    (r"Cannot connect to the Docker daemon|error during connect|failed to connect to the docker API",
+     "the Docker engine does not answer; start it (sudo systemctl start docker)"),
+    (r"port is already allocated|address already in use", "the port is in use; choose another with ENV_PORT"),
+    (r"could not select device driver",
+     "the engine has no NVIDIA runtime; install nvidia-container-toolkit, or pass --gpus none"),
+    (r"bind source path does not exist", "a mounted folder is missing; create the folder that Docker names"),
+    (r"no space left on device", "the disk is full; see `docker system df`, then `invoke clean.cache`"),
+    (r"pull access denied|repository does not exist|failed to resolve source metadata|No such image",
+     "an image is neither here nor in a registry; `invoke build.all` builds ours"),
+    (r"Could not resolve host|temporary failure in name resolution|failed to fetch|Failed to fetch",
+     "a download failed; check the network, PACKAGE_INDEX_URL and CA_BUNDLE"),
+)
+
+# Runs in docker's place under --dry: notes how many arguments there are, then each, and does nothing else.
+RECORDER = 'printf "%s\\0" "$#" "$@" >>"$DRY_RECORD"'
+
+
+def remedy(said: str) -> str | None:
+    """Return what a user can do about Docker's message `said`, where that is known."""
+    return next((advice for pattern, advice in REMEDIES if re.search(pattern, said, re.IGNORECASE)), None)
+
+
+def redact(text: str, secrets: Sequence[str]) -> str:
+    """Return `text` without the values in `secrets` and without logins inside URLs."""
+    for secret in secrets:
+        text = text.replace(secret, "***")
+    return re.sub(r"(\w+://)[^/\s@:]+(:[^/\s@]*)?@", r"\1***@", text)
+
+
+def compose_files(root: Path, cpu: bool) -> list[Path]:
+    """Return the Compose files to pass: the project's, the CPU override, and the user's own override last.
+
+    Naming any file makes Compose forget `docker-compose.override.yml`, hence the third.
+    """
+    files = [root / "docker-compose.yml"]
+    if cpu:
+        files.append(root / "docker-compose.cpu.yml")
+    own = root / "docker-compose.override.yml"
+    return [*files, own] if own.is_file() else files
+
+
+def caller_variables(environ: Mapping[str, str], dotenv: Mapping[str, str]) -> dict[str, str]:
+    """Return the ids that containers run with, as far as the user has not chosen them."""
+    ids = {"HOST_UID": os.getuid(), "HOST_GID": os.getgid()}
+    return {name: str(value) for name, value in ids.items() if not (environ.get(name) or dotenv.get(name))}
+
+
+def command_line(argv: Sequence[str], variables: Mapping[str, str]) -> str:
+    """Return `argv` as a user would type it in a shell, with the variables that it needs before it."""
+    settings = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
+    return " ".join([*settings, shlex.join(argv)])
+
+
+def interactive() -> bool:
+    """Return whether a person sits at this terminal, so that a container gets one too."""
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def remainder(c: Context) -> list[str]:
+    """Return what follows `--`, word by word: `c.remainder` has lost the quoting."""
+    if "--" in sys.argv:
+        return sys.argv[sys.argv.index("--") + 1:]
+    return shlex.split(getattr(c, "remainder", "") or "")
+
+
+def drive(c: Context,
+          action: Callable[[DockerClient], Any],
+          profiles: Sequence[str] = (),
+          cpu: bool = False,
+          variables: Mapping[str, str] | None = None) -> None:
+    """Carry out `action` on a Docker client for the Compose `profiles`, its output going to ours.
+
+    With `--dry`, print the command lines that it would run, and run none. `action` makes one or more calls and
+    returns what the last one returns; streams (`stream=True`, `stream_logs=True`) are printed as they come.
+
+    Args:
+        c: the task's context.
+        action: what to do with the client; must not read answers, which `--dry` does not give (see `ask`).
+        profiles: Compose profiles to activate.
+        cpu: add the CPU override file.
+        variables: what Compose interpolates, on top of the environment. No secrets: `--dry` prints them.
+
+    Raises:
+        Exit: Docker's exit code when it failed; 130 after Ctrl-C; 127 without a docker command.
+    """
+    variables = {**caller_variables(os.environ, read_dotenv()), **(variables or {})}
+    if c.config.run.dry:
+        _print_commands(action, profiles, cpu, variables)
+        return
+    if c.config.run.echo:
+        _print_commands(action, profiles, cpu, variables)
+    with _environment(variables), _failures_as_exit(streaming=True), _docker_decides_on_interrupt():
+        _show(action(_client(profiles, cpu)))
+
+
+def ask(action: Callable[[DockerClient], Answer],
+        profiles: Sequence[str] = (),
+        variables: Mapping[str, str] | None = None) -> Answer:
+    """Return the answer of a read-only `action`, such as an inspection.
+
+    Not for `--dry`, which asks Docker nothing.
+
+    Raises:
+        Exit: as for `drive`; Docker's message is in it.
+    """
+    variables = {**caller_variables(os.environ, read_dotenv()), **(variables or {})}
+    with _environment(variables), _failures_as_exit(streaming=False):
+        return action(_client(profiles, cpu=False))
+
+
+def require_engine(c: Context) -> None:
+    """Stop with one clear line where no engine answers, or one that is too old. `--dry` asks nothing.
+
+    Raises:
+        Exit: see above.
+    """
+    if c.config.run.dry:
+        return
+    version = engine_version()
+    if int(version.split(".")[0]) < ENGINE_AT_LEAST:
+        raise Exit(f"docker: engine {version} is too old; install Docker Engine {ENGINE_AT_LEAST} or newer", code=1)
+
+
+def engine_version() -> str:
+    """Return the engine's version, such as 26.1.5.
+
+    Raises:
+        Exit: no engine answers.
+    """
+    server = ask(lambda docker: docker.version().server)
+    if server is None or not server.version:
+        raise Exit("docker: " + REMEDIES[1][1], code=1)
+    return server.version
+
+
+def has_nvidia_runtime() -> bool:
+    """Return whether the engine can hand out NVIDIA GPUs.
+
+    The engine looks for the toolkit's hook on its PATH, whether or not a runtime named nvidia is registered too.
+    """
+    runtimes = ask(lambda docker: docker.system.info().runtimes) or {}
+    return "nvidia" in runtimes or has_nvidia_hook()
+
+
+def has_nvidia_hook() -> bool:
+    """Return whether the NVIDIA container toolkit is installed on this host, without asking the engine."""
+    return shutil.which("nvidia-container-runtime-hook") is not None
+
+
+def image_exists(name: str) -> bool:
+    """Return whether the engine has the image `name`."""
+    return ask(lambda docker: docker.image.exists(name))
+
+
+def require_image(c: Context, name: str, task: str) -> None:
+    """Stop with one clear line where the engine has no image `name`; `task` builds it. `--dry` asks nothing.
+
+    Raises:
+        Exit: exit code 1.
+    """
+    require_engine(c)
+    if not c.config.run.dry and not image_exists(name):
+        raise Exit(f"docker: no image {name} yet; build it with `invoke {task}`", code=1)
+
+
+def image_name(name: str, tag: str = "") -> str:
+    """Return the full name of our image `name` (agentgym-rl/train), with registry and tag."""
+    return f"{resolve('REGISTRY')}{name}:{resolve('IMAGE_TAG', tag)}"
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What the engine knows of an image: its id, its size in bytes, when it was created."""
+    id: str
+    size: int
+    created: datetime
+
+
+def image_facts(name: str) -> ImageFacts | None:
+    """Return what the engine knows of the image `name`, or None where it has none of that name."""
+    if not image_exists(name):
+        return None
+    image = ask(lambda docker: docker.image.inspect(name))
+    return ImageFacts(image.id, image.size, image.created)
+
+
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print `rows` in columns under `head`; nothing where there is no row."""
+    if not rows:
+        return
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    for row in (head, *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), flush=True)
+
+
+def _client(profiles: Sequence[str], cpu: bool, call: Sequence[str] = ("docker", )) -> DockerClient:
+    from python_on_whales import DockerClient
+    return DockerClient(compose_files=list(compose_files(ROOT, cpu)),
+                        compose_profiles=list(profiles),
+                        client_call=list(call),
+                        client_type="docker")
+
+
+def _print_commands(action: Callable[[DockerClient], Any], profiles: Sequence[str], cpu: bool,
+                    variables: Mapping[str, str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        record = Path(folder) / "argv"
+        record.touch()
+        with _environment({"DRY_RECORD": str(record)}):
+            _drain(action(_client(profiles, cpu, call=("sh", "-c", RECORDER, "docker"))))
+        words = iter(record.read_text().split("\0")[:-1])
+    for count in words:
+        argv = ["docker", *islice(words, int(count))]
+        print(redact(command_line(argv, variables), secret_values()), flush=True)
+
+
+def _drain(result: Any) -> None:
+    if isinstance(result, Iterator):
+        for _ in result:
+            pass
+
+
+def _show(result: Any) -> None:
+    if isinstance(result, Iterator):
+        for source, line in result:
+            stream = sys.stderr if source == "stderr" else sys.stdout
+            # Bytes, where the stream takes them: what a command prints may be no text.
+            if hasattr(stream, "buffer"):
+                stream.flush()
+                stream.buffer.write(line)
+                stream.buffer.flush()
+            else:
+                stream.write(line.decode(errors="replace"))
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set `variables` while python-on-whales runs: its Compose calls take no environment of their own."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextmanager
+def _docker_decides_on_interrupt() -> Iterator[None]:
+    """Let docker answer Ctrl-C, which the terminal sends to it as well, and leave with 130 when it is done.
+
+    Without this, `subprocess.run` kills docker a quarter of a second later, before Compose can stop anything.
+    """
+    pressed = False
+
+    def note(signum: int, frame: object) -> None:
+        nonlocal pressed
+        pressed = True
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    except Exit:
+        if not pressed:
+            raise
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise Exit(code=INTERRUPTED)
+
+
+@contextmanager
+def _failures_as_exit(streaming: bool) -> Iterator[None]:
+    """Turn python-on-whales' exceptions into `Exit`; where the output was streamed, Docker's message has been seen."""
+    from python_on_whales.exceptions import DockerException
+    try:
+        from python_on_whales.client_config import ClientNotFoundError
+    except ImportError:  # where newer releases keep it
+        from python_on_whales.exceptions import ClientNotFoundError  # type: ignore[attr-defined, no-redef]
+    try:
+        yield
+    except ClientNotFoundError:
+        raise Exit(NO_DOCKER, code=COMMAND_NOT_FOUND) from None
+    except DockerException as error:
+        said = redact((error.stderr or error.stdout or "").strip(), secret_values())
+        advice = remedy(said)
+        if advice:
+            raise Exit(f"docker: {advice}", code=error.return_code) from None
+        message = said.splitlines()[-1] if said and not streaming else None
+        raise Exit(message and f"docker: {message}", code=error.return_code) from None

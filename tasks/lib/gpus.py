@@ -1,0 +1,43 @@
+"""Which GPUs a container gets: a decision, made from the flag, the setting and the engine."""
+import re
+from dataclasses import dataclass
+
+NO_RUNTIME = "no NVIDIA runtime on this engine: running without GPUs (docker-compose.cpu.yml)"
+
+
+@dataclass(frozen=True)
+class GpuChoice:
+    """What to hand to Compose.
+
+    Attributes:
+        cpu: add the CPU override, which asks for no device.
+        variables: what Compose interpolates.
+        notice: a line to show, or empty.
+    """
+    cpu: bool
+    variables: dict[str, str]
+    notice: str = ""
+
+
+def choose_gpus(flag: str, setting: str, nvidia: bool) -> GpuChoice:
+    """Decide on GPUs.
+
+    Args:
+        flag: what `--gpus` says; empty when it was not given.
+        setting: the value of GPUS, which counts without a flag.
+        nvidia: whether the engine has the NVIDIA runtime.
+
+    Raises:
+        ValueError: no such choice, or a flag asks for GPUs that the engine cannot give.
+    """
+    wanted = flag or setting
+    if wanted == "none":
+        return GpuChoice(cpu=True, variables={})
+    if wanted != "all" and not re.fullmatch(r"(\d+|GPU-[\w-]+)(,(\d+|GPU-[\w-]+))*", wanted):
+        raise ValueError(f"--gpus {wanted!r} is no choice; use all, none, or indices such as 0,1")
+    if nvidia:
+        return GpuChoice(cpu=False, variables={"GPUS": wanted} if flag else {})
+    if flag:
+        raise ValueError(f"--gpus {flag}: the engine has no NVIDIA runtime; install nvidia-container-toolkit, "
+                         "or pass --gpus none")
+    return GpuChoice(cpu=True, variables={}, notice=NO_RUNTIME)

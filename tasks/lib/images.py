@@ -1,0 +1,46 @@
+"""Which images there are, what builds them, and in which order."""
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Image:
+    """One of the project's images.
+
+    Attributes:
+        name: repository, without registry and tag.
+        service: the Compose service that builds it.
+        profile: the Compose profile of that service.
+        needs: services whose images must exist before.
+    """
+    name: str
+    service: str
+    profile: str
+    needs: tuple[str, ...] = ()
+
+
+# In dependency order.
+IMAGES = (
+    Image("agentgym-rl/base", "base", "build"),
+    Image("agentgym-rl/train", "train", "train", needs=("base", )),
+    Image("agentgym-rl/scripts", "scripts", "scripts", needs=("base", )),
+    Image("agentgym/eval", "eval-runner", "eval"),
+)
+
+
+def image_of(service: str) -> Image:
+    """Return the image that `service` builds.
+
+    Raises:
+        KeyError: no image comes from that service.
+    """
+    return {image.service: image for image in IMAGES}[service]
+
+
+def human_size(size: int) -> str:
+    """Return `size` bytes the way `docker images` does: 1.5GB."""
+    value = float(size)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.3g}TB"

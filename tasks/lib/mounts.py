@@ -1,0 +1,52 @@
+"""Which host folders the containers see, and under which names."""
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+WORKSPACE = PurePosixPath("/workspace")
+# Folders outside the mounts appear under this prefix: under their own name they could hide the image's own.
+OUTSIDE = PurePosixPath("/host")
+FOLDERS = ("models", "saves", "data", "AgentItemId", "AgentEval")
+
+
+@dataclass
+class Translation:
+    """Translates host paths to container paths and remembers what must be mounted for that.
+
+    Attributes:
+        root: the project's folder on the host.
+        volumes: (host folder, container folder) for each folder outside the mounts.
+    """
+    root: Path
+    volumes: dict[str, str] = field(default_factory=dict)
+
+    def path(self, host: str | Path) -> str:
+        """Return the container's name of the folder `host`, mounting it for the run where no mount has it.
+
+        Links are followed first: a container cannot follow one that leads out of a mount.
+        """
+        real = Path(os.path.realpath(host))
+        for folder in FOLDERS:
+            mount = Path(os.path.realpath(self.root / folder))
+            if real.is_relative_to(mount):
+                return str(WORKSPACE / folder / real.relative_to(mount).as_posix())
+        inside = str(OUTSIDE / real.as_posix().lstrip("/"))
+        self.volumes[str(real)] = inside
+        return inside
+
+
+def ensure_folders(root: Path, environ: Mapping[str, str]) -> list[Path]:
+    """Create the mounted folders that are absent, as the caller, and return those created.
+
+    Root creating them for another user's containers (HOST_UID) hands them over.
+    """
+    created = []
+    for folder in FOLDERS:
+        path = root / folder
+        if not path.exists():
+            path.mkdir()
+            created.append(path)
+            if os.getuid() == 0 and environ.get("HOST_UID"):
+                os.chown(path, int(environ["HOST_UID"]), int(environ.get("HOST_GID") or environ["HOST_UID"]))
+    return created
