@@ -1,8 +1,9 @@
 """Start an environment server of AgentGym's kind so that it can be trusted with many sessions.
 
-    python serve.py ROW.json [--host 127.0.0.1] [--port 8000] [--session-ttl 3600] [--replica 0 --replicas 1]
+    python serve.py ROW.json --source DIR [--data DIR] [--host 127.0.0.1] [--port 8000] [--session-ttl 3600]
 
-The server's own application runs unchanged; upstream's start commands only call uvicorn with an access log that costs
+ROW.json is the environment's table of environments.toml, DIR of --source the folder that its package folder lies in.
+The process exits with 2 and one line where data, keys or consent are missing. The server's own application runs unchanged; upstream's start commands only call uvicorn with an access log that costs
 a line for every step. Around it:
 
 - `os.listdir` is sorted, so that an item id is the same task on every machine (with PYTHONHASHSEED=0, which must be
@@ -25,7 +26,7 @@ import sqlite3
 import sys
 import threading
 import time
-from typing import Any, Awaitable, Callable, Dict, List, Optional, Set, Tuple
+from typing import Any, Awaitable, Callable, Dict, List, Mapping, Optional, Set, Tuple
 from urllib.parse import parse_qsl, urlencode
 
 Scope = Dict[str, Any]
@@ -37,6 +38,7 @@ Send = Callable[[Message], Awaitable[None]]
 # be created before two runs could meet, and the numbers stay below 2**53, where JSON readers begin to round.
 ID_EPOCH = 1_600_000_000
 RECYCLE_AT = 0.8  # of the memory limit
+MISUSE, RECYCLED, STUCK = 2, 75, 70  # exit codes
 ATTACH = 24  # SQLITE_ATTACH
 
 
@@ -65,7 +67,7 @@ class Sessions:
                  replicas: int = 1,
                  after_tending: Optional[Callable[[], None]] = None) -> None:
         self.app = app
-        self.prefix = protocol["prefix"]
+        self.prefix = protocol.get("prefix", "")
         self.key = protocol["id"]
         self.id_reply = protocol["id_reply"]
         self.has_close = protocol["close"]
@@ -210,7 +212,7 @@ class Sessions:
             try:
                 await self.close_idle()
             except Exception as error:  # a server whose close fails must not stop the tending of the others
-                print("serve: closing idle sessions: %r" % error, file=sys.stderr, flush=True)
+                _say("closing idle sessions: %r" % error)
             if self.after_tending is not None:
                 self.after_tending()
 
@@ -336,6 +338,10 @@ def memory_mb() -> float:
     return round(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, 1)
 
 
+def _say(line: str) -> None:
+    print("serve: " + line, file=sys.stderr, flush=True)
+
+
 def sort_listings() -> None:
     """Make `os.listdir` return names in order, whatever the file system does."""
     listdir = os.listdir
@@ -392,12 +398,39 @@ def give_up_when_stuck(sessions: Sessions, seconds: float) -> None:
             time.sleep(1.0)
             begun = min(list(sessions.started.values()), default=None)
             if begun is not None and time.monotonic() - begun > seconds:
-                print("serve: a request runs for more than %g s; giving up this server and its sessions" % seconds,
-                      file=sys.stderr,
-                      flush=True)
-                os._exit(70)
+                _say("a request runs for more than %g s; giving up this server and its sessions" % seconds)
+                os._exit(STUCK)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def lacks(row: Dict[str, Any], data: str, environ: Mapping[str, str]) -> List[str]:
+    """Return what keeps the row's server from starting, a sentence each."""
+    found = []
+    for item in row.get("data", []):
+        if not os.path.exists(os.path.join(data, item["path"])):
+            how = item.get("how") or "run `invoke env.data --env %s`" % row["name"]
+            found.append("no %s in %s; %s" % (item["path"], data, how))
+    for key in row.get("keys", []):
+        if not environ.get(key["name"]):
+            found.append("%s is not set; it is: %s" % (key["name"], key["how"]))
+    if row.get("consent") and environ.get("I_UNDERSTAND") != row["name"]:
+        found.append("%s. To go on: --i-understand, or I_UNDERSTAND=%s" % (row["consent"], row["name"]))
+    return found
+
+
+def prepare(row: Dict[str, Any], source: str, data: str) -> None:
+    """Stand where the row's server must start, see its packages, and set its variables."""
+    folder = os.path.join(os.path.abspath(source), row["folder"])
+    places = {"folder": folder, "data": os.path.abspath(data)}
+    for name, value in row.get("env", {}).items():
+        os.environ.setdefault(name, value.format(**places))
+    os.chdir(os.path.join(folder, row.get("workdir", ".")))
+    # In place of this program's own folder, whose modules could hide the server's.
+    sys.path[:1] = [folder] + [os.path.join(folder, extra) for extra in row.get("pythonpath", [])]
+    if row.get("sqlite_seconds"):
+        limit_queries(row["sqlite_seconds"])
+    sort_listings()
 
 
 def main() -> None:
@@ -405,31 +438,37 @@ def main() -> None:
     setting = os.environ.get
     parser = argparse.ArgumentParser(description="Serve an environment of AgentGym's kind.")
     parser.add_argument("row", help="JSON file with the environment's row")
+    parser.add_argument("--source", required=True, help="folder that the row's package folder lies in")
+    parser.add_argument("--data", default="data", help="folder with the row's data")
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--session-ttl", type=float, default=float(setting("SESSION_TTL") or 3600), help="seconds; 0: never")
+    parser.add_argument("--port", type=int, default=int(setting("ENV_PORT") or 8000))
+    parser.add_argument("--session-ttl",
+                        type=float,
+                        default=float(setting("SESSION_TTL") or 3600),
+                        help="seconds after which an idle session is closed; 0: never")
     parser.add_argument("--replica", type=int, default=int(setting("REPLICA") or 0))
     parser.add_argument("--replicas", type=int, default=int(setting("REPLICAS") or 1))
     parser.add_argument("--recycle", action="store_true", help="end when memory nears the limit and no session is live")
     options = parser.parse_args()
     with open(options.row) as file:
         row = json.load(file)
-
-    sort_listings()
-    if row["sqlite_seconds"]:
-        limit_queries(row["sqlite_seconds"])
-    sys.path.insert(0, os.getcwd())
-    app = load(row["app"], row["keys"])
+    missing = lacks(row, options.data, os.environ)
+    if missing:
+        _say("%s: %s" % (row["name"], missing[0]))
+        sys.exit(MISUSE)
+    prepare(row, options.source, options.data)
+    app = load(row["app"], [key["name"] for key in row.get("keys", [])])
     import uvicorn
 
     def recycle() -> None:
         if not sessions.live and not sessions.opening and memory_mb() > RECYCLE_AT * row["memory_mb"]:
-            print("serve: memory near its limit and no session live; starting afresh", file=sys.stderr, flush=True)
-            server.should_exit = True
+            _say("memory is near its limit and no session is live; starting afresh")
+            server.should_exit = recycled["now"] = True
 
-    sessions = Sessions(app, row["protocol"], options.session_ttl, row["max_sessions"], options.replica,
+    recycled = {"now": False}
+    sessions = Sessions(app, row["protocol"], options.session_ttl, row.get("max_sessions"), options.replica,
                         options.replicas, recycle if options.recycle else None)
-    if row["request_seconds"]:
+    if row.get("request_seconds"):
         give_up_when_stuck(sessions, row["request_seconds"])
     # Idle connections outlive those that a proxy keeps, so that it never sends a request into a closing one.
     server = uvicorn.Server(
@@ -441,6 +480,8 @@ def main() -> None:
                        timeout_keep_alive=75,
                        timeout_graceful_shutdown=5))
     server.run()
+    if recycled["now"]:
+        sys.exit(RECYCLED)  # a failure to the engine, so that it starts the container again
 
 
 if __name__ == "__main__":

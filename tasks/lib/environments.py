@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from tasks.lib.settings import ROOT
 
 ROWS = ROOT / "environments.toml"
-SERVED = {"name", "app", "protocol", "check", "memory_mb", "max_sessions", "request_seconds", "sqlite_seconds"}
 
 
 class Row(BaseModel):
@@ -144,12 +143,11 @@ class Environment(Row):
     check: Check
     data: tuple[Data, ...] = ()
     keys: tuple[Key, ...] = ()
-    mounts: dict[str, str] = {}
+    links: dict[str, str] = {}
 
     def served(self) -> dict[str, Any]:
-        """Return what the programs in `servers/` need of this row, as plain JSON values."""
-        served = self.model_dump(mode="json", include=SERVED)
-        return {**served, "keys": [key.name for key in self.keys]}
+        """Return this row as plain JSON values, for the programs in `servers/`."""
+        return self.model_dump(mode="json", exclude_defaults=True, by_alias=True)
 
     def missing_data(self, folder: Path) -> list[Data]:
         """Return the data that is not in `folder`."""
