@@ -1,0 +1,145 @@
+# Environment servers: one stage an environment, then one tail for all of them.
+#
+#   docker build -f docker/env.Dockerfile --build-arg ENV=babyai --build-context agentgym=../AgentGym .
+#
+# An environment of your own is a table in environments.toml and a stage of the same name here: its Python, its
+# pinned packages, its files under /srv. The stage `demo` is the template.
+#
+# Packages are installed with --no-deps: every file of pins is the whole freeze of a server that ran, and several
+# of AgentGym's packages ask for versions that do not work together. For the same reason nothing of AgentGym is
+# pip-installed (its requires-python of exactly 3.8.13 or 3.9.12 would stop it): servers/serve.py finds the folders.
+ARG ENV=demo
+
+# The rows as JSON: the servers' own Pythons are too old to read TOML.
+FROM python:3.11-slim AS rows
+ARG ENVIRONMENTS=environments.toml
+COPY ${ENVIRONMENTS} /environments.toml
+RUN mkdir /rows \
+ && python -c 'import json, tomllib; [open("/rows/" + name + ".json", "w").write(json.dumps({"name": name, **row})) for name, row in tomllib.load(open("/environments.toml", "rb")).items()]'
+
+# One service of many sessions: what --replicas puts before the servers. Debian's HAProxy, nothing of ours in it.
+FROM debian:bookworm-slim AS proxy
+RUN apt-get update -qq \
+ && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends haproxy \
+ && rm -rf /var/lib/apt/lists/*
+USER haproxy
+CMD ["haproxy", "-db", "-f", "/etc/haproxy/haproxy.cfg"]
+
+# ---------------------------------------------------------------- one stage an environment
+
+FROM python:3.11-slim AS demo
+COPY --chmod=755 docker/with-secrets /usr/local/bin/with-secrets
+RUN --mount=type=bind,source=docker/constraints/env-demo.txt,target=/run/pins.txt \
+    --mount=type=cache,target=/root/.cache/pip \
+    --mount=type=secret,id=package_index --mount=type=secret,id=ca_bundle \
+    with-secrets pip install --quiet --no-deps -r /run/pins.txt
+ARG FOLDER=demo
+COPY ${FOLDER} /srv/${FOLDER}
+
+FROM python:3.11-slim AS textcraft
+COPY --chmod=755 docker/with-secrets /usr/local/bin/with-secrets
+RUN --mount=type=bind,source=docker/constraints/env-textcraft.txt,target=/run/pins.txt \
+    --mount=type=cache,target=/root/.cache/pip \
+    --mount=type=secret,id=package_index --mount=type=secret,id=ca_bundle \
+    with-secrets pip install --quiet --no-deps -r /run/pins.txt
+COPY --from=agentgym agentenv-textcraft /srv/agentenv-textcraft
+
+FROM python:3.11-slim AS babyai
+COPY --chmod=755 docker/with-secrets /usr/local/bin/with-secrets
+RUN --mount=type=bind,source=docker/constraints/env-babyai.txt,target=/run/pins.txt \
+    --mount=type=cache,target=/root/.cache/pip \
+    --mount=type=secret,id=package_index --mount=type=secret,id=ca_bundle \
+    with-secrets pip install --quiet --no-deps -r /run/pins.txt
+COPY --from=agentgym agentenv-babyai /srv/agentenv-babyai
+
+FROM python:3.11-slim AS sciworld
+RUN apt-get update -qq \
+ && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends openjdk-17-jre-headless \
+ && rm -rf /var/lib/apt/lists/*
+COPY --chmod=755 docker/with-secrets /usr/local/bin/with-secrets
+RUN --mount=type=bind,source=docker/constraints/env-sciworld.txt,target=/run/pins.txt \
+    --mount=type=cache,target=/root/.cache/pip \
+    --mount=type=secret,id=package_index --mount=type=secret,id=ca_bundle \
+    with-secrets pip install --quiet --no-deps -r /run/pins.txt
+COPY --from=agentgym agentenv-sciworld /srv/agentenv-sciworld
+
+FROM python:3.11-slim AS sqlgym
+COPY --chmod=755 docker/with-secrets /usr/local/bin/with-secrets
+RUN --mount=type=bind,source=docker/constraints/env-sqlgym.txt,target=/run/pins.txt \
+    --mount=type=cache,target=/root/.cache/pip \
+    --mount=type=secret,id=package_index --mount=type=secret,id=ca_bundle \
+    with-secrets pip install --quiet --no-deps -r /run/pins.txt
+COPY --from=agentgym agentenv-sqlgym /srv/agentenv-sqlgym
+
+# LMRL-Gym is a submodule: a checkout needs `git submodule update --init agentenv-lmrlgym/lmrlgym`.
+FROM python:3.9-slim AS lmrlgym
+COPY --chmod=755 docker/with-secrets /usr/local/bin/with-secrets
+RUN --mount=type=bind,source=docker/constraints/env-lmrlgym.txt,target=/run/pins.txt \
+    --mount=type=cache,target=/root/.cache/pip \
+    --mount=type=secret,id=package_index --mount=type=secret,id=ca_bundle \
+    with-secrets pip install --quiet --no-deps -r /run/pins.txt
+COPY --from=agentgym agentenv-lmrlgym /srv/agentenv-lmrlgym
+RUN test -d /srv/agentenv-lmrlgym/lmrlgym/LLM_RL \
+ || { echo "LMRL-Gym is missing: git submodule update --init agentenv-lmrlgym/lmrlgym" >&2; exit 1; }
+
+FROM lmrlgym AS maze
+FROM lmrlgym AS wordle
+
+FROM python:3.8-slim AS tool
+COPY --chmod=755 docker/with-secrets /usr/local/bin/with-secrets
+RUN --mount=type=bind,source=docker/constraints/env-tool.txt,target=/run/pins.txt \
+    --mount=type=cache,target=/root/.cache/pip \
+    --mount=type=secret,id=package_index --mount=type=secret,id=ca_bundle \
+    with-secrets pip install --quiet --no-deps -r /run/pins.txt
+COPY --from=agentgym agentenv-tool /srv/agentenv-tool
+
+FROM tool AS weather
+FROM tool AS movie
+FROM tool AS academia
+FROM tool AS todo
+FROM tool AS sheet
+
+# gcc: fast_downward_textworld and jericho have no wheels for every platform.
+FROM python:3.9-slim AS alfworld
+RUN apt-get update -qq \
+ && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends libglib2.0-0 \
+ && rm -rf /var/lib/apt/lists/*
+COPY --chmod=755 docker/with-secrets /usr/local/bin/with-secrets
+RUN --mount=type=bind,source=docker/constraints/env-alfworld.txt,target=/run/pins.txt \
+    --mount=type=cache,target=/root/.cache/pip \
+    --mount=type=secret,id=package_index --mount=type=secret,id=ca_bundle \
+    with-secrets pip install --quiet --no-deps -r /run/pins.txt
+COPY --from=agentgym agentenv-alfworld /srv/agentenv-alfworld
+
+# ---------------------------------------------------------------- the tail of every environment
+
+# hadolint ignore=DL3006
+FROM ${ENV} AS server
+ARG ENV
+# The row's id is chosen at run time (`user:`), so the home is everybody's.
+RUN useradd --uid 1000 --user-group --create-home --shell /bin/bash agentgym \
+ && chmod 1777 /home/agentgym
+# A fixed hash seed: textcraft's recipes follow the order of a set.
+ENV HOME=/home/agentgym \
+    PYTHONHASHSEED=0 \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    ENV_PORT=36001
+COPY servers /opt/servers
+COPY --from=rows /rows/${ENV}.json /opt/row.json
+RUN python /opt/servers/link_data.py /opt/row.json --source /srv --data /data/${ENV} \
+ && ln -s /data/${ENV} /opt/data
+WORKDIR /srv
+USER agentgym
+# Ready, not only listening: a session is created, reset and closed. Rarely, once it was: each costs sciworld a JVM.
+HEALTHCHECK --interval=60s --timeout=60s --start-period=10m --start-interval=2s \
+    CMD ["python", "-I", "/opt/servers/protocol.py", "/opt/row.json"]
+CMD ["python", "/opt/servers/serve.py", "/opt/row.json", "--source", "/srv", "--data", "/opt/data", "--host", "0.0.0.0", "--recycle"]
+
+ARG REVISION=unknown
+ARG SOURCE_URL=unknown
+ARG AGENTGYM_REVISION=unknown
+LABEL org.opencontainers.image.title="AgentGym environment ${ENV}" \
+      org.opencontainers.image.source="${SOURCE_URL}" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.agentgym-rl.agentgym.revision="${AGENTGYM_REVISION}"
