@@ -42,6 +42,9 @@ REMEDIES = (
     (r"port is already allocated|address already in use", "the port is in use; choose another with ENV_PORT"),
     (r"could not select device driver",
      "the engine has no NVIDIA runtime; install nvidia-container-toolkit, or pass --gpus none"),
+    (r"error setting rlimit",
+     "the engine may not lift the limit on locked memory (rootless?); set MEMLOCK to what `ulimit -l` allows, in bytes"
+     ),
     (r"bind source path does not exist", "a mounted folder is missing; create the folder that Docker names"),
     (r"no space left on device", "the disk is full; see `docker system df`, then `invoke clean.cache`"),
     (r"pull access denied|repository does not exist|failed to resolve source metadata|No such image",
