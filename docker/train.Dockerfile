@@ -6,7 +6,7 @@ FROM ${BASE}
 
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 # hadolint ignore=DL3002
-USER root
+USER 0
 
 # spawn: a forked vLLM worker cannot touch CUDA again. XFORMERS: the attention backend AgentGym-RL trains with.
 ENV HYDRA_FULL_ERROR=1 \
@@ -39,7 +39,7 @@ RUN --mount=type=cache,target=/var/cache/uv \
         [ -e "/workspace/AgentGym-RL/$folder" ] || ln -s "../$folder" "/workspace/AgentGym-RL/$folder"; \
     done
 
-USER agentgym
+USER 1000
 RUN python -c 'import agentenv, transformers, verl.agent_trainer.main_ppo; print("transformers", transformers.__version__)'
 
 ARG REVISION=unknown

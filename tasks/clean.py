@@ -88,7 +88,7 @@ def bytecode_lines() -> list[str]:
 
 
 @task(name="containers", positional=[], auto_shortflags=False, help=YES)
-def clean_containers(c, yes=False):
+def clean_containers(c: Context, yes: bool = False) -> None:
     """Remove this project's containers and network."""
     docker.require_engine(c)
     if confirm(c, container_lines(c), yes):
@@ -96,7 +96,7 @@ def clean_containers(c, yes=False):
 
 
 @task(name="images", positional=[], auto_shortflags=False, help=YES)
-def clean_images(c, yes=False):
+def clean_images(c: Context, yes: bool = False) -> None:
     """Remove the images that the tasks built."""
     docker.require_engine(c)
     names = image_names(c)
@@ -105,7 +105,7 @@ def clean_images(c, yes=False):
 
 
 @task(name="cache", positional=[], auto_shortflags=False, help=CACHE)
-def clean_cache(c, yes=False, older_than=""):
+def clean_cache(c: Context, yes: bool = False, older_than: str = "") -> None:
     """Remove the engine's unused build cache."""
     docker.require_engine(c)
     if confirm(c, cache_lines(older_than), yes):
@@ -113,14 +113,14 @@ def clean_cache(c, yes=False, older_than=""):
 
 
 @task(name="pycache", positional=[], auto_shortflags=False, help=YES)
-def clean_pycache(c, yes=False):
+def clean_pycache(c: Context, yes: bool = False) -> None:
     """Remove Python's caches in this folder."""
     if confirm(c, bytecode_lines(), yes):
         remove_bytecode(c)
 
 
 @task(name="all", positional=[], auto_shortflags=False, help=CACHE)
-def clean_all(c, yes=False, older_than=""):
+def clean_all(c: Context, yes: bool = False, older_than: str = "") -> None:
     """Remove containers, images, build cache and pycache."""
     docker.require_engine(c)
     names = image_names(c)

@@ -1,6 +1,7 @@
 """Format AgentGym-RL's source."""
 import os
 
+from invoke.context import Context
 from invoke.exceptions import Exit
 from invoke.tasks import task
 
@@ -12,7 +13,7 @@ from tasks.lib.sources import RL, choose_sources, is_url
 @task(positional=[],
       auto_shortflags=False,
       help={"check": "Show what would change and exit 1 if anything would; change nothing."})
-def format(c, check=False):
+def format(c: Context, check: bool = False) -> None:
     """Format AgentGym-RL's source with its own style."""
     try:
         sources = choose_sources(ROOT, {**read_dotenv(), **os.environ})

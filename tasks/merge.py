@@ -53,7 +53,7 @@ def merger_args(local_dir: list[str], save_dir: str = "", **flags: str | int | b
 
 def run_merger(c: Context,
                runner: str,
-               local_dir: list[str],
+               local_dir: list[str] | None,
                save_dir: str = "",
                gpus: str = "",
                **flags: str | int | bool) -> None:
@@ -115,24 +115,24 @@ def run_in_container(c: Context, folders: list[str], save_dir: str, gpus: str, f
           "runner": RUNNER_HELP,
           "gpus": GPUS_HELP,
       })
-def run(c,
-        local_dir=None,
-        save_dir="",
-        hf_upload_path="",
-        private=False,
-        dtype="",
-        device="",
-        max_shard_size="",
-        threads=0,
-        lora="",
-        tied_weights="",
-        verify=False,
-        force=False,
-        dry_run=False,
-        json=False,
-        trust_remote_code=False,
-        runner="auto",
-        gpus=""):
+def run(c: Context,
+        local_dir: list[str] | None = None,
+        save_dir: str = "",
+        hf_upload_path: str = "",
+        private: bool = False,
+        dtype: str = "",
+        device: str = "",
+        max_shard_size: str = "",
+        threads: int = 0,
+        lora: str = "",
+        tied_weights: str = "",
+        verify: bool = False,
+        force: bool = False,
+        dry_run: bool = False,
+        json: bool = False,
+        trust_remote_code: bool = False,
+        runner: str = "auto",
+        gpus: str = "") -> None:
     """Merge a sharded checkpoint into safetensors."""
     run_merger(c,
                runner,
@@ -162,7 +162,7 @@ def run(c,
           "json": "Print one JSON object in place of the tables.",
           "runner": RUNNER_HELP
       })
-def inspect(c, local_dir=None, json=False, runner="auto"):
+def inspect(c: Context, local_dir: list[str] | None = None, json: bool = False, runner: str = "auto") -> None:
     """Show a checkpoint's mesh, ranks, tensors and faults."""
     run_merger(c, runner, local_dir, inspect=True, json=json)
 
@@ -176,7 +176,11 @@ def inspect(c, local_dir=None, json=False, runner="auto"):
           "json": "Print one JSON object in place of the table.",
           "runner": RUNNER_HELP
       })
-def verify(c, local_dir=None, save_dir="", json=False, runner="auto"):
+def verify(c: Context,
+           local_dir: list[str] | None = None,
+           save_dir: str = "",
+           json: bool = False,
+           runner: str = "auto") -> None:
     """Compare a merged model with its shards, bit by bit."""
     run_merger(c, runner, local_dir, save_dir=resolve_path("SAVE_DIR", save_dir), verify_only=True, json=json)
 
@@ -184,6 +188,6 @@ def verify(c, local_dir=None, save_dir="", json=False, runner="auto"):
 @task(positional=[],
       auto_shortflags=False,
       help={"gpus": "all, none, or indices such as 0,1 (default: all that the engine offers)."})
-def shell(c, gpus=""):
+def shell(c: Context, gpus: str = "") -> None:
     """Open a shell in the scripts container."""
     containers.run(c, "scripts", ["bash"], gpus=gpus)

@@ -2,6 +2,7 @@
 import json as json_format
 from datetime import datetime, timezone
 
+from invoke.context import Context
 from invoke.exceptions import Exit
 from invoke.tasks import task
 
@@ -9,14 +10,19 @@ from tasks.lib import checks, containers, docker
 from tasks.lib.images import IMAGES, human_age, human_size
 
 
+def print_inspection(c: Context, name: str) -> None:
+    """Print the command that asks about the image `name`, under `--dry`."""
+    docker.drive(c, lambda client: client.image.inspect(name))
+
+
 @task(positional=[], auto_shortflags=False)
-def status(c):
+def status(c: Context) -> None:
     """Show containers, ports, health and images."""
     docker.require_engine(c)
     if c.config.run.dry:
         docker.drive(c, lambda client: client.compose.ps(all=True), profiles=["*"])
         for image in IMAGES:
-            docker.drive(c, lambda client, image=image: client.image.inspect(docker.image_name(image.name)))
+            print_inspection(c, docker.image_name(image.name))
         return
     now = datetime.now(timezone.utc)
     rows = [(found.name, found.state, found.health, found.ports) for found in containers.of_project()]
@@ -29,7 +35,7 @@ def status(c):
 
 
 @task(positional=[], auto_shortflags=False)
-def down(c):
+def down(c: Context) -> None:
     """Stop and remove this project's containers."""
     docker.require_engine(c)
     # Orphans are containers of this project that the file no longer names, and those of `compose run`.
@@ -37,7 +43,7 @@ def down(c):
 
 
 @task(positional=[], auto_shortflags=False, help={"json": "Print one JSON object in place of the lines."})
-def doctor(c, json=False):
+def doctor(c: Context, json: bool = False) -> None:
     """Check engine, plugins, GPUs, disk, settings, sources."""
     found = list(checks.all_checks())
     if json:

@@ -113,7 +113,7 @@ def of_project() -> list[Found]:
     """Return the project's containers, running or not, with those of `compose run`, the latest first."""
     # By label: `compose ps` leaves out what `compose run` started.
     project = docker.ask(lambda client: client.compose.config(return_json=True), profiles=["*"])["name"]
-    filters = [("label", f"com.docker.compose.project={project}")]
+    filters = {"label": f"com.docker.compose.project={project}"}
     return docker.ask(lambda client: [describe(found) for found in client.container.list(all=True, filters=filters)])
 
 
