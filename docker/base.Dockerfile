@@ -78,5 +78,5 @@ LABEL org.opencontainers.image.title="AgentGym-RL base" \
       org.agentgym-rl.python="${PYTHON_VERSION}" \
       org.agentgym-rl.torch="${TORCH_VERSION}"
 WORKDIR /workspace
-USER agentgym
+USER 1000
 CMD ["bash"]

@@ -4,7 +4,7 @@ FROM ${BASE}
 
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 # hadolint ignore=DL3002
-USER root
+USER 0
 
 RUN --mount=type=bind,source=docker/constraints/scripts.txt,target=/run/scripts.txt \
     --mount=type=cache,target=/var/cache/uv \
@@ -18,7 +18,7 @@ RUN --mount=type=bind,source=docker/constraints/scripts.txt,target=/run/scripts.
 COPY --chmod=755 docker/format-source docker/merge-checkpoint /usr/local/bin/
 COPY scripts /opt/workbench/scripts
 
-USER agentgym
+USER 1000
 RUN python -c 'import accelerate, huggingface_hub, ml_dtypes, rich, safetensors.torch, transformers, yapf' \
  && python /opt/workbench/scripts/model_merger.py --help >/dev/null
 

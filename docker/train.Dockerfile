@@ -6,7 +6,7 @@ FROM ${BASE}
 
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 # hadolint ignore=DL3002
-USER root
+USER 0
 
 # spawn: a forked vLLM worker cannot touch CUDA again. XFORMERS: the attention backend AgentGym-RL trains with.
 ENV HYDRA_FULL_ERROR=1 \
@@ -15,15 +15,16 @@ ENV HYDRA_FULL_ERROR=1 \
     VLLM_WORKER_MULTIPROC_METHOD=spawn
 
 # What verl asks for, from its pyproject.toml alone: a change in its source leaves this layer cached. The
-# constraints matter: unpinned, the resolver picks a vllm of 2023 and a pyarrow that breaks datasets.
-ARG TRAIN_CONSTRAINTS=docker/constraints/train.txt
+# constraints matter: unpinned, the resolver picks a vllm of 2023 and a pyarrow that breaks datasets. Bytecode is
+# compiled here, because the plain user cannot write it later and every start would do without.
 RUN --mount=type=bind,from=agentgym-rl,source=AgentGym-RL/pyproject.toml,target=/run/verl/pyproject.toml \
-    --mount=type=bind,source=docker/constraints,target=/run/docker/constraints \
+    --mount=type=bind,source=docker/constraints/train.txt,target=/run/train.txt \
     --mount=type=cache,target=/var/cache/uv \
     --mount=type=secret,id=package_index --mount=type=secret,id=ca_bundle \
     torch=$(python -c 'import importlib.metadata as m; print(m.version("torch"))'); \
     echo "torch==${torch}" >/run/torch.txt; \
-    with-secrets uv pip install --constraint /run/torch.txt --constraint "/run/${TRAIN_CONSTRAINTS}" \
+    with-secrets uv pip install --compile-bytecode \
+        --constraint /run/torch.txt --constraint /run/train.txt \
         --requirements /run/verl/pyproject.toml transformers; \
     rm /run/torch.txt
 
@@ -38,7 +39,7 @@ RUN --mount=type=cache,target=/var/cache/uv \
         [ -e "/workspace/AgentGym-RL/$folder" ] || ln -s "../$folder" "/workspace/AgentGym-RL/$folder"; \
     done
 
-USER agentgym
+USER 1000
 RUN python -c 'import agentenv, transformers, verl.agent_trainer.main_ppo; print("transformers", transformers.__version__)'
 
 ARG REVISION=unknown

@@ -43,6 +43,32 @@ def build_variables(tag: str) -> dict[str, str]:
     return variables
 
 
+def build_image(c: Context, image: Image, variables: dict[str, str], no_cache: bool, pull: bool,
+                cpu: bool) -> tuple[str, ...] | None:
+    """Build `image`; return its line of the summary, or None under `--dry`."""
+    name = docker.image_name(image.name, variables.get("IMAGE_TAG", ""))
+    before = None if c.config.run.dry else docker.image_facts(name)
+    start = time.monotonic()
+    docker.drive(
+        c,
+        # An image that needs another of ours starts from what was just built: no registry has a newer one.
+        lambda client: client.compose.build(
+            [image.service], cache=not no_cache, pull=pull and not image.needs, stream_logs=True),
+        profiles=[image.profile],
+        cpu=cpu,
+        variables=variables)
+    after = None if c.config.run.dry else docker.image_facts(name)
+    if after is None:
+        return None
+    unchanged = before is not None and before.id == after.id
+    return name, human_size(after.size), f"{time.monotonic() - start:.1f}", "cached" if unchanged else "built"
+
+
+def push_image(c: Context, image: Image, variables: dict[str, str]) -> None:
+    """Push `image` to the registry that its name says."""
+    docker.drive(c, lambda client: client.compose.push([image.service]), profiles=[image.profile], variables=variables)
+
+
 def build_images(c: Context, images: tuple[Image, ...], no_cache: bool, pull: bool, cpu: bool, push: bool,
                  tag: str) -> None:
     """Build `images` in this order, then push them if asked; print size, seconds and whether anything changed."""
@@ -50,60 +76,66 @@ def build_images(c: Context, images: tuple[Image, ...], no_cache: bool, pull: bo
     docker.require_engine(c)
     rows = []
     for image in images:
-        name = docker.image_name(image.name, tag)
-        for need in image.needs:
-            if image_of(need) not in images:
-                docker.require_image(c, docker.image_name(image_of(need).name, tag), f"build.{need}")
-        before = None if c.config.run.dry else docker.image_facts(name)
-        start = time.monotonic()
-        docker.drive(
-            c,
-            # An image that needs another of ours starts from what was just built: no registry has a newer one.
-            lambda client, image=image: client.compose.build(
-                [image.service], cache=not no_cache, pull=pull and not image.needs, stream_logs=True),
-            profiles=[image.profile],
-            cpu=cpu,
-            variables=variables)
-        if not c.config.run.dry:
-            after = docker.image_facts(name)
-            if after:
-                unchanged = before is not None and before.id == after.id
-                rows.append((name, human_size(after.size), f"{time.monotonic() - start:.1f} s",
-                             "cached" if unchanged else "built"))
+        for need in map(image_of, image.needs):
+            if need not in images:
+                docker.require_image(c, docker.image_name(need.name, tag), f"build.{need.service}")
+        rows.append(build_image(c, image, variables, no_cache, pull, cpu))
     if push:
         for image in images:
-            docker.drive(c,
-                         lambda client, image=image: client.compose.push([image.service]),
-                         profiles=[image.profile],
-                         variables=variables)
-    docker.print_table(("image", "size", "seconds", ""), rows)
+            push_image(c, image, variables)
+    docker.print_table(("image", "size", "seconds", "state"), [row for row in rows if row])
 
 
 @task(positional=[], auto_shortflags=False, help=FLAGS)
-def all(c, no_cache=False, pull=False, cpu=False, push=False, tag=""):
+def all(c: Context,
+        no_cache: bool = False,
+        pull: bool = False,
+        cpu: bool = False,
+        push: bool = False,
+        tag: str = "") -> None:
     """Build base, train, scripts and eval, in this order."""
     build_images(c, IMAGES, no_cache, pull, cpu, push, tag)
 
 
 @task(positional=[], auto_shortflags=False, help=FLAGS)
-def base(c, no_cache=False, pull=False, cpu=False, push=False, tag=""):
+def base(c: Context,
+         no_cache: bool = False,
+         pull: bool = False,
+         cpu: bool = False,
+         push: bool = False,
+         tag: str = "") -> None:
     """Build CUDA, Python, torch and flash-attn."""
     build_images(c, (image_of("base"), ), no_cache, pull, cpu, push, tag)
 
 
 @task(positional=[], auto_shortflags=False, help=FLAGS)
-def train(c, no_cache=False, pull=False, cpu=False, push=False, tag=""):
+def train(c: Context,
+          no_cache: bool = False,
+          pull: bool = False,
+          cpu: bool = False,
+          push: bool = False,
+          tag: str = "") -> None:
     """Build the training image on top of base."""
     build_images(c, (image_of("train"), ), no_cache, pull, cpu, push, tag)
 
 
 @task(positional=[], auto_shortflags=False, help=FLAGS)
-def scripts(c, no_cache=False, pull=False, cpu=False, push=False, tag=""):
+def scripts(c: Context,
+            no_cache: bool = False,
+            pull: bool = False,
+            cpu: bool = False,
+            push: bool = False,
+            tag: str = "") -> None:
     """Build the merger's and formatter's image on base."""
     build_images(c, (image_of("scripts"), ), no_cache, pull, cpu, push, tag)
 
 
 @task(positional=[], auto_shortflags=False, help=FLAGS)
-def eval(c, no_cache=False, pull=False, cpu=False, push=False, tag=""):
+def eval(c: Context,
+         no_cache: bool = False,
+         pull: bool = False,
+         cpu: bool = False,
+         push: bool = False,
+         tag: str = "") -> None:
     """Build the light evaluation runner."""
     build_images(c, (image_of("eval-runner"), ), no_cache, pull, cpu, push, tag)

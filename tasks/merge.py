@@ -1,26 +1,48 @@
 """Merge sharded FSDP checkpoints into Hugging Face safetensors."""
 import os
+from importlib.util import find_spec
+from pathlib import Path
 
 from invoke.context import Context
 from invoke.exceptions import Exit
 from invoke.tasks import task
 
+from tasks.lib import containers
+from tasks.lib.mounts import Translation
 from tasks.lib.programs import environment, run_program
 from tasks.lib.settings import ROOT, resolve, resolve_path
 
 PROGRAM = ROOT / "scripts" / "model_merger.py"
+PROGRAM_INSIDE = "/opt/workbench/scripts/model_merger.py"
+NEEDED = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy", "ml_dtypes", "rich")
 RUNNERS = ("auto", "docker", "local")
 HUB_VARIABLES = ("HF_TOKEN", "HF_ENDPOINT")
 
 LOCAL_DIR_HELP = "Checkpoint folder (default: $LOCAL_DIR). Repeat it for ranks that lie in several folders."
 SAVE_DIR_HELP = "Folder for the merged model (default: $SAVE_DIR, then LOCAL_DIR/huggingface)."
-RUNNER_HELP = "auto, local (this Python) or docker (the scripts image)."
+RUNNER_HELP = "local (this Python), docker (the scripts image) or auto: local where its packages are installed."
+GPUS_HELP = "With --runner docker: all, none, or indices such as 0,1 (default: all that the engine offers)."
+
+Flags = dict[str, str | int | bool]
 
 
-def merger_args(local_dir: list[str], **flags: str | int | bool) -> list[str]:
-    """Return the merger's command line: `LOCAL_DIR` where no folder is given, flags that are set, none that is not."""
-    args = [part for folder in local_dir or [resolve_path("LOCAL_DIR")] for part in ("--local-dir", folder)]
-    for name, value in flags.items():
+def choose_runner(runner: str, importable: bool) -> str:
+    """Return where to merge: as asked, and by itself in this Python where it has what the merger needs.
+
+    Raises:
+        ValueError: no such runner.
+    """
+    if runner not in RUNNERS:
+        raise ValueError(f"unknown runner {runner!r}; choose one of {', '.join(RUNNERS)}")
+    if runner == "auto":
+        return "local" if importable else "docker"
+    return runner
+
+
+def merger_args(local_dir: list[str], save_dir: str = "", **flags: str | int | bool) -> list[str]:
+    """Return the merger's command line: flags that are set, none that is not."""
+    args = [part for folder in local_dir for part in ("--local-dir", folder)]
+    for name, value in {"save_dir": save_dir, **flags}.items():
         flag = "--" + name.replace("_", "-")
         if value is True:
             args.append(flag)
@@ -29,15 +51,45 @@ def merger_args(local_dir: list[str], **flags: str | int | bool) -> list[str]:
     return args
 
 
-def run_merger(c: Context, runner: str, args: list[str]) -> None:
-    """Run the merger with `args` where `runner` says."""
-    if runner not in RUNNERS:
-        raise Exit(f"merge: unknown runner {runner!r}; choose one of {', '.join(RUNNERS)}", code=2)
-    if runner == "docker":
-        raise Exit(
-            "merge: --runner docker needs the scripts image, which this version does not build; use --runner local",
-            code=2)
-    run_program(c, PROGRAM, args, env=environment(HUB_VARIABLES, os.environ))
+def run_merger(c: Context,
+               runner: str,
+               local_dir: list[str] | None,
+               save_dir: str = "",
+               gpus: str = "",
+               **flags: str | int | bool) -> None:
+    """Run the merger where `runner` says, on `local_dir` or, where that is empty, on `LOCAL_DIR`."""
+    folders = local_dir or [resolve_path("LOCAL_DIR")]
+    try:
+        chosen = choose_runner(runner, all(find_spec(name) for name in NEEDED))
+    except ValueError as error:
+        raise Exit(f"merge: {error}", code=2) from None
+    if chosen == "local":
+        run_program(c, PROGRAM, merger_args(folders, save_dir, **flags), env=environment(HUB_VARIABLES, os.environ))
+    else:
+        run_in_container(c, folders, save_dir, gpus, flags)
+
+
+def run_in_container(c: Context, folders: list[str], save_dir: str, gpus: str, flags: Flags) -> None:
+    """Run the merger in the scripts container, with the container's names for the host's folders.
+
+    Raises:
+        Exit: 2 for a folder that is not there, which Docker would create as root; else the merger's exit code.
+    """
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise Exit(f"merge: no folder {folder}; give --local-dir the folder with the shards", code=2)
+    if save_dir and not c.config.run.dry and not flags.get("dry_run"):
+        Path(save_dir).mkdir(parents=True, exist_ok=True)  # as the caller: Docker would make it as root
+    translation = Translation(ROOT)
+    try:
+        inside = [translation.path(folder) for folder in folders]
+        save_inside = translation.path(save_dir) if save_dir else ""
+    except ValueError as error:
+        raise Exit(f"merge: {error}", code=2) from None
+    containers.run(c,
+                   "scripts", ["python", PROGRAM_INSIDE, *merger_args(inside, save_inside, **flags)],
+                   gpus=gpus,
+                   volumes=translation.volumes)
 
 
 @task(default=True,
@@ -61,42 +113,45 @@ def run_merger(c: Context, runner: str, args: list[str]) -> None:
           "json": "Print the summary as one JSON object.",
           "trust_remote_code": "Let transformers run the checkpoint's own code when checking the keys.",
           "runner": RUNNER_HELP,
+          "gpus": GPUS_HELP,
       })
-def run(c,
-        local_dir=None,
-        save_dir="",
-        hf_upload_path="",
-        private=False,
-        dtype="",
-        device="",
-        max_shard_size="",
-        threads=0,
-        lora="",
-        tied_weights="",
-        verify=False,
-        force=False,
-        dry_run=False,
-        json=False,
-        trust_remote_code=False,
-        runner="auto"):
+def run(c: Context,
+        local_dir: list[str] | None = None,
+        save_dir: str = "",
+        hf_upload_path: str = "",
+        private: bool = False,
+        dtype: str = "",
+        device: str = "",
+        max_shard_size: str = "",
+        threads: int = 0,
+        lora: str = "",
+        tied_weights: str = "",
+        verify: bool = False,
+        force: bool = False,
+        dry_run: bool = False,
+        json: bool = False,
+        trust_remote_code: bool = False,
+        runner: str = "auto",
+        gpus: str = "") -> None:
     """Merge a sharded checkpoint into safetensors."""
-    run_merger(
-        c, runner,
-        merger_args(local_dir,
-                    save_dir=resolve_path("SAVE_DIR", save_dir),
-                    hf_upload_path=resolve("HF_UPLOAD_PATH", hf_upload_path),
-                    private=private,
-                    dtype=dtype,
-                    device=device,
-                    max_shard_size=max_shard_size,
-                    threads=threads,
-                    lora=lora,
-                    tied_weights=tied_weights,
-                    verify=verify,
-                    force=force,
-                    dry_run=dry_run,
-                    json=json,
-                    trust_remote_code=trust_remote_code))
+    run_merger(c,
+               runner,
+               local_dir,
+               save_dir=resolve_path("SAVE_DIR", save_dir),
+               gpus=gpus,
+               hf_upload_path=resolve("HF_UPLOAD_PATH", hf_upload_path),
+               private=private,
+               dtype=dtype,
+               device=device,
+               max_shard_size=max_shard_size,
+               threads=threads,
+               lora=lora,
+               tied_weights=tied_weights,
+               verify=verify,
+               force=force,
+               dry_run=dry_run,
+               json=json,
+               trust_remote_code=trust_remote_code)
 
 
 @task(positional=[],
@@ -107,9 +162,9 @@ def run(c,
           "json": "Print one JSON object in place of the tables.",
           "runner": RUNNER_HELP
       })
-def inspect(c, local_dir=None, json=False, runner="auto"):
+def inspect(c: Context, local_dir: list[str] | None = None, json: bool = False, runner: str = "auto") -> None:
     """Show a checkpoint's mesh, ranks, tensors and faults."""
-    run_merger(c, runner, merger_args(local_dir, inspect=True, json=json))
+    run_merger(c, runner, local_dir, inspect=True, json=json)
 
 
 @task(positional=[],
@@ -121,7 +176,18 @@ def inspect(c, local_dir=None, json=False, runner="auto"):
           "json": "Print one JSON object in place of the table.",
           "runner": RUNNER_HELP
       })
-def verify(c, local_dir=None, save_dir="", json=False, runner="auto"):
+def verify(c: Context,
+           local_dir: list[str] | None = None,
+           save_dir: str = "",
+           json: bool = False,
+           runner: str = "auto") -> None:
     """Compare a merged model with its shards, bit by bit."""
-    run_merger(c, runner,
-               merger_args(local_dir, save_dir=resolve_path("SAVE_DIR", save_dir), verify_only=True, json=json))
+    run_merger(c, runner, local_dir, save_dir=resolve_path("SAVE_DIR", save_dir), verify_only=True, json=json)
+
+
+@task(positional=[],
+      auto_shortflags=False,
+      help={"gpus": "all, none, or indices such as 0,1 (default: all that the engine offers)."})
+def shell(c: Context, gpus: str = "") -> None:
+    """Open a shell in the scripts container."""
+    containers.run(c, "scripts", ["bash"], gpus=gpus)

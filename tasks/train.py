@@ -2,6 +2,7 @@
 import re
 import sys
 
+from invoke.context import Context
 from invoke.exceptions import Exit
 from invoke.tasks import task
 
@@ -26,7 +27,7 @@ def container_variables(shm_size: str) -> dict[str, str]:
 
 
 @task(positional=[], auto_shortflags=False, help=FLAGS)
-def shell(c, shm_size="", gpus="", user=""):
+def shell(c: Context, shm_size: str = "", gpus: str = "", user: str = "") -> None:
     """Open a shell in the training container."""
     variables = container_variables(shm_size)
     running = containers.running(c, "train")
@@ -39,7 +40,7 @@ def shell(c, shm_size="", gpus="", user=""):
 
 
 @task(positional=[], auto_shortflags=False, help=FLAGS)
-def run(c, shm_size="", gpus="", user=""):
+def run(c: Context, shm_size: str = "", gpus: str = "", user: str = "") -> None:
     """Run the command after -- in the training image."""
     command = docker.remainder(c)
     if not command:

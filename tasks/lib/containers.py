@@ -4,6 +4,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from invoke.context import Context
 from invoke.exceptions import Exit
@@ -13,6 +15,9 @@ from tasks.lib.gpus import GpuChoice, choose_gpus
 from tasks.lib.images import image_of
 from tasks.lib.mounts import ensure_folders
 from tasks.lib.settings import ROOT, read_dotenv, resolve
+
+if TYPE_CHECKING:
+    from python_on_whales import Container
 
 # Services that run another service's image.
 IMAGE_FROM = {"model-merger": "scripts", "formatter": "scripts"}
@@ -86,16 +91,51 @@ def run(c: Context,
                  })
 
 
+@dataclass(frozen=True)
+class Found:
+    """A container of the project.
+
+    Attributes:
+        id, name, service: which one.
+        state: running, exited (3), created, ...
+        health: healthy, unhealthy, starting, or empty without a health check.
+        ports: published ports, 127.0.0.1:36001->36001/tcp.
+    """
+    id: str
+    name: str
+    service: str
+    state: str
+    health: str
+    ports: str
+
+
+def of_project() -> list[Found]:
+    """Return the project's containers, running or not, with those of `compose run`, the latest first."""
+    # By label: `compose ps` leaves out what `compose run` started.
+    project = docker.ask(lambda client: client.compose.config(return_json=True), profiles=["*"])["name"]
+    filters = {"label": f"com.docker.compose.project={project}"}
+    return docker.ask(lambda client: [describe(found) for found in client.container.list(all=True, filters=filters)])
+
+
+def describe(container: Container) -> Found:
+    """Return what the tasks show of a container."""
+    state = container.state
+    said = f"{state.status} ({state.exit_code})" if state.status == "exited" else state.status or ""
+    ports = [
+        f"{place['HostIp']}:{place['HostPort']}->{inner}"
+        for inner, places in (container.network_settings.ports or {}).items() for place in places or []
+    ]
+    labels = container.config.labels or {}
+    return Found(container.id, container.name, labels.get("com.docker.compose.service", ""), said,
+                 state.health.status if state.health and state.health.status else "", ", ".join(ports))
+
+
 def running(c: Context, service: str) -> str:
     """Return the id of a running container of `service`, the latest; empty where none runs, and under `--dry`."""
     docker.require_engine(c)
     if c.config.run.dry:
         return ""
-    # By label: `compose ps` leaves out what `compose run` started.
-    project = docker.ask(lambda client: client.compose.config(return_json=True), profiles=[service])["name"]
-    filters = [("label", f"com.docker.compose.project={project}"), ("label", f"com.docker.compose.service={service}")]
-    found = docker.ask(lambda client: client.container.list(filters=filters))
-    return found[0].id if found else ""
+    return next((found.id for found in of_project() if found.service == service and found.state == "running"), "")
 
 
 def join(c: Context, container: str, service: str, command: Sequence[str], user: str) -> None:

@@ -4,6 +4,7 @@ python-on-whales is imported inside the functions: importing it costs more than 
 """
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -12,9 +13,10 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
+from fnmatch import fnmatch
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -42,6 +44,9 @@ REMEDIES = (
     (r"port is already allocated|address already in use", "the port is in use; choose another with ENV_PORT"),
     (r"could not select device driver",
      "the engine has no NVIDIA runtime; install nvidia-container-toolkit, or pass --gpus none"),
+    (r"error setting rlimit",
+     "the engine may not lift the limit on locked memory (rootless?); set MEMLOCK to what `ulimit -l` allows, in bytes"
+     ),
     (r"bind source path does not exist", "a mounted folder is missing; create the folder that Docker names"),
     (r"no space left on device", "the disk is full; see `docker system df`, then `invoke clean.cache`"),
     (r"pull access denied|repository does not exist|failed to resolve source metadata|No such image",
@@ -209,6 +214,13 @@ def image_name(name: str, tag: str = "") -> str:
     return f"{resolve('REGISTRY')}{name}:{resolve('IMAGE_TAG', tag)}"
 
 
+def environment_images() -> list[str]:
+    """Return the names of the environment servers' images that the engine has under our registry and tag."""
+    pattern = image_name("agentgym/env-*")
+    found = ask(lambda docker: docker.image.list(filters={"reference": pattern}))
+    return sorted({tag for image in found for tag in image.repo_tags if fnmatch(tag, pattern)})
+
+
 @dataclass(frozen=True)
 class ImageFacts:
     """What the engine knows of an image: its id, its size in bytes, when it was created."""
@@ -250,12 +262,13 @@ def _print_commands(action: Callable[[DockerClient], Any], profiles: Sequence[st
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder) / "argv"
         record.touch()
-        with _environment({"DRY_RECORD": str(record)}):
+        # A call whose answer python-on-whales reads gets none, and is noted all the same.
+        with _environment({"DRY_RECORD": str(record)}), suppress(json.JSONDecodeError):
             _drain(action(_client(profiles, cpu, call=("sh", "-c", RECORDER, "docker"), files=files)))
         words = iter(record.read_text().split("\0")[:-1])
     for count in words:
         argv = ["docker", *islice(words, int(count))]
-        print(redact(command_line(argv, variables), secret_values()), flush=True)
+        print(redact(command_line(argv, variables if "compose" in argv[:2] else {}), secret_values()), flush=True)
 
 
 def _drain(result: Any) -> None:
@@ -266,7 +279,8 @@ def _drain(result: Any) -> None:
 
 def _show(result: Any) -> None:
     if isinstance(result, Iterator):
-        for source, line in result:
+        for item in result:
+            source, line = ("stdout", item.encode()) if isinstance(item, str) else item
             stream = sys.stderr if source == "stderr" else sys.stdout
             # Bytes, where the stream takes them: what a command prints may be no text.
             if hasattr(stream, "buffer"):

@@ -1,5 +1,6 @@
 """Which images there are, what builds them, and in which order."""
 from dataclasses import dataclass
+from datetime import timedelta
 
 
 @dataclass(frozen=True)
@@ -44,3 +45,13 @@ def human_size(size: int) -> str:
             return f"{value:.3g}{unit}"
         value /= 1000
     return f"{value:.3g}TB"
+
+
+def human_age(age: timedelta) -> str:
+    """Return `age` in its largest unit: 3 days."""
+    seconds = int(age.total_seconds())
+    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        if seconds >= length:
+            count = seconds // length
+            return f"{count} {unit}{'s' if count > 1 else ''}"
+    return "seconds"

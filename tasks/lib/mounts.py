@@ -24,7 +24,11 @@ class Translation:
     def path(self, host: str | Path) -> str:
         """Return the container's name of the folder `host`, mounting it for the run where no mount has it.
 
-        Links are followed first: a container cannot follow one that leads out of a mount.
+        Links are followed first: a container cannot follow one that leads out of a mount. A folder that is not
+        there is not mounted, because Docker would create it as root.
+
+        Raises:
+            ValueError: a name that Docker cannot mount.
         """
         real = Path(os.path.realpath(host))
         for folder in FOLDERS:
@@ -32,7 +36,10 @@ class Translation:
             if real.is_relative_to(mount):
                 return str(WORKSPACE / folder / real.relative_to(mount).as_posix())
         inside = str(OUTSIDE / real.as_posix().lstrip("/"))
-        self.volumes[str(real)] = inside
+        if ":" in str(real):
+            raise ValueError(f"{real} has a colon, which Docker's mounts cannot take; move or rename the folder")
+        if real.is_dir():
+            self.volumes[str(real)] = inside
         return inside
 
 

@@ -51,8 +51,6 @@ SETTINGS: dict[str, Setting] = {
             "Index with torch's CUDA builds (with --cpu: .../whl/cpu). Set but empty: PyPI."),
     "FLASH_ATTN_WHEEL":
     Setting(FLASH_ATTN_WHEEL, "flash-attn's release wheel. Set but empty: skipped."),
-    "TRAIN_CONSTRAINTS":
-    Setting("docker/constraints/train.txt", "Pins for verl's dependencies, a file under docker/constraints/."),
     "EVAL_BASE_IMAGE":
     Setting("python:3.12-slim", "What the evaluation image starts from."),
     "PACKAGE_INDEX_URL":
@@ -72,6 +70,8 @@ SETTINGS: dict[str, Setting] = {
     Setting("32g", "Shared memory of the training container."),
     "IPC_MODE":
     Setting("private", "IPC namespace of the training container; with host, SHM_SIZE means nothing."),
+    "MEMLOCK":
+    Setting("-1", "Bytes of memory that training may lock; -1 is no limit, which a rootless engine cannot give."),
     # Environments and evaluation
     "ENV":
     Setting("searchqa", "Environment that is served and evaluated."),

@@ -1,0 +1,132 @@
+"""Remove what the tasks made: never saves, models or data."""
+import shutil
+import sys
+
+from invoke.context import Context
+from invoke.exceptions import Exit
+from invoke.tasks import task
+
+from tasks.lib import containers, docker
+from tasks.lib.images import IMAGES
+from tasks.lib.leftovers import bytecode_folders
+from tasks.lib.settings import ROOT
+
+YES = {"yes": "Do not ask."}
+CACHE = {
+    "yes": "Do not ask.",
+    "older_than": "Only what was last used before that time, such as 72h (default: everything unused)."
+}
+
+
+def confirm(c: Context, what: list[str], yes: bool) -> bool:
+    """Say `what` will be removed and ask; return whether to go on.
+
+    Raises:
+        Exit: nobody is there to answer.
+    """
+    if c.config.run.dry:
+        return True
+    if not what:
+        print("clean: nothing to remove")
+        return False
+    print("This removes:", *what, sep="\n  ", flush=True)
+    if yes:
+        return True
+    if not sys.stdin.isatty():
+        raise Exit("clean: nobody is here to answer; add --yes", code=2)
+    return input("Go on? [y/N] ").strip().lower() in ("y", "yes")
+
+
+def remove_containers(c: Context) -> None:
+    """Stop and remove the project's containers and network."""
+    docker.drive(c, lambda client: client.compose.down(remove_orphans=True), profiles=["*"])
+
+
+def remove_images(c: Context, names: list[str]) -> None:
+    """Remove the images `names`."""
+    if names:
+        docker.drive(c, lambda client: client.image.remove(names))
+
+
+def remove_cache(c: Context, older_than: str) -> None:
+    """Remove the engine's unused build cache."""
+    filters = {"until": older_than} if older_than else {}
+    docker.drive(c, lambda client: client.buildx.prune(filters=filters, stream_logs=True))
+
+
+def remove_bytecode(c: Context) -> None:
+    """Remove what Python and its tools cached in this folder."""
+    for folder in bytecode_folders(ROOT):
+        if c.config.run.dry:
+            print(f"rm -r {folder}")
+        else:
+            shutil.rmtree(folder)
+
+
+def container_lines(c: Context) -> list[str]:
+    """Return a line for each of the project's containers."""
+    return [] if c.config.run.dry else [f"container {found.name} ({found.state})" for found in containers.of_project()]
+
+
+def image_names(c: Context) -> list[str]:
+    """Return the names of the project's images that exist; under `--dry`, of all that might."""
+    names = [docker.image_name(image.name) for image in IMAGES]
+    return names if c.config.run.dry else [*filter(docker.image_exists, names), *docker.environment_images()]
+
+
+def cache_lines(older_than: str) -> list[str]:
+    """Return the line for the build cache."""
+    return [
+        "the engine's unused build cache, of other projects too" +
+        (f", last used over {older_than} ago" if older_than else "")
+    ]
+
+
+def bytecode_lines() -> list[str]:
+    """Return a line for each cache folder."""
+    return [str(folder.relative_to(ROOT)) for folder in bytecode_folders(ROOT)]
+
+
+@task(name="containers", positional=[], auto_shortflags=False, help=YES)
+def clean_containers(c: Context, yes: bool = False) -> None:
+    """Remove this project's containers and network."""
+    docker.require_engine(c)
+    if confirm(c, container_lines(c), yes):
+        remove_containers(c)
+
+
+@task(name="images", positional=[], auto_shortflags=False, help=YES)
+def clean_images(c: Context, yes: bool = False) -> None:
+    """Remove the images that the tasks built."""
+    docker.require_engine(c)
+    names = image_names(c)
+    if confirm(c, [f"image {name}" for name in names], yes):
+        remove_images(c, names)
+
+
+@task(name="cache", positional=[], auto_shortflags=False, help=CACHE)
+def clean_cache(c: Context, yes: bool = False, older_than: str = "") -> None:
+    """Remove the engine's unused build cache."""
+    docker.require_engine(c)
+    if confirm(c, cache_lines(older_than), yes):
+        remove_cache(c, older_than)
+
+
+@task(name="pycache", positional=[], auto_shortflags=False, help=YES)
+def clean_pycache(c: Context, yes: bool = False) -> None:
+    """Remove Python's caches in this folder."""
+    if confirm(c, bytecode_lines(), yes):
+        remove_bytecode(c)
+
+
+@task(name="all", positional=[], auto_shortflags=False, help=CACHE)
+def clean_all(c: Context, yes: bool = False, older_than: str = "") -> None:
+    """Remove containers, images, build cache and pycache."""
+    docker.require_engine(c)
+    names = image_names(c)
+    lines = [*container_lines(c), *(f"image {name}" for name in names), *cache_lines(older_than), *bytecode_lines()]
+    if confirm(c, lines, yes):
+        remove_containers(c)
+        remove_images(c, names)
+        remove_cache(c, older_than)
+        remove_bytecode(c)

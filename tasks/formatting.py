@@ -1,0 +1,25 @@
+"""Format AgentGym-RL's source."""
+import os
+
+from invoke.context import Context
+from invoke.exceptions import Exit
+from invoke.tasks import task
+
+from tasks.lib import containers
+from tasks.lib.settings import ROOT, read_dotenv
+from tasks.lib.sources import RL, choose_sources, is_url
+
+
+@task(positional=[],
+      auto_shortflags=False,
+      help={"check": "Show what would change and exit 1 if anything would; change nothing."})
+def format(c: Context, check: bool = False) -> None:
+    """Format AgentGym-RL's source with its own style."""
+    try:
+        sources = choose_sources(ROOT, {**read_dotenv(), **os.environ})
+    except ValueError as error:
+        raise Exit(f"format: {error}", code=2) from None
+    source = sources.get(RL, "")
+    if not source or is_url(source):
+        raise Exit(f"format: no AgentGym-RL checkout ({RL}={source or 'unset'}); set {RL} to its folder", code=2)
+    containers.run(c, "formatter", ["--check"] if check else [], variables={RL: source})
