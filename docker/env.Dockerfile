@@ -9,6 +9,8 @@
 # of AgentGym's packages ask for versions that do not work together. For the same reason nothing of AgentGym is
 # pip-installed (its requires-python of exactly 3.8.13 or 3.9.12 would stop it): servers/serve.py finds the folders.
 ARG ENV=demo
+# The environment's stage, where it is not called like the environment (`stage` in environments.toml).
+ARG STAGE=${ENV}
 
 # The rows as JSON: the servers' own Pythons are too old to read TOML.
 FROM python:3.11-slim AS rows
@@ -114,7 +116,7 @@ COPY --from=agentgym agentenv-alfworld /srv/agentenv-alfworld
 # ---------------------------------------------------------------- the tail of every environment
 
 # hadolint ignore=DL3006
-FROM ${ENV} AS server
+FROM ${STAGE} AS server
 ARG ENV
 # The row's id is chosen at run time (`user:`), so the home is everybody's.
 RUN useradd --uid 1000 --user-group --create-home --shell /bin/bash agentgym \

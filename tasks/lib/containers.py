@@ -147,4 +147,4 @@ def join(c: Context, container: str, service: str, command: Sequence[str], user:
     tty = docker.interactive()
     docker.drive(
         c, lambda client: client.container.execute(
-            container, list(command), interactive=True, tty=tty, stream=not tty, user=user or None))
+            container, list(command), interactive=tty, tty=tty, stream=not tty, user=user or None))

@@ -87,6 +87,14 @@ SETTINGS: dict[str, Setting] = {
     Setting("", "Key for the model's API.", secret=True),
     "OPENAI_BASE_URL":
     Setting("", "Address of an OpenAI-compatible API (default: OpenAI's own)."),
+    "ENVIRONMENTS":
+    Setting("environments.toml", "File with the environments' rows, relative to this folder."),
+    "MOVIE_KEY":
+    Setting("", "The Movie Database's API read access token, for the environment movie.", secret=True),
+    "TODO_KEY":
+    Setting("", "Todoist API token, for the environment todo, which deletes that account's projects.", secret=True),
+    "SHEET_EMAIL":
+    Setting("", "Address that the environment sheet shares its sheets with.", secret=True),
     # Training
     "WANDB_API_KEY":
     Setting("", "Weights & Biases key.", secret=True),

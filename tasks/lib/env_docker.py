@@ -1,0 +1,182 @@
+"""Environment servers as containers: what `env.up`, `env.down` and `build.env` do with Docker.
+
+The services come from .run/env/<name>/compose.json, written for each start, beside the project's own Compose file and
+in the same project: other containers reach them by name, and `invoke down` stops them too.
+"""
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from invoke.context import Context
+from invoke.exceptions import Exit
+
+from servers.protocol import Client, ServerError, check_ready
+from tasks.lib import docker
+from tasks.lib.env_local import RUN, url
+from tasks.lib.env_plan import LABEL, PORT_LABEL, ROLE_LABEL, Options, compose_model, service_name
+from tasks.lib.environments import Environment
+from tasks.lib.settings import ROOT, resolve
+
+# Other environments' services are in the same project but not in the files at hand; Compose need not say so.
+QUIET = {"COMPOSE_IGNORE_ORPHANS": "true"}
+DIED = ("exited", "dead", "restarting", "removing")
+CONTEXT = "agentgym"
+
+
+@dataclass(frozen=True)
+class Server:
+    """One container of an environment."""
+    id: str
+    environment: str
+    role: str
+    port: int
+    state: str
+    restarts: int
+
+
+def servers(name: str = "") -> list[Server]:
+    """Return this project's environment containers, of one environment or of all, stopped ones included."""
+    project = resolve("COMPOSE_PROJECT_NAME")
+    filters = [("label", f"com.docker.compose.project={project}"), ("label", f"{LABEL}={name}" if name else LABEL)]
+    found = docker.ask(lambda client: client.container.list(all=True, filters=filters))
+    return [
+        Server(container.id, (labels := container.config.labels or {})[LABEL], labels.get(ROLE_LABEL, "server"),
+               int(labels[PORT_LABEL]), container.state.status or "", container.restart_count or 0)
+        for container in found
+    ]
+
+
+def build_section(row: Environment, root: Path, gym: str, rows_file: str) -> dict[str, Any]:
+    """Return Compose's `build` of the row's image; `gym` is AgentGym's folder or pinned URL."""
+    arguments = {
+        "ENV": row.name,
+        "STAGE": row.stage or row.name,
+        "ENVIRONMENTS": rows_file,
+        "REVISION": "${REVISION:-unknown}",
+        "SOURCE_URL": "${SOURCE_URL:-unknown}",
+        "AGENTGYM_REVISION": "${AGENTGYM_REVISION:-unknown}",
+    }
+    if row.source == "project":
+        arguments["FOLDER"] = row.folder
+    section: dict[str, Any] = {
+        "context": str(root),
+        "dockerfile": "docker/env.Dockerfile",
+        "target": "server",
+        "args": arguments,
+        "secrets": ["package_index", "ca_bundle"],
+    }
+    if row.source == "agentgym":
+        section["additional_contexts"] = {CONTEXT: gym}
+    return section
+
+
+def image_name(row: Environment, tag: str = "") -> str:
+    """Return the full name of the row's image."""
+    return docker.image_name(f"agentgym/env-{row.name}", tag)
+
+
+def write_model(row: Environment, options: Options, data: Path, build: dict[str, Any], tag: str = "") -> Path:
+    """Write the Compose file for `row` and return its path."""
+    path = RUN / row.name / "compose.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(compose_model(row, options, image_name(row, tag), ROOT, data, build), indent=2))
+    return path
+
+
+def services(row: Environment, options: Options) -> list[str]:
+    """Return the names of the Compose services that make up the environment."""
+    replicas = [service_name(row, number) for number in range(options.replicas)] if options.replicas > 1 else []
+    return [*replicas, service_name(row)]
+
+
+def build(c: Context, row: Environment, options: Options, file: Path, variables: dict[str, str], **flags: Any) -> None:
+    """Build the row's image, and the proxy's where there are replicas."""
+    # The replicas share one image: the first one's service builds it.
+    wanted = [services(row, options)[0]] + ([service_name(row)] if options.replicas > 1 else [])
+    docker.drive(c,
+                 lambda client: client.compose.build(wanted, stream_logs=True, **flags),
+                 variables={
+                     **QUIET,
+                     **variables
+                 },
+                 files=[file])
+
+
+def up(c: Context, row: Environment, options: Options, file: Path, wait: float, variables: dict[str, str]) -> str:
+    """Start the row's containers; return the URL once a session can be played.
+
+    Raises:
+        Exit: they could not start, or were not ready in time; none is left.
+    """
+    wanted = services(row, options)
+    started = False
+    try:
+        docker.drive(c,
+                     lambda client: client.compose.up(wanted, detach=True, quiet=True, force_recreate=True),
+                     variables={
+                         **QUIET,
+                         **variables
+                     },
+                     files=[file])
+        if not c.config.run.dry:
+            wait_until_ready(row, options, wait)
+        started = True
+    finally:
+        if not started:
+            down(c, row.name)
+    return url(options)
+
+
+def wait_until_ready(row: Environment, options: Options, wait: float) -> None:
+    """Return when a session could be played through the published port, on every replica.
+
+    Raises:
+        Exit: a container ended, or the time is up.
+    """
+    end, reason, ready = time.monotonic() + wait, "no answer", 0
+    while ready < options.replicas:  # the proxy hands out creates in turn
+        for server in servers(row.name):
+            if server.state in DIED or server.restarts:
+                raise Exit(f"env.up: {row.name} ended: {last_line(server.id)}", code=1)
+        left = end - time.monotonic()
+        if left <= 0:
+            raise Exit(
+                f"env.up: {row.name} was not ready after {wait:g} s: {reason}; give it longer with --wait, "
+                "or look at `docker logs` while it starts",
+                code=1)
+        try:
+            check_ready(Client(url(options), row.protocol.model_dump(), timeout=max(1.0, left)), row.check.items[0])
+            ready += 1
+        except ServerError as error:
+            ready, reason = 0, str(error)
+            time.sleep(0.2)
+
+
+def last_line(container: str) -> str:
+    """Return the last line of a container's log that says something."""
+    said = docker.ask(lambda client: client.container.logs(container, tail=30))
+    lines = [line for line in str(said).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else "it said nothing"
+
+
+def down(c: Context, name: str) -> bool:
+    """Stop and remove the environment's containers; False where there was none."""
+    found = [] if c.config.run.dry else servers(name)
+    if not found:
+        return False
+    # The proxy first: a client then sees a refused connection, not a replica that is down.
+    ids = [server.id for server in sorted(found, key=lambda server: server.role != "proxy")]
+    docker.ask(lambda client: client.container.stop(ids, time=10))
+    docker.ask(lambda client: client.container.remove(ids, force=True, volumes=True))
+    return True
+
+
+def environ() -> dict[str, str]:
+    """Return the environment with `.env` below it, as Compose sees both."""
+    from tasks.lib.settings import read_dotenv
+    return {**read_dotenv(), **os.environ}
