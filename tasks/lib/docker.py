@@ -141,7 +141,8 @@ def drive(c: Context,
 
 def ask(action: Callable[[DockerClient], Answer],
         profiles: Sequence[str] = (),
-        variables: Mapping[str, str] | None = None) -> Answer:
+        variables: Mapping[str, str] | None = None,
+        files: Sequence[Path] = ()) -> Answer:
     """Return the answer of a read-only `action`, such as an inspection.
 
     Not for `--dry`, which asks Docker nothing.
@@ -151,7 +152,7 @@ def ask(action: Callable[[DockerClient], Answer],
     """
     variables = {**caller_variables(os.environ, read_dotenv()), **(variables or {})}
     with _environment(variables), _failures_as_exit(streaming=False):
-        return action(_client(profiles, cpu=False))
+        return action(_client(profiles, cpu=False, files=files))
 
 
 def require_engine(c: Context) -> None:

@@ -6,7 +6,6 @@ in the same project: other containers reach them by name, and `invoke down` stop
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,9 @@ from invoke.exceptions import Exit
 from servers.protocol import Client, ServerError, check_ready
 from tasks.lib import docker
 from tasks.lib.env_local import RUN, url
-from tasks.lib.env_plan import LABEL, PORT_LABEL, ROLE_LABEL, Options, compose_model, service_name
+from tasks.lib.env_plan import LABEL, PORT_LABEL, REPLICA_PORT, ROLE_LABEL, Options, compose_model, proxy_config, service_name
 from tasks.lib.environments import Environment
-from tasks.lib.settings import ROOT, resolve
+from tasks.lib.settings import resolve
 
 # Other environments' services are in the same project but not in the files at hand; Compose need not say so.
 QUIET = {"COMPOSE_IGNORE_ORPHANS": "true"}
@@ -82,9 +81,13 @@ def image_name(row: Environment, tag: str = "") -> str:
 
 def write_model(row: Environment, options: Options, data: Path, build: dict[str, Any], tag: str = "") -> Path:
     """Write the Compose file for `row` and return its path."""
-    path = RUN / row.name / "compose.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(compose_model(row, options, image_name(row, tag), ROOT, data, build), indent=2))
+    home = RUN / row.name
+    home.mkdir(parents=True, exist_ok=True)
+    if options.replicas > 1:
+        addresses = [f"{service_name(row, number)}:{REPLICA_PORT}" for number in range(options.replicas)]
+        (home / "haproxy.cfg").write_text(proxy_config(row, options.port, addresses, dns=True))
+    path = home / "compose.json"
+    path.write_text(json.dumps(compose_model(row, options, image_name(row, tag), home, data, build), indent=2))
     return path
 
 
@@ -116,14 +119,12 @@ def up(c: Context, row: Environment, options: Options, file: Path, wait: float, 
     wanted = services(row, options)
     started = False
     try:
-        docker.drive(c,
-                     lambda client: client.compose.up(wanted, detach=True, quiet=True, force_recreate=True),
-                     variables={
-                         **QUIET,
-                         **variables
-                     },
-                     files=[file])
-        if not c.config.run.dry:
+        surroundings: dict[str, Any] = {"variables": {**QUIET, **variables}, "files": [file]}
+        if c.config.run.dry:
+            docker.drive(c, lambda client: client.compose.up(wanted, detach=True), **surroundings)
+        else:  # `ask`: a failure is one line, and a start says nothing of its own
+            docker.ask(lambda client: client.compose.up(wanted, detach=True, quiet=True, force_recreate=True),
+                       **surroundings)
             wait_until_ready(row, options, wait)
         started = True
     finally:
@@ -174,9 +175,3 @@ def down(c: Context, name: str) -> bool:
     docker.ask(lambda client: client.container.stop(ids, time=10))
     docker.ask(lambda client: client.container.remove(ids, force=True, volumes=True))
     return True
-
-
-def environ() -> dict[str, str]:
-    """Return the environment with `.env` below it, as Compose sees both."""
-    from tasks.lib.settings import read_dotenv
-    return {**read_dotenv(), **os.environ}

@@ -18,7 +18,7 @@ PORT_LABEL = "org.agentgym-rl.env.port"
 ROLE_LABEL = "org.agentgym-rl.env.role"
 # Names under which the one environment server that runs is known to other containers (the guide's URLs).
 ALIASES = ("env-server", "host.docker.internal")
-TENTH_SECOND_NS = 10**8
+REPLICA_PORT = 8000
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,7 @@ def proxy_config(row: Environment, port: int, servers: Sequence[str], dns: bool 
         f"    acl needs_id path {prefix}/reset {prefix}/step {prefix}/close {prefix}/observation",
         f"    http-request set-var(txn.id) req.body,json_query('$.{key}','int') if METH_POST !creates",
         f"    http-request set-var(txn.id) url_param({key}) if METH_GET",
+        "    http-request set-var(txn.id) url_param(replica) if { path /_sessions }",
         f"    http-request return status 400 content-type application/json string {text(no_id)}"
         " if needs_id !{ var(txn.id) -m found }",
         f"    use_backend replica%[var(txn.id),mod({len(servers)})] if {{ var(txn.id) -m found }}",
@@ -144,7 +145,7 @@ def service_name(row: Environment, replica: int | None = None) -> str:
     return f"env-{row.name}" if replica is None else f"env-{row.name}-{replica}"
 
 
-def compose_model(row: Environment, options: Options, image: str, root: Path, data: Path,
+def compose_model(row: Environment, options: Options, image: str, home: Path, data: Path,
                   build: Mapping[str, Any]) -> dict[str, Any]:
     """Return the Compose file that runs `row`: one server, or replicas behind a proxy.
 
@@ -152,7 +153,7 @@ def compose_model(row: Environment, options: Options, image: str, root: Path, da
         row: the environment.
         options: what the user chose.
         image: full name of the environment's image; the proxy's has the name `env-proxy` in its place.
-        root: the project's folder.
+        home: folder that has the proxy's haproxy.cfg.
         data: the environment's data folder on the host; mounted read-only where it exists.
         build: how the image is built (`build` of the service).
     """
@@ -212,8 +213,7 @@ def compose_model(row: Environment, options: Options, image: str, root: Path, da
     entry = service_name(row)
     if options.replicas == 1:
         return {"services": {entry: {**server(0, options.port), "ports": published, "networks": network}}}
-    replicas = {service_name(row, number): server(number, 8000) for number in range(options.replicas)}
-    config = proxy_config(row, options.port, [f"{name}:8000" for name in replicas], dns=True)
+    replicas = {service_name(row, number): server(number, REPLICA_PORT) for number in range(options.replicas)}
     proxy = {
         **hardened,
         "image": image.replace(f"env-{row.name}", "env-proxy"),
@@ -232,10 +232,12 @@ def compose_model(row: Environment, options: Options, image: str, root: Path, da
         "ports": published,
         "networks": network,
         "depends_on": list(replicas),
-        "configs": [{
-            "source": "haproxy",
-            "target": "/etc/haproxy/haproxy.cfg"
+        # A file and not `configs: content`, which Compose copies in and so fails on a read-only root.
+        "volumes": [{
+            "type": "bind",
+            "source": str(home / "haproxy.cfg"),
+            "target": "/etc/haproxy/haproxy.cfg",
+            "read_only": True
         }],
     }
-    # Compose interpolates what it reads: a dollar of HAProxy's own is written twice.
-    return {"services": {**replicas, entry: proxy}, "configs": {"haproxy": {"content": config.replace("$", "$$")}}}
+    return {"services": {**replicas, entry: proxy}}

@@ -89,6 +89,10 @@ SETTINGS: dict[str, Setting] = {
     Setting("", "Address of an OpenAI-compatible API (default: OpenAI's own)."),
     "ENVIRONMENTS":
     Setting("environments.toml", "File with the environments' rows, relative to this folder."),
+    "ENV_MEMORY":
+    Setting("16g", "Memory limit of plain `docker compose --profile env`; the tasks take each environment's own."),
+    "ENV_READ_ONLY":
+    Setting("true", "Read-only root of plain `docker compose --profile env`; webarena needs false."),
     "MOVIE_KEY":
     Setting("", "The Movie Database's API read access token, for the environment movie.", secret=True),
     "TODO_KEY":
