@@ -17,15 +17,14 @@ SAVE_DIR_HELP = "Folder for the merged model (default: $SAVE_DIR, then LOCAL_DIR
 RUNNER_HELP = "auto, local (this Python) or docker (the scripts image)."
 
 
-def merger_args(local_dir: list[str], **flags: str | int | bool) -> list[str]:
-    """Return the merger's command line: `LOCAL_DIR` where no folder is given, flags that are set, none that is not."""
-    args = [part for folder in local_dir or [resolve_path("LOCAL_DIR")] for part in ("--local-dir", folder)]
-    for name, value in flags.items():
+def merger_args(local_dir: list[str] | None, **flags: str | bool | list[str] | None) -> list[str]:
+    """Return the merger's command line: `LOCAL_DIR` where no folder is given, and the flags that are set."""
+    args = []
+    for name, value in {"local_dir": local_dir or [resolve_path("LOCAL_DIR")], **flags}.items():
         flag = "--" + name.replace("_", "-")
-        if value is True:
-            args.append(flag)
-        elif value:
-            args += [flag, str(value)]
+        for single in value if isinstance(value, list) else [value]:
+            if single:
+                args += [flag] if single is True else [flag, single]
     return args
 
 
@@ -43,7 +42,7 @@ def run_merger(c: Context, runner: str, args: list[str]) -> None:
 @task(default=True,
       positional=[],
       auto_shortflags=False,
-      iterable=["local_dir"],
+      iterable=["local_dir", "allow"],
       help={
           "local_dir": LOCAL_DIR_HELP,
           "save_dir": SAVE_DIR_HELP,
@@ -54,6 +53,8 @@ def run_merger(c: Context, runner: str, args: list[str]) -> None:
           "max_shard_size": "Largest output file, such as 5GB (default: 5GB).",
           "threads": "Copying threads (default: chosen by the program).",
           "lora": "What to do with LoRA weights: adapter or fuse (default: stop and say so).",
+          "lora_alpha": "LoRA's alpha, where lora_train_meta.json has none.",
+          "allow": "Accept a finding: keys (they do not fit the config) or nonfinite (NaN, infinite). Repeatable.",
           "tied_weights": "Where tied weights differ: keep both, or drop the copy (default: stop and say so).",
           "verify": "Read the result again and compare it with the shards, tensor by tensor.",
           "force": "Replace weights that are already in the save folder.",
@@ -62,23 +63,25 @@ def run_merger(c: Context, runner: str, args: list[str]) -> None:
           "trust_remote_code": "Let transformers run the checkpoint's own code when checking the keys.",
           "runner": RUNNER_HELP,
       })
-def run(c,
-        local_dir=None,
-        save_dir="",
-        hf_upload_path="",
-        private=False,
-        dtype="",
-        device="",
-        max_shard_size="",
-        threads=0,
-        lora="",
-        tied_weights="",
-        verify=False,
-        force=False,
-        dry_run=False,
-        json=False,
-        trust_remote_code=False,
-        runner="auto"):
+def run(c: Context,
+        local_dir: list[str] | None = None,
+        save_dir: str = "",
+        hf_upload_path: str = "",
+        private: bool = False,
+        dtype: str = "",
+        device: str = "",
+        max_shard_size: str = "",
+        threads: str = "",
+        lora: str = "",
+        lora_alpha: str = "",
+        tied_weights: str = "",
+        allow: list[str] | None = None,
+        verify: bool = False,
+        force: bool = False,
+        dry_run: bool = False,
+        json: bool = False,
+        trust_remote_code: bool = False,
+        runner: str = "auto") -> None:
     """Merge a sharded checkpoint into safetensors."""
     run_merger(
         c, runner,
@@ -91,7 +94,9 @@ def run(c,
                     max_shard_size=max_shard_size,
                     threads=threads,
                     lora=lora,
+                    lora_alpha=lora_alpha,
                     tied_weights=tied_weights,
+                    allow=allow,
                     verify=verify,
                     force=force,
                     dry_run=dry_run,
@@ -107,7 +112,7 @@ def run(c,
           "json": "Print one JSON object in place of the tables.",
           "runner": RUNNER_HELP
       })
-def inspect(c, local_dir=None, json=False, runner="auto"):
+def inspect(c: Context, local_dir: list[str] | None = None, json: bool = False, runner: str = "auto") -> None:
     """Show a checkpoint's mesh, ranks, tensors and faults."""
     run_merger(c, runner, merger_args(local_dir, inspect=True, json=json))
 
@@ -121,7 +126,11 @@ def inspect(c, local_dir=None, json=False, runner="auto"):
           "json": "Print one JSON object in place of the table.",
           "runner": RUNNER_HELP
       })
-def verify(c, local_dir=None, save_dir="", json=False, runner="auto"):
+def verify(c: Context,
+           local_dir: list[str] | None = None,
+           save_dir: str = "",
+           json: bool = False,
+           runner: str = "auto") -> None:
     """Compare a merged model with its shards, bit by bit."""
     run_merger(c, runner,
                merger_args(local_dir, save_dir=resolve_path("SAVE_DIR", save_dir), verify_only=True, json=json))
