@@ -23,7 +23,7 @@ SAVE_DIR_HELP = "Folder for the merged model (default: $SAVE_DIR, then LOCAL_DIR
 RUNNER_HELP = "local (this Python), docker (the scripts image) or auto: local where its packages are installed."
 GPUS_HELP = "With --runner docker: all, none, or indices such as 0,1 (default: all that the engine offers)."
 
-Flags = dict[str, str | int | bool]
+Flags = dict[str, str | bool | list[str] | None]
 
 
 def choose_runner(runner: str, importable: bool) -> str:
@@ -39,15 +39,14 @@ def choose_runner(runner: str, importable: bool) -> str:
     return runner
 
 
-def merger_args(local_dir: list[str], save_dir: str = "", **flags: str | int | bool) -> list[str]:
-    """Return the merger's command line: flags that are set, none that is not."""
-    args = [part for folder in local_dir for part in ("--local-dir", folder)]
-    for name, value in {"save_dir": save_dir, **flags}.items():
+def merger_args(local_dir: list[str] | None, **flags: str | bool | list[str] | None) -> list[str]:
+    """Return the merger's command line: `LOCAL_DIR` where no folder is given, and the flags that are set."""
+    args = []
+    for name, value in {"local_dir": local_dir or [resolve_path("LOCAL_DIR")], **flags}.items():
         flag = "--" + name.replace("_", "-")
-        if value is True:
-            args.append(flag)
-        elif value:
-            args += [flag, str(value)]
+        for single in value if isinstance(value, list) else [value]:
+            if single:
+                args += [flag] if single is True else [flag, single]
     return args
 
 
@@ -56,7 +55,7 @@ def run_merger(c: Context,
                local_dir: list[str] | None,
                save_dir: str = "",
                gpus: str = "",
-               **flags: str | int | bool) -> None:
+               **flags: str | bool | list[str] | None) -> None:
     """Run the merger where `runner` says, on `local_dir` or, where that is empty, on `LOCAL_DIR`."""
     folders = local_dir or [resolve_path("LOCAL_DIR")]
     try:
@@ -64,7 +63,7 @@ def run_merger(c: Context,
     except ValueError as error:
         raise Exit(f"merge: {error}", code=2) from None
     if chosen == "local":
-        run_program(c, PROGRAM, merger_args(folders, save_dir, **flags), env=environment(HUB_VARIABLES, os.environ))
+        run_program(c, PROGRAM, merger_args(folders, save_dir=save_dir, **flags), env=environment(HUB_VARIABLES, os.environ))
     else:
         run_in_container(c, folders, save_dir, gpus, flags)
 
@@ -87,7 +86,7 @@ def run_in_container(c: Context, folders: list[str], save_dir: str, gpus: str, f
     except ValueError as error:
         raise Exit(f"merge: {error}", code=2) from None
     containers.run(c,
-                   "scripts", ["python", PROGRAM_INSIDE, *merger_args(inside, save_inside, **flags)],
+                   "scripts", ["python", PROGRAM_INSIDE, *merger_args(inside, save_dir=save_inside, **flags)],
                    gpus=gpus,
                    volumes=translation.volumes)
 
@@ -95,7 +94,7 @@ def run_in_container(c: Context, folders: list[str], save_dir: str, gpus: str, f
 @task(default=True,
       positional=[],
       auto_shortflags=False,
-      iterable=["local_dir"],
+      iterable=["local_dir", "allow"],
       help={
           "local_dir": LOCAL_DIR_HELP,
           "save_dir": SAVE_DIR_HELP,
@@ -106,6 +105,8 @@ def run_in_container(c: Context, folders: list[str], save_dir: str, gpus: str, f
           "max_shard_size": "Largest output file, such as 5GB (default: 5GB).",
           "threads": "Copying threads (default: chosen by the program).",
           "lora": "What to do with LoRA weights: adapter or fuse (default: stop and say so).",
+          "lora_alpha": "LoRA's alpha, where lora_train_meta.json has none.",
+          "allow": "Accept a finding: keys (they do not fit the config) or nonfinite (NaN, infinite). Repeatable.",
           "tied_weights": "Where tied weights differ: keep both, or drop the copy (default: stop and say so).",
           "verify": "Read the result again and compare it with the shards, tensor by tensor.",
           "force": "Replace weights that are already in the save folder.",
@@ -123,9 +124,11 @@ def run(c: Context,
         dtype: str = "",
         device: str = "",
         max_shard_size: str = "",
-        threads: int = 0,
+        threads: str = "",
         lora: str = "",
+        lora_alpha: str = "",
         tied_weights: str = "",
+        allow: list[str] | None = None,
         verify: bool = False,
         force: bool = False,
         dry_run: bool = False,
@@ -146,7 +149,9 @@ def run(c: Context,
                max_shard_size=max_shard_size,
                threads=threads,
                lora=lora,
+               lora_alpha=lora_alpha,
                tied_weights=tied_weights,
+               allow=allow,
                verify=verify,
                force=force,
                dry_run=dry_run,

@@ -135,8 +135,11 @@ def drive(c: Context,
         return
     if c.config.run.echo:
         _print_commands(action, profiles, cpu, variables, files)
-    with _environment(variables), _failures_as_exit(streaming=True), _docker_decides_on_interrupt():
-        _show(action(_client(profiles, cpu, files=files)))
+    with _environment(variables), _docker_decides_on_interrupt():
+        with _failures_as_exit(shown=False):
+            result = action(_client(profiles, cpu, files=files))
+        with _failures_as_exit(shown=True):
+            _show(result)
 
 
 def ask(action: Callable[[DockerClient], Answer],
@@ -151,7 +154,7 @@ def ask(action: Callable[[DockerClient], Answer],
         Exit: as for `drive`; Docker's message is in it.
     """
     variables = {**caller_variables(os.environ, read_dotenv()), **(variables or {})}
-    with _environment(variables), _failures_as_exit(streaming=False):
+    with _environment(variables), _failures_as_exit(shown=False):
         return action(_client(profiles, cpu=False, files=files))
 
 
@@ -329,8 +332,8 @@ def _docker_decides_on_interrupt() -> Iterator[None]:
 
 
 @contextmanager
-def _failures_as_exit(streaming: bool) -> Iterator[None]:
-    """Turn python-on-whales' exceptions into `Exit`; where the output was streamed, Docker's message has been seen."""
+def _failures_as_exit(shown: bool) -> Iterator[None]:
+    """Turn python-on-whales' exceptions into `Exit`, with Docker's last line unless it was `shown` as it came."""
     from python_on_whales.exceptions import DockerException
     try:
         from python_on_whales.client_config import ClientNotFoundError
@@ -345,5 +348,5 @@ def _failures_as_exit(streaming: bool) -> Iterator[None]:
         advice = remedy(said)
         if advice:
             raise Exit(f"docker: {advice}", code=error.return_code) from None
-        message = said.splitlines()[-1] if said and not streaming else None
+        message = said.splitlines()[-1] if said and not shown else None
         raise Exit(message and f"docker: {message}", code=error.return_code) from None

@@ -1,0 +1,383 @@
+"""A sharded checkpoint as one thing: its tensors, and where in the ranks' files their pieces lie.
+
+Every check that needs no tensor bytes is made here: the ranks agree with each other, each file is the rank that its
+name says, and the pieces tile every tensor.
+"""
+import contextlib
+import math
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from merger import MergeError
+from merger.discover import RankFiles
+from merger.dtypes import NUMPY, itemsize
+from merger.layout import Box, Placement, Replicate, Shard, box_of, tiling_fault
+from merger.pickles import Record, TensorRef
+from merger.shardfile import ShardFile, read_shard_file
+
+# Wrappers that may stay in the names of a sharded state dict: FSDP's own, activation checkpointing, torch.compile.
+WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """A device mesh as one rank pickled it.
+
+    Attributes:
+        names: of its dimensions, such as ("ddp", "fsdp"); empty where unnamed.
+        shape: their sizes.
+        coordinate: where on it the rank that wrote the file stands.
+        rank: the rank that wrote the file.
+    """
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    coordinate: tuple[int, ...]
+    rank: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor as one rank's file describes it; `box` is the block of the global tensor that the file holds."""
+    dtype: str
+    shape: tuple[int, ...]
+    placements: tuple[Placement, ...]
+    mesh: tuple[tuple[str, ...], tuple[int, ...]]
+    box: Box
+    offset: int
+
+    @property
+    def agreement(self) -> tuple[Any, ...]:
+        """What must be the same on every rank."""
+        return self.dtype, self.shape, self.placements, self.mesh
+
+    def __str__(self) -> str:
+        placements = ", ".join(map(str, self.placements)) or "plain"
+        mesh = f" on {dict(zip(*self.mesh, strict=False)) or self.mesh[1]}" if self.mesh[1] else ""
+        return f"{self.dtype} {list(self.shape)} {placements}{mesh}"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a tensor lies on the ranks; tensors of one shape and placement share it.
+
+    Attributes:
+        holders: the block that each rank holds, replicas and empty ones too.
+        pieces: of those, one holder of each block that has elements: what is read.
+    """
+    holders: tuple[tuple[int, Box], ...]
+    pieces: tuple[tuple[int, Box], ...]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of the checkpoint: its element type, global shape (elements), layout, and its number in the files."""
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    layout: Layout
+    index: int
+    description: str
+
+    @property
+    def numel(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the whole tensor, as stored."""
+        return self.numel * itemsize(self.dtype)
+
+
+class Checkpoint:
+    """All ranks' files as one set of tensors.
+
+    Attributes:
+        files: the ranks' files.
+        tensors: by name, in the order of the files.
+        sizes: bytes of each rank's file.
+        meshes: the meshes that the tensors lie on, as {dimension: size}.
+        notes: what the user should know.
+    """
+
+    def __init__(self, files: RankFiles, tensors: dict[str, Tensor], offsets: dict[int, np.ndarray],
+                 sizes: dict[int, int], meshes: list[dict[str, int]]) -> None:
+        self.files = files
+        self.tensors = tensors
+        self.sizes = sizes
+        self.meshes = meshes
+        self.notes = list(files.notes)
+        self._offsets = offsets
+
+    def offset(self, rank: int, tensor: Tensor) -> int:
+        """Return the byte of `rank`'s file at which its block of `tensor` begins."""
+        return int(self._offsets[rank][tensor.index])
+
+    def path(self, rank: int) -> Path:
+        """Return the file of `rank`."""
+        return self.files.paths[rank]
+
+
+def read_checkpoint(files: RankFiles) -> Checkpoint:
+    """Read the directories and pickles of all rank files and check them against each other.
+
+    Memory: one rank's pickle (about 3 KB a tensor) and 8 bytes a tensor and rank; no tensor is read.
+
+    Raises:
+        MergeError: naming the file and the tensor at fault.
+    """
+    first: dict[str, Entry] = {}
+    first_path = Path()
+    boxes: list[list[tuple[int, Box]]] = []
+    interned: dict[tuple[int, Box], tuple[int, Box]] = {}  # thousands of tensors, a few dozen distinct blocks
+    offsets, sizes = {}, {}
+    for rank, path in sorted(files.paths.items()):
+        shard = read_shard_file(path)
+        entries = _read_entries(shard, rank)
+        if not first:
+            first, first_path, boxes = entries, path, [[] for _ in entries]
+        _check_agreement(first, first_path, entries, path)
+        for index, name in enumerate(first):
+            holder = (rank, entries[name].box)
+            boxes[index].append(interned.setdefault(holder, holder))
+        offsets[rank] = np.array([entries[name].offset for name in first], dtype=np.int64)
+        sizes[rank] = shard.size
+    layouts: dict[Any, Layout] = {}
+    tensors = {}
+    for index, (name, entry) in enumerate(first.items()):
+        holders = tuple(boxes[index])
+        if (entry.shape, holders) not in layouts:
+            layouts[entry.shape, holders] = _layout(name, entry.shape, holders, files)
+        boxes[index] = []
+        tensors[name] = Tensor(name, entry.dtype, entry.shape, layouts[entry.shape, holders], index, str(entry))
+    meshes = [{
+        name or str(i): size
+        for i, (name, size) in enumerate(zip(names or [""] * len(shape), shape, strict=True))
+    } for names, shape in dict.fromkeys(entry.mesh for entry in first.values()) if shape]
+    checkpoint = Checkpoint(files, tensors, offsets, sizes, meshes)
+    if files.missing:
+        checkpoint.notes.append(f"without rank {_ranks(files.missing)}: the others hold a complete replica")
+    _check_replicas(checkpoint)
+    return checkpoint
+
+
+def _layout(name: str, shape: tuple[int, ...], holders: tuple[tuple[int, Box], ...], files: RankFiles) -> Layout:
+    """Choose one holder of each block, the lowest rank, and check that the blocks tile the tensor."""
+    chosen: dict[Box, int] = {}
+    for rank, box in holders:
+        if box.numel:
+            chosen.setdefault(box, rank)
+    fault = tiling_fault(shape, chosen)
+    if fault and files.missing:
+        raise MergeError(
+            f"{len(files.paths)} of {files.world_size} ranks are in "
+            f"{', '.join(map(str, files.folders))}; missing: rank {_ranks(files.missing)} "
+            f"(model_world_size_{files.world_size}_rank_{files.missing[0]}.pt); copy it there, or name its "
+            "folder with one more --local-dir")
+    if fault:
+        raise MergeError(f"{name} of shape {list(shape)} cannot be put together: {fault}; the checkpoint is damaged")
+    return Layout(holders, tuple((rank, box) for box, rank in chosen.items()))
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8]))
+    return shown if len(ranks) <= 8 else f"{shown} and {len(ranks) - 8} more"
+
+
+def _check_agreement(first: Mapping[str, Entry], first_path: Path, entries: Mapping[str, Entry], path: Path) -> None:
+    for here, there, where, other in ((first, entries, path, first_path), (entries, first, first_path, path)):
+        absent = [name for name in here if name not in there]
+        if absent:
+            more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+            raise MergeError(f"{where} has no {absent[0]}{more}, which {other} has; save or copy the checkpoint again")
+    for name, entry in entries.items():
+        if entry.agreement != first[name].agreement:
+            raise MergeError(f"{name} is {entry} in {path} but {first[name]} in {first_path}; "
+                             "the files are not of one checkpoint")
+
+
+SMALL = 1 << 20  # bytes up to which whole copies are always compared; --verify compares all
+
+
+def _check_replicas(checkpoint: Checkpoint) -> None:
+    """Compare the ranks' copies of small tensors that several of them hold whole, such as buffers."""
+    with contextlib.ExitStack() as stack:
+        handles = {rank: stack.enter_context(open(path, "rb", buffering=0))
+                   for rank, path in checkpoint.files.paths.items()}  # yapf: disable
+        for tensor in checkpoint.tensors.values():
+            if tensor.nbytes > SMALL or len(tensor.layout.pieces) != 1:
+                continue
+            whole = tensor.layout.pieces[0][1]
+            copies = {}
+            for rank in (rank for rank, box in tensor.layout.holders if box == whole):
+                handles[rank].seek(checkpoint.offset(rank, tensor))
+                copies[rank] = handles[rank].read(tensor.nbytes)
+            first = next(iter(copies))
+            differing = [rank for rank, copy in copies.items() if copy != copies[first]]
+            if differing:
+                raise MergeError(
+                    f"{tensor.name} is kept whole by {len(copies)} ranks, but rank {_ranks(differing)} has "
+                    f"other values than rank {first}; the checkpoint is damaged")
+
+
+def _read_entries(shard: ShardFile, rank: int) -> dict[str, Entry]:
+    """Return the tensors of one file by their plain names."""
+    content = shard.content
+    if not isinstance(content, (dict, OrderedDict)):
+        raise MergeError(f"{shard.path}: holds a {type(content).__name__} in place of a state dict")
+    meshes: dict[int, Mesh] = {}
+    entries: dict[str, Entry] = {}
+    for key, value in content.items():
+        if not isinstance(key, str):
+            raise MergeError(f"{shard.path}: a key of the state dict is a {type(key).__name__}, not a name")
+        name = plain_name(key)
+        if name in entries:
+            raise MergeError(f"{shard.path}: {name} is there twice")
+        try:
+            entries[name] = _entry(shard, rank, value, meshes)
+        except MergeError as error:
+            text = str(error)
+            raise MergeError(text if str(shard.path) in text else f"{shard.path}: {name}: {text}") from error
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
+            raise MergeError(f"{shard.path}: {name} is described in a way that no torch writes "
+                             f"({type(error).__name__}: {error!s:.100})") from error
+    if not entries:
+        raise MergeError(f"{shard.path}: holds no tensor at all")
+    return entries
+
+
+def plain_name(key: str) -> str:
+    """Return a parameter's name without the names of wrapping modules.
+
+    >>> plain_name("model._fsdp_wrapped_module.layers.0._checkpoint_wrapped_module.mlp.weight")
+    'model.layers.0.mlp.weight'
+    """
+    for wrapper in WRAPPERS:
+        key = key.replace(wrapper, "")
+    return key
+
+
+def _entry(shard: ShardFile, rank: int, value: Any, meshes: dict[int, Mesh]) -> Entry:
+    if isinstance(value, TensorRef):
+        box = Box((0, ) * len(value.shape), value.shape)
+        return Entry(_known(value.dtype), value.shape, (), ((), ()), box, shard.byte_offset(value))
+    kind = value.kind if isinstance(value, Record) else type(value).__name__
+    if kind == "DTensor":
+        return _dtensor(shard, rank, value, meshes)
+    if kind == "ShardedTensor":
+        return _sharded_tensor(shard, rank, value)
+    raise MergeError(f"is a {kind}, not a tensor")
+
+
+def _dtensor(shard: ShardFile, rank: int, value: Record, meshes: dict[int, Mesh]) -> Entry:
+    local, spec = value.state["_local_tensor"], value.state["_spec"]
+    if not isinstance(local, TensorRef):
+        raise MergeError(f"its local tensor is a {type(local).__name__}, not a plain tensor")
+    shape = spec.state["tensor_meta"].args[0]
+    mesh_record = spec.state["mesh"]
+    if id(mesh_record) not in meshes:
+        meshes[id(mesh_record)] = _mesh(shard, mesh_record)
+    mesh = meshes[id(mesh_record)]
+    if mesh.rank != rank:
+        raise MergeError(f"{shard.path}: is named rank {rank} but was written by rank {mesh.rank}; "
+                         "were files renamed or exchanged?")
+    placements = tuple(_placement(record) for record in spec.state["placements"])
+    box = box_of(shape, placements, mesh.shape, mesh.coordinate)
+    if local.shape != box.shape and not (0 in local.shape and box.numel == 0):
+        raise MergeError(f"rank {rank} should hold a piece of shape {list(box.shape)} of {list(shape)}, but holds "
+                         f"{list(local.shape)}")
+    offset = shard.byte_offset(local) if box.numel else 0
+    return Entry(_known(local.dtype), tuple(shape), placements, (mesh.names, mesh.shape), box, offset)
+
+
+def _sharded_tensor(shard: ShardFile, rank: int, value: Record) -> Entry:
+    """Read FSDP1's older form, which states each shard's offsets.
+
+    Its state is (local shards, metadata, process group, sharding spec, …), see `ShardedTensor.__getstate__`.
+    """
+    local_shards, metadata = value.state[0], value.state[1]
+    fields = metadata.state
+    shape = tuple(fields["size"])
+    dtype = _known(fields["tensor_properties"].state[0])
+    spec = (("sharded", ), (len(fields["shards_metadata"]), ))
+    if len(local_shards) > 1:
+        raise MergeError(f"rank {rank} holds {len(local_shards)} pieces of it; one is read")
+    if not local_shards:
+        return Entry(dtype, shape, (), spec, Box((0, ) * len(shape), (0, ) * len(shape)), 0)
+    piece = local_shards[0].state
+    tensor, place = piece["tensor"], piece["metadata"].state
+    box = Box(tuple(place["shard_offsets"]), tuple(place["shard_sizes"]))
+    if tensor.shape != box.shape or tensor.dtype != dtype:
+        raise MergeError(f"rank {rank} should hold {dtype} {list(box.shape)}, but holds {tensor.dtype} "
+                         f"{list(tensor.shape)}")
+    return Entry(dtype, shape, (), spec, box, shard.byte_offset(tensor))
+
+
+def _known(dtype: str) -> str:
+    if dtype not in NUMPY:
+        raise MergeError(f"has elements of type {dtype}, which is not supported")
+    return dtype
+
+
+def _placement(record: Any) -> Placement:
+    match record:
+        case Record(kind="Replicate"):
+            return Replicate()
+        case Record(kind="Shard", state={"dim": int(dim)}):
+            return Shard(dim)
+        case Record(kind="_StridedShard", state={"dim": int(dim), "split_factor": int(factor)}):
+            return Shard(dim, factor)
+        case Record():
+            raise MergeError(f"its placement is {record.kind}, of which no piece can be taken; "
+                             "save a sharded state dict")
+    raise MergeError(f"its placement is a {type(record).__name__}")
+
+
+def _mesh(shard: ShardFile, record: Record) -> Mesh:
+    """Read a mesh in any of the forms that torch pickled it in.
+
+    Up to 2.8 it carries the tensor `mesh` of ranks; since then a `_layout` of sizes and strides over `_rank_map`.
+    """
+    state = record.state
+    names = tuple(state.get("mesh_dim_names") or state.get("_mesh_dim_names") or ())
+    coordinate = tuple(state["_coordinate_on_dim"])
+    if "mesh" in state:
+        ranks = shard.read_integers(state["mesh"])
+        shape, rank = ranks.shape, int(ranks[coordinate])
+    else:
+        rank_map = shard.read_integers(state["_rank_map"]).reshape(-1)
+        axes = _layout_axes(state["_layout"])
+        shape = tuple(math.prod(sizes) for sizes, _ in axes)
+        rank = state.get("_rank")
+        if rank is None:
+            rank = int(rank_map[sum(_axis_offset(c, *axis) for c, axis in zip(coordinate, axes, strict=True))])
+    if len(coordinate) != len(shape) or not all(0 <= c < n for c, n in zip(coordinate, shape, strict=True)):
+        raise MergeError(f"its mesh of shape {shape} has no coordinate {coordinate}")
+    return Mesh(names, tuple(shape), coordinate, rank)
+
+
+def _layout_axes(layout: Record) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Return (sizes, strides) of each mesh dimension; a dimension made of several has several."""
+
+    def as_tuple(value: Any) -> tuple[int, ...]:
+        return tuple(value) if isinstance(value, (tuple, list)) else (value, )
+
+    state = layout.state or dict(zip(("shape", "stride"), layout.args, strict=False))
+    if "axes" in state:
+        return [(as_tuple(axis.state["shape"]), as_tuple(axis.state["stride"])) for axis in state["axes"]]
+    return [(as_tuple(n), as_tuple(s))
+            for n, s in zip(as_tuple(state["shape"]), as_tuple(state["stride"]), strict=True)]
+
+
+def _axis_offset(index: int, sizes: Sequence[int], strides: Sequence[int]) -> int:
+    """Return how far into the rank map step `index` of a mesh dimension leads (the last size varies fastest)."""
+    offset = 0
+    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
+        index, step = divmod(index, size)
+        offset += step * stride
+    return offset

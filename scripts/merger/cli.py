@@ -1,0 +1,214 @@
+"""The command line of the merger."""
+import argparse
+import errno
+import re
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from merger import MergeError, __version__
+
+MISUSE, INTERRUPTED, TERMINATED = 2, 130, 143
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+DTYPES = ("bfloat16", "float16", "float32", "keep")
+
+
+def byte_count(text: str) -> int:
+    """Return the bytes that a size such as `5GB` or `500MiB` names.
+
+    Raises:
+        argparse.ArgumentTypeError: it is no positive size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    unit = UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None or float(match[1]) * unit < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write it like 5GB or 500MB")
+    return int(float(match[1]) * unit)
+
+
+def thread_count(text: str) -> int:
+    """Return a number of threads from 1 to 256.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    if not text.isdigit() or not 1 <= int(text) <= 256:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of threads; give 1 to 256")
+    return int(text)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Answers misuse with one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"merge: {message}; --help lists the flags", file=sys.stderr)
+        sys.exit(MISUSE)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    p = _Parser(prog="model_merger.py",
+                allow_abbrev=False,
+                description="Merge a sharded FSDP checkpoint (model_world_size_*_rank_*.pt, as verl writes it) into "
+                "Hugging Face safetensors. Exit codes: 0 done, 2 misuse or a faulty checkpoint, 130 interrupted.")
+    p.add_argument(
+        "--local-dir",
+        "--local_dir",
+        action="append",
+        required=True,
+        metavar="DIR",
+        help="checkpoint folder, such as saves/x/global_step_100/actor; repeat it for ranks in several folders")
+    p.add_argument("--save-dir",
+                   "--save_dir",
+                   "--target_dir",
+                   metavar="DIR",
+                   help="folder for the merged model (default: LOCAL_DIR/huggingface)")
+    p.add_argument("--dtype",
+                   choices=DTYPES,
+                   default="bfloat16",
+                   help="element type of floating-point tensors; others keep theirs (default: bfloat16)")
+    p.add_argument("--max-shard-size",
+                   type=byte_count,
+                   default="5GB",
+                   metavar="SIZE",
+                   help="largest output file, such as 5GB or 500MB (default: 5GB)")
+    p.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default: auto)")
+    p.add_argument("--threads",
+                   type=thread_count,
+                   default=0,
+                   metavar="N",
+                   help="copying threads (default: one a core, 2 to 4)")
+    p.add_argument("--lora",
+                   choices=("adapter", "fuse"),
+                   help="LoRA weights: save the adapter, or add it to the base weights (default: stop and say so)")
+    p.add_argument("--lora-alpha", type=float, metavar="A", help="LoRA's alpha, where lora_train_meta.json has none")
+    p.add_argument("--tied-weights",
+                   choices=("keep", "drop"),
+                   help="tied weights whose values differ: keep both, or drop the copy (default: stop and say so)")
+    p.add_argument("--allow",
+                   action="append",
+                   choices=("keys", "nonfinite"),
+                   default=[],
+                   help="accept keys that do not fit the config, or NaN and infinite elements; repeatable")
+    p.add_argument("--trust-remote-code",
+                   action="store_true",
+                   help="let transformers run the checkpoint's own code to check the keys")
+    p.add_argument("--verify",
+                   action="store_true",
+                   help="read sources and result again: checksums, every element, and the model's keys")
+    p.add_argument("--force", action="store_true", help="replace weights that are already in the save folder")
+    p.add_argument("--hf-upload-path", "--hf_upload_path", metavar="USER/NAME", help="Hub repository to upload to")
+    p.add_argument("--private", action="store_true", help="create that repository as a private one")
+    p.add_argument("--json", action="store_true", help="print one JSON object in place of tables and progress")
+    mode = p.add_mutually_exclusive_group()
+    mode.add_argument("--dry-run", action="store_true", help="check and plan; write nothing")
+    mode.add_argument("--inspect", action="store_true", help="show mesh, ranks, tensors and faults")
+    mode.add_argument("--verify-only", action="store_true", help="compare a merged folder with its shards")
+    p.add_argument("--version", action="version", version=f"model_merger {__version__}")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the merger; return its exit code."""
+    args = parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return _run(args)
+    except MergeError as error:
+        return _fail(str(error))
+    except OSError as error:
+        return _fail(_explain(error))
+    except KeyboardInterrupt:
+        print("merge: interrupted; nothing was changed", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _terminate(*_: object) -> None:
+    sys.exit(TERMINATED)  # as an exception, so that what was staged is removed
+
+
+def _fail(text: str) -> int:
+    print(f"merge: {text}", file=sys.stderr)
+    return MISUSE
+
+
+def _explain(error: OSError) -> str:
+    where = f" ({error.filename})" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk filled up while writing{where}; nothing was changed; free space or choose another --save-dir"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{error.strerror}{where}; nothing was changed; mend the permissions or choose another --save-dir"
+    return f"{error.strerror or error}{where}; nothing was changed"
+
+
+def _run(args: argparse.Namespace) -> int:
+    from merger import merging, show
+    options = merging.Options(local_dirs=tuple(args.local_dir),
+                              save_dir=args.save_dir,
+                              dtype=args.dtype,
+                              device=args.device,
+                              max_shard_size=args.max_shard_size,
+                              threads=args.threads,
+                              lora=args.lora,
+                              lora_alpha=args.lora_alpha,
+                              tied_weights=args.tied_weights,
+                              verify=args.verify,
+                              force=args.force,
+                              allow=frozenset(args.allow),
+                              trust_remote_code=args.trust_remote_code,
+                              hf_upload_path=args.hf_upload_path,
+                              private=args.private,
+                              quiet=args.json)
+    if args.inspect:
+        checkpoint, facts = merging.inspect(options)
+        if args.json:
+            show.print_json(facts)
+        else:
+            show.print_table("checkpoint", _inspect_rows(facts))
+            show.print_tensors(checkpoint)
+        return MISUSE if facts["problems"] else 0
+    if args.dry_run:
+        plan = merging.plan_only(options)
+        show.print_json(plan) if args.json else show.print_table("plan (nothing was written)", _plan_rows(plan))
+    elif args.verify_only:
+        result = merging.verify_only(options)
+        if args.json:
+            show.print_json(result)
+        else:
+            print(f"{result['folder']}: {result['tensors']} tensors, {show.size_text(result['bytes'])}, equal to the "
+                  f"shards in every element ({result['seconds']:.1f} s)")
+    else:
+        record = merging.merge(options)
+        if args.json:
+            show.print_json(record)
+        else:
+            show.print_table("merge", show.summary_rows(record))
+    return 0
+
+
+def _inspect_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    from merger import show
+    ranks = facts["ranks"]
+    return [
+        ("folders", "\n".join(facts["folders"])),
+        ("ranks", f"{len(ranks)} of {facts['world_size']}"),
+        ("mesh", show.mesh_text(facts["meshes"])),
+        ("tensors", f"{facts['tensors']:,}, {show.count_text(facts['parameters'])} elements"),
+        ("size", show.size_text(facts["bytes"])),
+        ("notes", "\n".join(facts["notes"]) or "none"),
+        ("problems", "\n".join(facts["problems"]) or "none"),
+    ]
+
+
+def _plan_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    from merger import show
+    return [
+        ("folder", plan["folder"]),
+        ("tensors", f"{plan['tensors']:,}, {show.count_text(plan['parameters'])} parameters as {plan['dtype']}"),
+        ("files", "\n".join(f"{file['name']}  {show.size_text(file['bytes'])}" for file in plan["files"])),
+        ("space", f"{show.size_text(plan['bytes_written'])} needed, {show.size_text(plan['bytes_free'])} free"),
+        ("memory", f"{show.size_text(plan['buffer_bytes'])} of buffers"),
+        ("dropped", ", ".join(plan["tied_dropped"]) or "nothing"),
+        ("notes", "\n".join(plan["notes"]) or "none"),
+    ]

@@ -1,0 +1,135 @@
+"""Find the ranks' files of a checkpoint below the folders that the user named."""
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from merger import MergeError
+
+RANK_FILE = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
+STEP_FOLDER = re.compile(r"global_step_(\d+)")
+PATTERN = "model_world_size_*_rank_*.pt"
+ROLES = ("actor", "critic")
+MERGED = "huggingface"
+
+
+@dataclass(frozen=True)
+class RankFiles:
+    """The files of one checkpoint.
+
+    Attributes:
+        folders: where they lie; the first is where the merged model goes by default.
+        world_size: the number of ranks that wrote it.
+        paths: the file of each rank that was found.
+        notes: what was chosen on the user's behalf.
+    """
+    folders: tuple[Path, ...]
+    world_size: int
+    paths: dict[int, Path]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def missing(self) -> list[int]:
+        """The ranks without a file."""
+        return [rank for rank in range(self.world_size) if rank not in self.paths]
+
+    def find(self, name: str) -> Path | None:
+        """Return the first of the folders' files or folders called `name`."""
+        return next((folder / name for folder in self.folders if (folder / name).exists()), None)
+
+
+def find_checkpoint(local_dirs: Sequence[str]) -> RankFiles:
+    """Return the rank files below `local_dirs`, which hold one checkpoint between them.
+
+    Raises:
+        MergeError: there is none, or more than one, or a rank twice; the text names the folder and the remedy.
+    """
+    notes: list[str] = []
+    folders = []
+    for name in local_dirs:
+        folder = _checkpoint_folder(Path(name), notes)
+        if folder not in folders:
+            folders.append(folder)
+    files = [(folder / name, int(match[1]), int(match[2])) for folder in folders for name in _names(folder)
+             if (match := RANK_FILE.fullmatch(name))]
+    world_size = _world_size(folders, {world for _, world, _ in files})
+    paths: dict[int, Path] = {}
+    for path, world, rank in sorted(files):
+        if world != world_size:
+            notes.append(f"left out {path.name}: fsdp_config.json names world size {world_size}")
+        elif rank >= world_size:
+            raise MergeError(f"{path} names rank {rank} of {world_size}; ranks count from 0, so rename or remove it")
+        elif rank in paths:
+            raise MergeError(f"rank {rank} is there twice, as {paths[rank]} and {path}; remove one of them")
+        else:
+            paths[rank] = path
+    if not paths:
+        raise MergeError(f"no model_world_size_{world_size}_rank_*.pt in {folders[0]}, though fsdp_config.json names "
+                         f"world size {world_size}; copy the ranks' files there")
+    return RankFiles(tuple(folders), world_size, paths, notes)
+
+
+def _world_size(folders: Sequence[Path], found: set[int]) -> int:
+    for folder in folders:
+        config = folder / "fsdp_config.json"
+        if config.is_file():
+            try:
+                return int(json.loads(config.read_text())["world_size"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise MergeError(f"{config} names no world_size ({error}); mend or remove it") from error
+    if len(found) > 1:
+        sizes = ", ".join(map(str, sorted(found)))
+        raise MergeError(f"{folders[0]} holds checkpoints of world sizes {sizes}; keep the files of one of them")
+    return found.pop()
+
+
+def _checkpoint_folder(folder: Path, notes: list[str]) -> Path:
+    """Return the folder at or below `folder` that holds rank files, noting what was chosen."""
+    if folder.name == MERGED:
+        raise MergeError(f"--local-dir {folder} is a folder for merged weights; did you mean {folder.parent}?")
+    names = _names(folder)
+    if any(RANK_FILE.fullmatch(name) for name in names):
+        return folder
+    roles = [role for role in ROLES if _has_ranks(folder / role)]
+    if roles:
+        other = f"; for the {roles[1]} pass {folder / roles[1]}" if len(roles) > 1 else ""
+        notes.append(f"took {folder / roles[0]}{other}")
+        return folder / roles[0]
+    steps = sorted(
+        int(match[1]) for name in names
+        if (match := STEP_FOLDER.fullmatch(name)) and any(_has_ranks(folder / name / role) for role in ("", *ROLES)))
+    if steps:
+        if len(steps) > 1:
+            notes.append(f"took the last of the steps {', '.join(map(str, steps))}; for another pass its folder")
+        return _checkpoint_folder(folder / f"global_step_{steps[-1]}", notes)
+    raise MergeError(_explain(folder, names))
+
+
+def _explain(folder: Path, names: Sequence[str]) -> str:
+    """Return why `folder` holds no checkpoint, and where one may be."""
+    below = sorted(path.parent
+                   for path in folder.glob(f"*/*/{PATTERN}")) + sorted(path.parent
+                                                                       for path in folder.glob(f"*/{PATTERN}"))
+    if below:
+        return f"no {PATTERN} in {folder}; did you mean {below[-1]}?"
+    if any(name.startswith("optim_world_size") for name in names):
+        return f"no {PATTERN} in {folder}, only optimizer state; copy the model's shards there too"
+    if any(name.endswith(".safetensors") for name in names):
+        return f"no {PATTERN} in {folder}; it holds safetensors, which need no merging"
+    return f"no {PATTERN} in {folder}; name the folder that verl wrote, such as …/global_step_100/actor"
+
+
+def _has_ranks(folder: Path) -> bool:
+    return folder.is_dir() and any(RANK_FILE.fullmatch(name) for name in _names(folder))
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return [path.name for path in folder.iterdir()]
+    except FileNotFoundError:
+        raise MergeError(f"no folder {folder}; check --local-dir") from None
+    except NotADirectoryError:
+        raise MergeError(f"{folder} is a file; --local-dir takes the folder that holds it") from None
+    except OSError as error:
+        raise MergeError(f"cannot list {folder}: {error.strerror}") from error

@@ -1,0 +1,111 @@
+"""Convert blocks on a CUDA device: pinned staging, assembly and cast on the GPU, one stream a copying thread.
+
+While one thread's block is on the device another's is read from disk, so reads, copies and casts overlap.
+"""
+from typing import Any
+
+import numpy as np
+
+from merger import MergeError
+from merger.copying import HostConverter, Sources
+from merger.dtypes import CONVERTED, NUMPY, itemsize
+from merger.plan import BLOCK_BYTES, Block
+
+
+def check_device(name: str) -> str:
+    """Return the device that `--device` means.
+
+    `auto` is the CPU: the disk is what merging waits for, and the CPU casts several times faster than disks read
+    (`benchmarks/README.md`).
+
+    Raises:
+        MergeError: it names no device, or one that is not here.
+    """
+    if name in ("auto", "cpu"):
+        return "cpu"
+    kind, _, number = name.partition(":")
+    if kind != "cuda" or (number and not number.isdigit()):
+        raise MergeError(f"--device {name} is no device; choose auto, cpu, cuda or cuda:N")
+    try:
+        import torch
+    except ImportError:
+        raise MergeError(f"--device {name} needs torch; install it or pass --device cpu") from None
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(number or 0) >= count:
+        raise MergeError(f"--device {name}: torch {torch.__version__} sees {count} CUDA devices here; "
+                         "pass --device cpu")
+    return f"cuda:{int(number or 0)}"
+
+
+class TorchConverter:
+    """Converts with torch on `device`; the bytes are those of `HostConverter`.
+
+    Blocks with NaN or infinite elements (whose bits devices choose differently) and fused weights (whose sums they
+    order differently) are converted by the host.
+    """
+
+    def __init__(self, sources: Sources, device: str) -> None:
+        import torch
+        self._torch = torch
+        self._device = torch.device(device)
+        self._cuda = self._device.type == "cuda"
+        self._stream = torch.cuda.Stream(self._device) if self._cuda else None
+        self._host = HostConverter(sources)
+        self.sources = sources
+        self._grow(BLOCK_BYTES)
+
+    def _grow(self, nbytes: int) -> None:
+        self._staged = self._torch.empty(nbytes, dtype=self._torch.uint8, pin_memory=self._cuda)
+        self._result = self._torch.empty(nbytes, dtype=self._torch.uint8, pin_memory=self._cuda)
+
+    def convert(self, block: Block) -> tuple[np.ndarray, int, tuple[int, int]]:
+        """See `copying.Converter`."""
+        output = block.output
+        if output.fusion is not None or output.dtype not in CONVERTED or output.source.dtype not in CONVERTED:
+            return self._host.convert(block)
+        nbytes = block.numel * max(itemsize(output.source.dtype), itemsize(output.dtype))
+        if nbytes > self._staged.numel():
+            self._grow(nbytes)
+        read, pieces = self._stage(block)
+        if self._stream is None:
+            finite = self._assemble(block, pieces)
+        else:
+            with self._torch.cuda.stream(self._stream):
+                finite = self._assemble(block, pieces)
+            self._stream.synchronize()
+        if not bool(finite):
+            values, again, counts = self._host.convert(block)
+            return values, read + again, counts
+        target = self._result.numpy()[:block.numel * itemsize(output.dtype)]
+        return target.view(NUMPY[output.dtype]), read, (0, 0)
+
+    def _stage(self, block: Block) -> tuple[int, list[tuple[int, int]]]:
+        """Read the parts back to back into pinned memory; return bytes read and each part's (start, end) there."""
+        staged, size, position = self._staged.numpy(), itemsize(block.output.source.dtype), 0
+        pieces = []
+        for part in block.parts:
+            end = position + part.rows * part.width * size
+            self.sources.read_into(part.rank, part.offset, staged[position:end])
+            pieces.append((position, end))
+            position = end
+        return position, pieces
+
+    def _assemble(self, block: Block, pieces: list[tuple[int, int]]) -> Any:
+        """Queue copy in, assembly, cast, count and copy out; return a tensor that says whether all is finite."""
+        torch = self._torch
+        source_type, target_type = (getattr(torch, block.output.source.dtype), getattr(torch, block.output.dtype))
+        total = pieces[-1][1] if pieces else 0
+        moved = self._staged[:total].to(self._device, non_blocking=True)
+        whole = torch.empty(block.numel, dtype=source_type, device=self._device)
+        for part, (start, end) in zip(block.parts, pieces, strict=True):
+            values = moved[start:end].view(source_type)
+            if part.rows == 1:
+                whole[part.target:part.target + part.width] = values
+            else:
+                first, column = divmod(part.target, part.pitch)
+                raster = whole.view(-1, part.pitch)
+                raster[first:first + part.rows, column:column + part.width] = values.view(part.rows, part.width)
+        cast = whole.to(target_type)
+        finite = torch.isfinite(cast).all()
+        self._result[:cast.numel() * cast.element_size()].copy_(cast.view(torch.uint8), non_blocking=True)
+        return finite

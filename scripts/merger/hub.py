@@ -1,0 +1,70 @@
+"""Upload a merged folder to the Hugging Face Hub."""
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from merger import MergeError
+
+CARD_NAME = "README.md"
+
+
+def log_in(repo_id: str) -> Any:
+    """Return a Hub client whose token works; before any merging, so that a wrong token costs no time.
+
+    The token comes from $HF_TOKEN or the login of `hf auth login`.
+
+    Raises:
+        MergeError: the name is no repository's, there is no token, or the Hub refuses it.
+    """
+    if repo_id.count("/") != 1 or not all(repo_id.split("/")):
+        raise MergeError(f"--hf-upload-path {repo_id} is no Hub repository; write it as user/name")
+    try:
+        from huggingface_hub import HfApi, get_token
+    except ImportError:
+        raise MergeError("--hf-upload-path needs huggingface_hub; pip install huggingface_hub") from None
+    if not get_token():
+        raise MergeError("--hf-upload-path needs a token; set HF_TOKEN or run `hf auth login`")
+    api = HfApi()
+    try:
+        api.whoami()
+    except Exception as error:  # the library's many, and those of its HTTP client, which changed with version 1
+        raise MergeError(f"the Hub at {api.endpoint} does not take the token ({_one_line(error)}); "
+                         "set another HF_TOKEN or run `hf auth login`") from error
+    return api
+
+
+def upload(api: Any, folder: Path, repo_id: str, private: bool) -> str:
+    """Upload `folder` and return the repository's address. An upload that broke off goes on where it stopped.
+
+    Raises:
+        MergeError: the Hub refused or could not be reached; `folder` is as it was.
+    """
+    try:
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        large = getattr(api, "upload_large_folder", None)  # until huggingface_hub 1; since then upload_folder resumes
+        if large is not None:
+            large(repo_id=repo_id, folder_path=folder, repo_type="model")
+        else:
+            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload merged model")
+    except Exception as error:
+        raise MergeError(f"the upload to {repo_id} failed ({_one_line(error)}); {folder} is complete; "
+                         "run the same command again to go on with the upload") from error
+    return str(url)
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+def model_card(record: Mapping[str, Any], base_model: str | None) -> str:
+    """Return a model card with the facts of `merge.json`."""
+    head = ["---", "library_name: transformers", *([f"base_model: {base_model}"] if base_model else []), "---"]
+    mesh = ", ".join(f"{name} {size}" for mesh in record["meshes"] for name, size in mesh.items()) or "none"
+    rows = [("tensors", f"{record['tensors']:,}"), ("parameters", f"{record['parameters']:,}"),
+            ("element type", record["dtype"]), ("ranks", record["world_size"]), ("device mesh", mesh),
+            ("NaN or infinite elements", record["nan"] + record["inf"])]
+    table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
+    return "\n".join([
+        *head, "", "# Merged FSDP checkpoint", "",
+        "These weights were merged from the shards of a training run; `merge.json` lists the shards.", "", *table, ""
+    ])

@@ -1,0 +1,156 @@
+"""LoRA weights in a sharded checkpoint (PEFT's names): write them as an adapter, or add them to the base weights.
+
+PEFT computes base(x) + scale * b(a(x)) with scale = lora_alpha / r (Hu et al. 2021, https://arxiv.org/abs/2106.09685),
+so the fused weight is base + scale * (b @ a).
+"""
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from merger import MergeError
+from merger.checkpoint import Tensor
+from merger.discover import RankFiles
+from merger.plan import Fusion
+
+PREFIX = "base_model.model."
+FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.(?:(?P<adapter>[^.]+)\.)?weight")
+UNSUPPORTED = (".lora_magnitude_vector", ".lora_embedding_", ".modules_to_save.")
+META_NAME = "lora_train_meta.json"
+ADAPTER_STEM = "adapter_model"
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The LoRA part of a checkpoint: (a of shape (r, in), b of shape (out, r)) by module, and its hyperparameters."""
+    factors: dict[str, tuple[Tensor, Tensor]]
+    rank: int
+    alpha: float | None
+    task_type: str | None
+
+
+def has_lora(tensors: Mapping[str, Tensor]) -> bool:
+    """Tell whether any name is a LoRA weight's."""
+    return any(".lora_" in name for name in tensors)
+
+
+def read_lora(tensors: Mapping[str, Tensor], files: RankFiles, alpha: float | None) -> Lora:
+    """Collect the factors; take r from their shapes and alpha from the flag or `lora_train_meta.json`.
+
+    Raises:
+        MergeError: half a pair, several adapters, ranks that differ, DoRA and its like, a record that disagrees.
+    """
+    sides: dict[str, dict[str, Tensor]] = {}
+    adapters = set()
+    for name, tensor in tensors.items():
+        if any(part in name for part in UNSUPPORTED):
+            raise MergeError(f"{name} belongs to a kind of adapter that is not supported; merge it with PEFT")
+        if match := FACTOR.fullmatch(name):
+            sides.setdefault(match["module"], {})[match["side"]] = tensor
+            adapters.add(match["adapter"])
+        elif ".lora_" in name:
+            raise MergeError(f"{name} is no LoRA weight that is known; merge it with PEFT")
+    if len(adapters) > 1:
+        raise MergeError(f"holds {len(adapters)} adapters ({', '.join(sorted(map(str, adapters)))}); one can be merged")
+    for module, pair in sides.items():
+        if set(pair) != {"A", "B"} or len(pair["A"].shape) != 2 or pair["A"].shape[0] != pair["B"].shape[-1]:
+            raise MergeError(f"{module} has no matching pair of lora_A and lora_B; the checkpoint is damaged")
+    ranks = {pair["A"].shape[0] for pair in sides.values()}
+    if len(ranks) != 1:
+        raise MergeError(f"LoRA ranks differ between modules ({sorted(ranks)}); merge it with PEFT")
+    meta = _meta(files)
+    rank = ranks.pop()
+    if meta.get("r", rank) != rank:
+        raise MergeError(f"{META_NAME} says r = {meta['r']}, but the weights have r = {rank}; mend the file")
+    chosen = alpha if alpha is not None else meta.get("lora_alpha")
+    factors = {module: (pair["A"], pair["B"]) for module, pair in sides.items()}
+    return Lora(factors, rank, chosen, meta.get("task_type"))
+
+
+def _meta(files: RankFiles) -> dict[str, Any]:
+    path = files.find(META_NAME)
+    if path is None:
+        return {}
+    try:
+        meta = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise MergeError(f"cannot read {path}: {error}") from error
+    if not isinstance(meta, dict):
+        raise MergeError(f"{path} holds no JSON object")
+    return meta
+
+
+def known_alpha(lora: Lora) -> float:
+    """Return alpha.
+
+    Raises:
+        MergeError: it is not recorded, or 0, which would leave the base model as it is.
+    """
+    if not lora.alpha or not isinstance(lora.alpha, (int, float)):
+        raise MergeError(f"{META_NAME} records lora_alpha {lora.alpha}; pass the training's with --lora-alpha")
+    return lora.alpha
+
+
+def fuse(tensors: Mapping[str, Tensor], lora: Lora) -> dict[str, tuple[Tensor, Fusion | None]]:
+    """Return the base model's tensors by their plain names, those with LoRA factors with their fusion."""
+    scale = known_alpha(lora) / lora.rank
+    fused: dict[str, tuple[Tensor, Fusion | None]] = {}
+    for name, tensor in tensors.items():
+        if ".lora_" in name:
+            continue
+        module, _, kind = name.rpartition(".")
+        layer = module.removesuffix(".base_layer")
+        fusion = None
+        if kind == "weight" and layer in lora.factors:
+            a, b = lora.factors[layer]
+            if tensor.shape != (b.shape[0], a.shape[1]):
+                raise MergeError(f"{name} of shape {list(tensor.shape)} does not fit lora_B {list(b.shape)} @ lora_A "
+                                 f"{list(a.shape)}")
+            fusion = Fusion(a, b, scale)
+        fused[f"{layer}.{kind}".removeprefix(PREFIX)] = (tensor, fusion)
+    lost = [layer for layer in lora.factors if f"{layer}.weight".removeprefix(PREFIX) not in fused]
+    if lost:
+        raise MergeError(f"the base weight of {lost[0]} is not in the checkpoint; use --lora adapter")
+    return fused
+
+
+def adapter(lora: Lora) -> dict[str, Tensor]:
+    """Return the adapter's tensors by the names that PEFT loads."""
+    known_alpha(lora)
+    return {
+        f"{module}.lora_{side}.weight": tensor
+        for module, pair in lora.factors.items()
+        for side, tensor in zip("AB", pair, strict=True)
+    }
+
+
+def adapter_config(lora: Lora, tensors: Mapping[str, Tensor], base_model: str | None) -> dict[str, Any]:
+    """Return `adapter_config.json` (https://huggingface.co/docs/peft/package_reference/lora)."""
+    return {
+        "base_model_name_or_path": base_model,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": 0.0,
+        "peft_type": "LORA",
+        "r": lora.rank,
+        "target_modules": target_modules(list(lora.factors), list(tensors)),
+        "task_type": lora.task_type,
+    }
+
+
+def target_modules(modules: list[str], names: list[str]) -> list[str]:
+    """Return the shortest names that PEFT matches to exactly `modules`: last parts, or whole paths where those say more.
+
+    >>> target_modules(["base_model.model.a.q", "base_model.model.b.q"], ["base_model.model.a.k.weight"])
+    ['q']
+    >>> target_modules(["base_model.model.a.q"], ["base_model.model.b.q.weight"])
+    ['a.q']
+    """
+    parts = {module.rpartition(".")[2] for module in modules}
+    others = {name.rpartition(".")[0] for name in names if ".lora_" not in name and ".base_layer." not in name}
+    if any(other.rpartition(".")[2] in parts for other in others):
+        return sorted(module.removeprefix(PREFIX) for module in modules)
+    return sorted(parts)

@@ -1,0 +1,180 @@
+"""Would transformers load this? Asked in a process of its own, on the meta device, before anything is written.
+
+The child builds the model without memory for weights and hands transformers' own loading code a state dict of meta
+tensors of the checkpoint's names and shapes: so renaming, fused experts and ignored buffers count as the installed
+version counts them. The parent needs neither torch nor transformers, and its memory stays small.
+"""
+import contextlib
+import gc
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from merger import MergeError
+
+SCRIPTS = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the child found.
+
+    Attributes:
+        unknown: why the model could not be built, or empty; then nothing else is known.
+        missing: names that the model has and the checkpoint has not.
+        unexpected: names that the checkpoint has and the model has not.
+        mismatched: (name, shape in the checkpoint, shape in the model).
+        tied: groups of names that the model keeps as one tensor.
+        transformers: version.
+        torch: version.
+    """
+    unknown: str = ""
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: list[tuple[str, list[int], list[int]]] = field(default_factory=list)
+    tied: list[list[str]] = field(default_factory=list)
+    transformers: str = ""
+    torch: str = ""
+
+
+class ModelCheck:
+    """The child process. It imports from the start, works once asked, and ends with the `with` block."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen([sys.executable, "-m", "merger.model_check"],
+                                         stdin=subprocess.PIPE,
+                                         stdout=subprocess.PIPE,
+                                         stderr=subprocess.PIPE,
+                                         cwd=SCRIPTS,
+                                         text=True)
+
+    def __enter__(self) -> "ModelCheck":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.communicate()
+
+    def ask(self, config_dir: Path, shapes: Mapping[str, Sequence[int]], trust_remote_code: bool) -> None:
+        """Send the names and shapes (elements) that the model would be loaded from."""
+        assert self._process.stdin is not None
+        request = {
+            "config_dir": str(config_dir.absolute()),
+            "trust_remote_code": trust_remote_code,
+            "shapes": {
+                name: list(shape)
+                for name, shape in shapes.items()
+            }
+        }
+        with contextlib.suppress(BrokenPipeError):  # it died at once: `verdict` says why
+            self._process.stdin.write(json.dumps(request))
+            self._process.stdin.close()
+        self._process.stdin = None
+
+    def verdict(self) -> Verdict:
+        """Wait for the child and return what it found."""
+        out, err = self._process.communicate()
+        if self._process.returncode:
+            last = (err.strip().splitlines() or [f"exit code {self._process.returncode}"])[-1]
+            return Verdict(unknown=last[:300])
+        answer = json.loads(out)
+        answer["mismatched"] = [tuple(row) for row in answer.get("mismatched", [])]
+        return Verdict(**answer)
+
+
+def check(config_dir: Path, shapes: Mapping[str, Sequence[int]], trust_remote_code: bool) -> dict[str, Any]:
+    """Return the fields of a `Verdict` for a checkpoint of `shapes` (elements by name). Runs in the child."""
+    import torch
+    import transformers
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    transformers.utils.logging.disable_progress_bar()
+    versions = {"transformers": transformers.__version__, "torch": torch.__version__}
+    try:
+        config = transformers.AutoConfig.from_pretrained(config_dir, trust_remote_code=trust_remote_code)
+        model_class = _model_class(config, config_dir, trust_remote_code)
+    except Exception as error:  # an unknown architecture, custom code that is not trusted, a broken config
+        return {"unknown": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", **versions}
+    with torch.device("meta"):
+        model = model_class(config)
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    tied = [group for group in names.values() if len(group) > 1]
+    # A tied copy may be absent: the other name stands for it.
+    state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    _, info = model_class.from_pretrained(None,
+                                          config=config,
+                                          state_dict=state,
+                                          output_loading_info=True,
+                                          ignore_mismatched_sizes=True,
+                                          device_map={"": "meta"})
+    return {
+        "missing": sorted(info["missing_keys"]),
+        "unexpected": sorted(info["unexpected_keys"]),
+        "mismatched": _mismatched(info["mismatched_keys"], shapes, model),
+        "tied": tied,
+        **versions
+    }
+
+
+def _model_class(config: Any, config_dir: Path, trust_remote_code: bool) -> Any:
+    import transformers
+    architecture = (config.architectures or [""])[0]
+    remote = getattr(config, "auto_map", None) or {}
+    if trust_remote_code and remote:
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+        reference = next((ref for ref in remote.values() if isinstance(ref, str) and ref.endswith("." + architecture)),
+                         None)
+        if reference:
+            return get_class_from_dynamic_module(reference, str(config_dir))
+    if not hasattr(transformers, architecture):
+        raise ValueError(f"architecture {architecture or '(none named)'} is not in transformers "
+                         f"{transformers.__version__}")
+    return getattr(transformers, architecture)
+
+
+def _mismatched(found: Any, shapes: Mapping[str, Sequence[int]], model: Any) -> list[tuple[str, list[int], list[int]]]:
+    expected = {name: list(value.shape) for name, value in model.state_dict().items()}
+    # transformers 4 names the tensor, 5 gives (name, shape, shape)
+    names = sorted(entry if isinstance(entry, str) else entry[0] for entry in found)
+    return [(name, list(shapes.get(name, [])), expected.get(name, [])) for name in names]
+
+
+def complaint(verdict: Verdict, config: Mapping[str, Any], config_path: Path) -> str | None:
+    """Return the one line that names what does not fit, or None."""
+    for name, ours, theirs in verdict.mismatched:
+        vocabulary = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+        if theirs and ours[:1] != theirs[:1] and vocabulary == theirs[0]:
+            return f"{name} has {ours[0]} rows, but {config_path} says vocab_size {vocabulary}; mend the config"
+        return f"{name} is of shape {ours}, but {config_path} makes it {theirs}; mend the config"
+    for names, what in ((verdict.missing, "lacks"), (verdict.unexpected, "has the unexpected")):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            return (f"the checkpoint {what} {names[0]}{more}, by {config_path} and transformers "
+                    f"{verdict.transformers}; if that is meant, pass --allow keys")
+    return None
+
+
+def main() -> None:
+    """Answer one request on standard input with one JSON object on standard output."""
+    gc.disable()  # importing makes a million objects and no garbage
+    with contextlib.redirect_stdout(io.StringIO()):  # custom code may print
+        import transformers.modeling_utils  # noqa: F401  the slow part, done while the parent reads the checkpoint
+        request = json.load(sys.stdin)
+        answer = check(Path(request["config_dir"]), request["shapes"], request["trust_remote_code"])
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except MergeError as error:
+        sys.exit(str(error))

@@ -1,0 +1,68 @@
+"""The model's config.json: read it, and say in it what the merged weights are."""
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from merger import MergeError
+
+CONFIG_NAME = "config.json"
+DTYPE_KEYS = ("dtype", "torch_dtype")  # transformers 5 writes the first, 4 the second; both read the second
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the config in `folder`.
+
+    Raises:
+        MergeError: there is none, or it is no JSON object.
+    """
+    path = folder / CONFIG_NAME
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise MergeError(f"no {path}; copy the base model's config.json (and tokenizer) there") from None
+    except (OSError, ValueError) as error:
+        raise MergeError(f"cannot read {path}: {error}") from error
+    if not isinstance(config, dict):
+        raise MergeError(f"{path} holds a {type(config).__name__}, not a JSON object")
+    return config
+
+
+def with_dtype(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
+    """Return `config` naming `dtype`, in nested configs too where they name one; None leaves it as it is."""
+    changed = copy.deepcopy(config)
+    if dtype is None:
+        return changed
+    for part in [changed, *(value for value in changed.values() if isinstance(value, dict))]:
+        for key in DTYPE_KEYS:
+            if key in part:
+                part[key] = dtype
+    if not any(key in changed for key in DTYPE_KEYS):
+        changed["torch_dtype"] = dtype
+    return changed
+
+
+def untied(config: dict[str, Any]) -> dict[str, Any]:
+    """Return `config` saying that input and output embeddings are two tensors."""
+    changed = {**config, "tie_word_embeddings": False}
+    for key, value in config.items():
+        if isinstance(value, dict) and "tie_word_embeddings" in value:
+            changed[key] = {**value, "tie_word_embeddings": False}
+    return changed
+
+
+def tied_by_config(config: dict[str, Any], names: list[str]) -> list[list[str]]:
+    """Return the tied names that the config alone tells, for architectures that transformers does not know."""
+    parts = [config, *(value for value in config.values() if isinstance(value, dict))]
+    if not any(part.get("tie_word_embeddings") is True for part in parts):
+        return []
+    embeddings = [
+        name for name in names if name.endswith(("embed_tokens.weight", "wte.weight", "word_embeddings.weight"))
+    ]
+    heads = [name for name in names if name.endswith(("lm_head.weight", "embed_out.weight"))]
+    return [[embeddings[0], heads[0]]] if len(embeddings) == len(heads) == 1 else []
+
+
+def dump_json(value: Any) -> str:
+    """Return `value` as the indented JSON that model folders hold."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

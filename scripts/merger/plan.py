@@ -1,0 +1,210 @@
+"""Lay out the output before any data is read: which tensor goes where, and in which blocks it is copied.
+
+A safetensors file is 8 bytes of header length, a JSON header, and the tensors' bytes without holes
+(https://github.com/huggingface/safetensors#format), so every byte's place is known from shapes and types alone.
+"""
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from merger.checkpoint import Checkpoint, Tensor
+from merger.dtypes import SAFETENSORS, itemsize
+from merger.layout import Run, cut_dimension, runs_of
+
+BLOCK_BYTES = 8 << 20  # of source data; two buffers of this size a thread
+INDEX_NAME = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """LoRA matrices to add: weight + scale * (b @ a), for a of shape (r, in) and b of shape (out, r)."""
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor to write: the checkpoint's tensor under its final name and element type."""
+    name: str
+    source: Tensor
+    dtype: str
+    fusion: Fusion | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that it takes in the output."""
+        return self.source.numel * itemsize(self.dtype)
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A safetensors file: its name, its header's bytes, and its tensors with the byte at which each begins."""
+    name: str
+    header: bytes
+    tensors: tuple[tuple[Output, int], ...]
+    size: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of one rank's file that go into a block.
+
+    Attributes:
+        rank: whose file.
+        offset: byte of that file at which the first row begins; rows follow each other.
+        target: element of the block at which the first row begins.
+        rows, width, pitch: number of rows, elements of a row, elements between two rows of the block.
+    """
+    rank: int
+    offset: int
+    target: int
+    rows: int
+    width: int
+    pitch: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive elements of one output tensor, small enough to be held in memory.
+
+    Attributes:
+        output: the tensor.
+        file: number of the output file.
+        offset: byte of that file at which the block begins.
+        start, numel: first element of the tensor, and how many.
+        parts: what fills it.
+    """
+    output: Output
+    file: int
+    offset: int
+    start: int
+    numel: int
+    parts: tuple[Part, ...]
+
+
+def split_files(outputs: Sequence[Output], max_bytes: int, stem: str = "model") -> list[OutputFile]:
+    """Distribute `outputs` over files of at most `max_bytes` of tensor data (a larger tensor has a file of its own)."""
+    groups: list[list[Output]] = [[]]
+    filled = 0
+    for output in outputs:
+        if groups[-1] and filled + output.nbytes > max_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(output)
+        filled += output.nbytes
+    count = len(groups)
+    names = [f"{stem}.safetensors"
+             ] if count == 1 else [f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    return [_output_file(name, group) for name, group in zip(names, groups, strict=True)]
+
+
+def _output_file(name: str, outputs: Sequence[Output]) -> OutputFile:
+    # Wider elements first: then every tensor begins at a multiple of its element size, as readers like it.
+    ordered = sorted(outputs, key=lambda output: -itemsize(output.dtype))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offsets, end = [], 0
+    for output in ordered:
+        offsets.append(end)
+        end += output.nbytes
+        header[output.name] = {
+            "dtype": SAFETENSORS[output.dtype],
+            "shape": list(output.source.shape),
+            "data_offsets": [offsets[-1], end]
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    prefix = len(text).to_bytes(8, "little") + text
+    placed = tuple((output, len(prefix) + offset) for output, offset in zip(ordered, offsets, strict=True))
+    return OutputFile(name, prefix, placed, len(prefix) + end)
+
+
+def index_json(files: Sequence[OutputFile]) -> bytes | None:
+    """Return the index that names each tensor's file, or None where one file holds all."""
+    if len(files) == 1:
+        return None
+    weight_map = {output.name: file.name for file in files for output, _ in file.tensors}
+    total = sum(output.nbytes for file in files for output, _ in file.tensors)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return (json.dumps(index, indent=2) + "\n").encode()
+
+
+def all_blocks(checkpoint: Checkpoint, files: Sequence[OutputFile], block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
+    """Yield the blocks of all files, in the order of the output."""
+    for number, file in enumerate(files):
+        for output, offset in file.tensors:
+            for start, numel, parts in tensor_blocks(checkpoint,
+                                                     output.source,
+                                                     block_bytes,
+                                                     whole_rows=output.fusion is not None):
+                yield Block(output, number, offset + start * itemsize(output.dtype), start, numel, parts)
+
+
+def tensor_blocks(checkpoint: Checkpoint,
+                  tensor: Tensor,
+                  block_bytes: int = BLOCK_BYTES,
+                  whole_rows: bool = False) -> Iterator[tuple[int, int, tuple[Part, ...]]]:
+    """Yield (first element, elements, parts) of blocks of at most `block_bytes` that make up `tensor`.
+
+    Args:
+        whole_rows: let blocks begin at multiples of the tensor's last dimension, however long that is.
+    """
+    size = itemsize(tensor.dtype)
+    limit = max(block_bytes // size, 1)
+    shape, layout = tensor.shape, tensor.layout
+    cut = cut_dimension(shape, (box for _, box in layout.pieces))
+    runs = [(rank, checkpoint.offset(rank, tensor), run) for rank, box in layout.pieces
+            for run in runs_of(shape, box, cut)]
+    raster = math.prod(shape[cut:]) if cut else 0
+    if 0 < raster <= limit:
+        rows = math.prod(shape[:cut])
+        step = limit // raster
+        for row in range(0, rows, step):
+            count = min(step, rows - row)
+            parts = [part for rank, offset, run in runs if (part := _rows_within(rank, offset, run, row, count, size))]
+            yield row * raster, count * raster, tuple(parts)
+        return
+    lines = sorted(((rank, offset + (run.source + i * run.width) * size, run.target + i * run.pitch, run.width)
+                    for rank, offset, run in runs for i in range(run.rows)),
+                   key=lambda line: line[2])
+    if whole_rows and shape:
+        limit = max(limit // shape[-1], 1) * shape[-1]
+    yield from _cut_lines(lines, tensor.numel, limit, size)
+
+
+def _rows_within(rank: int, offset: int, run: Run, row: int, count: int, size: int) -> Part | None:
+    """Return those rows of `run` that lie on rows row … row + count of the raster."""
+    first, column = divmod(run.target, run.pitch)
+    low, high = max(first, row), min(first + run.rows, row + count)
+    if low >= high:
+        return None
+    return Part(rank, offset + (run.source + (low - first) * run.width) * size, (low - row) * run.pitch + column,
+                high - low, run.width, run.pitch)
+
+
+def _cut_lines(lines: Sequence[tuple[int, int, int, int]], numel: int, limit: int,
+               size: int) -> Iterator[tuple[int, int, tuple[Part, ...]]]:
+    """Cut consecutive lines (rank, byte offset, first element, elements) into blocks of `limit` elements."""
+    position = 0
+    for start in range(0, numel, limit):
+        end = min(start + limit, numel)
+        parts = []
+        while position < len(lines):
+            rank, offset, target, width = lines[position]
+            low, high = max(target, start), min(target + width, end)
+            if low < high:
+                parts.append(Part(rank, offset + (low - target) * size, low - start, 1, high - low, high - low))
+            if target + width > end:
+                break
+            position += 1
+        yield start, end - start, tuple(parts)
+
+
+def nonfinite(values: np.ndarray) -> tuple[int, int]:
+    """Return how many NaN and how many infinite elements a floating-point array has."""
+    if np.isfinite(values).all():
+        return 0, 0
+    return int(np.isnan(values).sum()), int(np.isinf(values).sum())

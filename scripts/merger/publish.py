@@ -1,0 +1,193 @@
+"""Put a finished folder in place, whole or not at all.
+
+The output is staged in a hidden folder beside the target. `renameat2(RENAME_EXCHANGE)` swaps the two in one step
+(Linux 3.15; macOS has `renamex_np`); so whoever looks, also after a kill -9, sees the old folder or the new one.
+A lock on the staging folder, which dies with its process, tells a merge that runs from the leftovers of one that died.
+"""
+import ctypes
+import errno
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from merger import MergeError
+
+try:
+    import fcntl
+except ImportError:  # Windows: no locks, so leftovers are not recognised
+    fcntl = None  # type: ignore[assignment]
+
+AT_FDCWD = -100
+RENAME_EXCHANGE = 2  # linux/fs.h
+RENAME_SWAP = 2  # macOS stdio.h
+WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin.index.json")
+WEIGHT_STEMS = ("pytorch_model", "adapter_model", "tf_model", "flax_model", "model")
+WEIGHT_BINARIES = (".bin", ".pt", ".pth", ".h5", ".msgpack")
+RECORD_NAME = "merge.json"
+
+
+def is_weight(name: str) -> bool:
+    """Tell whether a file of a model folder holds weights, or is the index of files that do.
+
+    >>> [is_weight(n) for n in ("model-00001-of-00002.safetensors", "pytorch_model.bin", "tokenizer.json", "merges.txt")]
+    [True, True, False, False]
+    """
+    return name.endswith(WEIGHT_SUFFIXES) or (name.startswith(WEIGHT_STEMS) and name.endswith(WEIGHT_BINARIES))
+
+
+def weights_in(folder: Path) -> list[str]:
+    """Return the names of the weight files in `folder`, which may be absent."""
+    return sorted(path.name for path in folder.iterdir() if is_weight(path.name)) if folder.is_dir() else []
+
+
+class Staging:
+    """A hidden folder beside `target` that becomes `target` on `publish`, and vanishes otherwise.
+
+    Raises:
+        MergeError: the parent cannot be written to, the target is no folder or a mount point, or another merge runs.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self.target = Path(os.path.abspath(target))
+        self.folder = self.target.with_name(f".{self.target.name}.merging-{os.getpid()}")
+        self._lock = -1
+
+    def __enter__(self) -> "Staging":
+        check_target(self.target)
+        try:
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            for leftover in self._leftovers():
+                shutil.rmtree(leftover)
+            os.mkdir(self.folder, self._mode())
+            self._lock = os.open(self.folder, os.O_RDONLY)
+            _try_lock(self._lock)
+        except OSError as error:
+            raise MergeError(
+                f"cannot write in {self.target.parent}: {error.strerror}; choose another --save-dir") from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # Before publishing this removes what was staged; after an exchange, the folder that was replaced.
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if self._lock >= 0:
+            os.close(self._lock)
+
+    def publish(self) -> None:
+        """Make the staged folder the target, in one step, and flush that to disk."""
+        sync_folder(self.folder)
+        if self.target.is_dir():
+            exchange(self.folder, self.target)
+        else:
+            os.rename(self.folder, self.target)
+        _sync_directory(self.target.parent)
+
+    def _mode(self) -> int:
+        return self.target.stat().st_mode & 0o7777 if self.target.is_dir() else 0o777
+
+    def _leftovers(self) -> Iterator[Path]:
+        """Yield staging folders of merges that died; refuse where one lives."""
+        for path in self.target.parent.glob(f".{self.target.name}.merging-*"):
+            lock = os.open(path, os.O_RDONLY)
+            try:
+                if not _try_lock(lock):
+                    raise MergeError(
+                        f"another merge is writing {self.target} (process {path.name.rpartition('-')[2]}); "
+                        "wait for it or choose another --save-dir")
+            finally:
+                os.close(lock)
+            yield path
+
+
+def check_target(target: Path) -> None:
+    """Refuse a target that could not be replaced in one step.
+
+    Raises:
+        MergeError: naming it.
+    """
+    if target.exists() and not target.is_dir():
+        raise MergeError(f"--save-dir {target} is a file; name a folder")
+    if os.path.ismount(target):
+        raise MergeError(f"--save-dir {target} is a mount point, which cannot be replaced in one step; "
+                         "name a folder inside it")
+
+
+def _try_lock(fd: int) -> bool:
+    """Lock `fd` and return True, or return False where another process holds it."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
+
+
+def exchange(a: Path, b: Path) -> None:
+    """Swap two folders in one step; where the system cannot, in three renames.
+
+    Raises:
+        OSError: the swap failed; both folders are as they were.
+    """
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if sys.platform == "darwin":
+            code = libc.renamex_np(os.fsencode(a), os.fsencode(b), RENAME_SWAP)
+        else:
+            code = libc.renameat2(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE)
+    except (AttributeError, TypeError, OSError):  # an older C library, Windows
+        code = -1
+        ctypes.set_errno(errno.ENOSYS)
+    if code == 0:
+        return
+    fault = ctypes.get_errno()
+    if fault not in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM):
+        raise OSError(fault, os.strerror(fault), str(b))
+    aside = a.with_name(a.name + ".old")
+    os.rename(b, aside)
+    os.rename(a, b)
+    os.rename(aside, a)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the folder's files and the folder itself to disk."""
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            _sync_directory(path)
+        elif path.is_file():
+            fd = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+    _sync_directory(folder)
+
+
+def _sync_directory(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError:
+        return  # some network file systems refuse to sync a folder
+    finally:
+        os.close(fd)
+
+
+def copy_companions(source: Path, staging: Path) -> list[str]:
+    """Copy everything but weights, byte for byte, from `source` to `staging`; return the names at the top level.
+
+    Links are followed (hub snapshots are made of them); file modes stay.
+    """
+    if not source.is_dir():
+        return []
+    for path in sorted(source.iterdir()):
+        if path.name == RECORD_NAME or is_weight(path.name) or path.name.startswith("."):
+            continue
+        if path.is_dir():
+            shutil.copytree(path, staging / path.name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy2(path, staging / path.name)
+    return sorted(path.name for path in staging.iterdir())

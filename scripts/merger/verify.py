@@ -1,0 +1,198 @@
+"""Read a merged model again and compare it with the shards, piece by piece.
+
+This goes the other way round than the copying: each rank's block is laid over the tensor as numpy cuts it, so a fault
+of the plan does not hide itself.
+"""
+import json
+import math
+import mmap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from merger import MergeError
+from merger.checkpoint import Checkpoint
+from merger.copying import Sources
+from merger.dtypes import NUMPY, SAFETENSORS, itemsize
+from merger.layout import Box
+from merger.plan import BLOCK_BYTES, INDEX_NAME, Output
+from merger.shardfile import damaged_records, read_shard_file
+
+TORCH_DTYPES = {code: dtype for dtype, code in SAFETENSORS.items()}
+FUSED_TOLERANCE = 2.0**-7  # two roundings to bfloat16 of one float32 sum in another order
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a safetensors file: its type, shape (elements) and first byte in the file."""
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+def read_folder(folder: Path, stem: str = "model") -> dict[str, Stored]:
+    """Return the tensors of a model folder by name, from its index or its single file.
+
+    Raises:
+        MergeError: no weights, or a file that is missing or not whole.
+    """
+    index = folder / INDEX_NAME.replace("model", stem, 1)
+    try:
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        else:
+            names = [f"{stem}.safetensors"]
+        stored: dict[str, Stored] = {}
+        for name in names:
+            stored.update(read_header(folder / name))
+        return stored
+    except FileNotFoundError as error:
+        raise MergeError(
+            f"no merged weights at {error.filename}; merge first, or name the folder with --save-dir") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise MergeError(f"the weights in {folder} cannot be read: {error}") from error
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """Return the tensors of one safetensors file by name.
+
+    Raises:
+        MergeError: the file ends early.
+    """
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        size = path.stat().st_size
+        if length > size:
+            raise MergeError(f"{path} is not a whole safetensors file; merge again with --force")
+        header: dict[str, Any] = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    if 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0) != size:
+        raise MergeError(f"{path} is not a whole safetensors file; merge again with --force")
+    return {
+        name: Stored(path, TORCH_DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        for name, entry in header.items()
+    }
+
+
+def check_sources(checkpoint: Checkpoint, threads: int) -> None:
+    """Compare every record of the ranks' files with the CRC32 that torch stored beside it.
+
+    Raises:
+        MergeError: naming the file and the tensor whose bytes changed since they were written.
+    """
+
+    def check(rank: int) -> None:
+        shard = read_shard_file(checkpoint.path(rank))
+        for key in damaged_records(shard):
+            begin, end = shard.records[key].offset, shard.records[key].offset + shard.records[key].size
+            name = next(
+                (name for name, tensor in checkpoint.tensors.items() if begin <= checkpoint.offset(rank, tensor) < end),
+                f"record {key}")
+            raise MergeError(f"{shard.path}: {name} has not the CRC32 that was stored with it; "
+                             "its bytes changed after it was saved; copy it again")
+
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(check, checkpoint.files.paths):
+            pass
+
+
+def check_output(checkpoint: Checkpoint, outputs: Sequence[Output], stored: Mapping[str, Stored],
+                 progress: Callable[[int], None]) -> None:
+    """Compare every rank's block, replicas too, with the tensor in the output.
+
+    Raises:
+        MergeError: naming the tensor and the rank that differ.
+    """
+    expected = {output.name: output for output in outputs}
+    for name in [
+            *(name for name in stored if name not in expected), *(name for name in expected if name not in stored)
+    ]:
+        where = "the output, not in the checkpoint" if name in stored else "the checkpoint, not in the output"
+        raise MergeError(f"{name} is in {where}; merge again with --force")
+    with Sources(checkpoint) as sources, _Maps() as maps:
+        for output in outputs:
+            there, source = stored[output.name], output.source
+            if (there.dtype, there.shape) != (output.dtype, source.shape):
+                raise MergeError(f"{output.name} should be {output.dtype} {list(source.shape)}, but {there.path} has "
+                                 f"{there.dtype} {list(there.shape)}; merge again with --force")
+            for rank, box in source.layout.holders:
+                if box.numel:
+                    _compare(sources, output, there, maps, rank, box)
+            maps.forget(there.path)
+            progress(output.nbytes)
+
+
+class _Maps:
+    """The output files, mapped; their pages are given back after each tensor."""
+
+    def __init__(self) -> None:
+        self._maps: dict[Path, mmap.mmap] = {}
+
+    def __enter__(self) -> "_Maps":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._maps.clear()
+
+    def view(self, stored: Stored) -> np.ndarray:
+        """Return `stored` as an array of its shape."""
+        if stored.path not in self._maps:
+            with open(stored.path, "rb") as file:
+                self._maps[stored.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        count = math.prod(stored.shape)
+        flat = np.frombuffer(self._maps[stored.path], NUMPY[stored.dtype], count, stored.offset) if count else np.empty(
+            0, NUMPY[stored.dtype])
+        return flat.reshape(stored.shape)
+
+    def forget(self, path: Path) -> None:
+        """Let go of the pages read so far."""
+        if path in self._maps and hasattr(mmap, "MADV_DONTNEED"):
+            self._maps[path].madvise(mmap.MADV_DONTNEED)
+
+
+def _compare(sources: Sources, output: Output, stored: Stored, maps: _Maps, rank: int, box: Box) -> None:
+    source = output.source
+    begin = sources.checkpoint.offset(rank, source)
+    whole = maps.view(stored)
+    for position, part in slabs(box, BLOCK_BYTES // itemsize(source.dtype)):
+        values = np.empty(part.shape, NUMPY[source.dtype])
+        sources.read_into(rank, begin + position * values.itemsize, values.reshape(-1).view(np.uint8))
+        found = whole[part.slices]
+        if output.fusion is None:
+            with np.errstate(over="ignore", invalid="ignore"):
+                same = _bits(values.astype(NUMPY[output.dtype])) == _bits(found)
+        else:
+            delta = sources.read_tensor(output.fusion.b).astype(np.float32)[part.slices[0]] @ sources.read_tensor(
+                output.fusion.a).astype(np.float32)[:, part.slices[1]]
+            wanted = values.astype(np.float32) + np.float32(output.fusion.scale) * delta
+            same = np.isclose(found.astype(np.float32), wanted, rtol=FUSED_TOLERANCE, atol=1e-7)
+        if not same.all():
+            raise MergeError(f"{output.name} in {stored.path} differs from rank {rank}'s piece in "
+                             f"{int(np.size(same) - np.count_nonzero(same))} elements of the block at "
+                             f"{list(part.start)}; merge again with --force")
+
+
+def _bits(values: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(values).view(f"u{values.itemsize}") if values.ndim else values.reshape(1).view(
+        f"u{values.itemsize}")
+
+
+def slabs(box: Box, limit: int) -> Iterator[tuple[int, Box]]:
+    """Cut a block into consecutive parts of at most `limit` elements; yield (elements before it, part)."""
+    if box.numel <= limit:
+        yield 0, box
+        return
+    dim = next(dim for dim, extent in enumerate(box.shape) if extent > 1)
+    inner = math.prod(box.shape[dim + 1:])
+    step = max(limit // inner, 1)
+    for first in range(0, box.shape[dim], step):
+        count = min(step, box.shape[dim] - first)
+        part = Box(tuple(a + (first if d == dim else 0) for d, a in enumerate(box.start)),
+                   tuple(count if d == dim else n for d, n in enumerate(box.shape)))
+        for position, smaller in slabs(part, limit):
+            yield first * inner + position, smaller

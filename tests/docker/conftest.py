@@ -1,0 +1,46 @@
+"""The engine, one copy of the project and one build of its images, for all tests of this folder."""
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from workbench import Workbench, engine_answers
+
+
+@pytest.fixture(scope="session")
+def engine() -> None:
+    """Ask for a Docker engine: a failure under CI, a skip on a laptop without one."""
+    if engine_answers():
+        return
+    if os.environ.get("CI"):
+        pytest.fail("no Docker engine with Compose v2, which CI must have")
+    pytest.skip("no Docker engine with Compose v2 on this machine")
+
+
+@pytest.fixture(scope="session")
+def bench(engine: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workbench]:
+    """Return a copy of the project, without images."""
+    copy = Workbench.create(tmp_path_factory.mktemp("project"))
+    yield copy
+    copy.remove()
+
+
+@pytest.fixture(scope="session")
+def build(bench: Workbench) -> subprocess.CompletedProcess[str]:
+    """Build all four images with `invoke build.all` and return what it said."""
+    done = bench.invoke("build.all", timeout=850)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done
+
+
+@pytest.fixture
+def built(bench: Workbench, build: subprocess.CompletedProcess[str]) -> Iterator[Workbench]:
+    """Return the copy with its images; containers that a test leaves are removed."""
+    yield bench
+    for container in bench.containers():
+        bench.run("docker", "rm", "-f", container)
