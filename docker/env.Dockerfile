@@ -101,7 +101,7 @@ FROM tool AS academia
 FROM tool AS todo
 FROM tool AS sheet
 
-# gcc: fast_downward_textworld and jericho have no wheels for every platform.
+# libglib2.0: OpenCV's.
 FROM python:3.9-slim AS alfworld
 RUN apt-get update -qq \
  && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends libglib2.0-0 \
@@ -112,6 +112,49 @@ RUN --mount=type=bind,source=docker/constraints/env-alfworld.txt,target=/run/pin
     --mount=type=secret,id=package_index --mount=type=secret,id=ca_bundle \
     with-secrets pip install --quiet --no-deps -r /run/pins.txt
 COPY --from=agentgym agentenv-alfworld /srv/agentenv-alfworld
+
+# The encoder calls .cuda(), so torch comes with CUDA's libraries: about 7 GB.
+FROM python:3.10-slim AS searchqa
+COPY --chmod=755 docker/with-secrets /usr/local/bin/with-secrets
+RUN --mount=type=bind,source=docker/constraints/env-searchqa.txt,target=/run/pins.txt \
+    --mount=type=cache,target=/root/.cache/pip \
+    --mount=type=secret,id=package_index --mount=type=secret,id=ca_bundle \
+    with-secrets pip install --quiet --no-deps -r /run/pins.txt
+COPY --from=agentgym agentenv-searchqa /srv/agentenv-searchqa
+
+# webshop's own setup asks questions and takes numpy away; the pins are what its requirements resolve to.
+# build-essential: some of its packages are source only. SPACY_MODEL set but empty: skipped, said aloud.
+FROM python:3.8-slim AS webshop
+RUN apt-get update -qq \
+ && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends build-essential libgomp1 openjdk-17-jdk-headless \
+ && rm -rf /var/lib/apt/lists/*
+COPY --chmod=755 docker/with-secrets /usr/local/bin/with-secrets
+RUN --mount=type=bind,source=docker/constraints/env-webshop.txt,target=/run/pins.txt \
+    --mount=type=cache,target=/root/.cache/pip \
+    --mount=type=secret,id=package_index --mount=type=secret,id=ca_bundle \
+    with-secrets pip install --quiet --no-deps -r /run/pins.txt
+ARG SPACY_MODEL=https://github.com/explosion/spacy-models/releases/download/en_core_web_lg-3.3.0/en_core_web_lg-3.3.0-py3-none-any.whl
+RUN --mount=type=cache,target=/root/.cache/pip \
+    --mount=type=secret,id=package_index --mount=type=secret,id=ca_bundle \
+    if [ -z "${SPACY_MODEL}" ]; then echo "webshop: no spaCy model, SPACY_MODEL is empty; the server will not start"; \
+    else with-secrets pip install --quiet --no-deps "${SPACY_MODEL}"; fi
+COPY --from=agentgym agentenv-webshop /srv/agentenv-webshop
+
+# WEBARENA_BROWSER set but empty: skipped, said aloud (the browser comes from Playwright's own site).
+FROM python:3.10-slim AS webarena
+COPY --chmod=755 docker/with-secrets /usr/local/bin/with-secrets
+RUN --mount=type=bind,source=docker/constraints/env-webarena.txt,target=/run/pins.txt \
+    --mount=type=cache,target=/root/.cache/pip \
+    --mount=type=secret,id=package_index --mount=type=secret,id=ca_bundle \
+    with-secrets pip install --quiet --no-deps -r /run/pins.txt
+ENV PLAYWRIGHT_BROWSERS_PATH=/opt/playwright
+ARG WEBARENA_BROWSER=chromium
+RUN --mount=type=secret,id=ca_bundle \
+    if [ -z "${WEBARENA_BROWSER}" ]; then echo "webarena: no browser, WEBARENA_BROWSER is empty; no session can be created"; \
+    else with-secrets playwright install --with-deps "${WEBARENA_BROWSER}" && rm -rf /var/lib/apt/lists/*; fi
+COPY --from=agentgym agentenv-webarena /srv/agentenv-webarena
+# It writes its tasks and its logins beside its code when it starts.
+RUN mkdir -p /srv/agentenv-webarena/webarena/.auth && chmod -R a+rwX /srv/agentenv-webarena
 
 # ---------------------------------------------------------------- the tail of every environment
 

@@ -23,6 +23,7 @@ import importlib
 import json
 import os
 import sqlite3
+import subprocess
 import sys
 import threading
 import time
@@ -426,6 +427,11 @@ def prepare(row: Dict[str, Any], source: str, data: str) -> None:
     for name, value in row.get("env", {}).items():
         os.environ.setdefault(name, value.format(**places))
     os.chdir(os.path.join(folder, row.get("workdir", ".")))
+    for command in row.get("before", []):
+        done = subprocess.run(command)
+        if done.returncode:
+            _say("%s: `%s` failed with %d" % (row["name"], command[-1], done.returncode))
+            sys.exit(1)
     # In place of this program's own folder, whose modules could hide the server's.
     sys.path[:1] = [folder] + [os.path.join(folder, extra) for extra in row.get("pythonpath", [])]
     if row.get("sqlite_seconds"):

@@ -115,8 +115,6 @@ class Environment(Row):
     pythonpath: tuple[str, ...] = ()
     python: str = Field(pattern=r"^3\.\d+$")
     constraints: str
-    requirements: tuple[str, ...] = ()
-    no_deps: tuple[str, ...] = ()
     system: tuple[str, ...] = ()
     programs: tuple[str, ...] = ()
     port: int = Field(ge=1024, le=65535)
@@ -132,6 +130,7 @@ class Environment(Row):
     sqlite_seconds: float | None = None
     read_only: bool = True
     tmpfs: tuple[str, ...] = ()
+    before: tuple[tuple[str, ...], ...] = ()
     env: dict[str, str] = {}
     item_maps: tuple[str, ...] = ()
     prompt: Prompt | None = None
