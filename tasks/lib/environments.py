@@ -96,10 +96,11 @@ class Key(Row):
 
 
 class Prompt(Row):
-    """Where AgentGym keeps its prompt: a file of agentenv/agentenv/envs and the class in it."""
+    """Where AgentGym keeps its prompt, a file of agentenv/agentenv/envs and the class in it; or the words themselves."""
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
-    file: str
-    class_: str = Field(alias="class")
+    file: str = ""
+    class_: str = Field(default="", alias="class")
+    text: str = ""
 
 
 class Environment(Row):
