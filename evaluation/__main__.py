@@ -151,7 +151,7 @@ def run_command(options: argparse.Namespace) -> int:
     console = show.console()
 
     def say(line: str) -> None:
-        console.print(f"{settings.row.name}: {line}", highlight=False, markup=False)
+        console.print(f"{settings.row.name}: {line}", highlight=False, markup=False, soft_wrap=True)
 
     with RunFolder(settings.out) as folder:
         if options.fresh:

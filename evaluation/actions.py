@@ -49,7 +49,7 @@ def parse(rule: str, completion: str) -> Action:
         return Action(text, bool(text) and len(pieces) > 1)
     if rule == "after_last_action":
         text = completion.removesuffix(END_OF_TEXT)
-        thought, mark, action = text.rpartition("Action:")
+        _, mark, action = text.rpartition("Action:")
         if not mark:
             action = text if _SHOP_CALL.search(text) else ""
         return Action(action.strip(), bool(action.strip()))

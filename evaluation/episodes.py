@@ -3,7 +3,7 @@ import asyncio
 import hashlib
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -89,7 +89,7 @@ class Episode:
         """Play the item in the session, to its end or to a limit."""
         self.in_doubt = True
         begun = time.perf_counter()
-        first = await server.reset(session, item.index)
+        first = await server.reset(session, item.number)
         vocabulary = ""
         if VOCABULARY in prompt.first:
             words = await server.get("/filtered_vocab", session)
@@ -192,7 +192,7 @@ async def _one_try(server: Server, row: Row, prompt: Prompt, item: Item, player:
 
 
 async def attempt(server: Server, model: Model, row: Row, prompt: Prompt, item: Item, sample: int, seed: int | None,
-                  limits: Limits, before: list[Mapping[str, str]]) -> dict[str, Any]:
+                  limits: Limits, before: Sequence[Mapping[str, str]]) -> dict[str, Any]:
     """Play an item until it has a result, or the environment has failed too often; return its record.
 
     Args:
@@ -205,14 +205,14 @@ async def attempt(server: Server, model: Model, row: Row, prompt: Prompt, item: 
     for number in range(limits.tries):
         if number:
             await asyncio.sleep(0.25 * 2**number * random.uniform(0.5, 1.0))
-        episode = await _one_try(server, row, prompt, item, model.player(item.index, sample, seed), limits)
+        episode = await _one_try(server, row, prompt, item, model.player(item.number, sample, seed), limits)
         if episode.outcome != "env_error" or number == limits.tries - 1:
             break
         tries.append({"outcome": episode.outcome, "error": episode.error})
     scored = episode.outcome in SCORED
     return {
         "item": item.id,
-        "index": item.index,
+        "index": item.number,
         "category": item.category,
         "sample": sample,
         "seed": seed,

@@ -19,11 +19,11 @@ class Item(NamedTuple):
 
     Attributes:
         id: its name, as the list has it; `env_7` for a bare number.
-        index: the number that the server is reset with.
+        number: the number that the server is reset with.
         category: the list's name without environment and ending; empty where there is none.
     """
     id: str
-    index: int
+    number: int
     category: str = ""
 
 
@@ -154,12 +154,12 @@ def choose(
         raise Misuse(f"items of {origin}: {error}") from None
     seen: set[int] = set()
     for item in chosen:
-        if item.index < row.items.first or (row.items.last is not None and item.index > row.items.last):
-            raise Misuse(f"items of {origin}: {row.name} has no item {item.index}; "
+        if item.number < row.items.first or (row.items.last is not None and item.number > row.items.last):
+            raise Misuse(f"items of {origin}: {row.name} has no item {item.number}; "
                          f"they are {row.items.first} to {'…' if row.items.last is None else row.items.last}")
-        if item.index in seen:
-            raise Misuse(f"items of {origin}: item {item.index} comes twice; name each once and use --samples")
-        seen.add(item.index)
+        if item.number in seen:
+            raise Misuse(f"items of {origin}: item {item.number} comes twice; name each once and use --samples")
+        seen.add(item.number)
     if shuffle_seed is not None:
         random.Random(shuffle_seed).shuffle(chosen)
     chosen = chosen[:limit] if limit else chosen

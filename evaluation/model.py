@@ -147,15 +147,14 @@ class ChatModel:
     to any length that the wait allows.
     """
 
-    def __init__(
-            self,
-            name: str,
-            key: str,
-            base_url: str = "",
-            sampling: Sampling = Sampling(),  # noqa: B008 - it is frozen
-            timeout: float = 600.0,
-            tries: int = 8,
-            concurrency: int = 64) -> None:
+    def __init__(self,
+                 name: str,
+                 key: str,
+                 base_url: str = "",
+                 sampling: Sampling = Sampling(),
+                 timeout: float = 600.0,
+                 tries: int = 8,
+                 concurrency: int = 64) -> None:
         import openai
         self.name, self.sampling, self.tries, self.key = name, sampling, tries, key
         limits = openai.DefaultAsyncHttpxClient(limits=_limits(concurrency))
@@ -218,7 +217,7 @@ class ChatModel:
             return completion_of(answer, time.perf_counter() - begun, retries)
 
         try:
-            completion = await retrying(once)
+            completion: Completion = await retrying(once)
         except openai.APIStatusError as error:
             raise self._refused(error, retries) from None
         except (openai.APIError, ValueError, AttributeError) as error:

@@ -24,7 +24,8 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     """Return the Wilson score interval of a share of `count` (Wilson 1927)."""
     centre = (share + Z**2 / (2 * count)) / (1 + Z**2 / count)
     half = Z * math.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2)) / (1 + Z**2 / count)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # The bounds of 0 and 1 are themselves; rounding would leave 1e-17.
+    return max(0.0, centre - half) if share > 0 else 0.0, min(1.0, centre + half) if share < 1 else 1.0
 
 
 def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
@@ -90,7 +91,7 @@ def scores(records: Sequence[Record], samples: int) -> dict[str, Any]:
     solved = [fmean(float(one["success"]) for one in group) for group in items.values()]
     found: dict[str, Any] = {
         "items": len(items),
-        "attempts": sum(map(len, items.values())),
+        "scored": sum(map(len, items.values())),
         "reward": figure(rewards),
         "success": figure(solved, binary=samples == 1),
     }

@@ -43,7 +43,8 @@ def whole_lines(data: bytes) -> tuple[list[Any], int]:
     Raises:
         ValueError: a line before the last is no JSON, which no crash explains.
     """
-    values, size = [], 0
+    values: list[Any] = []
+    size = 0
     lines = data.splitlines(keepends=True)
     for number, line in enumerate(lines):
         try:

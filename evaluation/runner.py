@@ -115,7 +115,7 @@ async def play_all(settings: Settings, folder: RunFolder, server: Server, model:
     async def worker() -> None:
         for item, sample in queue:
             before = folder.earlier.get((item.id, sample), [])
-            seed = None if settings.seed is None else derived_seed(settings.seed, item.index, sample)
+            seed = None if settings.seed is None else derived_seed(settings.seed, item.number, sample)
             record = await attempt(server, model, settings.row, settings.prompt, item, sample, seed, settings.limits,
                                    before)
             folder.add(record)
