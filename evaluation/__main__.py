@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from evaluation import __version__
 from evaluation.problems import Misuse, Stopped
+from evaluation.records import differences
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -113,6 +114,16 @@ def parser() -> argparse.ArgumentParser:
     rescore.add_argument("--environments", default="", help="take success rule and reward range from this file's rows")
     _numbers_flags(rescore)
 
+    report = commands.add_parser("report", help="write a run's report again, or one of several runs side by side")
+    report.add_argument("folders", nargs="+", help="folders of runs")
+    report.add_argument("--out", default="", help="the file (default: report.html in the run's folder, or compare.html)")
+    _numbers_flags(report)
+
+    compare = commands.add_parser("compare", help="compare runs with the first of them, item by item")
+    compare.add_argument("folders", nargs="+", help="folders of two or more runs")
+    compare.add_argument("--out", default="", help="write the report side by side to this file (default: saves/eval/compare.html)")
+    _numbers_flags(compare)
+
     lists = commands.add_parser("list", help="show the runs in a folder")
     lists.add_argument("folder", nargs="?", default="saves/eval", help="where to look (default: saves/eval)")
 
@@ -136,9 +147,9 @@ def run_command(options: argparse.Namespace) -> int:
     Raises:
         Misuse, Stopped: in one line.
     """
-    from evaluation import show
+    from evaluation import report, show
     from evaluation.prices import read_price
-    from evaluation.records import RUN, RunFolder, read_run
+    from evaluation.records import REPORT, RUN, RunFolder, read_run
     from evaluation.runner import evaluate, facts
     from evaluation.settings import decide
     settings = decide(options)
@@ -173,6 +184,10 @@ def run_command(options: argparse.Namespace) -> int:
         wall = sum(work["seconds"] for work in read_run(settings.out)["work"])
         summary = conclude(settings.out, records, settings.samples, total, price, wall)
     show_numbers(console, {settings.model: summary}, settings.out, options.upstream_compat)
+    if records:
+        path = settings.out / REPORT
+        report.write(path, [report.Run(settings.model, read_run(settings.out), records, summary)], options.upstream_compat)
+        say(f"report: {path}")
     if code == INTERRUPTED:
         say(f"interrupted; the same command goes on with {settings.out}")
     elif summary["error_rate"] > settings.max_error_rate:
@@ -238,6 +253,46 @@ def rescore_command(options: argparse.Namespace) -> int:
     return 0
 
 
+def report_command(options: argparse.Namespace) -> int:
+    """Write a report."""
+    from evaluation import report
+    from evaluation.prices import read_price
+    from evaluation.records import REPORT
+    folders = [Path(name) for name in options.folders]
+    runs = report.load(folders, lambda model: read_price(options.prices, model))
+    path = Path(options.out) if options.out else folders[0] / REPORT if len(folders) == 1 else Path("compare.html")
+    report.write(path, runs, options.upstream_compat)
+    print(f"report: {path}")
+    return 0
+
+
+def compare_command(options: argparse.Namespace) -> int:
+    """Compare runs."""
+    from rich.table import Table
+
+    from evaluation import report, show
+    from evaluation.prices import read_price
+    if len(options.folders) < 2:
+        raise Misuse(f"compare {options.folders[0]}: one run only; name two or more folders")
+    runs = report.load([Path(name) for name in options.folders], lambda model: read_price(options.prices, model))
+    environments = sorted({run.told["config"]["env"] for run in runs})
+    if len(environments) > 1:
+        raise Misuse(f"compare: runs of different environments ({', '.join(environments)}); name runs of one")
+    console = show.console()
+    show_numbers(console, {run.name: run.summary for run in runs}, None, options.upstream_compat)
+    table = Table("difference, item by item", "items", "success rate", "mean reward", "newly solved", "no longer")
+    for line in report.difference_lines(runs):
+        table.add_row(line["name"], str(line["items"]), line["success"], line["reward"], str(len(line["gained"])), str(len(line["lost"])))
+    console.print(table)
+    for run in runs[1:]:
+        differing = differences({**runs[0].told["config"], "items": None}, {**run.told["config"], "items": None})
+        console.print(f"{run.name}: {'; '.join(differing) or 'the same configuration'}", highlight=False, markup=False, soft_wrap=True)
+    path = Path(options.out or "saves/eval/compare.html")
+    report.write(path, runs, options.upstream_compat)
+    print(f"report: {path}")
+    return 0
+
+
 def list_command(options: argparse.Namespace) -> int:
     """Show the runs in a folder."""
     from rich.table import Table
@@ -279,7 +334,7 @@ def prompts_command(options: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = {"run": run_command, "rescore": rescore_command, "list": list_command, "prompts": prompts_command}
+COMMANDS = {"run": run_command, "rescore": rescore_command, "report": report_command, "compare": compare_command, "list": list_command, "prompts": prompts_command}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
