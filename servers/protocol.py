@@ -133,8 +133,8 @@ class Client:
             raise
 
 
-def check_ready(client: Client, item: int) -> None:
-    """Create, reset and close one session.
+def check_ready(client: Client, item: int) -> int:
+    """Create, reset and close one session; return its id.
 
     Raises:
         ServerError: one of them failed.
@@ -144,6 +144,7 @@ def check_ready(client: Client, item: int) -> None:
         client.reset(session, item)
     finally:
         client.close(session)
+    return session
 
 
 def main(argv: Optional[list] = None) -> int:

@@ -14,9 +14,8 @@ from typing import Any
 from invoke.context import Context
 from invoke.exceptions import Exit
 
-from servers.protocol import Client, ServerError, check_ready
 from tasks.lib import docker
-from tasks.lib.env_local import RUN, url
+from tasks.lib.env_local import RUN, probe, url
 from tasks.lib.env_plan import LABEL, PORT_LABEL, REPLICA_PORT, ROLE_LABEL, Options, compose_model, proxy_config, service_name
 from tasks.lib.environments import Environment
 from tasks.lib.settings import resolve
@@ -139,8 +138,9 @@ def wait_until_ready(row: Environment, options: Options, wait: float) -> None:
     Raises:
         Exit: a container ended, or the time is up.
     """
-    end, reason, ready = time.monotonic() + wait, "no answer", 0
-    while ready < options.replicas:  # the proxy hands out creates in turn
+    end, reason = time.monotonic() + wait, "no answer"
+    seen: set[int] = set()
+    while True:
         for server in servers(row.name):
             if server.state in DIED or server.restarts:
                 raise Exit(f"env.up: {row.name} ended: {last_line(server.id)}", code=1)
@@ -150,12 +150,10 @@ def wait_until_ready(row: Environment, options: Options, wait: float) -> None:
                 f"env.up: {row.name} was not ready after {wait:g} s: {reason}; give it longer with --wait, "
                 "or look at `docker logs` while it starts",
                 code=1)
-        try:
-            check_ready(Client(url(options), row.protocol.model_dump(), timeout=max(1.0, left)), row.check.items[0])
-            ready += 1
-        except ServerError as error:
-            ready, reason = 0, str(error)
-            time.sleep(0.2)
+        reason = probe(row, url(options), options.replicas, seen, left) or reason
+        if len(seen) == options.replicas:
+            return
+        time.sleep(0.2)
 
 
 def last_line(container: str) -> str:

@@ -199,7 +199,7 @@ def up(row: Environment,
             proxy_config(row, options.port, addresses).replace("bind :", f"bind {options.bind}:", 1))
         launch([proxy, "-db", "-f", str(config)], "proxy", options.port, {})
     try:
-        wait_until_ready(row, state, home, ports, wait)
+        wait_until_ready(row, options, state, home, wait)
     except LocalError:
         down(row.name, folder)
         raise
@@ -212,29 +212,37 @@ def url(options: Options) -> str:
     return f"http://{host}:{options.port}"
 
 
-def wait_until_ready(row: Environment, state: Mapping[str, Any], home: Path, ports: Sequence[int], wait: float) -> None:
-    """Return when a session could be played on every replica and through the proxy.
+def probe(row: Environment, address: str, replicas: int, seen: set[int], timeout: float) -> str | None:
+    """Try to play a session once; note in `seen` which replica it was on, or return what went wrong."""
+    try:
+        client = Client(address, row.protocol.model_dump(), timeout=max(1.0, timeout))
+        # The proxy hands out creates in turn to those that are up: all are when every remainder was seen.
+        seen.add(check_ready(client, row.check.items[0]) % replicas)
+    except ServerError as error:
+        return str(error)
+    return None
+
+
+def wait_until_ready(row: Environment, options: Options, state: Mapping[str, Any], home: Path, wait: float) -> None:
+    """Return when a session could be played on every replica.
 
     Raises:
         LocalError: a process ended, or the time is up.
     """
-    addresses = {f"http://127.0.0.1:{port}" for port in ports} | {state["url"]}
     end, reason = time.monotonic() + wait, "no answer"
-    while addresses:
+    seen: set[int] = set()
+    while True:
         for entry in state["processes"]:
             if not is_running(entry):
                 raise LocalError(f"{row.name}: the {entry['role']} ended: {last_line(home / (entry['role'] + '.log'))}")
-        address = min(addresses)
         left = end - time.monotonic()
         if left <= 0:
             raise LocalError(f"{row.name} was not ready after {wait:g} s: {reason}; see {home / 'server-0.log'}, "
                              "or give it longer with --wait")
-        try:
-            check_ready(Client(address, row.protocol.model_dump(), timeout=max(1.0, left)), row.check.items[0])
-            addresses.discard(address)
-        except ServerError as error:
-            reason = str(error)
-            time.sleep(0.1)
+        reason = probe(row, state["url"], options.replicas, seen, left) or reason
+        if len(seen) == options.replicas:
+            return
+        time.sleep(0.1)
 
 
 def down(name: str, folder: Path = RUN) -> bool:
