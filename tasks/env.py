@@ -51,7 +51,8 @@ def up(c: Context,
     chosen = env_runs.choose_runner("env.up", runner)
     others = {} if c.config.run.dry else env_runs.running()
     if row.name in others:
-        print(f"{row.name} is up already: {others[row.name][0].url} (`invoke env.restart --env {row.name}` starts anew)")
+        print(
+            f"{row.name} is up already: {others[row.name][0].url} (`invoke env.restart --env {row.name}` starts anew)")
         return
     bind = resolve("ENV_BIND")
     options = Options(port=env_runs.pick_port("env.up", row, port, bind),
@@ -149,7 +150,7 @@ def logs(c: Context, env: str = "", follow: bool = False) -> None:
                      files=[file])
         return
     for server in containers:
-        docker.drive(c, lambda client, id=server.id: client.container.logs(id, follow=follow, stream=True))
+        docker.drive(c, env_docker.printing(server.id, follow))
 
 
 @task(positional=[], auto_shortflags=False, help={"env": ENV_HELP, "user": "User in the container (default: yours)."})
@@ -159,7 +160,8 @@ def shell(c: Context, env: str = "", user: str = "") -> None:
     row = env_runs.find_row("env.shell", env)
     if row.name in env_local.states():
         home = env_local.RUN / row.name
-        raise Exit(f"env.shell: {row.name} is a local process; its Python is {home / 'venv' / 'bin' / 'python'}", code=1)
+        raise Exit(f"env.shell: {row.name} is a local process; its Python is {home / 'venv' / 'bin' / 'python'}",
+                   code=1)
     found = [server for server in env_docker.servers(row.name) if server.role == "server"]
     if not found:
         raise Exit(f"env.shell: {row.name} is not up; `invoke env.up --env {row.name}`", code=1)

@@ -250,9 +250,7 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), flush=True)
 
 
-def _client(profiles: Sequence[str],
-            cpu: bool,
-            call: Sequence[str] = ("docker", ),
+def _client(profiles: Sequence[str], cpu: bool, call: Sequence[str] = ("docker", ),
             files: Sequence[Path] = ()) -> DockerClient:
     from python_on_whales import DockerClient
     return DockerClient(compose_files=[*compose_files(ROOT, cpu), *files],

@@ -7,18 +7,31 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from invoke.context import Context
 from invoke.exceptions import Exit
 
 from tasks.lib import docker
 from tasks.lib.env_local import RUN, probe, url
-from tasks.lib.env_plan import LABEL, PORT_LABEL, REPLICA_PORT, ROLE_LABEL, Options, compose_model, proxy_config, service_name
+from tasks.lib.env_plan import (
+    LABEL,
+    PORT_LABEL,
+    REPLICA_PORT,
+    ROLE_LABEL,
+    Options,
+    compose_model,
+    proxy_config,
+    service_name,
+)
 from tasks.lib.environments import Environment
 from tasks.lib.settings import resolve
+
+if TYPE_CHECKING:
+    from python_on_whales import DockerClient
 
 # Other environments' services are in the same project but not in the files at hand; Compose need not say so.
 QUIET = {"COMPOSE_IGNORE_ORPHANS": "true"}
@@ -40,7 +53,8 @@ class Server:
 def servers(name: str = "") -> list[Server]:
     """Return this project's environment containers, of one environment or of all, stopped ones included."""
     project = resolve("COMPOSE_PROJECT_NAME")
-    filters = [("label", f"com.docker.compose.project={project}"), ("label", f"{LABEL}={name}" if name else LABEL)]
+    filters: list[tuple[Literal["label"], str]] = [("label", f"com.docker.compose.project={project}"),
+                                                   ("label", f"{LABEL}={name}" if name else LABEL)]
     found = docker.ask(lambda client: client.container.list(all=True, filters=filters))
     return [
         Server(container.id, (labels := container.config.labels or {})[LABEL], labels.get(ROLE_LABEL, "server"),
@@ -154,6 +168,11 @@ def wait_until_ready(row: Environment, options: Options, wait: float) -> None:
         if len(seen) == options.replicas:
             return
         time.sleep(0.2)
+
+
+def printing(container: str, follow: bool) -> Callable[[DockerClient], Any]:
+    """Return the action that prints a container's log."""
+    return lambda client: client.container.logs(container, follow=follow, stream=True)
 
 
 def last_line(container: str) -> str:

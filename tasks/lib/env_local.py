@@ -68,7 +68,8 @@ def ensure_venv(row: Environment, folder: Path) -> Path:
     wanted = hashlib.sha256(pins.read_bytes() + row.python.encode()).hexdigest()
     venv, stamp = folder / "venv", folder / "venv" / ".made-from"
     if not stamp.is_file() or stamp.read_text() != wanted:
-        _quietly([uv(), "venv", "--quiet", "--clear", "--python", row.python, str(venv)], f"making a Python {row.python}")
+        _quietly([uv(), "venv", "--quiet", "--clear", "--python", row.python,
+                  str(venv)], f"making a Python {row.python}")
         # --no-deps: the file is a whole freeze that ran, and some packages' own requirements contradict it.
         _quietly([
             uv(), "pip", "install", "--quiet", "--no-deps", "--python",
@@ -195,8 +196,7 @@ def up(row: Environment,
     if proxy and options.replicas > 1:
         config = home / "haproxy.cfg"
         addresses = [f"127.0.0.1:{port}" for port in ports]
-        config.write_text(
-            proxy_config(row, options.port, addresses).replace("bind :", f"bind {options.bind}:", 1))
+        config.write_text(proxy_config(row, options.port, addresses).replace("bind :", f"bind {options.bind}:", 1))
         launch([proxy, "-db", "-f", str(config)], "proxy", options.port, {})
     try:
         wait_until_ready(row, options, state, home, wait)

@@ -152,8 +152,8 @@ def running() -> dict[str, list[Running]]:
     for name in sorted({server.environment for server in containers}):
         mine = [server for server in containers if server.environment == name]
         count = sum(server.role != "proxy" and server.state == "running" for server in mine)
-        state = next((server.state for server in mine if server.state != "running"), "running")
-        found.setdefault(name, []).append(Running("docker", mine[0].port, count, state))
+        shown = next((server.state for server in mine if server.state != "running"), "running")
+        found.setdefault(name, []).append(Running("docker", mine[0].port, count, shown))
     return found
 
 

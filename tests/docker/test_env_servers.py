@@ -57,7 +57,16 @@ def url_in(said: str) -> str:
 
 
 def up(servers: Workbench, name: str, *words: str, rows: str = FIXTURES, **variables: str) -> Client:
-    done = servers.invoke("env.up", "--env", name, "--runner", "docker", *words, env={"ENVIRONMENTS": rows, **variables})
+    done = servers.invoke("env.up",
+                          "--env",
+                          name,
+                          "--runner",
+                          "docker",
+                          *words,
+                          env={
+                              "ENVIRONMENTS": rows,
+                              **variables
+                          })
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     row = environments(ROOT / rows)[name]
     return Client(url_in(done.stdout), row.protocol.model_dump(), timeout=20)
@@ -94,7 +103,8 @@ def test_this_form_conforms_behind_the_proxy_too(servers: Workbench, name: str) 
     ("fault-data", [], r"env.up: fault-data needs index.bin in data/fault-data: ask the author"),
     ("fault-key", [], r"env.up: fault-key needs FIXTURE_KEY in the environment or in .env; .*: ask the author"),
     ("fault-consent", [], r"env.up: this fixture deletes everything; pass --i-understand to go on"),
-    ("form-textcrft", [], r"env.up: no environment 'form-textcrft' in environments.toml; did you mean form-textcraft.*"),
+    ("form-textcrft", [],
+     r"env.up: no environment 'form-textcrft' in environments.toml; did you mean form-textcraft.*"),
     ("form-textcraft", ["--port", "x"], r"env.up: --port x is no whole number of at least 1"),
     ("form-textcraft", ["--replicas", "0"], r"env.up: --replicas 0 is no whole number of at least 1"),
     ("form-textcraft", ["--runner", "cloud"], r"env.up: unknown runner 'cloud'; choose one of auto, docker, local"),
@@ -118,10 +128,16 @@ def test_a_taken_port_is_passed_over_and_told(servers: Workbench) -> None:
         done = servers.invoke("env.up", "--env", "form-textcraft", "--runner", "docker", env={"ENVIRONMENTS": FIXTURES})
         assert f"env.up: port {port} is taken; form-textcraft gets {port + 1}" in done.stdout
         assert url_in(done.stdout).endswith(f":{port + 1}")
-        asked = servers.invoke("env.up", "--env", "form-babyai", "--runner", "docker", "--port", str(port),
+        asked = servers.invoke("env.up",
+                               "--env",
+                               "form-babyai",
+                               "--runner",
+                               "docker",
+                               "--port",
+                               str(port),
                                env={"ENVIRONMENTS": FIXTURES})
-        assert (asked.returncode, asked.stderr.strip()) == (
-            1, f"env.up: port {port} is taken; leave --port out, or choose another")
+        assert (asked.returncode,
+                asked.stderr.strip()) == (1, f"env.up: port {port} is taken; leave --port out, or choose another")
 
 
 def test_two_environments_run_side_by_side_and_go_down_one_by_one(servers: Workbench) -> None:
@@ -188,7 +204,12 @@ def test_restart_starts_it_as_it_was(servers: Workbench) -> None:
 
 
 def test_dry_prints_the_command_and_starts_nothing(servers: Workbench) -> None:
-    done = servers.invoke("--dry", "env.up", "--env", "form-textcraft", "--runner", "docker",
+    done = servers.invoke("--dry",
+                          "env.up",
+                          "--env",
+                          "form-textcraft",
+                          "--runner",
+                          "docker",
                           env={"ENVIRONMENTS": FIXTURES})
     assert done.returncode == 0, done.stderr
     assert re.search(r"docker compose .*compose\.json.* up --detach env-form-textcraft", done.stdout)
@@ -287,8 +308,16 @@ def test_a_server_without_close_is_recycled_when_memory_is_short_and_nobody_play
 
 def test_no_secret_is_in_the_containers_command_or_in_dry_output(servers: Workbench, tmp_path: Path) -> None:
     secret = "sk-fixture-0123456789"
-    dry = servers.invoke("--dry", "env.up", "--env", "fault-key", "--runner", "docker",
-                         env={"ENVIRONMENTS": FIXTURES, "FIXTURE_KEY": secret})
+    dry = servers.invoke("--dry",
+                         "env.up",
+                         "--env",
+                         "fault-key",
+                         "--runner",
+                         "docker",
+                         env={
+                             "ENVIRONMENTS": FIXTURES,
+                             "FIXTURE_KEY": secret
+                         })
     assert dry.returncode == 0 and secret not in dry.stdout + dry.stderr
     up(servers, "fault-key", FIXTURE_KEY=secret)
     assert secret not in (servers.root / ".run/env/fault-key/compose.json").read_text()
