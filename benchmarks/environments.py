@@ -28,7 +28,7 @@ from tasks.lib.env_local import ROOT, port_is_free, prepare
 from tasks.lib.env_plan import choose_port, proxy_config
 from tasks.lib.environments import Environment, environment
 
-FIRST_PORT = 37000
+FIRST_PORT = 21000  # below the range from which the generator's own connections get their ports
 
 
 class Load:
