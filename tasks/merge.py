@@ -63,7 +63,10 @@ def run_merger(c: Context,
     except ValueError as error:
         raise Exit(f"merge: {error}", code=2) from None
     if chosen == "local":
-        run_program(c, PROGRAM, merger_args(folders, save_dir=save_dir, **flags), env=environment(HUB_VARIABLES, os.environ))
+        run_program(c,
+                    PROGRAM,
+                    merger_args(folders, save_dir=save_dir, **flags),
+                    env=environment(HUB_VARIABLES, os.environ))
     else:
         run_in_container(c, folders, save_dir, gpus, flags)
 

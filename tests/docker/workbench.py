@@ -179,6 +179,7 @@ class Terminal:
     def _drain(self, seconds: float) -> None:
         if select.select([self.fd], [], [], seconds)[0]:
             try:
-                self.seen += os.read(self.fd, 65536).decode(errors="replace")
+                text = os.read(self.fd, 65536).decode(errors="replace")
+                self.seen += re.sub(r"\x1b(\[[0-9;?]*[A-Za-z]|\][^\x07]*\x07)", "", text)
             except OSError:  # the other end is closed
                 time.sleep(seconds)
