@@ -1,14 +1,9 @@
 """The engine, one copy of the project and one build of its images, for all tests of this folder."""
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from workbench import Workbench, engine_answers
 
 

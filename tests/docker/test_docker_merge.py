@@ -141,7 +141,7 @@ def test_verify_compares_in_the_container(built: Workbench, checkpoint: Path, me
 
 
 def test_the_merger_s_exit_code_is_ours(built: Workbench, checkpoint: Path) -> None:
-    done = built.invoke("merge", "--runner", "docker", "--local-dir", "saves/x")
+    done = built.invoke("merge", "--runner", "docker", "--local-dir", "saves/x/actor", "--dtype", "float99")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr + done.stdout
 

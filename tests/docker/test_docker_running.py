@@ -86,7 +86,7 @@ def test_another_user_of_the_host_owns_what_the_container_writes(built: Workbenc
     saves = built.root / "saves"
     before = saves.stat()
     for folder in [built.root, *built.root.parents]:
-        folder.chmod(folder.stat().st_mode | 0o005)
+        folder.chmod(folder.stat().st_mode | 0o055)
     os.chown(saves, OTHER, OTHER)
     try:
         done = built.run("sh",
