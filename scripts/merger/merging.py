@@ -9,18 +9,20 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from merger import MergeError, __version__, hub, lora, publish, show, verify
+from merger import MergeError, __version__, hub, lora, model_check, publish, show, verify
 from merger.checkpoint import Checkpoint, Tensor, read_checkpoint
-from merger.copying import HostConverter, Prefetch, Tally, available_memory, default_threads, same_bytes, write_files
+from merger.copying import HostConverter, Tally, default_threads, write_files
 from merger.discover import MERGED, RankFiles, find_checkpoint
 from merger.dtypes import output_dtype
 from merger.gpu import TorchConverter, check_device
-from merger.model_check import ModelCheck, Verdict, complaint
+from merger.model_check import Verdict, complaint
 from merger.modelconfig import CONFIG_NAME, dump_json, read_config, tied_by_config, untied, with_dtype
 from merger.plan import BLOCK_BYTES, INDEX_NAME, Fusion, Output, OutputFile, index_json, split_files
 
 ADAPTER_FOLDER = "lora_adapter"
 MODEL_STEM = "model"
+
+Named = dict[str, tuple[Tensor, Fusion | None]]
 
 
 @dataclass(frozen=True)
@@ -96,28 +98,25 @@ def prepare(options: Options) -> Job:
         return _prepare_adapter(options, read_checkpoint(files), target, device)
     config_dir = config_folder(files)
     config = read_config(config_dir)
-    with ModelCheck() as check:
-        checkpoint = read_checkpoint(files)
-        named = _plain_weights(options, checkpoint)
-        check.ask(config_dir, {name: tensor.shape for name, (tensor, _) in named.items()}, options.trust_remote_code)
-        with Prefetch(checkpoint):
-            verdict = check.verdict()
+    checkpoint = read_checkpoint(files)
+    named = _plain_weights(options, checkpoint)
+    verdict = model_check.ask(config_dir, {
+        name: tensor.shape
+        for name, (tensor, _) in named.items()
+    }, options.trust_remote_code)
     notes = list(checkpoint.notes)
     if verdict.unknown:
         notes.append(f"keys were not checked against a model: {verdict.unknown}")
     elif "keys" not in options.allow and (fault := complaint(verdict, config, config_dir / CONFIG_NAME)):
         raise MergeError(fault)
-    config, dropped = _resolve_ties(options, checkpoint, config, named, verdict)
-    outputs = [
-        Output(name, tensor, output_dtype(tensor.dtype, options.dtype), fusion)
-        for name, (tensor, fusion) in named.items() if name not in dropped
-    ]
+    config, dropped = _resolve_ties(options, config, named, verdict)
+    outputs = _outputs(options, named, dropped)
     written = {output.dtype for output in outputs if output.dtype in ("float64", "float32", "float16", "bfloat16")}
     config = with_dtype(config, written.pop() if len(written) == 1 else None)
     files_out = split_files(outputs, options.max_shard_size)
     _check_space(target, files_out)
-    return Job(checkpoint, files_out, target, config_dir, MODEL_STEM, device, {CONFIG_NAME: dump_json(config)}, dropped,
-               verdict,
+    return Job(checkpoint, files_out, target, config_dir, MODEL_STEM, device, {CONFIG_NAME: dump_json(config)},
+               sorted(dropped), verdict,
                config.get("_name_or_path") or None, notes)
 
 
@@ -137,7 +136,7 @@ def _prepare_adapter(options: Options, checkpoint: Checkpoint, target: Path, dev
                list(checkpoint.notes))
 
 
-def _plain_weights(options: Options, checkpoint: Checkpoint) -> dict[str, tuple[Tensor, Fusion | None]]:
+def _plain_weights(options: Options, checkpoint: Checkpoint) -> Named:
     """Return the weights by the names that they are saved under."""
     if lora.has_lora(checkpoint.tensors):
         found = lora.read_lora(checkpoint.tensors, checkpoint.files, options.lora_alpha)
@@ -151,25 +150,33 @@ def _plain_weights(options: Options, checkpoint: Checkpoint) -> dict[str, tuple[
     return {name: (tensor, None) for name, tensor in checkpoint.tensors.items()}
 
 
-def _resolve_ties(options: Options, checkpoint: Checkpoint, config: dict[str, Any],
-                  named: dict[str, tuple[Tensor, Fusion | None]], verdict: Verdict) -> tuple[dict[str, Any], list[str]]:
-    """Return the config and the copies to leave out: all but the first of each tied group, where the bytes are equal."""
+def _resolve_ties(options: Options, config: dict[str, Any], named: Named,
+                  verdict: Verdict) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the config, and of each tied group the copies to leave out with the name that stands for them.
+
+    That their bytes are equal is seen while the first is copied, unless the user has decided.
+    """
     groups = tied_by_config(config, list(named)) if verdict.unknown else verdict.tied
-    dropped = []
+    dropped = {}
     for group in groups:
         first, *copies = [name for name in group if name in named] or [""]
-        for copy in copies:
-            ours, theirs = named[first][0], named[copy][0]
-            same_kind = (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
-            if options.tied_weights == "keep":
-                config = untied(config)
-            elif options.tied_weights == "drop" or (same_kind and same_bytes(checkpoint, ours, theirs)):
-                dropped.append(copy)
-            else:
-                raise MergeError(
-                    f"the config ties {copy} to {first}, but their values differ; pass --tied-weights keep "
-                    "to save both and untie them in the config, or --tied-weights drop to save the first")
+        if copies and options.tied_weights == "keep":
+            config = untied(config)
+        else:
+            dropped.update(dict.fromkeys(copies, first))
     return config, dropped
+
+
+def _outputs(options: Options, named: Named, dropped: dict[str, str]) -> list[Output]:
+    twins = {} if options.tied_weights == "drop" else {first: named[copy][0] for copy, first in dropped.items()}
+    for name, twin in twins.items():
+        if (twin.dtype, twin.shape) != (named[name][0].dtype, named[name][0].shape):
+            raise MergeError(f"the config ties {twin.name} to {name}, but they are of different type or shape; pass "
+                             "--tied-weights keep or --tied-weights drop")
+    return [
+        Output(name, tensor, output_dtype(tensor.dtype, options.dtype), fusion, twins.get(name))
+        for name, (tensor, fusion) in named.items() if name not in dropped
+    ]
 
 
 def config_folder(files: RankFiles) -> Path:
@@ -218,13 +225,11 @@ def carry_out(job: Job, options: Options, began: float) -> dict[str, Any]:
     """Write, check and publish what `prepare` planned; return the record."""
     threads = options.threads or default_threads()
     converter = HostConverter if job.device == "cpu" else partial(TorchConverter, device=job.device)
-    stored = sum(job.checkpoint.sizes.values())
-    drop_cache = stored + job.nbytes > available_memory() // 2  # keep a small model cached: it is loaded next
     with publish.Staging(job.target) as staging:
         publish.copy_companions(job.target, staging.folder)
         publish.copy_companions(job.config_dir, staging.folder)
         with show.progress("merging", job.nbytes, options.quiet) as step:
-            tally = write_files(job.checkpoint, job.files, staging.folder, threads, step, drop_cache, converter)
+            tally = write_files(job.checkpoint, job.files, staging.folder, threads, step, converter)
         _check_finite(options, tally)
         index = index_json(job.files)
         if index is not None:
@@ -255,14 +260,12 @@ def _check_finite(options: Options, tally: Tally) -> None:
 def _verify(job: Job, options: Options, folder: Path, threads: int) -> None:
     """Compare the sources with their checksums, the output in `folder` with the sources, and its keys with the model."""
     stored = verify.read_folder(folder, job.stem)
-    with ModelCheck() as check:
-        check.ask(folder, {name: there.shape for name, there in stored.items()}, options.trust_remote_code)
-        verify.check_sources(job.checkpoint, threads)
-        with show.progress("verifying", sum(output.nbytes for output in job.outputs), options.quiet) as step:
-            verify.check_output(job.checkpoint, job.outputs, stored, step)
-        if job.stem != MODEL_STEM:
-            return
-        verdict = check.verdict()
+    verify.check_sources(job.checkpoint, threads)
+    with show.progress("verifying", sum(output.nbytes for output in job.outputs), options.quiet) as step:
+        verify.check_output(job.checkpoint, job.outputs, stored, step)
+    if job.stem != MODEL_STEM:
+        return
+    verdict = model_check.ask(folder, {name: there.shape for name, there in stored.items()}, options.trust_remote_code)
     if not verdict.unknown and "keys" not in options.allow and (fault := complaint(verdict, read_config(folder),
                                                                                    folder / CONFIG_NAME)):
         raise MergeError(f"after merging, {fault}")
@@ -374,7 +377,7 @@ def _record(job: Job, options: Options, tally: Tally, threads: int, seconds: flo
         f"keys and shapes as transformers {verdict.transformers} expects" + (", or allowed" if "keys" in options.allow else "")
     return {
         "merger": __version__,
-        "versions": _versions(verdict),
+        "versions": _versions(),
         "requested": _requested(options),
         "sources": _sources(job.checkpoint.files),
         "world_size": job.checkpoint.files.world_size,
@@ -399,7 +402,7 @@ def _record(job: Job, options: Options, tally: Tally, threads: int, seconds: flo
     }
 
 
-def _versions(verdict: Verdict | None) -> dict[str, str]:
+def _versions() -> dict[str, str]:
     found = {}
     for name in ("torch", "transformers", "safetensors", "numpy", "ml_dtypes"):
         try:
