@@ -15,6 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "tests" / "fixtures" / "sources"
+SOCKET = Path("/var/run/docker.sock")
 
 
 def engine_answers() -> bool:
@@ -99,7 +100,7 @@ class Workbench:
                               check=False,
                               user=user,
                               group=user,
-                              extra_groups=[0] if user else None)
+                              extra_groups=[SOCKET.stat().st_gid] if user else None)
 
     def invoke(self, *words: str, **options) -> subprocess.CompletedProcess[str]:  # type: ignore[no-untyped-def]
         """Run `invoke`."""
