@@ -10,36 +10,6 @@ from safetensors.torch import load_file
 from workbench import Workbench
 
 pytestmark = pytest.mark.docker
-SCRIPTS = "/opt/workbench/scripts"
-
-
-@pytest.fixture(scope="session")
-def checkpoint(bench: Workbench, build: None) -> Path:
-    """Return a folder with four FSDP ranks, written inside the container; `reference.safetensors` lies beside it."""
-    done = bench.compose("--profile",
-                         "scripts",
-                         "run",
-                         "--rm",
-                         "-T",
-                         "scripts",
-                         "python",
-                         f"{SCRIPTS}/sample_checkpoint.py",
-                         "--save-dir",
-                         "saves/x/actor",
-                         "--strategy",
-                         "fsdp1",
-                         "--world-size",
-                         "4",
-                         "--reference",
-                         "saves/x/reference.safetensors",
-                         env={
-                             "HOST_UID": str(os.getuid()),
-                             "HOST_GID": str(os.getgid())
-                         })
-    assert done.returncode == 0, done.stderr
-    folder = bench.root / "saves" / "x" / "actor"
-    assert len(list(folder.glob("model_world_size_4_rank_*.pt"))) == 4
-    return folder
 
 
 @pytest.fixture

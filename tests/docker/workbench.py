@@ -106,6 +106,10 @@ class Workbench:
         """Run `invoke`."""
         return self.run(sys.executable, "-m", "invoke", *words, **options)
 
+    def path_with_invoke(self) -> str:
+        """Return a PATH on which this Python's `invoke` comes first."""
+        return f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+
     def docker(self, *words: str, **options) -> str:  # type: ignore[no-untyped-def]
         """Run `docker`, which must succeed, and return its output."""
         done = self.run("docker", *words, **options)
