@@ -28,7 +28,7 @@ from tasks.lib.env_plan import (
     service_name,
 )
 from tasks.lib.environments import Environment
-from tasks.lib.settings import resolve
+from tasks.lib.settings import SETTINGS, resolve
 
 if TYPE_CHECKING:
     from python_on_whales import DockerClient
@@ -69,6 +69,9 @@ def build_section(row: Environment, root: Path, gym: str, rows_file: str) -> dic
         "ENV": row.name,
         "STAGE": row.stage or row.name,
         "ENVIRONMENTS": rows_file,
+        # No colon: set but empty means to do without.
+        "SPACY_MODEL": "${SPACY_MODEL-" + SETTINGS["SPACY_MODEL"].default + "}",
+        "WEBARENA_BROWSER": "${WEBARENA_BROWSER-" + SETTINGS["WEBARENA_BROWSER"].default + "}",
         "REVISION": "${REVISION:-unknown}",
         "SOURCE_URL": "${SOURCE_URL:-unknown}",
         "AGENTGYM_REVISION": "${AGENTGYM_REVISION:-unknown}",

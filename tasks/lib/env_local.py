@@ -80,8 +80,19 @@ def ensure_venv(row: Environment, folder: Path) -> Path:
     return venv / "bin" / "python"
 
 
-def prepare(row: Environment, source: Path, data: Path, folder: Path = RUN) -> tuple[Path, Path, Path]:
+def prepare(row: Environment,
+            source: Path,
+            data: Path,
+            folder: Path = RUN,
+            python: Path | None = None) -> tuple[Path, Path, Path]:
     """Return Python, row file and source copy for the row's server, made ready in `folder`.
+
+    Args:
+        row: the environment.
+        source: the folder that its package folder lies in.
+        data: its data folder.
+        folder: where the files of local servers are.
+        python: a Python that has what the server needs, in place of a virtual environment.
 
     Raises:
         LocalError: what is missing, in one line.
@@ -95,7 +106,7 @@ def prepare(row: Environment, source: Path, data: Path, folder: Path = RUN) -> t
             raise LocalError(f"{row.name} needs {program} on PATH" +
                              (f" (Debian: apt install {row.system[0]})" if row.system else ""))
     home.mkdir(parents=True, exist_ok=True)
-    python = ensure_venv(row, home)
+    python = python or ensure_venv(row, home)
     copy = home / "source"
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(package, copy / row.folder, ignore=shutil.ignore_patterns(".git", "__pycache__"), symlinks=True)
@@ -149,7 +160,8 @@ def up(row: Environment,
        data: Path,
        environ: Mapping[str, str],
        wait: float,
-       folder: Path = RUN) -> str:
+       folder: Path = RUN,
+       python: Path | None = None) -> str:
     """Start the row's server, or replicas behind HAProxy; return the URL once a session can be played.
 
     Raises:
@@ -159,7 +171,7 @@ def up(row: Environment,
     proxy = shutil.which("haproxy", path=environ.get("PATH", "") + ":/usr/sbin")
     if options.replicas > 1 and not proxy:
         raise LocalError("--replicas needs haproxy on PATH (Debian: apt install haproxy), or --runner docker")
-    python, row_file, copy = prepare(row, source, data, folder)
+    python, row_file, copy = prepare(row, source, data, folder, python)
     ports = [options.port]
     if options.replicas > 1:
         ports = []

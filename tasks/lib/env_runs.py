@@ -157,6 +157,12 @@ def running() -> dict[str, list[Running]]:
     return found
 
 
+def local_url(row: Environment) -> str | None:
+    """Return the address of the row's local server, where one is up."""
+    state = env_local.states().get(row.name)
+    return state["url"] if state and all(env_local.is_running(entry) for entry in state["processes"]) else None
+
+
 def pick_port(task: str, row: Environment, flag: str, bind: str) -> int:
     """Return the port to serve on: --port, else ENV_PORT, else the row's; only a port asked for by flag is a must.
 
