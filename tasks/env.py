@@ -61,7 +61,9 @@ def up(c: Context,
                       bind=bind,
                       understood=i_understand,
                       aliases=not others)
-    announce(row, options, chosen, env_runs.start(c, "env.up", row, options, chosen, build, seconds))
+    url = env_runs.start(c, "env.up", row, options, chosen, build, seconds)
+    if not c.config.run.dry:
+        announce(row, options, chosen, url)
 
 
 def dry(c: Context, what: str) -> bool:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import zipfile
+from typing import ClassVar
 
 import psutil
 import pytest
