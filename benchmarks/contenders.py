@@ -10,7 +10,9 @@ from pathlib import Path
 
 from fsdp_checkpoint import Checkpoint, Size
 
-OURS, AGENTGYM, VERL = "this merger", "AgentGym-RL", "verl"
+# Ours remembers what transformers said of a config and its keys; a config that it has not seen costs it a process with
+# torch and transformers in it. Both are measured.
+OURS, FIRST, AGENTGYM, VERL = "this merger", "this merger, config not seen before", "AgentGym-RL", "verl"
 GIB = 1 << 30
 
 
@@ -24,7 +26,7 @@ class Contender:
 
     def memory_needed(self, size: Size) -> int:
         """Bytes of memory to have before it is started: a peer holds all shards at once (measured: 1.0-1.12 times)."""
-        return GIB if self.name == OURS else GIB + size.shard_bytes() * 6 // 5
+        return GIB if self.name in (OURS, FIRST) else GIB + size.shard_bytes() * 6 // 5
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ def prepare(contender: Contender, checkpoint: Checkpoint, folder: Path) -> Job:
     folder.mkdir(parents=True)
     output, env = folder / "merged", _environment(os.environ)
     command: Sequence[str]
-    if contender.name == OURS:
+    if contender.name in (OURS, FIRST):
+        env["XDG_CACHE_HOME"] = str(folder / "cache" if contender.name == FIRST else folder.parent / "cache")
         command = [str(contender.source), "--local-dir", str(checkpoint.actor), "--save-dir", str(output)]
     elif contender.name == AGENTGYM:
         actor = _link(checkpoint, folder / "actor")

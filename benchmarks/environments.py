@@ -23,12 +23,12 @@ import aiohttp
 import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from servers.protocol import Client, ServerError, check_ready  # noqa: E402
-from tasks.lib.env_local import ROOT, port_is_free, prepare  # noqa: E402
-from tasks.lib.env_plan import choose_port, proxy_config  # noqa: E402
-from tasks.lib.environments import Environment, environment  # noqa: E402
+from servers.protocol import Client, ServerError, check_ready
+from tasks.lib.env_local import ROOT, port_is_free, prepare
+from tasks.lib.env_plan import choose_port, proxy_config
+from tasks.lib.environments import Environment, environment
 
-FIRST_PORT = 37000
+FIRST_PORT = 21000  # below the range from which the generator's own connections get their ports
 
 
 class Load:
@@ -83,10 +83,14 @@ class Load:
 def processes(commands: Sequence[Sequence[str]], cwd: Path, environ: dict[str, str]) -> Iterator[list[psutil.Process]]:
     """Run `commands` until the block ends."""
     started = [
-        subprocess.Popen(command, cwd=cwd, env={
-            **os.environ,
-            **environ
-        }, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for command in commands
+        subprocess.Popen(command,
+                         cwd=cwd,
+                         env={
+                             **os.environ,
+                             **environ
+                         },
+                         stdout=subprocess.DEVNULL,
+                         stderr=subprocess.DEVNULL) for command in commands
     ]
     try:
         yield [psutil.Process(process.pid) for process in started]
@@ -152,9 +156,14 @@ def main() -> None:
     for _ in range(6):
         ports.append(choose_port(ports[-1] + 1 if ports else FIRST_PORT, port_is_free))
     bare, alone, one_behind, both_0, both_1, front = ports
-    environ = {"PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(
-        [str(folder), *(str(folder / extra) for extra in row.pythonpath)]), **{
-            name: value.format(folder=folder, data=options.data) for name, value in row.env.items()}}
+    environ = {
+        "PYTHONHASHSEED": "0",
+        "PYTHONPATH": os.pathsep.join([str(folder), *(str(folder / extra) for extra in row.pythonpath)]),
+        **{
+            name: value.format(folder=folder, data=options.data)
+            for name, value in row.env.items()
+        }
+    }
 
     def url(port: int) -> str:
         return f"http://127.0.0.1:{port}"
@@ -163,9 +172,16 @@ def main() -> None:
         return [str(python), "-m", "uvicorn", row.app, "--port", str(port), "--no-access-log", "--log-level", "warning"]
 
     def serve(port: int, replica: int = 0, replicas: int = 1) -> list[str]:
-        return [str(python), str(ROOT / "servers/serve.py"), str(row_file), "--source", str(copy), "--data",
-                str(Path(options.data) / row.name), "--port", str(port), "--replica", str(replica),
-                "--replicas", str(replicas)]
+        return [
+            str(python),
+            str(ROOT / "servers/serve.py"),
+            str(row_file), "--source",
+            str(copy), "--data",
+            str(Path(options.data) / row.name), "--port",
+            str(port), "--replica",
+            str(replica), "--replicas",
+            str(replicas)
+        ]
 
     def proxy(*behind: int) -> list[str]:
         config = copy.parent / f"bench-{len(behind)}.cfg"
@@ -177,7 +193,8 @@ def main() -> None:
         "one server": ([serve(alone)], [url(alone)]),
         "one server, proxy": ([serve(one_behind), proxy(one_behind)], [url(front)]),
         "two servers, direct": ([serve(both_0, 0, 2), serve(both_1, 1, 2)], [url(both_0), url(both_1)]),
-        "two servers, proxy": ([serve(both_0, 0, 2), serve(both_1, 1, 2), proxy(both_0, both_1)], [url(front)]),
+        "two servers, proxy": ([serve(both_0, 0, 2), serve(both_1, 1, 2),
+                                proxy(both_0, both_1)], [url(front)]),
     }
     results: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for _ in range(options.repeat):  # in rounds: what else the machine does then meets every setup
@@ -186,8 +203,8 @@ def main() -> None:
             with processes(commands, cwd, environ) as running:
                 wait_until_ready(row, urls)
                 for sessions in map(int, options.sessions.split(",")):
-                    results.setdefault((name, sessions), []).append(
-                        measure(row, urls, sessions, options.seconds, running))
+                    results.setdefault((name, sessions),
+                                       []).append(measure(row, urls, sessions, options.seconds, running))
     summary = []
     for (name, sessions), found in results.items():
         middle = sorted(found, key=lambda one: one["steps_per_s"])[len(found) // 2]
@@ -195,11 +212,15 @@ def main() -> None:
     if options.json:
         print(json.dumps({"env": row.name, "cpus": os.cpu_count(), "seconds": options.seconds, "results": summary}))
         return
-    print(f"{row.name}, {os.cpu_count()} cores shared with the generator, median of {options.repeat} x {options.seconds:g} s")
-    print(f"{'setup':22}{'sessions':>9}{'steps/s':>10}{'p50 ms':>9}{'p95 ms':>9}{'errors':>8}  cores: generator, servers")
+    print(
+        f"{row.name}, {os.cpu_count()} cores shared with the generator, median of {options.repeat} x {options.seconds:g} s"
+    )
+    print(
+        f"{'setup':22}{'sessions':>9}{'steps/s':>10}{'p50 ms':>9}{'p95 ms':>9}{'errors':>8}  cores: generator, servers")
     for one in summary:
-        print(f"{one['setup']:22}{one['sessions']:>9}{one['steps_per_s']:>10.0f}{one['p50_ms']:>9.2f}{one['p95_ms']:>9.2f}"
-              f"{one['errors']:>8}  {one['generator_cores']}, {one['server_cores']}")
+        print(
+            f"{one['setup']:22}{one['sessions']:>9}{one['steps_per_s']:>10.0f}{one['p50_ms']:>9.2f}{one['p95_ms']:>9.2f}"
+            f"{one['errors']:>8}  {one['generator_cores']}, {one['server_cores']}")
 
 
 if __name__ == "__main__":

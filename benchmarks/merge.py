@@ -29,7 +29,7 @@ from pathlib import Path
 import disk_limit
 import fsdp_checkpoint
 import machine
-from contenders import AGENTGYM, OURS, VERL, Contender, find_agentgym, find_verl, prepare
+from contenders import AGENTGYM, FIRST, OURS, VERL, Contender, find_agentgym, find_verl, prepare
 from fsdp_checkpoint import SIZES, Checkpoint
 from merge_report import Results, markdown
 from process_meter import Measurement, measure
@@ -104,7 +104,7 @@ def check(options: argparse.Namespace) -> None:
 
 def contenders(options: argparse.Namespace) -> list[Contender]:
     extra = tuple(shlex.split(options.script_args))
-    found = [Contender(OURS, interpreter(options.python), options.script.resolve(), extra)]
+    found = [Contender(name, interpreter(options.python), options.script.resolve(), extra) for name in (OURS, FIRST)]
     if options.agentgym_rl:
         found.append(Contender(AGENTGYM, interpreter(options.peer_python), find_agentgym(options.agentgym_rl)))
     if options.verl:
@@ -164,7 +164,7 @@ def run(options: argparse.Namespace, folder: Path, found: list[Contender]) -> in
 def facts(folder: Path, found: list[Contender]) -> dict[str, str]:
     pythons: dict[str, str] = {}
     for contender in found:
-        label = "our Python" if contender.name == OURS else "the peers' Python"
+        label = "our Python" if contender.name in (OURS, FIRST) else "the peers' Python"
         pythons[label] = contender.python
     described = machine.describe(folder, pythons)
     described["date"] = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
@@ -223,8 +223,19 @@ class Benchmark:
                 continue
             say(f"{contender.name}: warming up")
             self.warm_up(contender)
+            if contender.name == OURS:
+                self.remember_config(contender)
             kept.append(contender)
         return kept
+
+    def remember_config(self, contender: Contender) -> None:
+        """Let our merger see the checkpoint's config once, without merging."""
+        job = prepare(contender, self.checkpoint, self.scratch / "seen")
+        made = subprocess.run([*job.command, "--dry-run"], env=job.env, cwd=job.folder, capture_output=True, text=True)
+        shutil.rmtree(job.folder)
+        if made.returncode:
+            raise ValueError(
+                f"{contender.name} --dry-run failed (exit {made.returncode}): {made.stderr.strip()[-300:]}")
 
     def warm_up(self, contender: Contender) -> None:
         self.merge(contender, self.tiny)

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from contenders import AGENTGYM, OURS, VERL
+from contenders import AGENTGYM, FIRST, OURS, VERL
 from fsdp_checkpoint import SIZES
 from process_meter import Measurement
 
@@ -106,9 +106,9 @@ def _ratio_cell(results: Results, name: str, state: str) -> str:
     return f"{ratio:.1f}" if ratio else "-"
 
 
-def times_ours(results: Results, name: str, state: str) -> float | None:
+def times_ours(results: Results, name: str, state: str, ours_name: str = OURS) -> float | None:
     """Median seconds of a contender over ours."""
-    ours, theirs = results.seconds(OURS, state), results.seconds(name, state)
+    ours, theirs = results.seconds(ours_name, state), results.seconds(name, state)
     return statistics.median(theirs) / statistics.median(ours) if ours and theirs else None
 
 
@@ -133,13 +133,17 @@ LIMITS = {
 
 def verdicts(results: Results) -> list[str]:
     """One line a goal; a goal that this run cannot judge says why."""
-    lines = [_speed_verdict(results, name, goal) for name, goal in SPEED_GOALS.items()]
-    return ["Goals:", "", *lines, _limit_verdict(results), *_memory_verdicts(results), _equality(results)]
+    lines = []
+    for ours in (OURS, FIRST):
+        lines += ["", f"{ours[0].upper()}{ours[1:]}:", ""]
+        lines += [_speed_verdict(results, ours, name, goal) for name, goal in SPEED_GOALS.items()]
+        lines += [_limit_verdict(results, ours), *_memory_verdicts(results, ours)]
+    return ["Goals.", *lines, "", _equality(results)]
 
 
-def _speed_verdict(results: Results, name: str, goal: float) -> str:
+def _speed_verdict(results: Results, ours: str, name: str, goal: float) -> str:
     text = f"- at least {goal:g} times as fast as {name}'s merger, {SPEED_SIZE}, cold: "
-    ratio = times_ours(results, name, "cold")
+    ratio = times_ours(results, name, "cold", ours)
     if ratio is None:
         return text + "**not judged** (one of the two did not run, or failed)"
     if results.size != SPEED_SIZE:
@@ -147,9 +151,9 @@ def _speed_verdict(results: Results, name: str, goal: float) -> str:
     return text + f"**{_met(ratio >= goal)}** ({ratio:.2f} times)"
 
 
-def _limit_verdict(results: Results) -> str:
+def _limit_verdict(results: Results, name: str) -> str:
     text = f"- within {LIMIT_GOAL} times the disk's limit, cold, beyond the interpreter's start-up: "
-    ours, limit = results.seconds(OURS, "cold"), results.limit()
+    ours, limit = results.seconds(name, "cold"), results.limit()
     if not ours or not limit or not results.startup:
         return text + "**not judged** (no cold run, or no limit measured)"
     seconds, over = statistics.median(ours), {}
@@ -161,8 +165,8 @@ def _limit_verdict(results: Results) -> str:
     return text + f"**{verdict}** ({figures}; the limit is {limit[0]:.2f} s, {LIMITS[limit[1]]}{both})"
 
 
-def _memory_verdicts(results: Results) -> list[str]:
-    runs = [run for measured in results.runs.get(OURS, {}).values() for run in measured if not run.exit_code]
+def _memory_verdicts(results: Results, name: str) -> list[str]:
+    runs = [run for measured in results.runs.get(name, {}).values() for run in measured if not run.exit_code]
     text = f"- peak resident memory at most {MEMORY_GOAL / MB:.0f} MB, "
     if not runs:
         return [text + "all processes: **not judged** (no run)"]
@@ -170,11 +174,11 @@ def _memory_verdicts(results: Results) -> list[str]:
         "largest process": max(run.largest_rss for run in runs),
         "all processes added up": max(run.tree_rss for run in runs)
     }
-    return [f"{text}{name}: **{_met(peak <= MEMORY_GOAL)}** ({peak / MB:.0f} MB)" for name, peak in peaks.items()]
+    return [f"{text}{what}: **{_met(peak <= MEMORY_GOAL)}** ({peak / MB:.0f} MB)" for what, peak in peaks.items()]
 
 
 def _equality(results: Results) -> str:
-    text = "- every output equal to torch's own bf16 cast of the same weights, and so to each other: "
+    text = "Every output equal to torch's own bf16 cast of the same weights, and so to each other: "
     if not results.comparison:
         return text + "**not judged** (not compared)"
     wrong = {name: texts for name, texts in results.comparison.items() if texts}

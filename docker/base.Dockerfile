@@ -65,7 +65,10 @@ RUN --mount=type=cache,target=/var/cache/uv \
         with-secrets uv pip install --no-deps "flash-attn @ ${FLASH_ATTN_WHEEL}"; \
     fi
 
-RUN python -c 'import torch, torchvision; print("torch", torch.__version__, "CUDA", torch.version.cuda)'
+# As root, so that the bytecode of what was imported stays; with a home of its own, so that no cache does.
+RUN home=$(mktemp -d); \
+    HOME=$home python -c 'import torch, torchvision; print("torch", torch.__version__, "CUDA", torch.version.cuda)'; \
+    rm -r "$home"
 
 # Last, so that a new commit changes no layer above.
 ARG REVISION=unknown

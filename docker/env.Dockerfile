@@ -101,16 +101,18 @@ FROM tool AS academia
 FROM tool AS todo
 FROM tool AS sheet
 
-# libglib2.0: OpenCV's.
+# libglib2.0: OpenCV's. Compiler and cmake build textworld's planner and go again in the same layer.
 FROM python:3.9-slim AS alfworld
-RUN apt-get update -qq \
- && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends libglib2.0-0 \
- && rm -rf /var/lib/apt/lists/*
 COPY --chmod=755 docker/with-secrets /usr/local/bin/with-secrets
 RUN --mount=type=bind,source=docker/constraints/env-alfworld.txt,target=/run/pins.txt \
     --mount=type=cache,target=/root/.cache/pip \
     --mount=type=secret,id=package_index --mount=type=secret,id=ca_bundle \
-    with-secrets pip install --quiet --no-deps -r /run/pins.txt
+    apt-get update -qq \
+ && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends build-essential cmake libglib2.0-0 \
+ && with-secrets pip install --quiet --no-deps -r /run/pins.txt \
+ && apt-get purge -y -qq --auto-remove build-essential cmake \
+ && apt-get install -y -qq --no-install-recommends libglib2.0-0 libstdc++6 \
+ && rm -rf /var/lib/apt/lists/*
 COPY --from=agentgym agentenv-alfworld /srv/agentenv-alfworld
 
 # The encoder calls .cuda(), so torch comes with CUDA's libraries: about 7 GB.

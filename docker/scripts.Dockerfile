@@ -18,9 +18,12 @@ RUN --mount=type=bind,source=docker/constraints/scripts.txt,target=/run/scripts.
 COPY --chmod=755 docker/format-source docker/merge-checkpoint /usr/local/bin/
 COPY scripts /opt/workbench/scripts
 
+# With a home of its own: a cache that this user left in the real one would be closed to every other user.
+RUN home=$(mktemp -d); \
+    HOME=$home python -c 'import accelerate, huggingface_hub, ml_dtypes, peft, rich, safetensors.torch, transformers, yapf'; \
+    HOME=$home python /opt/workbench/scripts/model_merger.py --help >/dev/null; \
+    rm -r "$home"
 USER 1000
-RUN python -c 'import accelerate, huggingface_hub, ml_dtypes, rich, safetensors.torch, transformers, yapf' \
- && python /opt/workbench/scripts/model_merger.py --help >/dev/null
 
 ARG REVISION=unknown
 ARG SOURCE_URL=unknown

@@ -39,8 +39,11 @@ RUN --mount=type=cache,target=/var/cache/uv \
         [ -e "/workspace/AgentGym-RL/$folder" ] || ln -s "../$folder" "/workspace/AgentGym-RL/$folder"; \
     done
 
+# With a home of its own: a cache that this user left in the real one would be closed to every other user.
+RUN home=$(mktemp -d); \
+    HOME=$home python -c 'import agentenv, transformers, verl.agent_trainer.main_ppo; print("transformers", transformers.__version__)'; \
+    rm -r "$home"
 USER 1000
-RUN python -c 'import agentenv, transformers, verl.agent_trainer.main_ppo; print("transformers", transformers.__version__)'
 
 ARG REVISION=unknown
 ARG SOURCE_URL=unknown

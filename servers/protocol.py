@@ -18,7 +18,6 @@ from typing import Any, Dict, NamedTuple, Optional
 # The servers answer on this machine or on a container's network: a proxy for the internet would only be in the way.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
-
 # What a row's protocol table may leave out. (tasks/lib/environments.py has the same; a test compares them.)
 DEFAULTS = {
     "prefix": "",
@@ -78,14 +77,14 @@ class Client:
                 reply = json.loads(response.read())
         except urllib.error.HTTPError as error:
             text = error.read().decode(errors="replace")[:200]
-            raise ServerError("%s: HTTP %d %s" % (what, error.code, text), error.code) from None
+            raise ServerError(f"{what}: HTTP {error.code} {text}", error.code) from None
         except ValueError:
             raise ServerError(what + ": the answer is no JSON", 200) from None
         except OSError as error:
-            raise ServerError("%s: %s" % (what, getattr(error, "reason", error))) from None
+            raise ServerError(f"{what}: {getattr(error, 'reason', error)}") from None
         fault = error_in(reply)
         if fault is not None:
-            raise ServerError("%s: %s" % (what, fault), 200)
+            raise ServerError(f"{what}: {fault}", 200)
         return reply
 
     def create(self) -> int:
@@ -94,7 +93,7 @@ class Client:
         key = self.protocol["id_reply"]
         session = (reply.get(key) if isinstance(reply, dict) else None) if key else reply
         if isinstance(session, bool) or not isinstance(session, int):
-            raise ServerError("POST /create: no session id in %s" % json.dumps(reply)[:200], 200)
+            raise ServerError(f"POST /create: no session id in {json.dumps(reply)[:200]}", 200)
         return session
 
     def reset(self, session: int, item: int) -> str:
@@ -109,7 +108,7 @@ class Client:
                 return str(reply[0])
             return "\n".join(str(reply[key]) for key in self.protocol["observation_keys"])
         except (KeyError, IndexError, TypeError):
-            raise ServerError("POST /reset: no observation in %s" % json.dumps(reply)[:200], 200) from None
+            raise ServerError(f"POST /reset: no observation in {json.dumps(reply)[:200]}", 200) from None
 
     def step(self, session: int, action: str) -> Step:
         """Take `action` in the session."""
@@ -119,8 +118,7 @@ class Client:
             reward = float(reply[self.protocol["reward"]])
             observation = str(reply[self.protocol["state"]])
         except (KeyError, TypeError, ValueError):
-            raise ServerError("POST /step: no observation, reward and end in %s" % json.dumps(reply)[:200],
-                              200) from None
+            raise ServerError(f"POST /step: no observation, reward and end in {json.dumps(reply)[:200]}", 200) from None
         return Step(observation, 0.0 if self.protocol["reward_when_done"] and not done else reward, done)
 
     def close(self, session: int) -> bool:
@@ -133,8 +131,8 @@ class Client:
             raise
 
 
-def check_ready(client: Client, item: int) -> None:
-    """Create, reset and close one session.
+def check_ready(client: Client, item: int) -> int:
+    """Create, reset and close one session; return its id.
 
     Raises:
         ServerError: one of them failed.
@@ -144,6 +142,7 @@ def check_ready(client: Client, item: int) -> None:
         client.reset(session, item)
     finally:
         client.close(session)
+    return session
 
 
 def main(argv: Optional[list] = None) -> int:
@@ -160,7 +159,7 @@ def main(argv: Optional[list] = None) -> int:
     except ServerError as error:
         if error.status == 429:  # every session is in use, which no server manages that is not ready
             return 0
-        print("not ready: %s" % error)
+        print(f"not ready: {error}")
         return 1
     return 0
 

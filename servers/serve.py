@@ -102,7 +102,7 @@ class Sessions:
 
     async def _create(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self.limit is not None and len(self.live) + self.opening >= self.limit:
-            return await answer(send, 429, {"error": "all %d sessions of this server are in use" % self.limit})
+            return await answer(send, 429, {"error": f"all {self.limit} sessions of this server are in use"})
         if self.pool:
             public = self._register(Session(self.pool.pop(), pristine=False))
             return await answer(send, 200, {self.id_reply: public} if self.id_reply else public)
@@ -130,9 +130,9 @@ class Sessions:
         resets, closes = path == self.prefix + "/reset", path == self.prefix + "/close"
         session = self._find(request[self.key])
         if session is None:
-            return await answer(send, 404, {"error": "no session %s here" % json.dumps(request[self.key])})
+            return await answer(send, 404, {"error": f"no session {json.dumps(request[self.key])} here"})
         if not (session.pristine or resets or closes):
-            return await answer(send, 409, {"error": "session %s was not reset yet" % request[self.key]})
+            return await answer(send, 409, {"error": f"session {request[self.key]} was not reset yet"})
         if closes and not self.has_close:
             self._forget(request[self.key])
             return await answer(send, 200, True)
@@ -166,9 +166,9 @@ class Sessions:
         asked = query[self.key]
         session = self._find(int(asked) if asked.isdigit() else None)
         if session is None:
-            return await answer(send, 404, {"error": "no session %s here" % asked})
+            return await answer(send, 404, {"error": f"no session {asked} here"})
         if not session.pristine:
-            return await answer(send, 409, {"error": "session %s was not reset yet" % asked})
+            return await answer(send, 409, {"error": f"session {asked} was not reset yet"})
         query[self.key] = str(session.local)
         session.busy += 1
         try:
@@ -213,7 +213,7 @@ class Sessions:
             try:
                 await self.close_idle()
             except Exception as error:  # a server whose close fails must not stop the tending of the others
-                _say("closing idle sessions: %r" % error)
+                _say(f"closing idle sessions: {error!r}")
             if self.after_tending is not None:
                 self.after_tending()
 
@@ -313,9 +313,8 @@ async def answer(send: Send, status: int, value: Any, headers: Optional[list] = 
 
 def with_length(headers: Any, length: int) -> list:
     """Return `headers` with this content-length."""
-    return [header for header in headers if header[0].lower() != b"content-length"] + [
-        (b"content-length", str(length).encode())
-    ]
+    return [header for header in headers if header[0].lower() != b"content-length"
+            ] + [(b"content-length", str(length).encode())]
 
 
 def parsed(body: bytes) -> Any:
@@ -332,7 +331,7 @@ def memory_mb() -> float:
     for entry in os.listdir("/proc") if os.path.isdir("/proc") else []:
         if entry.isdigit():
             try:
-                with open("/proc/%s/statm" % entry) as file:
+                with open(f"/proc/{entry}/statm") as file:
                     pages += int(file.read().split()[1])
             except (OSError, IndexError):
                 pass  # the process ended while we read
@@ -399,7 +398,7 @@ def give_up_when_stuck(sessions: Sessions, seconds: float) -> None:
             time.sleep(1.0)
             begun = min(list(sessions.started.values()), default=None)
             if begun is not None and time.monotonic() - begun > seconds:
-                _say("a request runs for more than %g s; giving up this server and its sessions" % seconds)
+                _say(f"a request runs for more than {seconds:g} s; giving up this server and its sessions")
                 os._exit(STUCK)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -410,13 +409,13 @@ def lacks(row: Dict[str, Any], data: str, environ: Mapping[str, str]) -> List[st
     found = []
     for item in row.get("data", []):
         if not os.path.exists(os.path.join(data, item["path"])):
-            how = item.get("how") or "run `invoke env.data --env %s`" % row["name"]
-            found.append("no %s in %s; %s" % (item["path"], data, how))
+            how = item.get("how") or f"run `invoke env.data --env {row['name']}`"
+            found.append(f"no {item['path']} in {data}; {how}")
     for key in row.get("keys", []):
         if not environ.get(key["name"]):
-            found.append("%s is not set; it is: %s" % (key["name"], key["how"]))
+            found.append(f"{key['name']} is not set; it is: {key['how']}")
     if row.get("consent") and environ.get("I_UNDERSTAND") != row["name"]:
-        found.append("%s. To go on: --i-understand, or I_UNDERSTAND=%s" % (row["consent"], row["name"]))
+        found.append(f"{row['consent']}. To go on: --i-understand, or I_UNDERSTAND={row['name']}")
     return found
 
 
@@ -430,7 +429,7 @@ def prepare(row: Dict[str, Any], source: str, data: str) -> None:
     for command in row.get("before", []):
         done = subprocess.run(command)
         if done.returncode:
-            _say("%s: `%s` failed with %d" % (row["name"], command[-1], done.returncode))
+            _say(f"{row['name']}: `{command[-1]}` failed with {done.returncode}")
             sys.exit(1)
     # In place of this program's own folder, whose modules could hide the server's.
     sys.path[:1] = [folder] + [os.path.join(folder, extra) for extra in row.get("pythonpath", [])]
@@ -460,7 +459,7 @@ def main() -> None:
         row = json.load(file)
     missing = lacks(row, options.data, os.environ)
     if missing:
-        _say("%s: %s" % (row["name"], missing[0]))
+        _say(f"{row['name']}: {missing[0]}")
         sys.exit(MISUSE)
     prepare(row, options.source, options.data)
     app = load(row["app"], [key["name"] for key in row.get("keys", [])])

@@ -162,8 +162,13 @@ def env(c: Context, env: str = "", no_cache: bool = False, pull: bool = False, t
         start, name = time.monotonic(), env_docker.image_name(row, tag)
         before = None if c.config.run.dry else docker.image_facts(name)
         try:
-            env_docker.build(c, row, options, env_runs.model("build.env", row, options, tag), variables,
-                             cache=not no_cache, pull=pull)
+            env_docker.build(c,
+                             row,
+                             options,
+                             env_runs.model("build.env", row, options, tag),
+                             variables,
+                             cache=not no_cache,
+                             pull=pull)
         except Exit:
             if len(rows) == 1:
                 raise
@@ -172,8 +177,8 @@ def env(c: Context, env: str = "", no_cache: bool = False, pull: bool = False, t
         after = None if c.config.run.dry else docker.image_facts(name)
         if after:
             unchanged = before is not None and before.id == after.id
-            built.append((name, human_size(after.size), f"{time.monotonic() - start:.1f} s",
-                          "cached" if unchanged else "built"))
+            built.append(
+                (name, human_size(after.size), f"{time.monotonic() - start:.1f} s", "cached" if unchanged else "built"))
     docker.print_table(("image", "size", "seconds", ""), built)
     if failed:
         raise Exit(f"build.env: not built: {', '.join(failed)}; see above, or build one with --env", code=1)

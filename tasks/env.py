@@ -51,7 +51,8 @@ def up(c: Context,
     chosen = env_runs.choose_runner("env.up", runner)
     others = {} if c.config.run.dry else env_runs.running()
     if row.name in others:
-        print(f"{row.name} is up already: {others[row.name][0].url} (`invoke env.restart --env {row.name}` starts anew)")
+        print(
+            f"{row.name} is up already: {others[row.name][0].url} (`invoke env.restart --env {row.name}` starts anew)")
         return
     bind = resolve("ENV_BIND")
     options = Options(port=env_runs.pick_port("env.up", row, port, bind),
@@ -60,7 +61,16 @@ def up(c: Context,
                       bind=bind,
                       understood=i_understand,
                       aliases=not others)
-    announce(row, options, chosen, env_runs.start(c, "env.up", row, options, chosen, build, seconds))
+    url = env_runs.start(c, "env.up", row, options, chosen, build, seconds)
+    if not c.config.run.dry:
+        announce(row, options, chosen, url)
+
+
+def dry(c: Context, what: str) -> bool:
+    """Print `what` under `--dry`, and tell whether that is all there is to do."""
+    if c.config.run.dry:
+        print(f"would {what}")
+    return bool(c.config.run.dry)
 
 
 def announce(row: "Environment", options: "Options", runner: str, url: str) -> None:
@@ -75,7 +85,10 @@ def announce(row: "Environment", options: "Options", runner: str, url: str) -> N
 def down(c: Context, env: str = "") -> None:
     """Stop one environment server, or all."""
     from tasks.lib import env_runs
-    names = [env_runs.find_row("env.down", env).name] if env else sorted(env_runs.running())
+    names = [env_runs.find_row("env.down", env).name] if env else []
+    if dry(c, f"stop and remove the processes and containers of {env or 'every environment'}"):
+        return
+    names = names or sorted(env_runs.running())
     for name in names:
         print(f"{name} is down" if env_runs.stop(c, name) else f"{name} was not up", flush=True)
     if not names:
@@ -88,6 +101,8 @@ def restart(c: Context, env: str = "", wait: str = "120") -> None:
     from tasks.lib import env_runs
     row = env_runs.find_row("env.restart", env)
     seconds = env_runs.whole_number("env.restart", "wait", wait, 1)
+    if dry(c, f"stop {row.name} and start it as it was"):
+        return
     noted = env_runs.recall(row)
     if noted is None:
         raise Exit(f"env.restart: {row.name} was never started here; `invoke env.up --env {row.name}`", code=2)
@@ -127,6 +142,8 @@ def logs(c: Context, env: str = "", follow: bool = False) -> None:
     """Show what an environment server printed."""
     from tasks.lib import docker, env_docker, env_local, env_runs
     row = env_runs.find_row("env.logs", env)
+    if dry(c, f"show the logs of {row.name}"):
+        return
     files = sorted((env_local.RUN / row.name).glob("*.log"))
     if row.name in env_local.states():
         argv = ["tail", "-n", "+1", *(["-F"] if follow else []), *map(str, files)]
@@ -149,7 +166,7 @@ def logs(c: Context, env: str = "", follow: bool = False) -> None:
                      files=[file])
         return
     for server in containers:
-        docker.drive(c, lambda client, id=server.id: client.container.logs(id, follow=follow, stream=True))
+        docker.drive(c, env_docker.printing(server.id, follow))
 
 
 @task(positional=[], auto_shortflags=False, help={"env": ENV_HELP, "user": "User in the container (default: yours)."})
@@ -157,13 +174,16 @@ def shell(c: Context, env: str = "", user: str = "") -> None:
     """Open a shell in an environment's container."""
     from tasks.lib import containers, env_docker, env_local, env_runs
     row = env_runs.find_row("env.shell", env)
+    if dry(c, f"open bash in the container of {row.name}"):
+        return
     if row.name in env_local.states():
         home = env_local.RUN / row.name
-        raise Exit(f"env.shell: {row.name} is a local process; its Python is {home / 'venv' / 'bin' / 'python'}", code=1)
+        raise Exit(f"env.shell: {row.name} is a local process; its Python is {home / 'venv' / 'bin' / 'python'}",
+                   code=1)
     found = [server for server in env_docker.servers(row.name) if server.role == "server"]
     if not found:
         raise Exit(f"env.shell: {row.name} is not up; `invoke env.up --env {row.name}`", code=1)
-    containers.join(c, found[0].id, "env.shell", ["bash"], user)
+    containers.join(c, found[0].id, ["bash"], user)
 
 
 @task(positional=[],
@@ -180,6 +200,8 @@ def check(c: Context, env: str = "", url: str = "", timeout: str = "60") -> None
     from tasks.lib.conformance import Conformance
     row = env_runs.find_row("env.check", env)
     seconds = env_runs.whole_number("env.check", "timeout", timeout, 1)
+    if dry(c, f"play sessions on the server of {row.name}"):
+        return
     found = [] if url else env_runs.running().get(row.name, [])
     if not url and not found:
         raise Exit(f"env.check: {row.name} is not up; `invoke env.up --env {row.name}`, or give --url", code=1)
@@ -207,13 +229,13 @@ def data(c: Context, env: str = "", from_: str = "") -> None:
     if not row.data:
         print(f"{row.name} needs no data")
         return
+    if dry(c, f"put {', '.join(one.path for one in row.data)} into {folder}"):
+        return
     begun = time.monotonic()
+    missing = []
     try:
         if from_:
             env_data.adopt(row, folder, Path(from_).expanduser())
-            missing = []
-        elif c.config.run.dry:
-            missing = row.missing_data(folder)
         else:
             missing = env_data.fetch(row, folder, lambda line: print(line, flush=True))
     except env_data.DataError as error:

@@ -63,7 +63,10 @@ def run_merger(c: Context,
     except ValueError as error:
         raise Exit(f"merge: {error}", code=2) from None
     if chosen == "local":
-        run_program(c, PROGRAM, merger_args(folders, save_dir=save_dir, **flags), env=environment(HUB_VARIABLES, os.environ))
+        run_program(c,
+                    PROGRAM,
+                    merger_args(folders, save_dir=save_dir, **flags),
+                    env=environment(HUB_VARIABLES, os.environ))
     else:
         run_in_container(c, folders, save_dir, gpus, flags)
 
@@ -78,11 +81,11 @@ def run_in_container(c: Context, folders: list[str], save_dir: str, gpus: str, f
         if not Path(folder).is_dir():
             raise Exit(f"merge: no folder {folder}; give --local-dir the folder with the shards", code=2)
     if save_dir and not c.config.run.dry and not flags.get("dry_run"):
-        Path(save_dir).mkdir(parents=True, exist_ok=True)  # as the caller: Docker would make it as root
+        Path(save_dir).parent.mkdir(parents=True, exist_ok=True)  # as the caller: Docker would make it as root
     translation = Translation(ROOT)
     try:
         inside = [translation.path(folder) for folder in folders]
-        save_inside = translation.path(save_dir) if save_dir else ""
+        save_inside = translation.output(save_dir) if save_dir else ""
     except ValueError as error:
         raise Exit(f"merge: {error}", code=2) from None
     containers.run(c,

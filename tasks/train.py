@@ -34,7 +34,7 @@ def shell(c: Context, shm_size: str = "", gpus: str = "", user: str = "") -> Non
     if running:
         if shm_size or gpus:
             print("train: joining the running container, so --shm-size and --gpus do not count", file=sys.stderr)
-        containers.join(c, running, "train", ["bash"], user)
+        containers.join(c, running, ["bash"], user)
     else:
         containers.run(c, "train", ["bash"], gpus=gpus, user=user, variables=variables)
 

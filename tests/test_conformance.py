@@ -87,10 +87,9 @@ def test_an_answer_without_a_session_is_an_error(answer, message):
 def probe(tmp_path: Path, name: str, url: str) -> subprocess.CompletedProcess:
     row = tmp_path / "row.json"
     row.write_text(json.dumps(rows()[name].served()))
-    return subprocess.run(
-        [sys.executable, "-I", ROOT / "servers/protocol.py", row, "--url", url, "--timeout", "5"],
-        capture_output=True,
-        text=True)
+    return subprocess.run([sys.executable, "-I", ROOT / "servers/protocol.py", row, "--url", url, "--timeout", "5"],
+                          capture_output=True,
+                          text=True)
 
 
 def test_the_probe_tells_ready_from_listening(tmp_path):

@@ -4,12 +4,12 @@ import sys
 
 import pytest
 
-from tests.fixtures.servers import ROOT, running
 from tasks.lib.environments import environment
+from tests.fixtures.servers import ROOT, running
 
 sys.path.insert(0, str(ROOT / "demo"))
-from agentenv_demo.game import ACTIONS, ITEMS, LEVELS, ROUNDS, Game, distance, layout  # noqa: E402
-from agentenv_demo.players import expert, random_player  # noqa: E402
+from agentenv_demo.game import ACTIONS, ITEMS, LEVELS, ROUNDS, Game, distance, layout
+from agentenv_demo.players import expert, random_player
 
 
 def play(item, player):
@@ -46,9 +46,11 @@ def test_items_differ_and_are_the_same_in_every_process():
     layouts = [str(layout(item)) for item in range(ITEMS)]
     assert len(set(layouts)) == ITEMS
     code = "from agentenv_demo.game import *; print([str(layout(item)) for item in range(ITEMS)])"
-    fresh = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "demo", capture_output=True, text=True, env={
-        "PYTHONHASHSEED": "7"
-    })
+    fresh = subprocess.run([sys.executable, "-c", code],
+                           cwd=ROOT / "demo",
+                           capture_output=True,
+                           text=True,
+                           env={"PYTHONHASHSEED": "7"})
     assert fresh.stdout.strip() == str(layouts)
 
 

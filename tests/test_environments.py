@@ -4,10 +4,10 @@ import os
 import re
 import shutil
 import subprocess
-import tomllib
 from pathlib import Path
 
 import pytest
+import tomllib
 
 from servers import protocol as served_protocol
 from tasks.lib.env_plan import ALIASES, Options, choose_port, compose_model, proxy_config, refusal, server_variables
@@ -93,7 +93,7 @@ def test_a_row_that_does_not_fit_is_named_in_one_line(change, message):
 
 
 def test_two_rows_with_one_port_are_refused():
-    with pytest.raises(ValueError, match="other.port: 36016 is the port of demo too"):
+    with pytest.raises(ValueError, match=r"other\.port: 36016 is the port of demo too"):
         parse({"demo": TABLE["demo"], "other": TABLE["demo"]})
 
 
@@ -106,7 +106,7 @@ def test_a_file_that_is_no_toml_is_named(tmp_path):
 
 def test_the_servers_fill_in_what_the_rows_leave_out():
     defaults = Protocol(id_reply="id", id="id", item="i", observation="reply", close=True).model_dump(mode="json")
-    assert served_protocol.DEFAULTS == {name: defaults[name] for name in served_protocol.DEFAULTS}
+    assert {name: defaults[name] for name in served_protocol.DEFAULTS} == served_protocol.DEFAULTS
     required = {"id_reply", "id", "item", "observation", "close"}
     assert set(defaults) - required == set(served_protocol.DEFAULTS)
 
@@ -231,8 +231,8 @@ def test_haproxy_takes_the_configuration(name, tmp_path):
 def test_fixture_rows_cover_every_form_of_the_real_ones():
 
     def forms(table):
-        return {(p.prefix != "", p.create is not None, p.id_reply, p.id, p.observation, p.state, p.done,
-                 p.reward_when_done, p.close)
+        return {(p.prefix != "", p.create
+                 is not None, p.id_reply, p.id, p.observation, p.state, p.done, p.reward_when_done, p.close)
                 for p in (row.protocol for row in table.values())}
 
     assert forms(environments()) <= forms(environments(FIXTURE_ROWS))

@@ -10,7 +10,7 @@ Everything about an item follows from its number, on every machine. Twelve items
 Every thing taken and every thing put is worth an equal share of a total reward of 1.
 """
 import random
-from typing import List, NamedTuple, Optional, Tuple
+from typing import NamedTuple, Optional
 
 ITEMS = 48
 ROUNDS = 30
@@ -18,7 +18,7 @@ ACTIONS = ("north", "south", "east", "west", "take", "put", "look")
 MOVES = {"north": (0, -1), "south": (0, 1), "east": (1, 0), "west": (-1, 0)}
 THINGS = ("cup", "key", "pen", "hat")
 
-Place = Tuple[int, int]
+Place = tuple[int, int]
 
 
 class Level(NamedTuple):
@@ -43,14 +43,14 @@ def distance(one: Place, other: Place) -> int:
     return abs(one[0] - other[0]) + abs(one[1] - other[1])
 
 
-def layout(item: int) -> Tuple[Level, Place, List[Errand]]:
+def layout(item: int) -> tuple[Level, Place, list[Errand]]:
     """Return level, first room and errands of `item`.
 
     Raises:
         ValueError: there is no such item.
     """
     if not 0 <= item < ITEMS:
-        raise ValueError("no item %d; items are 0 to %d" % (item, ITEMS - 1))
+        raise ValueError(f"no item {item}; items are 0 to {ITEMS - 1}")
     level = LEVELS[item * len(LEVELS) // ITEMS]
     rng = random.Random(item)
 
@@ -89,7 +89,7 @@ class Game:
         """Whether all is delivered, or the rounds are used up."""
         return self.achieved == 2 * len(self.errands) or self.rounds >= ROUNDS
 
-    def _target(self) -> Optional[Tuple[str, Place]]:
+    def _target(self) -> Optional[tuple[str, Place]]:
         if self.achieved == 2 * len(self.errands):
             return None
         errand = self.errands[self.achieved // 2]
@@ -104,7 +104,7 @@ class Game:
             return "all done"
         words, place = target
         if not self.level.directions:
-            return "%s at %d,%d from %d,%d" % (words, *place, *self.here)
+            return f"{words} at {place[0]},{place[1]} from {self.here[0]},{self.here[1]}"
         dx, dy = place[0] - self.here[0], place[1] - self.here[1]
         if dx:
             return words + (": east" if dx > 0 else ": west")

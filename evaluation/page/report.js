@@ -85,7 +85,7 @@ function draw() {
 function header() {
   const line = document.querySelector("#table thead tr");
   for (const [name, key] of columns) {
-    const place = make("th"), button = make("button", name);
+    const place = make("th", null, numeric.has(key) ? "number" : ""), button = make("button", name);
     place.scope = "col";
     button.type = "button";
     button.addEventListener("click", () => {

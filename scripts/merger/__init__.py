@@ -1,8 +1,8 @@
 """Merge sharded FSDP checkpoints, as verl writes them, into Hugging Face safetensors.
 
 The way of a tensor: `discover` finds the ranks' files, `pickles` and `shardfile` say where in them its pieces lie,
-`layout` says where the pieces belong, `checkpoint` checks that the ranks agree, `plan` lays out the output,
-`copying` streams the bytes, `publish` puts the finished folder in place.
+`layout` says where the pieces belong, `checkpoint` checks that the ranks agree, `job` makes every other check and `plan`
+lays out the output; `copying` streams the bytes, `publish` puts the finished folder in place.
 """
 __version__ = "0.1.0"
 

@@ -144,22 +144,23 @@ def _explain(error: OSError) -> str:
 
 def _run(args: argparse.Namespace) -> int:
     from merger import merging, show
-    options = merging.Options(local_dirs=tuple(args.local_dir),
-                              save_dir=args.save_dir,
-                              dtype=args.dtype,
-                              device=args.device,
-                              max_shard_size=args.max_shard_size,
-                              threads=args.threads,
-                              lora=args.lora,
-                              lora_alpha=args.lora_alpha,
-                              tied_weights=args.tied_weights,
-                              verify=args.verify,
-                              force=args.force,
-                              allow=frozenset(args.allow),
-                              trust_remote_code=args.trust_remote_code,
-                              hf_upload_path=args.hf_upload_path,
-                              private=args.private,
-                              quiet=args.json)
+    from merger.job import Options
+    options = Options(local_dirs=tuple(args.local_dir),
+                      save_dir=args.save_dir,
+                      dtype=args.dtype,
+                      device=args.device,
+                      max_shard_size=args.max_shard_size,
+                      threads=args.threads,
+                      lora=args.lora,
+                      lora_alpha=args.lora_alpha,
+                      tied_weights=args.tied_weights,
+                      verify=args.verify,
+                      force=args.force,
+                      allow=frozenset(args.allow),
+                      trust_remote_code=args.trust_remote_code,
+                      hf_upload_path=args.hf_upload_path,
+                      private=args.private,
+                      quiet=args.json)
     if args.inspect:
         checkpoint, facts = merging.inspect(options)
         if args.json:

@@ -4,20 +4,27 @@ Memory is two or three buffers of `plan.BLOCK_BYTES` a thread, whatever the mode
 """
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from merger import MergeError
 from merger.checkpoint import Checkpoint, Tensor
-from merger.dtypes import CONVERTED, NUMPY, itemsize
-from merger.plan import BLOCK_BYTES, Block, OutputFile, Part, all_blocks, nonfinite, tensor_blocks
+from merger.dtypes import NUMPY
+from merger.plan import BLOCK_BYTES, Block, OutputFile, Part, all_blocks, tensor_blocks
 
-FLUSH_BYTES = 64 << 20  # written back to disk while the copying goes on, so that the last fsync has little to do
+FLUSH_BYTES = 64 << 20
+CACHED_ELEMENTS = 1 << 17  # cast and looked at while they are in the processor's cache
+EXPONENT: dict[str, np.unsignedinteger[Any]] = {
+    "bfloat16": np.uint16(0x7F80),
+    "float16": np.uint16(0x7C00),
+    "float32": np.uint32(0x7F800000),
+    "float64": np.uint64(0x7FF0000000000000)
+}
 
 Progress = Callable[[int], None]
 
@@ -39,13 +46,30 @@ class Tally:
                 kind[block.output.name] = kind.get(block.output.name, 0) + count
 
 
-class Sources:
-    """The ranks' files, open for reading at any place by any thread."""
+def is_cached(fd: int, size: int) -> bool:
+    """Tell whether most of a file of `size` bytes is in the page cache, by a few reads that do not wait for the disk."""
+    samples, hits = 8, 0
+    for number in range(samples):
+        try:
+            hits += os.preadv(fd, [bytearray(1)], size * number // samples, os.RWF_NOWAIT)
+        except BlockingIOError:
+            continue
+        except (OSError, AttributeError):  # a file system or a system that cannot tell
+            return False
+    return hits > samples // 2
 
-    def __init__(self, checkpoint: Checkpoint, drop_cache: bool = False) -> None:
+
+class Sources:
+    """The ranks' files, open for reading at any place by any thread.
+
+    What was in the page cache stays there; the files that were not are dropped again behind the reading. That spares
+    the kernel gigabytes of fresh pages, which can cost more time than the disk does.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self.drop_cache = drop_cache and hasattr(os, "posix_fadvise")
         self._fds: dict[int, int] = {}
+        self._dropped: set[int] = set()
 
     def __enter__(self) -> "Sources":
         _raise_file_limit(len(self.checkpoint.files.paths) + 64)
@@ -53,6 +77,8 @@ class Sources:
             self._fds[rank] = os.open(path, os.O_RDONLY)
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(self._fds[rank], 0, 0, os.POSIX_FADV_SEQUENTIAL)
+                if not is_cached(self._fds[rank], self.checkpoint.sizes[rank]):
+                    self._dropped.add(rank)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -71,7 +97,7 @@ class Sources:
             if count == 0:
                 raise MergeError(f"{self.checkpoint.path(rank)} became shorter while it was read")
             done += count
-        if self.drop_cache:
+        if rank in self._dropped:
             os.posix_fadvise(fd, offset, done, os.POSIX_FADV_DONTNEED)
 
     def read_parts(self, parts: Sequence[Part], values: np.ndarray, scratch: np.ndarray) -> int:
@@ -129,14 +155,48 @@ class HostConverter:
             self._grow(needed)
         values = self._source[:block.numel * source_type.itemsize].view(source_type)
         read = self.sources.read_parts(block.parts, values, self._scratch)
+        if block.twin_parts:
+            read += self._check_twin(block, values)
         if output.fusion is not None:
             values = fused(block, values, self.sources)
-        if values.dtype != target_type:
-            target = self._target[:block.numel * target_type.itemsize].view(target_type)
+        if values.dtype == target_type:
+            finite = output.dtype not in EXPONENT or self._finite(values)
+        else:
+            target, finite = self._target[:block.numel * target_type.itemsize].view(target_type), True
             with np.errstate(over="ignore", invalid="ignore"):
-                np.copyto(target, values, casting="unsafe")
+                for start in range(0, block.numel, CACHED_ELEMENTS):
+                    part = target[start:start + CACHED_ELEMENTS]
+                    np.copyto(part, values[start:start + CACHED_ELEMENTS], casting="unsafe")
+                    finite = finite and self._finite(part)
             values = target
-        return values, read, nonfinite(values) if output.dtype in CONVERTED else (0, 0)
+        return values, read, (0, 0) if finite else count_nonfinite(values)
+
+    def _finite(self, values: np.ndarray) -> bool:
+        """Tell whether all elements are finite: whether no exponent is all ones (IEEE 754)."""
+        exponent = EXPONENT[values.dtype.name]
+        for start in range(0, len(values), CACHED_ELEMENTS):
+            bits = values[start:start + CACHED_ELEMENTS].view(exponent.dtype)
+            scratch = self._scratch[:bits.nbytes].view(bits.dtype)
+            if np.bitwise_and(bits, exponent, out=scratch).max(initial=0) == exponent:
+                return False
+        return True
+
+    def _check_twin(self, block: Block, values: np.ndarray) -> int:
+        """Compare a block of a tied tensor with that of its copy, which is left out; return the bytes read."""
+        twin = self._target[:values.nbytes].view(values.dtype)
+        read = self.sources.read_parts(block.twin_parts, twin, self._scratch)
+        if not np.array_equal(values.view(np.uint8), twin.view(np.uint8)):
+            assert block.output.twin is not None
+            raise MergeError(
+                f"the config ties {block.output.twin.name} to {block.output.name}, but their values differ; "
+                "pass --tied-weights keep to save both and untie them in the config, or --tied-weights "
+                "drop to save the first")
+        return read
+
+
+def count_nonfinite(values: np.ndarray) -> tuple[int, int]:
+    """Return how many NaN and how many infinite elements a floating-point array has."""
+    return int(np.isnan(values).sum()), int(np.isinf(values).sum())
 
 
 def fused(block: Block, weight: np.ndarray, sources: Sources) -> np.ndarray:
@@ -161,14 +221,14 @@ def write_at(fd: int, data: np.ndarray, offset: int) -> None:
         done += os.pwrite(fd, view[done:], offset + done)
 
 
-def copy_blocks(blocks: Iterator[Block], make_converter: Callable[[], Converter], fds: Mapping[int, int], threads: int,
+def copy_blocks(blocks: Iterator[Block], make_converter: Callable[[], Converter], fds: Sequence[int], threads: int,
                 progress: Progress) -> Tally:
     """Copy `blocks` into the output files `fds` (by number) with `threads` threads.
 
     Raises:
         MergeError, OSError: the first fault of any thread; the others stop at their next block.
     """
-    tally, lock, stop = Tally(), threading.Lock(), threading.Event()
+    tally, lock, stop, cache = Tally(), threading.Lock(), threading.Event(), CacheKeeper()
     faults: list[BaseException] = []
 
     def work() -> None:
@@ -183,6 +243,7 @@ def copy_blocks(blocks: Iterator[Block], make_converter: Callable[[], Converter]
                 write_at(fds[block.file], values, block.offset)
                 with lock:
                     tally.add(block, read, values.nbytes, counts)
+                    cache.wrote(fds[block.file], values.nbytes)
                     progress(values.nbytes)
         except BaseException as error:
             faults.append(error)
@@ -209,43 +270,22 @@ def run_threads(work: Callable[[], None], threads: int, stop: threading.Event) -
         raise
 
 
-class Flusher:
-    """Write the files' data back to disk in the background while they are being written."""
+class CacheKeeper:
+    """Start writing the output back while it grows, and give its page cache back.
 
-    def __init__(self, fds: Sequence[int]) -> None:
-        self._fds = fds
-        self._wake = threading.Event()
-        self._done = False
-        self._pending = 0
-        self._thread = threading.Thread(target=self._run, daemon=True)
+    Without this the kernel allocates fresh memory for gigabytes that nobody reads soon, which can take longer than the
+    writing, and the last fsync waits for all of it.
+    """
 
-    def __enter__(self) -> "Flusher":
-        self._thread.start()
-        return self
+    def __init__(self) -> None:
+        self._pending: dict[int, int] = {}
 
-    def __exit__(self, *_: object) -> None:
-        self._done = True
-        self._wake.set()
-        self._thread.join()
-
-    def wrote(self, count: int) -> None:
-        """Note that `count` more bytes wait to be written back."""
-        self._pending += count
-        if self._pending >= FLUSH_BYTES:
-            self._pending = 0
-            self._wake.set()
-
-    def _run(self) -> None:
-        while True:
-            self._wake.wait()
-            self._wake.clear()
-            if self._done:
-                return
-            for fd in self._fds:
-                try:
-                    os.fdatasync(fd)
-                except OSError:
-                    return  # the closing fsync meets the same fault and reports it
+    def wrote(self, fd: int, count: int) -> None:
+        """Note that `count` more bytes of file `fd` were written."""
+        self._pending[fd] = self._pending.get(fd, 0) + count
+        if self._pending[fd] >= FLUSH_BYTES and hasattr(os, "posix_fadvise"):
+            self._pending[fd] = 0
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)  # queues dirty pages, drops clean ones
 
 
 def default_threads() -> int:
@@ -259,50 +299,28 @@ def write_files(checkpoint: Checkpoint,
                 folder: Path,
                 threads: int,
                 progress: Progress,
-                drop_cache: bool = False,
                 converter: Callable[[Sources], Converter] = HostConverter) -> Tally:
     """Write `files` into `folder` and flush them to disk.
 
     Raises:
-        MergeError, OSError: a source became shorter; no space, no permission.
+        MergeError, OSError: a source became shorter, tied weights differ; no space, no permission.
     """
-    fds = {}
+    fds: list[int] = []
     try:
-        for number, file in enumerate(files):
-            fds[number] = os.open(folder / file.name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-            os.ftruncate(fds[number], file.size)
-            write_at(fds[number], np.frombuffer(file.header, np.uint8), 0)
-        with Sources(checkpoint, drop_cache) as sources, Flusher(list(fds.values())) as flusher:
-
-            def step(count: int) -> None:
-                flusher.wrote(count)
-                progress(count)
-
-            tally = copy_blocks(all_blocks(checkpoint, files), lambda: converter(sources), fds, threads, step)
-        for fd in fds.values():
+        for file in files:
+            fds.append(os.open(folder / file.name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
+            os.ftruncate(fds[-1], file.size)
+            write_at(fds[-1], np.frombuffer(file.header, np.uint8), 0)
+        with Sources(checkpoint) as sources:
+            tally = copy_blocks(all_blocks(checkpoint, files), lambda: converter(sources), fds, threads, progress)
+        for fd in fds:
             os.fsync(fd)
-            if drop_cache and hasattr(os, "posix_fadvise"):
+            if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         return tally
     finally:
-        for fd in fds.values():
+        for fd in fds:
             os.close(fd)
-
-
-def same_bytes(checkpoint: Checkpoint, a: Tensor, b: Tensor) -> bool:
-    """Tell whether two tensors of one shape and type have equal bytes."""
-    with Sources(checkpoint) as sources:
-        left, right, scratch = (np.empty(BLOCK_BYTES, np.uint8) for _ in range(3))
-        size = itemsize(a.dtype)
-        for (_, numel, here), (_, _, there) in zip(tensor_blocks(checkpoint, a),
-                                                   tensor_blocks(checkpoint, b),
-                                                   strict=True):
-            ours, theirs = left[:numel * size].view(NUMPY[a.dtype]), right[:numel * size].view(NUMPY[b.dtype])
-            sources.read_parts(here, ours, scratch)
-            sources.read_parts(there, theirs, scratch)
-            if not np.array_equal(ours.view(np.uint8), theirs.view(np.uint8)):
-                return False
-    return True
 
 
 def _raise_file_limit(needed: int) -> None:
@@ -313,51 +331,3 @@ def _raise_file_limit(needed: int) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (min(needed, hard) if hard > 0 else needed, hard))
     except (ImportError, ValueError, OSError):
         return  # opening the files says it better
-
-
-def available_memory() -> int:
-    """Return the bytes that programs could take without swapping, page cache included; 0 where unknown."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 0
-
-
-class Prefetch:
-    """Read the files ahead into the page cache while the config check keeps the copying waiting.
-
-    It stops at a quarter of the available memory, where it would begin to evict what it has read.
-    """
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-        self._budget = available_memory() // 4
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self) -> "Prefetch":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        scratch = np.empty(BLOCK_BYTES // 2, np.uint8)
-        sizes = self._checkpoint.sizes
-        try:
-            with Sources(self._checkpoint) as sources:
-                for offset in range(0, max(sizes.values()), scratch.nbytes):
-                    for rank, size in sizes.items():
-                        count = min(scratch.nbytes, size - offset)
-                        self._budget -= count
-                        if self._stop.is_set() or self._budget < 0:
-                            return
-                        if count > 0:
-                            sources.read_into(rank, offset, scratch[:count])
-        except (OSError, MergeError):
-            return  # the copying meets the same fault and reports it

@@ -40,8 +40,8 @@ def check_device(name: str) -> str:
 class TorchConverter:
     """Converts with torch on `device`; the bytes are those of `HostConverter`.
 
-    Blocks with NaN or infinite elements (whose bits devices choose differently) and fused weights (whose sums they
-    order differently) are converted by the host.
+    Blocks with NaN or infinite elements (whose bits devices choose differently), fused weights (whose sums they order
+    differently) and tied ones (compared, not only copied) are converted by the host.
     """
 
     def __init__(self, sources: Sources, device: str) -> None:
@@ -61,7 +61,7 @@ class TorchConverter:
     def convert(self, block: Block) -> tuple[np.ndarray, int, tuple[int, int]]:
         """See `copying.Converter`."""
         output = block.output
-        if output.fusion is not None or output.dtype not in CONVERTED or output.source.dtype not in CONVERTED:
+        if output.fusion or block.twin_parts or not {output.dtype, output.source.dtype} <= CONVERTED:
             return self._host.convert(block)
         nbytes = block.numel * max(itemsize(output.source.dtype), itemsize(output.dtype))
         if nbytes > self._staged.numel():

@@ -6,16 +6,19 @@ version counts them. The parent needs neither torch nor transformers, and its me
 """
 import contextlib
 import gc
+import hashlib
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from merger import MergeError
+from merger.modelconfig import CONFIG_NAME
 
 SCRIPTS = Path(__file__).resolve().parents[1]
 
@@ -36,56 +39,64 @@ class Verdict:
     unknown: str = ""
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
-    mismatched: list[tuple[str, list[int], list[int]]] = field(default_factory=list)
+    mismatched: list[list[Any]] = field(default_factory=list)
     tied: list[list[str]] = field(default_factory=list)
     transformers: str = ""
     torch: str = ""
 
 
-class ModelCheck:
-    """The child process. It imports from the start, works once asked, and ends with the `with` block."""
+def ask(config_dir: Path, shapes: Mapping[str, Sequence[int]], trust_remote_code: bool) -> Verdict:
+    """Return what transformers makes of `shapes` (elements by name) under the config in `config_dir`.
 
-    def __init__(self) -> None:
-        self._process = subprocess.Popen([sys.executable, "-m", "merger.model_check"],
-                                         stdin=subprocess.PIPE,
-                                         stdout=subprocess.PIPE,
-                                         stderr=subprocess.PIPE,
-                                         cwd=SCRIPTS,
-                                         text=True)
-
-    def __enter__(self) -> "ModelCheck":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._process.poll() is None:
-            self._process.kill()
-            self._process.communicate()
-
-    def ask(self, config_dir: Path, shapes: Mapping[str, Sequence[int]], trust_remote_code: bool) -> None:
-        """Send the names and shapes (elements) that the model would be loaded from."""
-        assert self._process.stdin is not None
-        request = {
-            "config_dir": str(config_dir.absolute()),
-            "trust_remote_code": trust_remote_code,
-            "shapes": {
-                name: list(shape)
-                for name, shape in shapes.items()
-            }
+    The answer depends on the config, the names and shapes and the installed versions alone, so it is remembered: the
+    next checkpoint of the same run needs no process with torch and transformers in it.
+    """
+    request = {
+        "config_dir": str(config_dir.absolute()),
+        "trust_remote_code": trust_remote_code,
+        "shapes": {
+            name: list(shape)
+            for name, shape in shapes.items()
         }
-        with contextlib.suppress(BrokenPipeError):  # it died at once: `verdict` says why
-            self._process.stdin.write(json.dumps(request))
-            self._process.stdin.close()
-        self._process.stdin = None
+    }
+    memory = _memory(config_dir, request)
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return Verdict(**json.loads(memory.read_text()))
+    process = subprocess.run([sys.executable, "-m", "merger.model_check"],
+                             input=json.dumps(request), capture_output=True, cwd=SCRIPTS, text=True)  # yapf: disable
+    if process.returncode:
+        last = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+        return Verdict(unknown=last[:300])
+    verdict = Verdict(**json.loads(process.stdout))
+    if not verdict.unknown:
+        _remember(memory, process.stdout)
+    return verdict
 
-    def verdict(self) -> Verdict:
-        """Wait for the child and return what it found."""
-        out, err = self._process.communicate()
-        if self._process.returncode:
-            last = (err.strip().splitlines() or [f"exit code {self._process.returncode}"])[-1]
-            return Verdict(unknown=last[:300])
-        answer = json.loads(out)
-        answer["mismatched"] = [tuple(row) for row in answer.get("mismatched", [])]
-        return Verdict(**answer)
+
+def _memory(config_dir: Path, request: Mapping[str, Any]) -> Path:
+    """Return the file that remembers the answer to `request`."""
+    asked = {**request, "config_dir": None, "versions": [sys.version, *map(_version, ("torch", "transformers"))]}
+    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode())
+    for path in [config_dir / CONFIG_NAME, *sorted(config_dir.glob("*.py"))]:
+        with contextlib.suppress(OSError):
+            digest.update(path.read_bytes())
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "agentgym-rl-workbench" / "model-checks" / f"{digest.hexdigest()}.json"
+
+
+def _remember(memory: Path, answer: str) -> None:
+    with contextlib.suppress(OSError):  # a read-only home only costs the next merge a few seconds
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        partial = memory.with_suffix(f".{os.getpid()}")
+        partial.write_text(answer)
+        partial.replace(memory)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def check(config_dir: Path, shapes: Mapping[str, Sequence[int]], trust_remote_code: bool) -> dict[str, Any]:
@@ -139,11 +150,11 @@ def _model_class(config: Any, config_dir: Path, trust_remote_code: bool) -> Any:
     return getattr(transformers, architecture)
 
 
-def _mismatched(found: Any, shapes: Mapping[str, Sequence[int]], model: Any) -> list[tuple[str, list[int], list[int]]]:
+def _mismatched(found: Any, shapes: Mapping[str, Sequence[int]], model: Any) -> list[list[Any]]:
     expected = {name: list(value.shape) for name, value in model.state_dict().items()}
     # transformers 4 names the tensor, 5 gives (name, shape, shape)
     names = sorted(entry if isinstance(entry, str) else entry[0] for entry in found)
-    return [(name, list(shapes.get(name, [])), expected.get(name, [])) for name in names]
+    return [[name, list(shapes.get(name, [])), expected.get(name, [])] for name in names]
 
 
 def complaint(verdict: Verdict, config: Mapping[str, Any], config_path: Path) -> str | None:
@@ -165,7 +176,6 @@ def main() -> None:
     """Answer one request on standard input with one JSON object on standard output."""
     gc.disable()  # importing makes a million objects and no garbage
     with contextlib.redirect_stdout(io.StringIO()):  # custom code may print
-        import transformers.modeling_utils  # noqa: F401  the slow part, done while the parent reads the checkpoint
         request = json.load(sys.stdin)
         answer = check(Path(request["config_dir"]), request["shapes"], request["trust_remote_code"])
     print(json.dumps(answer))
@@ -174,7 +184,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # the terminal's Ctrl-C; the parent says so
         sys.exit(130)
-    except MergeError as error:
-        sys.exit(str(error))

@@ -3,13 +3,13 @@
 A safetensors file is 8 bytes of header length, a JSON header, and the tensors' bytes without holes
 (https://github.com/huggingface/safetensors#format), so every byte's place is known from shapes and types alone.
 """
+import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
+from merger import MergeError
 from merger.checkpoint import Checkpoint, Tensor
 from merger.dtypes import SAFETENSORS, itemsize
 from merger.layout import Run, cut_dimension, runs_of
@@ -28,11 +28,15 @@ class Fusion:
 
 @dataclass(frozen=True)
 class Output:
-    """A tensor to write: the checkpoint's tensor under its final name and element type."""
+    """A tensor to write: the checkpoint's tensor under its final name and element type.
+
+    `twin` is a tied copy that is left out, and must have equal bytes.
+    """
     name: str
     source: Tensor
     dtype: str
     fusion: Fusion | None = None
+    twin: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -77,6 +81,7 @@ class Block:
         offset: byte of that file at which the block begins.
         start, numel: first element of the tensor, and how many.
         parts: what fills it.
+        twin_parts: the same block of the output's twin.
     """
     output: Output
     file: int
@@ -84,6 +89,7 @@ class Block:
     start: int
     numel: int
     parts: tuple[Part, ...]
+    twin_parts: tuple[Part, ...] = ()
 
 
 def split_files(outputs: Sequence[Output], max_bytes: int, stem: str = "model") -> list[OutputFile]:
@@ -133,14 +139,22 @@ def index_json(files: Sequence[OutputFile]) -> bytes | None:
 
 
 def all_blocks(checkpoint: Checkpoint, files: Sequence[OutputFile], block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
-    """Yield the blocks of all files, in the order of the output."""
+    """Yield the blocks of all files, in the order of the output.
+
+    Raises:
+        MergeError: tied copies lie on the ranks in ways that cannot be compared block by block.
+    """
     for number, file in enumerate(files):
         for output, offset in file.tensors:
-            for start, numel, parts in tensor_blocks(checkpoint,
-                                                     output.source,
-                                                     block_bytes,
-                                                     whole_rows=output.fusion is not None):
-                yield Block(output, number, offset + start * itemsize(output.dtype), start, numel, parts)
+            size, twin = itemsize(output.dtype), output.twin
+            whole_rows = output.fusion is not None or twin is not None
+            blocks = tensor_blocks(checkpoint, output.source, block_bytes, whole_rows)
+            copies = tensor_blocks(checkpoint, twin, block_bytes, whole_rows) if twin else itertools.repeat(None)
+            for (start, numel, parts), copy in zip(blocks, copies, strict=False):
+                if copy is not None and copy[:2] != (start, numel):
+                    raise MergeError(
+                        f"{output.name} and its tied copy lie differently on the ranks; pass --tied-weights")
+                yield Block(output, number, offset + start * size, start, numel, parts, copy[2] if copy else ())
 
 
 def tensor_blocks(checkpoint: Checkpoint,
@@ -201,10 +215,3 @@ def _cut_lines(lines: Sequence[tuple[int, int, int, int]], numel: int, limit: in
                 break
             position += 1
         yield start, end - start, tuple(parts)
-
-
-def nonfinite(values: np.ndarray) -> tuple[int, int]:
-    """Return how many NaN and how many infinite elements a floating-point array has."""
-    if np.isfinite(values).all():
-        return 0, 0
-    return int(np.isnan(values).sum()), int(np.isinf(values).sum())

@@ -7,9 +7,10 @@ A lock on the staging folder, which dies with its process, tells a merge that ru
 import ctypes
 import errno
 import os
+import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from merger import MergeError
@@ -22,10 +23,11 @@ except ImportError:  # Windows: no locks, so leftovers are not recognised
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2  # linux/fs.h
 RENAME_SWAP = 2  # macOS stdio.h
-WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin.index.json")
-WEIGHT_STEMS = ("pytorch_model", "adapter_model", "tf_model", "flax_model", "model")
-WEIGHT_BINARIES = (".bin", ".pt", ".pth", ".h5", ".msgpack")
 RECORD_NAME = "merge.json"
+# The names that transformers and PEFT load weights by; a merge replaces these and leaves every other file alone.
+WEIGHT = re.compile(
+    r"(model|pytorch_model|tf_model|flax_model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin|h5|msgpack)"
+    r"(\.index\.json)?")
 
 
 def is_weight(name: str) -> bool:
@@ -34,7 +36,7 @@ def is_weight(name: str) -> bool:
     >>> [is_weight(n) for n in ("model-00001-of-00002.safetensors", "pytorch_model.bin", "tokenizer.json", "merges.txt")]
     [True, True, False, False]
     """
-    return name.endswith(WEIGHT_SUFFIXES) or (name.startswith(WEIGHT_STEMS) and name.endswith(WEIGHT_BINARIES))
+    return WEIGHT.fullmatch(name) is not None
 
 
 def weights_in(folder: Path) -> list[str]:
@@ -46,7 +48,7 @@ class Staging:
     """A hidden folder beside `target` that becomes `target` on `publish`, and vanishes otherwise.
 
     Raises:
-        MergeError: the parent cannot be written to, the target is no folder or a mount point, or another merge runs.
+        MergeError: the parent cannot be written to, or another merge into the target runs.
     """
 
     def __init__(self, target: Path) -> None:
@@ -55,7 +57,6 @@ class Staging:
         self._lock = -1
 
     def __enter__(self) -> "Staging":
-        check_target(self.target)
         try:
             self.target.parent.mkdir(parents=True, exist_ok=True)
             for leftover in self._leftovers():
@@ -100,8 +101,8 @@ class Staging:
             yield path
 
 
-def check_target(target: Path) -> None:
-    """Refuse a target that could not be replaced in one step.
+def check_target(target: Path, sources: Sequence[Path]) -> None:
+    """Refuse a target that could not be replaced in one step, or that holds the checkpoint itself.
 
     Raises:
         MergeError: naming it.
@@ -111,6 +112,12 @@ def check_target(target: Path) -> None:
     if os.path.ismount(target):
         raise MergeError(f"--save-dir {target} is a mount point, which cannot be replaced in one step; "
                          "name a folder inside it")
+    real = Path(os.path.realpath(target))
+    for source in sources:
+        if real == (folder := Path(os.path.realpath(source))) or real in folder.parents:
+            raise MergeError(
+                f"--save-dir {target} holds the checkpoint itself; name a folder for the merged model, such "
+                f"as {source / 'huggingface'}")
 
 
 def _try_lock(fd: int) -> bool:
@@ -176,18 +183,44 @@ def _sync_directory(folder: Path) -> None:
         os.close(fd)
 
 
-def copy_companions(source: Path, staging: Path) -> list[str]:
-    """Copy everything but weights, byte for byte, from `source` to `staging`; return the names at the top level.
+def keep_companions(target: Path, staging: Path) -> None:
+    """Take over everything but weights from `target` into `staging`, as hard links: subfolders may be large."""
+    if not target.is_dir():
+        return
+    for path in sorted(target.iterdir()):
+        if is_weight(path.name) or path.name == RECORD_NAME:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, staging / path.name, symlinks=True, copy_function=_link)
+        else:
+            _link(path, staging / path.name)
+
+
+def copy_companions(source: Path, staging: Path) -> None:
+    """Copy config, tokenizer, processor and custom code from `source` to `staging`, byte for byte.
 
     Links are followed (hub snapshots are made of them); file modes stay.
     """
     if not source.is_dir():
-        return []
+        return
     for path in sorted(source.iterdir()):
         if path.name == RECORD_NAME or is_weight(path.name) or path.name.startswith("."):
             continue
         if path.is_dir():
             shutil.copytree(path, staging / path.name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
         else:
-            shutil.copy2(path, staging / path.name)
-    return sorted(path.name for path in staging.iterdir())
+            write_file(staging / path.name, path.read_bytes())
+            shutil.copystat(path, staging / path.name)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write `data` to a new file at `path`; a hard link there is replaced, never written through."""
+    path.unlink(missing_ok=True)
+    path.write_bytes(data)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target, follow_symlinks=False)

@@ -76,7 +76,8 @@ class Conformance:
         again = self.client.reset(session, item)
         _, elsewhere = self._session(item)
         if not first == again == elsewhere:
-            raise ServerError(f"item {item} began as {short(first, 30)!r}, {short(again, 30)!r}, {short(elsewhere, 30)!r}")
+            raise ServerError(
+                f"item {item} began as {short(first, 30)!r}, {short(again, 30)!r}, {short(elsewhere, 30)!r}")
         differs = self.client.reset(session, other) != first
         if not differs and not self.row.check.same_start:
             raise ServerError(f"items {item} and {other} begin alike")

@@ -138,13 +138,10 @@ def running(c: Context, service: str) -> str:
     return next((found.id for found in of_project() if found.service == service and found.state == "running"), "")
 
 
-def join(c: Context, container: str, service: str, command: Sequence[str], user: str) -> None:
+def join(c: Context, container: str, command: Sequence[str], user: str) -> None:
     """Run `command` in the running `container`, on this terminal where there is one.
 
     Raises:
         Exit: Docker's exit code or the command's.
     """
-    tty = docker.interactive()
-    docker.drive(
-        c, lambda client: client.container.execute(
-            container, list(command), interactive=tty, tty=tty, stream=not tty, user=user or None))
+    docker.drive(c, lambda client: docker.execute(client, container, command, user))

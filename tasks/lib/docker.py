@@ -158,6 +158,19 @@ def ask(action: Callable[[DockerClient], Answer],
         return action(_client(profiles, cpu=False, files=files))
 
 
+def execute(client: DockerClient, container: str, command: Sequence[str], user: str) -> None:
+    """Run `command` in a running container with our own streams, terminal or not.
+
+    python-on-whales' `container.execute` gives a command our standard input only with a terminal, or holds its
+    output back until the end.
+    """
+    from python_on_whales.utils import run
+    flags = ["--interactive", *(["--tty"] if interactive() else []), *(["--user", user] if user else [])]
+    run([*client.client_config.docker_cmd, "exec", *flags, container, *command],
+        capture_stdout=False,
+        capture_stderr=False)
+
+
 def require_engine(c: Context) -> None:
     """Stop with one clear line where no engine answers, or one that is too old. `--dry` asks nothing.
 
@@ -250,9 +263,7 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), flush=True)
 
 
-def _client(profiles: Sequence[str],
-            cpu: bool,
-            call: Sequence[str] = ("docker", ),
+def _client(profiles: Sequence[str], cpu: bool, call: Sequence[str] = ("docker", ),
             files: Sequence[Path] = ()) -> DockerClient:
     from python_on_whales import DockerClient
     return DockerClient(compose_files=[*compose_files(ROOT, cpu), *files],

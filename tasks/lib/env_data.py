@@ -75,8 +75,9 @@ def hub_files(data: Data) -> list[tuple[str, int]]:
     try:
         info = HfApi().repo_info(repository, repo_type=kind, files_metadata=True)
     except Exception as error:  # hub, HTTP and network errors have no common class across releases
-        raise DataError(f"hub {repository}: {str(error).splitlines()[0]}; check HF_ENDPOINT, or use --from DIR") from None
-    sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
+        raise DataError(
+            f"hub {repository}: {str(error).splitlines()[0]}; check HF_ENDPOINT, or use --from DIR") from None
+    sizes = {sibling.rfilename: sibling.size or 0 for sibling in getattr(info, "siblings", None) or []}
     wanted = data.files or tuple(sizes)
     absent = [name for name in wanted if name not in sizes]
     if absent:
@@ -114,7 +115,8 @@ def download(url: str, target: Path, size: int, say: Say) -> None:
                         say(f"{target.name}: {human(have)}" + (f" of {human(size)}" if size else ""))
                         told = have
     except OSError as error:
-        raise DataError(f"{url}: {getattr(error, 'reason', error)} after {human(have)}; run it again to go on") from None
+        raise DataError(
+            f"{url}: {getattr(error, 'reason', error)} after {human(have)}; run it again to go on") from None
     if size and have != size:
         raise DataError(f"{url}: {human(have)} of {human(size)} came; run it again to go on")
     part.rename(target)

@@ -7,19 +7,31 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from invoke.context import Context
 from invoke.exceptions import Exit
 
-from servers.protocol import Client, ServerError, check_ready
 from tasks.lib import docker
-from tasks.lib.env_local import RUN, url
-from tasks.lib.env_plan import LABEL, PORT_LABEL, REPLICA_PORT, ROLE_LABEL, Options, compose_model, proxy_config, service_name
+from tasks.lib.env_local import RUN, probe, url
+from tasks.lib.env_plan import (
+    LABEL,
+    PORT_LABEL,
+    REPLICA_PORT,
+    ROLE_LABEL,
+    Options,
+    compose_model,
+    proxy_config,
+    service_name,
+)
 from tasks.lib.environments import Environment
-from tasks.lib.settings import resolve
+from tasks.lib.settings import SETTINGS, resolve
+
+if TYPE_CHECKING:
+    from python_on_whales import DockerClient
 
 # Other environments' services are in the same project but not in the files at hand; Compose need not say so.
 QUIET = {"COMPOSE_IGNORE_ORPHANS": "true"}
@@ -41,7 +53,8 @@ class Server:
 def servers(name: str = "") -> list[Server]:
     """Return this project's environment containers, of one environment or of all, stopped ones included."""
     project = resolve("COMPOSE_PROJECT_NAME")
-    filters = [("label", f"com.docker.compose.project={project}"), ("label", f"{LABEL}={name}" if name else LABEL)]
+    filters: list[tuple[Literal["label"], str]] = [("label", f"com.docker.compose.project={project}"),
+                                                   ("label", f"{LABEL}={name}" if name else LABEL)]
     found = docker.ask(lambda client: client.container.list(all=True, filters=filters))
     return [
         Server(container.id, (labels := container.config.labels or {})[LABEL], labels.get(ROLE_LABEL, "server"),
@@ -56,6 +69,9 @@ def build_section(row: Environment, root: Path, gym: str, rows_file: str) -> dic
         "ENV": row.name,
         "STAGE": row.stage or row.name,
         "ENVIRONMENTS": rows_file,
+        # No colon: set but empty means to do without.
+        "SPACY_MODEL": "${SPACY_MODEL-" + SETTINGS["SPACY_MODEL"].default + "}",
+        "WEBARENA_BROWSER": "${WEBARENA_BROWSER-" + SETTINGS["WEBARENA_BROWSER"].default + "}",
         "REVISION": "${REVISION:-unknown}",
         "SOURCE_URL": "${SOURCE_URL:-unknown}",
         "AGENTGYM_REVISION": "${AGENTGYM_REVISION:-unknown}",
@@ -139,8 +155,9 @@ def wait_until_ready(row: Environment, options: Options, wait: float) -> None:
     Raises:
         Exit: a container ended, or the time is up.
     """
-    end, reason, ready = time.monotonic() + wait, "no answer", 0
-    while ready < options.replicas:  # the proxy hands out creates in turn
+    end, reason = time.monotonic() + wait, "no answer"
+    seen: set[int] = set()
+    while True:
         for server in servers(row.name):
             if server.state in DIED or server.restarts:
                 raise Exit(f"env.up: {row.name} ended: {last_line(server.id)}", code=1)
@@ -150,12 +167,15 @@ def wait_until_ready(row: Environment, options: Options, wait: float) -> None:
                 f"env.up: {row.name} was not ready after {wait:g} s: {reason}; give it longer with --wait, "
                 "or look at `docker logs` while it starts",
                 code=1)
-        try:
-            check_ready(Client(url(options), row.protocol.model_dump(), timeout=max(1.0, left)), row.check.items[0])
-            ready += 1
-        except ServerError as error:
-            ready, reason = 0, str(error)
-            time.sleep(0.2)
+        reason = probe(row, url(options), options.replicas, seen, left) or reason
+        if len(seen) == options.replicas:
+            return
+        time.sleep(0.2)
+
+
+def printing(container: str, follow: bool) -> Callable[[DockerClient], Any]:
+    """Return the action that prints a container's log."""
+    return lambda client: client.container.logs(container, follow=follow, stream=True)
 
 
 def last_line(container: str) -> str:

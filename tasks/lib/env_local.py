@@ -68,7 +68,8 @@ def ensure_venv(row: Environment, folder: Path) -> Path:
     wanted = hashlib.sha256(pins.read_bytes() + row.python.encode()).hexdigest()
     venv, stamp = folder / "venv", folder / "venv" / ".made-from"
     if not stamp.is_file() or stamp.read_text() != wanted:
-        _quietly([uv(), "venv", "--quiet", "--clear", "--python", row.python, str(venv)], f"making a Python {row.python}")
+        _quietly([uv(), "venv", "--quiet", "--clear", "--python", row.python,
+                  str(venv)], f"making a Python {row.python}")
         # --no-deps: the file is a whole freeze that ran, and some packages' own requirements contradict it.
         _quietly([
             uv(), "pip", "install", "--quiet", "--no-deps", "--python",
@@ -79,8 +80,19 @@ def ensure_venv(row: Environment, folder: Path) -> Path:
     return venv / "bin" / "python"
 
 
-def prepare(row: Environment, source: Path, data: Path, folder: Path = RUN) -> tuple[Path, Path, Path]:
+def prepare(row: Environment,
+            source: Path,
+            data: Path,
+            folder: Path = RUN,
+            python: Path | None = None) -> tuple[Path, Path, Path]:
     """Return Python, row file and source copy for the row's server, made ready in `folder`.
+
+    Args:
+        row: the environment.
+        source: the folder that its package folder lies in.
+        data: its data folder.
+        folder: where the files of local servers are.
+        python: a Python that has what the server needs, in place of a virtual environment.
 
     Raises:
         LocalError: what is missing, in one line.
@@ -94,7 +106,7 @@ def prepare(row: Environment, source: Path, data: Path, folder: Path = RUN) -> t
             raise LocalError(f"{row.name} needs {program} on PATH" +
                              (f" (Debian: apt install {row.system[0]})" if row.system else ""))
     home.mkdir(parents=True, exist_ok=True)
-    python = ensure_venv(row, home)
+    python = python or ensure_venv(row, home)
     copy = home / "source"
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(package, copy / row.folder, ignore=shutil.ignore_patterns(".git", "__pycache__"), symlinks=True)
@@ -148,7 +160,8 @@ def up(row: Environment,
        data: Path,
        environ: Mapping[str, str],
        wait: float,
-       folder: Path = RUN) -> str:
+       folder: Path = RUN,
+       python: Path | None = None) -> str:
     """Start the row's server, or replicas behind HAProxy; return the URL once a session can be played.
 
     Raises:
@@ -158,7 +171,7 @@ def up(row: Environment,
     proxy = shutil.which("haproxy", path=environ.get("PATH", "") + ":/usr/sbin")
     if options.replicas > 1 and not proxy:
         raise LocalError("--replicas needs haproxy on PATH (Debian: apt install haproxy), or --runner docker")
-    python, row_file, copy = prepare(row, source, data, folder)
+    python, row_file, copy = prepare(row, source, data, folder, python)
     ports = [options.port]
     if options.replicas > 1:
         ports = []
@@ -195,11 +208,10 @@ def up(row: Environment,
     if proxy and options.replicas > 1:
         config = home / "haproxy.cfg"
         addresses = [f"127.0.0.1:{port}" for port in ports]
-        config.write_text(
-            proxy_config(row, options.port, addresses).replace("bind :", f"bind {options.bind}:", 1))
+        config.write_text(proxy_config(row, options.port, addresses).replace("bind :", f"bind {options.bind}:", 1))
         launch([proxy, "-db", "-f", str(config)], "proxy", options.port, {})
     try:
-        wait_until_ready(row, state, home, ports, wait)
+        wait_until_ready(row, options, state, home, wait)
     except LocalError:
         down(row.name, folder)
         raise
@@ -212,29 +224,37 @@ def url(options: Options) -> str:
     return f"http://{host}:{options.port}"
 
 
-def wait_until_ready(row: Environment, state: Mapping[str, Any], home: Path, ports: Sequence[int], wait: float) -> None:
-    """Return when a session could be played on every replica and through the proxy.
+def probe(row: Environment, address: str, replicas: int, seen: set[int], timeout: float) -> str | None:
+    """Try to play a session once; note in `seen` which replica it was on, or return what went wrong."""
+    try:
+        client = Client(address, row.protocol.model_dump(), timeout=max(1.0, timeout))
+        # The proxy hands out creates in turn to those that are up: all are when every remainder was seen.
+        seen.add(check_ready(client, row.check.items[0]) % replicas)
+    except ServerError as error:
+        return str(error)
+    return None
+
+
+def wait_until_ready(row: Environment, options: Options, state: Mapping[str, Any], home: Path, wait: float) -> None:
+    """Return when a session could be played on every replica.
 
     Raises:
         LocalError: a process ended, or the time is up.
     """
-    addresses = {f"http://127.0.0.1:{port}" for port in ports} | {state["url"]}
     end, reason = time.monotonic() + wait, "no answer"
-    while addresses:
+    seen: set[int] = set()
+    while True:
         for entry in state["processes"]:
             if not is_running(entry):
                 raise LocalError(f"{row.name}: the {entry['role']} ended: {last_line(home / (entry['role'] + '.log'))}")
-        address = min(addresses)
         left = end - time.monotonic()
         if left <= 0:
             raise LocalError(f"{row.name} was not ready after {wait:g} s: {reason}; see {home / 'server-0.log'}, "
                              "or give it longer with --wait")
-        try:
-            check_ready(Client(address, row.protocol.model_dump(), timeout=max(1.0, left)), row.check.items[0])
-            addresses.discard(address)
-        except ServerError as error:
-            reason = str(error)
-            time.sleep(0.1)
+        reason = probe(row, state["url"], options.replicas, seen, left) or reason
+        if len(seen) == options.replicas:
+            return
+        time.sleep(0.1)
 
 
 def down(name: str, folder: Path = RUN) -> bool:

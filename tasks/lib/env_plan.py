@@ -216,22 +216,30 @@ def compose_model(row: Environment, options: Options, image: str, home: Path, da
     replicas = {service_name(row, number): server(number, REPLICA_PORT) for number in range(options.replicas)}
     proxy = {
         **hardened,
-        "image": image.replace(f"env-{row.name}", "env-proxy"),
+        "image":
+        image.replace(f"env-{row.name}", "env-proxy"),
         "build": {
             **build, "target": "proxy"
         },
-        "pull_policy": "never",
+        "pull_policy":
+        "never",
         "labels": {
             LABEL: row.name,
             PORT_LABEL: str(options.port),
             ROLE_LABEL: "proxy"
         },
-        "restart": "on-failure:5",
-        "mem_limit": "1g",
-        "read_only": True,
-        "ports": published,
-        "networks": network,
-        "depends_on": list(replicas),
+        "restart":
+        "on-failure:5",
+        "mem_limit":
+        "1g",
+        "read_only":
+        True,
+        "ports":
+        published,
+        "networks":
+        network,
+        "depends_on":
+        list(replicas),
         # A file and not `configs: content`, which Compose copies in and so fails on a read-only root.
         "volumes": [{
             "type": "bind",

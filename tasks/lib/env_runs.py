@@ -152,9 +152,15 @@ def running() -> dict[str, list[Running]]:
     for name in sorted({server.environment for server in containers}):
         mine = [server for server in containers if server.environment == name]
         count = sum(server.role != "proxy" and server.state == "running" for server in mine)
-        state = next((server.state for server in mine if server.state != "running"), "running")
-        found.setdefault(name, []).append(Running("docker", mine[0].port, count, state))
+        shown = next((server.state for server in mine if server.state != "running"), "running")
+        found.setdefault(name, []).append(Running("docker", mine[0].port, count, shown))
     return found
+
+
+def local_url(row: Environment) -> str | None:
+    """Return the address of the row's local server, where one is up."""
+    state = env_local.states().get(row.name)
+    return state["url"] if state and all(env_local.is_running(entry) for entry in state["processes"]) else None
 
 
 def pick_port(task: str, row: Environment, flag: str, bind: str) -> int:

@@ -42,6 +42,14 @@ class Translation:
             self.volumes[str(real)] = inside
         return inside
 
+    def output(self, host: str | Path) -> str:
+        """Return the container's name of the folder `host`, which the program creates or replaces.
+
+        Its parent is what gets mounted: a mount point itself cannot be replaced.
+        """
+        path = Path(os.path.realpath(host))
+        return str(PurePosixPath(self.path(path.parent)) / path.name)
+
 
 def ensure_folders(root: Path, environ: Mapping[str, str]) -> list[Path]:
     """Create the mounted folders that are absent, as the caller, and return those created.

@@ -1,14 +1,10 @@
 """The engine, one copy of the project and one build of its images, for all tests of this folder."""
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from workbench import Workbench, engine_answers
 
 
@@ -44,3 +40,32 @@ def built(bench: Workbench, build: subprocess.CompletedProcess[str]) -> Iterator
     yield bench
     for container in bench.containers():
         bench.run("docker", "rm", "-f", container)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(bench: Workbench, build: None) -> Path:
+    """Return a folder with four FSDP ranks, written inside the container; `reference.safetensors` lies beside it."""
+    done = bench.compose("--profile",
+                         "scripts",
+                         "run",
+                         "--rm",
+                         "-T",
+                         "scripts",
+                         "python",
+                         "/opt/workbench/scripts/sample_checkpoint.py",
+                         "--save-dir",
+                         "saves/x/actor",
+                         "--strategy",
+                         "fsdp1",
+                         "--world-size",
+                         "4",
+                         "--reference",
+                         "saves/x/reference.safetensors",
+                         env={
+                             "HOST_UID": str(os.getuid()),
+                             "HOST_GID": str(os.getgid())
+                         })
+    assert done.returncode == 0, done.stderr
+    folder = bench.root / "saves" / "x" / "actor"
+    assert len(list(folder.glob("model_world_size_4_rank_*.pt"))) == 4
+    return folder

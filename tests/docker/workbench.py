@@ -15,6 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "tests" / "fixtures" / "sources"
+SOCKET = Path("/var/run/docker.sock")
 
 
 def engine_answers() -> bool:
@@ -99,11 +100,15 @@ class Workbench:
                               check=False,
                               user=user,
                               group=user,
-                              extra_groups=[0] if user else None)
+                              extra_groups=[SOCKET.stat().st_gid] if user else None)
 
     def invoke(self, *words: str, **options) -> subprocess.CompletedProcess[str]:  # type: ignore[no-untyped-def]
         """Run `invoke`."""
         return self.run(sys.executable, "-m", "invoke", *words, **options)
+
+    def path_with_invoke(self) -> str:
+        """Return a PATH on which this Python's `invoke` comes first."""
+        return f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
     def docker(self, *words: str, **options) -> str:  # type: ignore[no-untyped-def]
         """Run `docker`, which must succeed, and return its output."""
@@ -179,6 +184,7 @@ class Terminal:
     def _drain(self, seconds: float) -> None:
         if select.select([self.fd], [], [], seconds)[0]:
             try:
-                self.seen += os.read(self.fd, 65536).decode(errors="replace")
+                text = os.read(self.fd, 65536).decode(errors="replace")
+                self.seen += re.sub(r"\x1b(\[[0-9;?]*[A-Za-z]|\][^\x07]*\x07)", "", text)
             except OSError:  # the other end is closed
                 time.sleep(seconds)

@@ -1,0 +1,205 @@
+"""What a merge is asked for, and every check and decision that comes before the first byte is written."""
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from merger import MergeError, lora, model_check, publish
+from merger.checkpoint import Checkpoint, Tensor, read_checkpoint
+from merger.discover import MERGED, RankFiles, find_checkpoint
+from merger.dtypes import CONVERTED, output_dtype
+from merger.gpu import check_device
+from merger.model_check import Verdict, complaint
+from merger.modelconfig import CONFIG_NAME, dump_json, read_config, tied_by_config, untied, with_dtype
+from merger.plan import Fusion, Output, OutputFile, split_files
+from merger.show import size_text
+
+ADAPTER_FOLDER = "lora_adapter"
+MODEL_STEM = "model"
+
+Named = dict[str, tuple[Tensor, Fusion | None]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for; `allow` holds names of checks whose finding is accepted: `keys`, `nonfinite`."""
+    local_dirs: tuple[str, ...]
+    save_dir: str | None = None
+    dtype: str = "bfloat16"
+    device: str = "auto"
+    max_shard_size: int = 5_000_000_000
+    threads: int = 0
+    lora: str | None = None
+    lora_alpha: float | None = None
+    tied_weights: str | None = None
+    verify: bool = False
+    force: bool = False
+    allow: frozenset[str] = frozenset()
+    trust_remote_code: bool = False
+    hf_upload_path: str | None = None
+    private: bool = False
+    quiet: bool = False
+
+
+@dataclass
+class Job:
+    """A merge that passed its checks and can be carried out.
+
+    Attributes:
+        files: the output files with every tensor's place.
+        config_dir: where config and tokenizer come from.
+        texts: files to write beside the weights, by name.
+        dropped: tied copies that are left out.
+        verdict: what the config check found, or None where none was made (an adapter has no model config).
+    """
+    checkpoint: Checkpoint
+    files: list[OutputFile]
+    target: Path
+    config_dir: Path
+    stem: str
+    device: str
+    texts: dict[str, str]
+    dropped: list[str]
+    verdict: Verdict | None
+    base_model: str | None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def outputs(self) -> list[Output]:
+        """The tensors to write."""
+        return [output for file in self.files for output, _ in file.tensors]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes to write."""
+        return sum(file.size for file in self.files)
+
+    @property
+    def parameters(self) -> int:
+        """The elements to write."""
+        return sum(output.source.numel for output in self.outputs)
+
+
+def prepare(options: Options, checkpoint: Checkpoint | None = None) -> Job:
+    """Make every check that comes before the first byte is written; `checkpoint` where it is read already.
+
+    Raises:
+        MergeError: the first fault found.
+    """
+    device = check_device(options.device)
+    files = checkpoint.files if checkpoint else find_checkpoint(options.local_dirs)
+    target = target_folder(options, files)
+    publish.check_target(target, files.folders)
+    present = publish.weights_in(target)
+    if present and not options.force:
+        raise MergeError(f"{target} already holds weights ({present[0]}); pass --force to replace them, or another "
+                         "--save-dir")
+    if options.lora == "adapter":
+        return _prepare_adapter(options, checkpoint or read_checkpoint(files), target, device)
+    config_dir = config_folder(files)
+    config = read_config(config_dir)
+    checkpoint = checkpoint or read_checkpoint(files)
+    named = _plain_weights(options, checkpoint)
+    verdict = model_check.ask(config_dir, {
+        name: tensor.shape
+        for name, (tensor, _) in named.items()
+    }, options.trust_remote_code)
+    notes = list(checkpoint.notes)
+    if verdict.unknown:
+        notes.append(f"keys were not checked against a model: {verdict.unknown}")
+    elif "keys" not in options.allow and (fault := complaint(verdict, config, config_dir / CONFIG_NAME)):
+        raise MergeError(fault)
+    config, dropped = _resolve_ties(options, config, named, verdict)
+    outputs = _outputs(options, named, dropped)
+    written = {output.dtype for output in outputs if output.dtype in CONVERTED}
+    config = with_dtype(config, written.pop() if len(written) == 1 else None)
+    files_out = split_files(outputs, options.max_shard_size)
+    _check_space(target, files_out)
+    return Job(checkpoint, files_out, target, config_dir, MODEL_STEM, device, {CONFIG_NAME: dump_json(config)},
+               sorted(dropped), verdict,
+               config.get("_name_or_path") or None, notes)
+
+
+def _prepare_adapter(options: Options, checkpoint: Checkpoint, target: Path, device: str) -> Job:
+    if not lora.has_lora(checkpoint.tensors):
+        raise MergeError("--lora adapter: the checkpoint holds no LoRA weights; leave the flag out")
+    found = lora.read_lora(checkpoint.tensors, checkpoint.files, options.lora_alpha)
+    outputs = [
+        Output(name, tensor, output_dtype(tensor.dtype, options.dtype)) for name, tensor in lora.adapter(found).items()
+    ]
+    files_out = split_files(outputs, sum(output.nbytes for output in outputs), lora.ADAPTER_STEM)
+    _check_space(target, files_out)
+    config_dir = next((folder / MERGED for folder in checkpoint.files.folders if (folder / MERGED).is_dir()), target)
+    base = read_config(config_dir).get("_name_or_path") if (config_dir / CONFIG_NAME).is_file() else None
+    texts = {"adapter_config.json": dump_json(lora.adapter_config(found, checkpoint.tensors, base or None))}
+    return Job(checkpoint, files_out, target, target, lora.ADAPTER_STEM, device, texts, [], None, base or None,
+               list(checkpoint.notes))
+
+
+def _plain_weights(options: Options, checkpoint: Checkpoint) -> Named:
+    """Return the weights by the names that they are saved under."""
+    if lora.has_lora(checkpoint.tensors):
+        found = lora.read_lora(checkpoint.tensors, checkpoint.files, options.lora_alpha)
+        if options.lora is None:
+            raise MergeError(
+                f"holds LoRA weights (r = {found.rank} on {len(found.factors)} modules); pass --lora adapter "
+                "to save the adapter, or --lora fuse to add it to the base weights")
+        return lora.fuse(checkpoint.tensors, found)
+    if options.lora is not None:
+        raise MergeError(f"--lora {options.lora}: the checkpoint holds no LoRA weights; leave the flag out")
+    return {name: (tensor, None) for name, tensor in checkpoint.tensors.items()}
+
+
+def _resolve_ties(options: Options, config: dict[str, Any], named: Named,
+                  verdict: Verdict) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the config, and of each tied group the copies to leave out with the name that stands for them.
+
+    That their bytes are equal is seen while the first is copied, unless the user has decided.
+    """
+    groups = tied_by_config(config, list(named)) if verdict.unknown else verdict.tied
+    dropped = {}
+    for group in groups:
+        first, *copies = [name for name in group if name in named] or [""]
+        if copies and options.tied_weights == "keep":
+            config = untied(config)
+        else:
+            dropped.update(dict.fromkeys(copies, first))
+    return config, dropped
+
+
+def _outputs(options: Options, named: Named, dropped: dict[str, str]) -> list[Output]:
+    twins = {} if options.tied_weights == "drop" else {first: named[copy][0] for copy, first in dropped.items()}
+    for name, twin in twins.items():
+        if (twin.dtype, twin.shape) != (named[name][0].dtype, named[name][0].shape):
+            raise MergeError(f"the config ties {twin.name} to {name}, but they are of different type or shape; pass "
+                             "--tied-weights keep or --tied-weights drop")
+    return [
+        Output(name, tensor, output_dtype(tensor.dtype, options.dtype), fusion, twins.get(name))
+        for name, (tensor, fusion) in named.items() if name not in dropped
+    ]
+
+
+def config_folder(files: RankFiles) -> Path:
+    """Return the folder with the checkpoint's config.json: `huggingface/`, or beside the ranks' files."""
+    candidates = [path for folder in files.folders for path in (folder / MERGED, folder)]
+    return next((path for path in candidates if (path / CONFIG_NAME).is_file()), candidates[0])
+
+
+def target_folder(options: Options, files: RankFiles) -> Path:
+    """Return where the merged model goes."""
+    if options.save_dir:
+        return Path(options.save_dir)
+    return files.folders[0] / (ADAPTER_FOLDER if options.lora == "adapter" else MERGED)
+
+
+def _check_space(target: Path, files: Sequence[OutputFile]) -> None:
+    needed, free = sum(file.size for file in files), free_bytes(target)
+    if needed > free:
+        raise MergeError(f"{size_text(needed)} are needed for {target}, {size_text(free)} are free; "
+                         "free space or choose another --save-dir")
+
+
+def free_bytes(target: Path) -> int:
+    """Return the bytes that are free where `target` is or will be."""
+    return shutil.disk_usage(next(path for path in (target, *target.absolute().parents) if path.is_dir())).free

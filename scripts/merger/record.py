@@ -1,0 +1,121 @@
+"""`merge.json`: what was merged from what, how, and by which versions."""
+import json
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from merger import MergeError, __version__, publish
+from merger.copying import Tally
+from merger.discover import RankFiles
+from merger.job import Job, Options
+
+
+def sources(files: RankFiles) -> list[dict[str, Any]]:
+    """Return the ranks' files with their sizes (bytes) and times of change (ns since 1970)."""
+    found = []
+    for rank, path in sorted(files.paths.items()):
+        stat = path.stat()
+        found.append({
+            "file": path.name,
+            "folder": str(path.parent),
+            "rank": rank,
+            "bytes": stat.st_size,
+            "modified": stat.st_mtime_ns
+        })
+    return found
+
+
+def requested(options: Options) -> dict[str, Any]:
+    """Return those of the user's choices that the output's bytes depend on."""
+    return {
+        "dtype": options.dtype,
+        "lora": options.lora,
+        "lora_alpha": options.lora_alpha,
+        "tied_weights": options.tied_weights,
+        "allow": sorted(options.allow),
+    }
+
+
+def make_record(job: Job, options: Options, tally: Tally, threads: int, seconds: float) -> dict[str, Any]:
+    """Return the record of a merge that took `seconds`."""
+    return {
+        "merger": __version__,
+        "versions": _versions(),
+        "requested": requested(options),
+        "sources": sources(job.checkpoint.files),
+        "world_size": job.checkpoint.files.world_size,
+        "meshes": job.checkpoint.meshes,
+        "dtype": options.dtype,
+        "files": file_sizes(job),
+        "tensors": len(job.outputs),
+        "parameters": job.parameters,
+        "tied_dropped": job.dropped,
+        "nan": sum(tally.nan.values()),
+        "inf": sum(tally.inf.values()),
+        "model_check": _check_text(job, options),
+        "verified": options.verify,
+        "device": job.device,
+        "threads": threads,
+        "bytes_read": tally.bytes_read,
+        "bytes_written": tally.bytes_written,
+        "seconds": round(seconds, 3),
+    }
+
+
+def file_sizes(job: Job) -> list[dict[str, Any]]:
+    """Return the output files with their sizes in bytes."""
+    return [{"name": file.name, "bytes": file.size} for file in job.files]  # yapf: disable
+
+
+def _check_text(job: Job, options: Options) -> str:
+    if job.verdict is None:
+        return "not made (an adapter)"
+    if job.verdict.unknown:
+        return f"not made: {job.verdict.unknown}"
+    allowed = ", or allowed" if "keys" in options.allow else ""
+    return f"keys and shapes as transformers {job.verdict.transformers} expects{allowed}"
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("torch", "transformers", "safetensors", "numpy", "ml_dtypes"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return the record in `folder`.
+
+    Raises:
+        MergeError: there is none, or it is damaged.
+    """
+    path = folder / publish.RECORD_NAME
+    try:
+        record: dict[str, Any] = json.loads(path.read_text())
+        if set(record["requested"]) != set(requested(Options(()))) or not isinstance(record["sources"], list):
+            raise ValueError("it is of another version")
+        return record
+    except FileNotFoundError:
+        raise MergeError(f"no {path}; merge first, or name the merged folder with --save-dir") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MergeError(f"cannot read {path}: {error}; merge again with --force") from error
+
+
+def as_requested(options: Options, record: dict[str, Any]) -> Options:
+    """Return `options` with the choices that a merge was made with."""
+    wanted = record["requested"]
+    return replace(options, **{**wanted, "allow": frozenset(wanted["allow"])})
+
+
+def same_merge(options: Options, files: RankFiles, folder: Path) -> dict[str, Any] | None:
+    """Return the record in `folder` if it is of the same files merged in the same way."""
+    try:
+        record = read_record(folder)
+    except MergeError:
+        return None
+    same = record["requested"] == requested(options) and record["sources"] == sources(files)
+    return record if same and publish.weights_in(folder) else None

@@ -1,0 +1,63 @@
+"""DOCKER.md's commands do what it says: its blocks run, its tables name tasks and profiles that work."""
+import os
+import re
+from pathlib import Path
+
+import pytest
+from workbench import ROOT, Workbench
+
+GUIDE = (ROOT / "DOCKER.md").read_text()
+LINES = [line for block in re.findall(r"^```sh\n(.*?)^```$", GUIDE, re.M | re.S) for line in block.splitlines()]
+SPANS = sorted(set(re.findall(r"`(invoke [^`]+)`", GUIDE)) - {"invoke --dry TASK"})
+PROFILES = re.findall(r"^\| .* \| `(docker compose [^`]+)` \|$", GUIDE, re.M)
+
+
+def guide_environment(bench: Workbench) -> dict[str, str]:
+    """Return what the guide asks of a host without a GPU whose user is not number 1000."""
+    return {
+        "COMPOSE_FILE": "docker-compose.yml:docker-compose.cpu.yml",
+        "HOST_UID": str(os.getuid()),
+        "HOST_GID": str(os.getgid()),
+        "AGENTGYM_RL_SRC": str(bench.sources)
+    }
+
+
+@pytest.mark.docker
+@pytest.mark.parametrize("line", LINES)
+def test_block(built: Workbench, checkpoint: Path, line: str) -> None:
+    assert checkpoint == built.root / "saves/x/actor"
+    done = built.run("sh", "-c", line, env=guide_environment(built) | {"PATH": built.path_with_invoke()})
+    # The doctor's exit code is about this machine, which may lack disk.
+    assert done.returncode in ((0, 1) if line == "invoke doctor" else (0, )), done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.docker
+@pytest.mark.parametrize("line", SPANS)
+def test_task_in_the_text(built: Workbench, line: str) -> None:
+    done = built.run("sh", "-c", line.replace("invoke ", "invoke --dry ", 1), env={"PATH": built.path_with_invoke()})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout or "pycache" in line, "the copy has no caches, so there is nothing to remove"
+
+
+@pytest.mark.docker
+@pytest.mark.parametrize("line", PROFILES)
+def test_profile_in_the_table(built: Workbench, line: str) -> None:
+    done = built.run("sh", "-c", line, env=guide_environment(built))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_profile_and_every_old_target_is_in_the_guide() -> None:
+    profiles = set(re.findall(r"profiles: \[([\w-]+)\]", (ROOT / "docker-compose.yml").read_text()))
+    assert set(re.findall(r"--profile ([\w-]+)", "\n".join(PROFILES))) == profiles
+    old = {
+        "docker-build", "docker-build-base", "docker-train-shell", "docker-merge", "docker-scripts-shell",
+        "docker-format", "docker-status", "docker-down", "test-docker", "docker-clean", "clean", "setup-env", "start-env", "stop-env"
+    }
+    assert set(re.findall(r"`make ([\w-]+)`", GUIDE)) == old
+
+
+def test_variables_in_the_guide_are_settings() -> None:
+    from tasks.lib.settings import SETTINGS
+    named = set(re.findall(r"`([A-Z][A-Z_]{3,})[=`]", GUIDE)) - {"COMPOSE_FILE"}
+    assert named and named <= set(SETTINGS)
