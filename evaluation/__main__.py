@@ -116,12 +116,16 @@ def parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="write a run's report again, or one of several runs side by side")
     report.add_argument("folders", nargs="+", help="folders of runs")
-    report.add_argument("--out", default="", help="the file (default: report.html in the run's folder, or compare.html)")
+    report.add_argument("--out",
+                        default="",
+                        help="the file (default: report.html in the run's folder, or compare.html)")
     _numbers_flags(report)
 
     compare = commands.add_parser("compare", help="compare runs with the first of them, item by item")
     compare.add_argument("folders", nargs="+", help="folders of two or more runs")
-    compare.add_argument("--out", default="", help="write the report side by side to this file (default: saves/eval/compare.html)")
+    compare.add_argument("--out",
+                         default="",
+                         help="write the report side by side to this file (default: saves/eval/compare.html)")
     _numbers_flags(compare)
 
     lists = commands.add_parser("list", help="show the runs in a folder")
@@ -186,7 +190,8 @@ def run_command(options: argparse.Namespace) -> int:
     show_numbers(console, {settings.model: summary}, settings.out, options.upstream_compat)
     if records:
         path = settings.out / REPORT
-        report.write(path, [report.Run(settings.model, read_run(settings.out), records, summary)], options.upstream_compat)
+        report.write(path, [report.Run(settings.model, read_run(settings.out), records, summary)],
+                     options.upstream_compat)
         say(f"report: {path}")
     if code == INTERRUPTED:
         say(f"interrupted; the same command goes on with {settings.out}")
@@ -282,11 +287,15 @@ def compare_command(options: argparse.Namespace) -> int:
     show_numbers(console, {run.name: run.summary for run in runs}, None, options.upstream_compat)
     table = Table("difference, item by item", "items", "success rate", "mean reward", "newly solved", "no longer")
     for line in report.difference_lines(runs):
-        table.add_row(line["name"], str(line["items"]), line["success"], line["reward"], str(len(line["gained"])), str(len(line["lost"])))
+        table.add_row(line["name"], str(line["items"]), line["success"], line["reward"], str(len(line["gained"])),
+                      str(len(line["lost"])))
     console.print(table)
     for run in runs[1:]:
         differing = differences({**runs[0].told["config"], "items": None}, {**run.told["config"], "items": None})
-        console.print(f"{run.name}: {'; '.join(differing) or 'the same configuration'}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{run.name}: {'; '.join(differing) or 'the same configuration'}",
+                      highlight=False,
+                      markup=False,
+                      soft_wrap=True)
     path = Path(options.out or "saves/eval/compare.html")
     report.write(path, runs, options.upstream_compat)
     print(f"report: {path}")
@@ -334,7 +343,14 @@ def prompts_command(options: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = {"run": run_command, "rescore": rescore_command, "report": report_command, "compare": compare_command, "list": list_command, "prompts": prompts_command}
+COMMANDS = {
+    "run": run_command,
+    "rescore": rescore_command,
+    "report": report_command,
+    "compare": compare_command,
+    "list": list_command,
+    "prompts": prompts_command
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,7 +7,14 @@ from typing import Any
 # matplotlib wants real colours; these stand for the page's own and are exchanged in the SVG.
 TEXT, GRID = "#010203", "#010205"
 SERIES = ("#010210", "#010211", "#010212", "#010213", "#010214", "#010215")
-COLOURS = {TEXT: "currentColor", GRID: "var(--grid)", **{colour: f"var(--series-{n})" for n, colour in enumerate(SERIES)}}
+COLOURS = {
+    TEXT: "currentColor",
+    GRID: "var(--grid)",
+    **{
+        colour: f"var(--series-{n})"
+        for n, colour in enumerate(SERIES)
+    }
+}
 STYLE = {
     "svg.fonttype": "none",  # text stays text: a screen reader can read it, and the page's font is used
     "svg.hashsalt": "evaluation",  # the same chart has the same bytes
@@ -51,7 +58,11 @@ def svg(draw: Any, name: str, width: float = 4.6, height: float = 2.6) -> str:
     return text.replace("<svg ", '<svg aria-hidden="true" ', 1)
 
 
-def bars(labels: Sequence[str], runs: Mapping[str, Sequence[float]], name: str, unit: str, errors: Mapping[str, Any] | None = None,
+def bars(labels: Sequence[str],
+         runs: Mapping[str, Sequence[float]],
+         name: str,
+         unit: str,
+         errors: Mapping[str, Any] | None = None,
          lying: bool = False) -> str:
     """Return grouped bars, a group each label and a bar each run.
 
@@ -99,8 +110,11 @@ def curve(points: Sequence[tuple[float, Mapping[str, Any]]], name: str) -> str:
     def draw(axes: Any) -> None:
         steps = [step for step, _ in points]
         means = [figure["mean"] for _, figure in points]
-        low = [figure["mean"] - (figure["low"] if figure["low"] is not None else figure["mean"]) for _, figure in points]
-        high = [(figure["high"] if figure["high"] is not None else figure["mean"]) - figure["mean"] for _, figure in points]
+        low = [
+            figure["mean"] - (figure["low"] if figure["low"] is not None else figure["mean"]) for _, figure in points
+        ]
+        high = [(figure["high"] if figure["high"] is not None else figure["mean"]) - figure["mean"]
+                for _, figure in points]
         axes.errorbar(steps, means, yerr=[low, high], color=SERIES[0], ecolor=SERIES[0], marker="o", capsize=3)
         axes.set_xlabel("training step")
         axes.set_ylabel("mean reward")

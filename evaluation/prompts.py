@@ -235,6 +235,9 @@ def find(row: Row,
     if (told / ENVS / row.prompt.file).is_file():
         return from_checkout(row, told)
     try:
-        return Prompt(**json.loads(collected.read_text())[row.name])
+        found = Prompt(**json.loads(collected.read_text())[row.name])
+        # The image's build knows the source's commit after the prompts are read, or the layer would never be reused.
+        known = os.environ.get("AGENTGYM_REVISION", "")
+        return found if found.revision != "unknown" or not known else found.model_copy(update={"revision": known})
     except (OSError, ValueError, KeyError):
         return plain(row)

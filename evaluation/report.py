@@ -48,14 +48,16 @@ def load(folders: Sequence[Path], price_of: Any = lambda model: None) -> list[Ru
     for name, one, folder in zip(called, told, folders, strict=True):
         config, records = one["config"], read_attempts(folder)
         wall = sum(work["seconds"] for work in one["work"])
-        numbers = summarize(records, config["samples"], len(config["items"]) * config["samples"], price_of(config["model"]), wall)
+        numbers = summarize(records, config["samples"],
+                            len(config["items"]) * config["samples"], price_of(config["model"]), wall)
         runs.append(Run(name, one, records, numbers))
     return runs
 
 
 def pack(value: Any) -> str:
     """Return `value` as JSON, deflated, in base 64: a browser unpacks it with DecompressionStream."""
-    return base64.b64encode(zlib.compress(json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace"), 6)).decode()
+    return base64.b64encode(zlib.compress(json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace"),
+                                          6)).decode()
 
 
 def inert(value: Any) -> str:
@@ -69,10 +71,14 @@ def table_rows(runs: Sequence[Run]) -> tuple[list[list[Any]], list[list[Any]]]:
     for number, run in enumerate(runs):
         for record in sorted(run.records, key=lambda one: (one["index"], one["item"], one["sample"])):
             usage = record["usage"]
-            rows.append([number, record["item"], record["category"], record["sample"], record["outcome"], record["scaled"],
-                         record["rounds"], record["invalid_actions"], usage["prompt"] + usage["completion"], record["seconds"]])
-            details.append([record["first"], record["turns"], record["error"], record["tries_before"], record["reward"],
-                            record["seed"], record["task"], record["started"]])
+            rows.append([
+                number, record["item"], record["category"], record["sample"], record["outcome"], record["scaled"],
+                record["rounds"], record["invalid_actions"], usage["prompt"] + usage["completion"], record["seconds"]
+            ])
+            details.append([
+                record["first"], record["turns"], record["error"], record["tries_before"], record["reward"],
+                record["seed"], record["task"], record["started"]
+            ])
     return rows, details
 
 
@@ -86,7 +92,8 @@ def draw(runs: Sequence[Run]) -> list[dict[str, str]]:
     kinds = [name for name in (*SCORED, *ERRORS) if any(run.summary["outcomes"].get(name) for run in runs)]
     outcomes = {run.name: [run.summary["outcomes"].get(name, 0) for name in kinds] for run in runs}
     if kinds:
-        add("Outcomes", charts.bars(kinds, outcomes, "outcomes", "attempts", lying=True),
+        add(
+            "Outcomes", charts.bars(kinds, outcomes, "outcomes", "attempts", lying=True),
             "; ".join(f"{run}: " + ", ".join(f"{count} {kind}" for kind, count in zip(kinds, counts, strict=True))
                       for run, counts in outcomes.items()))
     scored = {run.name: [one for one in run.records if one["outcome"] in SCORED] for run in runs}
@@ -99,27 +106,43 @@ def draw(runs: Sequence[Run]) -> list[dict[str, str]]:
             for one in records:
                 counts[min(REWARD_BINS - 1, int(one["scaled"] * REWARD_BINS + 1e-9))] += 1
             rewards[name] = counts
-        add("Rewards", charts.bars([edge.split("–")[0] for edge in edges], rewards, "rewards", "attempts"),
-            "; ".join(f"{name}: " + ", ".join(f"{count} from {edge}" for count, edge in zip(counts, edges, strict=True) if count)
+        add(
+            "Rewards", charts.bars([edge.split("–")[0] for edge in edges], rewards, "rewards", "attempts"),
+            "; ".join(f"{name}: " + ", ".join(f"{count} from {edge}"
+                                              for count, edge in zip(counts, edges, strict=True) if count)
                       for name, counts in rewards.items()))
         most = max(one["rounds"] for records in scored.values() for one in records)
         wide = max(1, -(-(most + 1) // 30))
         starts = list(range(0, most + 1, wide))
-        rounds = {name: [sum(start <= one["rounds"] < start + wide for one in records) for start in starts]
-                  for name, records in scored.items()}
-        add("Rounds", charts.bars([str(start) for start in starts], rounds, "rounds", "attempts"),
-            "; ".join(f"{run.name}: {show.with_interval(run.summary['rounds'], share=False)} rounds on average" for run in runs))
+        rounds = {
+            name: [sum(start <= one["rounds"] < start + wide for one in records) for start in starts]
+            for name, records in scored.items()
+        }
+        add(
+            "Rounds", charts.bars([str(start) for start in starts], rounds, "rounds", "attempts"),
+            "; ".join(f"{run.name}: {show.with_interval(run.summary['rounds'], share=False)} rounds on average"
+                      for run in runs))
     categories = sorted({name for run in runs for name in run.summary["categories"]})[:40]
     if categories:
         values, errors = {}, {}
         for run in runs:
-            figures = [run.summary["categories"].get(name, {}).get("success") or {"mean": 0.0, "low": None, "high": None}
-                       for name in categories]
+            figures = [
+                run.summary["categories"].get(name, {}).get("success") or {
+                    "mean": 0.0,
+                    "low": None,
+                    "high": None
+                } for name in categories
+            ]
             values[run.name] = [figure["mean"] for figure in figures]
-            errors[run.name] = [[0.0 if figure["low"] is None else figure["mean"] - figure["low"] for figure in figures],
-                                [0.0 if figure["high"] is None else figure["high"] - figure["mean"] for figure in figures]]
-        add("Success rate by category", charts.bars(categories, values, "categories", "success rate", errors, lying=True),
-            "the table above has the numbers")
+            errors[run.name] = [[
+                0.0 if figure["low"] is None else figure["mean"] - figure["low"] for figure in figures
+            ], [0.0 if figure["high"] is None else figure["high"] - figure["mean"] for figure in figures]]
+        add("Success rate by category", charts.bars(categories,
+                                                    values,
+                                                    "categories",
+                                                    "success rate",
+                                                    errors,
+                                                    lying=True), "the table above has the numbers")
     steps = [(int(match[1] or match[2]), run.summary["reward"]) for run in runs
              if (match := STEP.search(run.name)) and run.summary["reward"]]
     if len(steps) > 1:
@@ -138,7 +161,10 @@ def headline(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 def methods(runs: Sequence[Run]) -> str:
     """Return how the intervals were made."""
-    used = sorted({figure["method"] for run in runs for figure in (run.summary["success"], run.summary["reward"]) if figure})
+    used = sorted(
+        {figure["method"]
+         for run in runs
+         for figure in (run.summary["success"], run.summary["reward"]) if figure})
     return f"In brackets: 95 % intervals ({', '.join(used)})." if used else "No attempt has a score."
 
 
@@ -163,7 +189,10 @@ def render(runs: Sequence[Run], compat: bool = False) -> str:
     import jinja2
     rows, details = table_rows(runs)
     script = (PAGE / "report.js").read_text()
-    page = jinja2.Environment(loader=jinja2.FileSystemLoader(PAGE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page = jinja2.Environment(loader=jinja2.FileSystemLoader(PAGE),
+                              autoescape=True,
+                              trim_blocks=True,
+                              lstrip_blocks=True)
     configs = [{key: value for key, value in run.told["config"].items() if key not in ("row", "items")} for run in runs]
     return page.get_template("report.html").render(
         title=f"{runs[0].told['config']['env']}: {', '.join(run.name for run in runs)}",
