@@ -53,7 +53,8 @@ def served(c: Context, row: "Environment", runner: str, understood: bool, wait: 
     bind = resolve("ENV_BIND")
     options = Options(port=env_runs.pick_port("eval", row, "", bind), bind=bind, understood=understood)
     url = env_runs.start(c, "eval", row, options, place, False, seconds)
-    print(f"eval: started {row.name} at {url}", flush=True)
+    if not c.config.run.dry:
+        print(f"eval: started {row.name} at {url}", flush=True)
     try:
         yield env_runs.container_url(row, options) if runner == "docker" else url
     finally:
@@ -71,9 +72,9 @@ def run_evaluation(c: Context, runner: str, words: list[str], inside: list[str] 
     Raises:
         Exit: its exit code.
     """
-    from tasks.lib import containers, env_runs
+    from tasks.lib import containers, env_docker, env_runs
     if runner == "docker":
-        containers.run(c, "eval-runner", words if inside is None else inside)
+        containers.run(c, "eval-runner", words if inside is None else inside, variables=env_docker.QUIET)
         return
     settings = env_runs.settings()
     own = {name: settings[name] for name in ("MAX_ROUND", ) if settings.get(name)}
@@ -169,8 +170,8 @@ def run(c: Context,
         "prices": prices,
         "upstream_compat": upstream_compat
     }
-    if chosen == "docker" and any(Path(name).exists()
-                                  for name in (items, prompt, prices) if name) or (chosen == "docker" and out):
+    if (chosen == "docker" and any(Path(name).exists()
+                                  for name in (items, prompt, prices) if name)) or (chosen == "docker" and out):
         raise Exit(
             "eval: --runner docker reads AgentEval, AgentItemId and writes saves/eval; for other files and folders "
             "use --runner local",

@@ -3,12 +3,12 @@
 Pydantic takes 0.1 s to import: tasks import this module inside their functions.
 """
 import difflib
+import tomllib
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-import tomllib
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tasks.lib.settings import ROOT
