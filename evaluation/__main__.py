@@ -4,7 +4,7 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -217,7 +217,8 @@ def conclude(folder: Path, records: list[dict[str, Any]], samples: int, expected
     return summary
 
 
-def show_numbers(console: "Console", summaries: dict[str, dict[str, Any]], folder: Path | None, compat: bool) -> None:
+def show_numbers(console: "Console", summaries: Mapping[str, Mapping[str, Any]], folder: Path | None,
+                 compat: bool) -> None:
     """Print the table."""
     from evaluation import show
     console.print(show.table(f"{folder}" if folder else "", summaries))

@@ -15,7 +15,7 @@ COLOURS = {
         for n, colour in enumerate(SERIES)
     }
 }
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: a screen reader can read it, and the page's font is used
     "svg.hashsalt": "evaluation",  # the same chart has the same bytes
     "font.family": "sans-serif",

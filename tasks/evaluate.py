@@ -149,7 +149,7 @@ def run(c: Context,
     from tasks.lib import env_runs
     chosen = _runner(runner)
     row = env_runs.find_row("eval", env)
-    values = {
+    values: dict[str, str | bool] = {
         "env": row.name,
         "model": model,
         "base_url": base_url,
@@ -171,7 +171,7 @@ def run(c: Context,
         "upstream_compat": upstream_compat
     }
     if (chosen == "docker" and any(Path(name).exists()
-                                  for name in (items, prompt, prices) if name)) or (chosen == "docker" and out):
+                                   for name in (items, prompt, prices) if name)) or (chosen == "docker" and out):
         raise Exit(
             "eval: --runner docker reads AgentEval, AgentItemId and writes saves/eval; for other files and folders "
             "use --runner local",

@@ -1,5 +1,6 @@
 """The evaluation image on a real engine: `invoke eval --runner docker`, and the profile as typed."""
 import json
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from tests.fixtures.standins import Endpoint, completion, endpoint
 
 pytestmark = pytest.mark.docker
 KEY = "sk-of-the-docker-test"
+# Plain Compose does not know who calls; the tasks tell it.
+CALLER = {"HOST_UID": str(os.getuid()), "HOST_GID": str(os.getgid())}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +33,7 @@ def model(ready: Workbench) -> Iterator[Endpoint]:
     from agentenv_demo.players import expert
     gateway = ready.docker("network", "inspect", "bridge", "--format", "{{(index .IPAM.Config 0).Gateway}}")
     with endpoint(lambda messages, body: completion("So:\n" + expert(messages[-1]["content"])), host="0.0.0.0") as made:
-        made.base_url = made.base_url.replace("0.0.0.0", gateway)  # type: ignore[attr-defined]
+        made.base_url = made.base_url.replace("127.0.0.1", gateway)  # type: ignore[attr-defined]
         yield made
 
 
@@ -59,7 +62,7 @@ def test_the_profile_works_as_typed(ready: Workbench, model: Endpoint) -> None:
         port = ready.invoke("env.list").stdout
         port = next(line.split() for line in port.splitlines() if line.startswith("demo "))[4]
         done = ready.compose(*shlex.split("--profile eval up --exit-code-from eval-runner eval-runner"),
-                             env={"ENV": "demo", "ENV_PORT": port, "MODEL": "stand-in", "MAX_ROUND": "3", "OPENAI_API_KEY": KEY,
+                             env={"ENV": "demo", "ENV_PORT": port, "MODEL": "stand-in", "MAX_ROUND": "3", "OPENAI_API_KEY": KEY, **CALLER,
                                   "OPENAI_BASE_URL": model.base_url})
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         assert "3 rounds" in done.stdout and "max_rounds" in done.stdout
@@ -69,5 +72,5 @@ def test_the_profile_works_as_typed(ready: Workbench, model: Endpoint) -> None:
 
 
 def test_misuse_in_the_container_is_one_line(ready: Workbench) -> None:
-    done = ready.compose("--profile", "eval", "run", "--rm", "-T", "eval-runner", env={"ENV": "demo", "OPENAI_API_KEY": ""})
+    done = ready.compose("--profile", "eval", "run", "--rm", "-T", "eval-runner", env={"ENV": "demo", "OPENAI_API_KEY": "", **CALLER})
     assert done.returncode == 2 and "no OPENAI_API_KEY" in done.stderr and "Traceback" not in done.stderr
