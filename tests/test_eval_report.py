@@ -135,9 +135,9 @@ def test_the_keyboard_is_enough(page):
     inner.wait_for_selector("#columns article")
     assert inner.inner_text("#viewer-title") == "demo_0"
     inner.keyboard.press("j")
-    inner.wait_for_function("document.getElementById('viewer-title').textContent === 'demo_1'")
+    inner.wait_for_selector("#viewer-title:text-is('demo_1')")
     inner.keyboard.press("k")
-    inner.wait_for_function("document.getElementById('viewer-title').textContent === 'demo_0'")
+    inner.wait_for_selector("#viewer-title:text-is('demo_0')")
     inner.keyboard.press("Escape")
     assert inner.is_hidden("#viewer") and inner.evaluate("document.activeElement.textContent") == "demo_0"
     inner.keyboard.press("/")
@@ -158,7 +158,7 @@ def test_runs_stand_side_by_side(page):
     inner.click("#table tbody button >> nth=0")
     inner.wait_for_selector("#columns article")
     inner.select_option("#beside", index=1)
-    inner.wait_for_function("document.querySelectorAll('#columns article').length === 2")
+    inner.wait_for_selector("#columns article >> nth=1")
     both = inner.locator("#columns article").all_inner_texts()
     assert "count 3" in both[0] and "other words" in both[1]
 
