@@ -141,7 +141,7 @@ def test_one_image_builds_alone_under_another_tag(built: Workbench, task: str, s
     assert done.returncode == 0, done.stderr
     layers = json.loads(built.docker("image", "inspect", "--format", "{{json .RootFS.Layers}}", f"{name}:{tag}"))
     assert layers == inspect(built, name)["RootFS"]["Layers"]
-    raw = built.run("docker", "compose", "--profile", profile, "build", service)
+    raw = built.run("docker", "compose", "--profile", profile, "build", service, env={"IMAGE_TAG": tag})
     assert raw.returncode == 0, raw.stderr
 
 
