@@ -20,6 +20,8 @@ It runs with every environment's own Python and uvicorn, so: Python 3.8, no othe
 import argparse
 import asyncio
 import importlib
+import importlib.abc
+import importlib.machinery
 import json
 import os
 import sqlite3
@@ -27,6 +29,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from typing import Any, Awaitable, Callable, Dict, List, Mapping, Optional, Set, Tuple
 from urllib.parse import parse_qsl, urlencode
 
@@ -371,6 +374,35 @@ def limit_queries(seconds: float) -> None:
     sqlite3.connect = limited  # type: ignore[assignment]
 
 
+class Unused(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Stands in for packages that a server imports and never uses, where they are not installed."""
+
+    def __init__(self, names: List[str]) -> None:
+        self.names = names
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        """Answer for the packages and all below them."""
+        return importlib.machinery.ModuleSpec(name, self, is_package=True) if name.split(".")[0] in self.names else None
+
+    def create_module(self, spec: Any) -> types.ModuleType:
+        """Return a module that has every name; what is called says that the package is missing."""
+
+        def missing(*_: Any, **__: Any) -> None:
+            raise RuntimeError(f"{spec.name} is not installed: this server was thought not to use it")
+
+        def attribute(name: str) -> Any:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return missing
+
+        module = types.ModuleType(spec.name)
+        module.__getattr__ = attribute  # type: ignore[method-assign]
+        return module
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        """Nothing to run."""
+
+
 def load(app: str, keep: List[str]) -> Callable:
     """Import `module:attribute`; variables named in `keep` stay as the caller set them, whatever the module does."""
     kept = {name for name in keep if os.environ.get(name)}
@@ -433,6 +465,7 @@ def prepare(row: Dict[str, Any], source: str, data: str) -> None:
             sys.exit(1)
     # In place of this program's own folder, whose modules could hide the server's.
     sys.path[:1] = [folder] + [os.path.join(folder, extra) for extra in row.get("pythonpath", [])]
+    sys.meta_path.append(Unused(row.get("unused", [])))  # last: what is installed comes first
     if row.get("sqlite_seconds"):
         limit_queries(row["sqlite_seconds"])
     sort_listings()

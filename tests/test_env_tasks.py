@@ -124,8 +124,8 @@ def test_children_that_outlive_the_server_are_stopped_too(tmp_path):
 @pytest.mark.parametrize("name,words,code,line", [
     ("fault-dies", [], 1,
      r"env.up: fault-dies: the server-0 ended: RuntimeError: the fixture was told to die at import"),
-    ("fault-never", ["--wait", "3"
-                     ], 1, r"env.up: fault-never was not ready after 3 s: POST /create: HTTP 500 .*--wait"),
+    ("fault-never", ["--wait", "15"
+                     ], 1, r"env.up: fault-never was not ready after 15 s: POST /create: HTTP 500 .*--wait"),
     ("fault-data", [], 2, r"env.up: fault-data needs index.bin in data/fault-data: ask the author"),
     ("fault-key", [], 2, r"env.up: fault-key needs FIXTURE_KEY in the environment or in .env; .*"),
     ("fault-consent", [], 2, r"env.up: this fixture deletes everything; pass --i-understand to go on"),

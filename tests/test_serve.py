@@ -162,3 +162,16 @@ def test_the_callers_variables_survive_an_import_that_sets_them(tmp_path, monkey
     assert (os.environ["SITE"], os.environ["OTHER"]) == ("mine", "theirs")
     os.environ["SITE"] = "free again"
     assert os.environ["SITE"] == "free again"
+
+
+def test_a_package_that_is_imported_and_never_used_need_not_be_there(tmp_path, monkeypatch):
+    (tmp_path / "user.py").write_text("import absent\nimport absent.nn.functional as F\n"
+                                      "from absent.models.detection import Thing\nimport json\napp = Thing\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, serve.Unused(["absent", "json"])])
+    app = serve.load("user:app", [])
+    with pytest.raises(RuntimeError, match=r"absent\.models\.detection is not installed"):
+        app()
+    assert json.loads("1") == 1  # what is installed comes first
+    with pytest.raises(ModuleNotFoundError):
+        __import__("absent_too")

@@ -116,6 +116,7 @@ class Environment(Row):
     pythonpath: tuple[str, ...] = ()
     python: str = Field(pattern=r"^3\.\d+$")
     constraints: str
+    unused: tuple[str, ...] = ()
     system: tuple[str, ...] = ()
     programs: tuple[str, ...] = ()
     port: int = Field(ge=1024, le=65535)

@@ -97,9 +97,9 @@ def test_this_form_conforms_behind_the_proxy_too(servers: Workbench, name: str) 
 
 @pytest.mark.parametrize("name,words,line", [
     ("fault-dies", [], r"env.up: fault-dies ended: RuntimeError: the fixture was told to die at import"),
-    ("fault-never", ["--wait", "4"], r"env.up: fault-never was not ready after 4 s: POST /create: HTTP 500 .*"),
-    ("fault-error200", ["--wait", "4"], r"env.up: fault-error200 was not ready after 4 s: POST /create: told to .*"),
-    ("fault-hangs", ["--wait", "4"], r"env.up: fault-hangs was not ready after 4 s: .*"),
+    ("fault-never", ["--wait", "15"], r"env.up: fault-never was not ready after 15 s: POST /create: HTTP 500 .*"),
+    ("fault-error200", ["--wait", "15"], r"env.up: fault-error200 was not ready after 15 s: POST /create: told to .*"),
+    ("fault-hangs", ["--wait", "15"], r"env.up: fault-hangs was not ready after 15 s: .*"),
     ("fault-data", [], r"env.up: fault-data needs index.bin in data/fault-data: ask the author"),
     ("fault-key", [], r"env.up: fault-key needs FIXTURE_KEY in the environment or in .env; .*: ask the author"),
     ("fault-consent", [], r"env.up: this fixture deletes everything; pass --i-understand to go on"),
