@@ -3,8 +3,10 @@ import argparse
 import collections
 import json
 import pickle
+import resource
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from merger import MergeError, cli, lora, modelconfig, pickles, show
 from merger.checkpoint import plain_name
 from merger.discover import find_checkpoint
 from merger.shardfile import is_contiguous, read_shard_file
+from merging import Sample
 
 # Folders
 
@@ -331,3 +334,10 @@ def test_a_json_record_that_is_no_object_is_refused(spoil: Callable[..., Any]) -
     for text in ("[]", "{", json.dumps({"r": 8, "lora_alpha": "many"})):
         (sample.actor / "lora_train_meta.json").write_text(text)
         assert "lora_train_meta.json" in merge("--local-dir", sample.actor, "--lora", "fuse").refusal
+
+
+def test_reading_in_several_threads_leaves_the_process_without_a_memory_limit(samples: dict[str, Sample]) -> None:
+    path, before = samples["FSDP1, 4 ranks"].rank(0), resource.getrlimit(resource.RLIMIT_AS)
+    with ThreadPoolExecutor(8) as pool:
+        assert len(list(pool.map(read_shard_file, [path] * 64))) == 64
+    assert resource.getrlimit(resource.RLIMIT_AS) == before

@@ -82,7 +82,7 @@ def test_paths_from_settings_start_at_the_project_and_flags_where_the_user_stand
 
 
 def test_the_token_is_marked_as_a_secret() -> None:
-    assert [name for name, setting in SETTINGS.items() if setting.secret] == ["HF_TOKEN"]
+    assert settings.SETTINGS["HF_TOKEN"].secret and not settings.SETTINGS["LOCAL_DIR"].secret
 
 
 def test_a_program_s_environment_gets_what_dotenv_has(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,12 +168,9 @@ def test_every_flag_of_every_task_is_explained() -> None:
     assert all(len((ns[name].__doc__ or "x" * 60).splitlines()[0]) < 60 for name in ns.task_names)
 
 
-@pytest.mark.parametrize(("runner", "message"), [("podman", "unknown runner 'podman'"), ("docker", "--runner docker")])
-def test_a_runner_that_is_not_there_is_refused(runner: str, message: str, capfd: pytest.CaptureFixture[str]) -> None:
-    if runner == "docker" and "def docker" in Path(sys.modules["tasks.merge"].__file__ or "").read_text():
-        pytest.skip("there is one")
-    assert invoke("--dry", "merge", "--local-dir", "x", "--runner", runner) == 2
-    assert message in capfd.readouterr().err
+def test_an_unknown_runner_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    assert invoke("--dry", "merge", "--local-dir", "x", "--runner", "podman") == 2
+    assert "unknown runner 'podman'" in capfd.readouterr().err
 
 
 def test_a_merge_s_exit_code_is_the_task_s(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
