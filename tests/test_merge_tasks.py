@@ -82,7 +82,7 @@ def test_paths_from_settings_start_at_the_project_and_flags_where_the_user_stand
 
 
 def test_the_token_is_marked_as_a_secret() -> None:
-    assert settings.SETTINGS["HF_TOKEN"].secret and not settings.SETTINGS["LOCAL_DIR"].secret
+    assert SETTINGS["HF_TOKEN"].secret and not SETTINGS["LOCAL_DIR"].secret
 
 
 def test_a_program_s_environment_gets_what_dotenv_has(monkeypatch: pytest.MonkeyPatch) -> None:
