@@ -139,3 +139,46 @@ def eval(c: Context,
          tag: str = "") -> None:
     """Build the light evaluation runner."""
     build_images(c, (image_of("eval-runner"), ), no_cache, pull, cpu, push, tag)
+
+
+@task(positional=[],
+      auto_shortflags=False,
+      help={
+          "env": "Environment, or all (default: $ENV, then searchqa).",
+          "no_cache": FLAGS["no_cache"],
+          "pull": FLAGS["pull"],
+          "tag": FLAGS["tag"],
+      })
+def env(c: Context, env: str = "", no_cache: bool = False, pull: bool = False, tag: str = "") -> None:
+    """Build an environment server's image, or all."""
+    from tasks.lib import env_docker, env_runs
+    from tasks.lib.env_plan import Options
+    rows = list(env_runs.all_rows("build.env").values()) if env == "all" else [env_runs.find_row("build.env", env)]
+    variables = build_variables(tag)
+    docker.require_engine(c)
+    built, failed = [], []
+    for row in rows:
+        options = Options(port=row.port)
+        start, name = time.monotonic(), env_docker.image_name(row, tag)
+        before = None if c.config.run.dry else docker.image_facts(name)
+        try:
+            env_docker.build(c,
+                             row,
+                             options,
+                             env_runs.model("build.env", row, options, tag),
+                             variables,
+                             cache=not no_cache,
+                             pull=pull)
+        except Exit:
+            if len(rows) == 1:
+                raise
+            failed.append(row.name)  # one that cannot be built here must not keep the others from being built
+            continue
+        after = None if c.config.run.dry else docker.image_facts(name)
+        if after:
+            unchanged = before is not None and before.id == after.id
+            built.append(
+                (name, human_size(after.size), f"{time.monotonic() - start:.1f} s", "cached" if unchanged else "built"))
+    docker.print_table(("image", "size", "seconds", ""), built)
+    if failed:
+        raise Exit(f"build.env: not built: {', '.join(failed)}; see above, or build one with --env", code=1)

@@ -111,7 +111,8 @@ def drive(c: Context,
           action: Callable[[DockerClient], Any],
           profiles: Sequence[str] = (),
           cpu: bool = False,
-          variables: Mapping[str, str] | None = None) -> None:
+          variables: Mapping[str, str] | None = None,
+          files: Sequence[Path] = ()) -> None:
     """Carry out `action` on a Docker client for the Compose `profiles`, its output going to ours.
 
     With `--dry`, print the command lines that it would run, and run none. `action` makes one or more calls and
@@ -123,26 +124,28 @@ def drive(c: Context,
         profiles: Compose profiles to activate.
         cpu: add the CPU override file.
         variables: what Compose interpolates, on top of the environment. No secrets: `--dry` prints them.
+        files: further Compose files, after the project's own.
 
     Raises:
         Exit: Docker's exit code when it failed; 130 after Ctrl-C; 127 without a docker command.
     """
     variables = {**caller_variables(os.environ, read_dotenv()), **(variables or {})}
     if c.config.run.dry:
-        _print_commands(action, profiles, cpu, variables)
+        _print_commands(action, profiles, cpu, variables, files)
         return
     if c.config.run.echo:
-        _print_commands(action, profiles, cpu, variables)
+        _print_commands(action, profiles, cpu, variables, files)
     with _environment(variables), _docker_decides_on_interrupt():
         with _failures_as_exit(shown=False):
-            result = action(_client(profiles, cpu))
+            result = action(_client(profiles, cpu, files=files))
         with _failures_as_exit(shown=True):
             _show(result)
 
 
 def ask(action: Callable[[DockerClient], Answer],
         profiles: Sequence[str] = (),
-        variables: Mapping[str, str] | None = None) -> Answer:
+        variables: Mapping[str, str] | None = None,
+        files: Sequence[Path] = ()) -> Answer:
     """Return the answer of a read-only `action`, such as an inspection.
 
     Not for `--dry`, which asks Docker nothing.
@@ -152,7 +155,7 @@ def ask(action: Callable[[DockerClient], Answer],
     """
     variables = {**caller_variables(os.environ, read_dotenv()), **(variables or {})}
     with _environment(variables), _failures_as_exit(shown=False):
-        return action(_client(profiles, cpu=False))
+        return action(_client(profiles, cpu=False, files=files))
 
 
 def execute(client: DockerClient, container: str, command: Sequence[str], user: str) -> None:
@@ -260,22 +263,23 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), flush=True)
 
 
-def _client(profiles: Sequence[str], cpu: bool, call: Sequence[str] = ("docker", )) -> DockerClient:
+def _client(profiles: Sequence[str], cpu: bool, call: Sequence[str] = ("docker", ),
+            files: Sequence[Path] = ()) -> DockerClient:
     from python_on_whales import DockerClient
-    return DockerClient(compose_files=list(compose_files(ROOT, cpu)),
+    return DockerClient(compose_files=[*compose_files(ROOT, cpu), *files],
                         compose_profiles=list(profiles),
                         client_call=list(call),
                         client_type="docker")
 
 
 def _print_commands(action: Callable[[DockerClient], Any], profiles: Sequence[str], cpu: bool,
-                    variables: Mapping[str, str]) -> None:
+                    variables: Mapping[str, str], files: Sequence[Path]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder) / "argv"
         record.touch()
         # A call whose answer python-on-whales reads gets none, and is noted all the same.
         with _environment({"DRY_RECORD": str(record)}), suppress(json.JSONDecodeError):
-            _drain(action(_client(profiles, cpu, call=("sh", "-c", RECORDER, "docker"))))
+            _drain(action(_client(profiles, cpu, call=("sh", "-c", RECORDER, "docker"), files=files)))
         words = iter(record.read_text().split("\0")[:-1])
     for count in words:
         argv = ["docker", *islice(words, int(count))]

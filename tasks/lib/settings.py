@@ -24,6 +24,9 @@ class Setting:
 FLASH_ATTN_WHEEL = ("https://github.com/Dao-AILab/flash-attention/releases/download/v2.7.3/"
                     "flash_attn-2.7.3%2Bcu12torch2.4cxx11abiFALSE-cp310-cp310-linux_x86_64.whl")
 
+SPACY_MODEL = ("https://github.com/explosion/spacy-models/releases/download/"
+               "en_core_web_lg-3.3.0/en_core_web_lg-3.3.0-py3-none-any.whl")
+
 # Compose reads the same variables by itself, with the same defaults (a test compares the two).
 SETTINGS: dict[str, Setting] = {
     # Sources
@@ -87,6 +90,22 @@ SETTINGS: dict[str, Setting] = {
     Setting("", "Key for the model's API.", secret=True),
     "OPENAI_BASE_URL":
     Setting("", "Address of an OpenAI-compatible API (default: OpenAI's own)."),
+    "ENVIRONMENTS":
+    Setting("environments.toml", "File with the environments' rows, relative to this folder."),
+    "ENV_MEMORY":
+    Setting("16g", "Memory limit of plain `docker compose --profile env`; the tasks take each environment's own."),
+    "ENV_READ_ONLY":
+    Setting("true", "Read-only root of plain `docker compose --profile env`; webarena needs false."),
+    "SPACY_MODEL":
+    Setting(SPACY_MODEL, "webshop's language model, a wheel. Set but empty: skipped, and webshop does not start."),
+    "WEBARENA_BROWSER":
+    Setting("chromium", "Playwright's browser for webarena. Set but empty: skipped, and no session can be created."),
+    "MOVIE_KEY":
+    Setting("", "The Movie Database's API read access token, for the environment movie.", secret=True),
+    "TODO_KEY":
+    Setting("", "Todoist API token, for the environment todo, which deletes that account's projects.", secret=True),
+    "SHEET_EMAIL":
+    Setting("", "Address that the environment sheet shares its sheets with.", secret=True),
     # Training
     "WANDB_API_KEY":
     Setting("", "Weights & Biases key.", secret=True),

@@ -54,7 +54,7 @@ def test_every_profile_and_every_old_target_is_in_the_guide() -> None:
     assert set(re.findall(r"--profile ([\w-]+)", "\n".join(PROFILES))) == profiles
     old = {
         "docker-build", "docker-build-base", "docker-train-shell", "docker-merge", "docker-scripts-shell",
-        "docker-format", "docker-status", "docker-down", "test-docker", "docker-clean", "clean"
+        "docker-format", "docker-status", "docker-down", "test-docker", "docker-clean", "clean", "setup-env", "start-env", "stop-env"
     }
     assert set(re.findall(r"`make ([\w-]+)`", GUIDE)) == old
 

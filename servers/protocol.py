@@ -1,0 +1,168 @@
+"""Speak an environment server's HTTP as its row says; as a program, tell whether a server is ready.
+
+    python protocol.py ROW.json [--url http://127.0.0.1:8000] [--timeout 20]
+
+It is copied into every environment image and is the image's health check, so it needs nothing but the standard
+library of the oldest Python there (3.8). `GET /` runs no environment code and answers even where no item can be
+played; ready means that a session can be created, reset and closed.
+"""
+import argparse
+import json
+import os
+import sys
+import urllib.error
+import urllib.parse
+import urllib.request
+from typing import Any, Dict, NamedTuple, Optional
+
+# The servers answer on this machine or on a container's network: a proxy for the internet would only be in the way.
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+# What a row's protocol table may leave out. (tasks/lib/environments.py has the same; a test compares them.)
+DEFAULTS = {
+    "prefix": "",
+    "create": None,
+    "reset": {},
+    "observation_keys": ["observation"],
+    "state": "observation",
+    "reward": "reward",
+    "done": "done",
+    "reward_when_done": False,
+}  # type: Dict[str, Any]
+
+
+class ServerError(Exception):
+    """The server answered with an error, in whatever form, or did not answer.
+
+    Attributes:
+        status: the HTTP status; 200 for an error inside a 200; None where no answer came.
+    """
+
+    def __init__(self, message: str, status: Optional[int] = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Step(NamedTuple):
+    """What one action led to."""
+    observation: str
+    reward: float
+    done: bool
+
+
+def error_in(reply: Any) -> Optional[str]:
+    """Return the error that a reply carries although its status is 200."""
+    if isinstance(reply, dict) and reply.get("error") is not None:
+        return str(reply["error"])
+    return None
+
+
+class Client:
+    """One environment server, spoken to as its protocol row says; sessions are ids that `create` returns."""
+
+    def __init__(self, url: str, protocol: Dict[str, Any], timeout: float = 30.0) -> None:
+        self.protocol = {**DEFAULTS, **protocol}
+        self.base = url.rstrip("/") + self.protocol["prefix"]
+        self.timeout = timeout
+
+    def _call(self, route: str, body: Optional[Dict[str, Any]] = None, query: Optional[Dict[str, Any]] = None) -> Any:
+        url = self.base + route + ("?" + urllib.parse.urlencode(query) if query else "")
+        request = urllib.request.Request(url, method="GET" if query else "POST")
+        if body is not None:
+            request.data = json.dumps(body).encode()
+            request.add_header("Content-Type", "application/json")
+        what = request.get_method() + " " + route
+        try:
+            with _OPENER.open(request, timeout=self.timeout) as response:
+                reply = json.loads(response.read())
+        except urllib.error.HTTPError as error:
+            text = error.read().decode(errors="replace")[:200]
+            raise ServerError(f"{what}: HTTP {error.code} {text}", error.code) from None
+        except ValueError:
+            raise ServerError(what + ": the answer is no JSON", 200) from None
+        except OSError as error:
+            raise ServerError(f"{what}: {getattr(error, 'reason', error)}") from None
+        fault = error_in(reply)
+        if fault is not None:
+            raise ServerError(f"{what}: {fault}", 200)
+        return reply
+
+    def create(self) -> int:
+        """Open a session and return its id."""
+        reply = self._call("/create", self.protocol["create"])
+        key = self.protocol["id_reply"]
+        session = (reply.get(key) if isinstance(reply, dict) else None) if key else reply
+        if isinstance(session, bool) or not isinstance(session, int):
+            raise ServerError(f"POST /create: no session id in {json.dumps(reply)[:200]}", 200)
+        return session
+
+    def reset(self, session: int, item: int) -> str:
+        """Put `item` before the session and return the first observation."""
+        body = {self.protocol["id"]: session, self.protocol["item"]: item, **self.protocol["reset"]}
+        reply = self._call("/reset", body)
+        form = self.protocol["observation"]
+        try:
+            if form == "get":
+                return str(self._call("/observation", query={self.protocol["id"]: session}))
+            if form == "list":
+                return str(reply[0])
+            return "\n".join(str(reply[key]) for key in self.protocol["observation_keys"])
+        except (KeyError, IndexError, TypeError):
+            raise ServerError(f"POST /reset: no observation in {json.dumps(reply)[:200]}", 200) from None
+
+    def step(self, session: int, action: str) -> Step:
+        """Take `action` in the session."""
+        reply = self._call("/step", {self.protocol["id"]: session, "action": action})
+        try:
+            done = bool(reply[self.protocol["done"]])
+            reward = float(reply[self.protocol["reward"]])
+            observation = str(reply[self.protocol["state"]])
+        except (KeyError, TypeError, ValueError):
+            raise ServerError(f"POST /step: no observation, reward and end in {json.dumps(reply)[:200]}", 200) from None
+        return Step(observation, 0.0 if self.protocol["reward_when_done"] and not done else reward, done)
+
+    def close(self, session: int) -> bool:
+        """Close the session; False where the server has no close, or had no such session."""
+        try:
+            return self._call("/close", {self.protocol["id"]: session}) is not False
+        except ServerError as error:
+            if error.status in (404, 405):
+                return False
+            raise
+
+
+def check_ready(client: Client, item: int) -> int:
+    """Create, reset and close one session; return its id.
+
+    Raises:
+        ServerError: one of them failed.
+    """
+    session = client.create()
+    try:
+        client.reset(session, item)
+    finally:
+        client.close(session)
+    return session
+
+
+def main(argv: Optional[list] = None) -> int:
+    """Return 0 when the server of the row is ready, 1 with one line when it is not."""
+    parser = argparse.ArgumentParser(description="Tell whether an environment server is ready.")
+    parser.add_argument("row", help="JSON file with the environment's row")
+    parser.add_argument("--url", default="http://127.0.0.1:" + (os.environ.get("ENV_PORT") or "8000"))
+    parser.add_argument("--timeout", type=float, default=20.0, help="seconds for each request")
+    options = parser.parse_args(argv)
+    with open(options.row) as file:
+        row = json.load(file)
+    try:
+        check_ready(Client(options.url, row["protocol"], options.timeout), row["check"]["items"][0])
+    except ServerError as error:
+        if error.status == 429:  # every session is in use, which no server manages that is not ready
+            return 0
+        print(f"not ready: {error}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,246 @@
+"""Start, stop and look at environment servers."""
+import subprocess
+import time
+from typing import TYPE_CHECKING
+
+from invoke.context import Context
+from invoke.exceptions import Exit
+from invoke.tasks import task
+
+if TYPE_CHECKING:
+    from tasks.lib.env_plan import Options
+    from tasks.lib.environments import Environment
+
+# The rows need pydantic and Docker's door needs python-on-whales: both are imported when a task runs.
+
+ENV_HELP = "Environment, a table of environments.toml (default: $ENV, then searchqa)."
+WAIT_HELP = "Seconds until the server must be ready (default: 120)."
+RUNNER_HELP = "auto, docker, or local (a process of this machine in a virtual environment)."
+CONSENT_HELP = "Agree to what the environment does to real accounts; it says what when this is missing."
+
+
+@task(positional=[],
+      auto_shortflags=False,
+      help={
+          "env": ENV_HELP,
+          "port": "Port on this machine (default: $ENV_PORT, then the environment's own; the next free one if taken).",
+          "replicas": "Servers behind the one URL (default: 1); a server is one process on one core.",
+          "session_ttl": "Seconds after which an idle session is closed, 0 for never (default: 3600).",
+          "build": "Build the image first, even where there is one.",
+          "wait": WAIT_HELP,
+          "runner": RUNNER_HELP,
+          "i_understand": CONSENT_HELP,
+      })
+def up(c: Context,
+       env: str = "",
+       port: str = "",
+       replicas: str = "1",
+       session_ttl: str = "3600",
+       build: bool = False,
+       wait: str = "120",
+       runner: str = "auto",
+       i_understand: bool = False) -> None:
+    """Start an environment server and wait until ready."""
+    from tasks.lib import env_runs
+    from tasks.lib.env_plan import Options
+    from tasks.lib.settings import resolve
+    row = env_runs.find_row("env.up", env)
+    count = env_runs.whole_number("env.up", "replicas", replicas, 1)
+    ttl = env_runs.whole_number("env.up", "session-ttl", session_ttl, 0)
+    seconds = env_runs.whole_number("env.up", "wait", wait, 1)
+    chosen = env_runs.choose_runner("env.up", runner)
+    others = {} if c.config.run.dry else env_runs.running()
+    if row.name in others:
+        print(
+            f"{row.name} is up already: {others[row.name][0].url} (`invoke env.restart --env {row.name}` starts anew)")
+        return
+    bind = resolve("ENV_BIND")
+    options = Options(port=env_runs.pick_port("env.up", row, port, bind),
+                      replicas=count,
+                      session_ttl=ttl,
+                      bind=bind,
+                      understood=i_understand,
+                      aliases=not others)
+    url = env_runs.start(c, "env.up", row, options, chosen, build, seconds)
+    if not c.config.run.dry:
+        announce(row, options, chosen, url)
+
+
+def dry(c: Context, what: str) -> bool:
+    """Print `what` under `--dry`, and tell whether that is all there is to do."""
+    if c.config.run.dry:
+        print(f"would {what}")
+    return bool(c.config.run.dry)
+
+
+def announce(row: "Environment", options: "Options", runner: str, url: str) -> None:
+    """Print where the server is."""
+    from tasks.lib import env_runs
+    prefix = row.protocol.prefix
+    inside = f"; in containers {env_runs.container_url(row, options)}{prefix}" if runner == "docker" else ""
+    print(f"{row.name} is ready: {url}{prefix}{inside}", flush=True)
+
+
+@task(positional=[], auto_shortflags=False, help={"env": "Environment to stop (default: all of them)."})
+def down(c: Context, env: str = "") -> None:
+    """Stop one environment server, or all."""
+    from tasks.lib import env_runs
+    names = [env_runs.find_row("env.down", env).name] if env else []
+    if dry(c, f"stop and remove the processes and containers of {env or 'every environment'}"):
+        return
+    names = names or sorted(env_runs.running())
+    for name in names:
+        print(f"{name} is down" if env_runs.stop(c, name) else f"{name} was not up", flush=True)
+    if not names:
+        print("no environment is up")
+
+
+@task(positional=[], auto_shortflags=False, help={"env": ENV_HELP, "wait": WAIT_HELP})
+def restart(c: Context, env: str = "", wait: str = "120") -> None:
+    """Stop a server and start it as it was."""
+    from tasks.lib import env_runs
+    row = env_runs.find_row("env.restart", env)
+    seconds = env_runs.whole_number("env.restart", "wait", wait, 1)
+    if dry(c, f"stop {row.name} and start it as it was"):
+        return
+    noted = env_runs.recall(row)
+    if noted is None:
+        raise Exit(f"env.restart: {row.name} was never started here; `invoke env.up --env {row.name}`", code=2)
+    options, runner = noted
+    env_runs.stop(c, row.name)
+    announce(row, options, runner, env_runs.start(c, "env.restart", row, options, runner, False, seconds))
+
+
+@task(name="list", positional=[], auto_shortflags=False)
+def list_(c: Context) -> None:
+    """Show every environment: image, port, data, keys."""
+    from tasks.lib import docker, env_docker, env_runs
+    rows, up_now, environ = env_runs.all_rows("env.list"), env_runs.running(), env_runs.settings()
+    try:
+        built = {name for name, row in rows.items() if docker.image_exists(env_docker.image_name(row))}
+    except Exit:
+        built = set()
+    lines = []
+    for name, row in rows.items():
+        found = up_now.get(name, [])
+        told = env_runs.sessions(found[0]) if found else None
+        lines.append((
+            name,
+            "yes" if name in built else "no",
+            " ".join(f"{one.runner} x{one.servers}" if one.state == "running" else one.state for one in found) or "-",
+            " ".join(str(one.port) for one in found) or f"({row.port})",
+            "-" if not row.data else "no" if row.missing_data(env_runs.data_folder(row)) else "yes",
+            "-" if not row.keys else "no" if row.missing_keys(environ) else "yes",
+            f"{told['live']}, {told['memory_mb']:.0f} MB" if told else "-",
+            row.title,
+        ))
+    docker.print_table(("environment", "image", "running", "port", "data", "keys", "sessions", ""), lines)
+
+
+@task(positional=[], auto_shortflags=False, help={"env": ENV_HELP, "follow": "Go on until Ctrl-C."})
+def logs(c: Context, env: str = "", follow: bool = False) -> None:
+    """Show what an environment server printed."""
+    from tasks.lib import docker, env_docker, env_local, env_runs
+    row = env_runs.find_row("env.logs", env)
+    if dry(c, f"show the logs of {row.name}"):
+        return
+    files = sorted((env_local.RUN / row.name).glob("*.log"))
+    if row.name in env_local.states():
+        argv = ["tail", "-n", "+1", *(["-F"] if follow else []), *map(str, files)]
+        process = subprocess.Popen(argv)
+        try:
+            process.wait()
+        except KeyboardInterrupt:
+            raise Exit(code=130) from None
+        return
+    docker.require_engine(c)
+    containers = env_docker.servers(row.name)
+    if not containers:
+        raise Exit(f"env.logs: {row.name} is not up; `invoke env.up --env {row.name}`", code=1)
+    if follow and len(containers) > 1:
+        file = env_local.RUN / row.name / "compose.json"
+        names = [f"env-{row.name}", *(f"env-{row.name}-{number}" for number in range(len(containers) - 1))]
+        docker.drive(c,
+                     lambda client: client.compose.logs(names, follow=True, stream=True),
+                     variables=env_docker.QUIET,
+                     files=[file])
+        return
+    for server in containers:
+        docker.drive(c, env_docker.printing(server.id, follow))
+
+
+@task(positional=[], auto_shortflags=False, help={"env": ENV_HELP, "user": "User in the container (default: yours)."})
+def shell(c: Context, env: str = "", user: str = "") -> None:
+    """Open a shell in an environment's container."""
+    from tasks.lib import containers, env_docker, env_local, env_runs
+    row = env_runs.find_row("env.shell", env)
+    if dry(c, f"open bash in the container of {row.name}"):
+        return
+    if row.name in env_local.states():
+        home = env_local.RUN / row.name
+        raise Exit(f"env.shell: {row.name} is a local process; its Python is {home / 'venv' / 'bin' / 'python'}",
+                   code=1)
+    found = [server for server in env_docker.servers(row.name) if server.role == "server"]
+    if not found:
+        raise Exit(f"env.shell: {row.name} is not up; `invoke env.up --env {row.name}`", code=1)
+    containers.join(c, found[0].id, ["bash"], user)
+
+
+@task(positional=[],
+      auto_shortflags=False,
+      help={
+          "env": ENV_HELP,
+          "url": "Address of a server that was started by other means (default: the one that is up).",
+          "timeout": "Seconds for each request (default: 60)."
+      })
+def check(c: Context, env: str = "", url: str = "", timeout: str = "60") -> None:
+    """Check that a running server keeps its protocol."""
+    from servers.protocol import Client
+    from tasks.lib import docker, env_runs
+    from tasks.lib.conformance import Conformance
+    row = env_runs.find_row("env.check", env)
+    seconds = env_runs.whole_number("env.check", "timeout", timeout, 1)
+    if dry(c, f"play sessions on the server of {row.name}"):
+        return
+    found = [] if url else env_runs.running().get(row.name, [])
+    if not url and not found:
+        raise Exit(f"env.check: {row.name} is not up; `invoke env.up --env {row.name}`, or give --url", code=1)
+    client = Client(url or found[0].url, row.protocol.model_dump(), timeout=seconds)
+    findings = Conformance(row, client).run()
+    says = {True: "yes", False: "NO", None: "has none"}
+    docker.print_table(("check", "holds", "seen"), [(one.check, says[one.holds], one.detail) for one in findings])
+    if any(one.holds is False for one in findings):
+        raise Exit(code=1)
+
+
+@task(positional=[],
+      auto_shortflags=False,
+      help={
+          "env": ENV_HELP,
+          "from_": "Folder that already has the data; data/<env> becomes a link to it (default: fetch it).",
+      })
+def data(c: Context, env: str = "", from_: str = "") -> None:
+    """Fetch an environment's data into data/<env>."""
+    from pathlib import Path
+
+    from tasks.lib import env_data, env_runs
+    row = env_runs.find_row("env.data", env)
+    folder = env_runs.data_folder(row)
+    if not row.data:
+        print(f"{row.name} needs no data")
+        return
+    if dry(c, f"put {', '.join(one.path for one in row.data)} into {folder}"):
+        return
+    begun = time.monotonic()
+    missing = []
+    try:
+        if from_:
+            env_data.adopt(row, folder, Path(from_).expanduser())
+        else:
+            missing = env_data.fetch(row, folder, lambda line: print(line, flush=True))
+    except env_data.DataError as error:
+        raise Exit(f"env.data: {error}", code=1) from None
+    if missing:
+        lines = [f"  {folder / one.path}: {one.how or one.url or 'hub ' + one.hub}" for one in missing]
+        raise Exit(f"env.data: {row.name} still needs, by hand:\n" + "\n".join(lines), code=1)
+    print(f"{row.name}: all data is in {folder} ({time.monotonic() - begun:.0f} s)")

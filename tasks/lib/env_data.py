@@ -1,0 +1,225 @@
+"""Fetch what an environment needs into data/<name>: resumable, checked, with size and space told before."""
+import gzip
+import shutil
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tasks.lib.environments import Data, Environment
+
+CHUNK = 1 << 20
+# What is fetched is unpacked beside itself before the archive goes.
+SPACE_FACTOR = 2.2
+PARTS = ".parts"
+
+Say = Callable[[str], None]
+
+
+class DataError(Exception):
+    """Data that cannot be had; the message is for the user."""
+
+
+def human(size: float) -> str:
+    """Return `size` bytes in the largest unit that leaves a number above 1."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+def adopt(row: Environment, folder: Path, source: Path) -> None:
+    """Let `folder` be the data that already lies in `source`.
+
+    Raises:
+        DataError: `source` lacks something, or `folder` holds data of its own.
+    """
+    if not source.is_dir():
+        raise DataError(f"--from {source} is no folder")
+    missing = row.missing_data(source)
+    if missing:
+        raise DataError(f"{source} has no {missing[0].path}; {row.name} needs {', '.join(d.path for d in row.data)}")
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise DataError(f"{folder} is not empty; move it away, or leave --from out")
+    elif folder.is_dir():
+        folder.rmdir()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.symlink_to(source.resolve())
+
+
+def url_size(url: str) -> int:
+    """Return the size in bytes that the server of `url` tells; 0 where it tells none.
+
+    Raises:
+        DataError: the server refuses or cannot be reached.
+    """
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=30) as reply:
+            return int(reply.headers.get("Content-Length") or 0)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{url}: {getattr(error, 'reason', error)}; fetch it by other means, then --from DIR") from None
+
+
+def hub_files(data: Data) -> list[tuple[str, int]]:
+    """Return the files of a hub entry with their sizes.
+
+    Raises:
+        DataError: the hub cannot be reached.
+    """
+    from huggingface_hub import HfApi
+    kind, repository = hub_repository(data.hub)
+    try:
+        info = HfApi().repo_info(repository, repo_type=kind, files_metadata=True)
+    except Exception as error:  # hub, HTTP and network errors have no common class across releases
+        raise DataError(
+            f"hub {repository}: {str(error).splitlines()[0]}; check HF_ENDPOINT, or use --from DIR") from None
+    sizes = {sibling.rfilename: sibling.size or 0 for sibling in getattr(info, "siblings", None) or []}
+    wanted = data.files or tuple(sizes)
+    absent = [name for name in wanted if name not in sizes]
+    if absent:
+        raise DataError(f"hub {repository} has no {absent[0]}")
+    return [(name, sizes[name]) for name in wanted]
+
+
+def hub_repository(hub: str) -> tuple[str, str]:
+    """Return (repository type, user/name) of `datasets/user/name` or `user/name`."""
+    return ("dataset", hub.removeprefix("datasets/")) if hub.startswith("datasets/") else ("model", hub)
+
+
+def download(url: str, target: Path, size: int, say: Say) -> None:
+    """Fetch `url` into `target`, going on where an earlier try stopped.
+
+    Raises:
+        DataError: the connection broke or the size is wrong; what came is kept for the next try.
+    """
+    part = target.with_name(target.name + ".part")
+    have = part.stat().st_size if part.exists() else 0
+    if size and have == size:
+        part.rename(target)
+        return
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            if have and reply.status != 206:  # the server knows no ranges: from the beginning
+                have = 0
+            told = have
+            with part.open("ab" if have else "wb") as file:
+                while chunk := reply.read(CHUNK):
+                    file.write(chunk)
+                    have += len(chunk)
+                    if have - told >= max(size // 10, CHUNK):
+                        say(f"{target.name}: {human(have)}" + (f" of {human(size)}" if size else ""))
+                        told = have
+    except OSError as error:
+        raise DataError(
+            f"{url}: {getattr(error, 'reason', error)} after {human(have)}; run it again to go on") from None
+    if size and have != size:
+        raise DataError(f"{url}: {human(have)} of {human(size)} came; run it again to go on")
+    part.rename(target)
+
+
+def unzip(archive: Path, folder: Path) -> None:
+    """Unpack `archive`, checking every file, and remove it.
+
+    Raises:
+        DataError: it is damaged, or leads out of `folder`.
+    """
+    try:
+        with zipfile.ZipFile(archive) as zipped:
+            for name in zipped.namelist():
+                if not (folder / name).resolve().is_relative_to(folder.resolve()):
+                    raise DataError(f"{archive.name} holds {name}, which leads out of {folder}")
+            zipped.extractall(folder)
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise DataError(f"{archive} is damaged ({error}); remove it and run it again") from None
+    archive.unlink()
+
+
+def finish(data: Data, parts: Sequence[Path], folder: Path) -> None:
+    """Make of the fetched `parts` what the row asks for."""
+    target = folder / data.path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if data.then == "join":
+        with target.with_name(target.name + ".part").open("wb") as whole:
+            for part in parts:
+                with part.open("rb") as file:
+                    shutil.copyfileobj(file, whole, CHUNK)
+                part.unlink()  # at once: two copies of 60 GB need not lie side by side
+        target.with_name(target.name + ".part").rename(target)
+    elif data.then == "gunzip":
+        with gzip.open(parts[0]) as packed, target.with_name(target.name + ".part").open("wb") as whole:
+            shutil.copyfileobj(packed, whole, CHUNK)
+        target.with_name(target.name + ".part").rename(target)
+        parts[0].unlink()
+    elif data.then == "unzip":
+        unzip(parts[0], folder)
+        for inner in data.inner:
+            unzip(folder / inner, (folder / inner).parent)
+    elif data.hub and not data.files:
+        parts[0].parent.rename(target)
+    else:
+        parts[0].rename(target)
+
+
+def sizes(row: Environment, folder: Path) -> dict[str, int]:
+    """Return what there is to fetch for what is missing, in bytes, by path.
+
+    Raises:
+        DataError: a source cannot be reached.
+    """
+    found = {}
+    for data in row.missing_data(folder):
+        if data.url:
+            found[data.path] = url_size(data.url)
+        elif data.hub:
+            found[data.path] = sum(size for _, size in hub_files(data))
+    return found
+
+
+def fetch(row: Environment, folder: Path, say: Say) -> list[Data]:
+    """Fetch what is missing and can be fetched; return what the user must get by hand.
+
+    Raises:
+        DataError: too little space, or a source that fails.
+    """
+    to_fetch = sizes(row, folder)
+    if to_fetch:
+        folder.mkdir(parents=True, exist_ok=True)
+        total, free = sum(to_fetch.values()), shutil.disk_usage(folder).free
+        say(f"{row.name}: {human(total)} to fetch into {folder}, {human(free)} free")
+        if total * SPACE_FACTOR > free:
+            raise DataError(f"{row.name} needs about {human(total * SPACE_FACTOR)} to fetch and unpack, "
+                            f"{human(free)} are free in {folder}")
+    for data in row.missing_data(folder):
+        if not (data.url or data.hub):
+            continue
+        store = folder / PARTS / data.path.replace("/", "_")
+        store.mkdir(parents=True, exist_ok=True)
+        if data.url:
+            parts = [store / data.url.rsplit("/", 1)[-1]]
+            if not parts[0].exists():
+                download(data.url, parts[0], to_fetch[data.path], say)
+        else:
+            parts = fetch_from_hub(data, store)
+        finish(data, parts, folder)
+        say(f"{row.name}: {data.path} is there")
+    shutil.rmtree(folder / PARTS, ignore_errors=True)
+    return row.missing_data(folder)
+
+
+def fetch_from_hub(data: Data, store: Path) -> list[Path]:
+    """Fetch a hub entry into `store`; the hub's own client resumes, checks and shows progress."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+    kind, repository = hub_repository(data.hub)
+    try:
+        if not data.files:
+            inside = store / "snapshot"
+            snapshot_download(repository, repo_type=kind, local_dir=inside)
+            return [inside / "anything"]
+        return [Path(hf_hub_download(repository, name, repo_type=kind, local_dir=store)) for name in data.files]
+    except Exception as error:  # see hub_files
+        raise DataError(f"hub {repository}: {str(error).splitlines()[0]}; run it again to go on") from None

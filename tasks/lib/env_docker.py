@@ -1,0 +1,197 @@
+"""Environment servers as containers: what `env.up`, `env.down` and `build.env` do with Docker.
+
+The services come from .run/env/<name>/compose.json, written for each start, beside the project's own Compose file and
+in the same project: other containers reach them by name, and `invoke down` stops them too.
+"""
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from invoke.context import Context
+from invoke.exceptions import Exit
+
+from tasks.lib import docker
+from tasks.lib.env_local import RUN, probe, url
+from tasks.lib.env_plan import (
+    LABEL,
+    PORT_LABEL,
+    REPLICA_PORT,
+    ROLE_LABEL,
+    Options,
+    compose_model,
+    proxy_config,
+    service_name,
+)
+from tasks.lib.environments import Environment
+from tasks.lib.settings import SETTINGS, resolve
+
+if TYPE_CHECKING:
+    from python_on_whales import DockerClient
+
+# Other environments' services are in the same project but not in the files at hand; Compose need not say so.
+QUIET = {"COMPOSE_IGNORE_ORPHANS": "true"}
+DIED = ("exited", "dead", "restarting", "removing")
+CONTEXT = "agentgym"
+
+
+@dataclass(frozen=True)
+class Server:
+    """One container of an environment."""
+    id: str
+    environment: str
+    role: str
+    port: int
+    state: str
+    restarts: int
+
+
+def servers(name: str = "") -> list[Server]:
+    """Return this project's environment containers, of one environment or of all, stopped ones included."""
+    project = resolve("COMPOSE_PROJECT_NAME")
+    filters: list[tuple[Literal["label"], str]] = [("label", f"com.docker.compose.project={project}"),
+                                                   ("label", f"{LABEL}={name}" if name else LABEL)]
+    found = docker.ask(lambda client: client.container.list(all=True, filters=filters))
+    return [
+        Server(container.id, (labels := container.config.labels or {})[LABEL], labels.get(ROLE_LABEL, "server"),
+               int(labels[PORT_LABEL]), container.state.status or "", container.restart_count or 0)
+        for container in found
+    ]
+
+
+def build_section(row: Environment, root: Path, gym: str, rows_file: str) -> dict[str, Any]:
+    """Return Compose's `build` of the row's image; `gym` is AgentGym's folder or pinned URL."""
+    arguments = {
+        "ENV": row.name,
+        "STAGE": row.stage or row.name,
+        "ENVIRONMENTS": rows_file,
+        # No colon: set but empty means to do without.
+        "SPACY_MODEL": "${SPACY_MODEL-" + SETTINGS["SPACY_MODEL"].default + "}",
+        "WEBARENA_BROWSER": "${WEBARENA_BROWSER-" + SETTINGS["WEBARENA_BROWSER"].default + "}",
+        "REVISION": "${REVISION:-unknown}",
+        "SOURCE_URL": "${SOURCE_URL:-unknown}",
+        "AGENTGYM_REVISION": "${AGENTGYM_REVISION:-unknown}",
+    }
+    if row.source == "project":
+        arguments["FOLDER"] = row.folder
+    section: dict[str, Any] = {
+        "context": str(root),
+        "dockerfile": "docker/env.Dockerfile",
+        "target": "server",
+        "args": arguments,
+        "secrets": ["package_index", "ca_bundle"],
+    }
+    if row.source == "agentgym":
+        section["additional_contexts"] = {CONTEXT: gym}
+    return section
+
+
+def image_name(row: Environment, tag: str = "") -> str:
+    """Return the full name of the row's image."""
+    return docker.image_name(f"agentgym/env-{row.name}", tag)
+
+
+def write_model(row: Environment, options: Options, data: Path, build: dict[str, Any], tag: str = "") -> Path:
+    """Write the Compose file for `row` and return its path."""
+    home = RUN / row.name
+    home.mkdir(parents=True, exist_ok=True)
+    if options.replicas > 1:
+        addresses = [f"{service_name(row, number)}:{REPLICA_PORT}" for number in range(options.replicas)]
+        (home / "haproxy.cfg").write_text(proxy_config(row, options.port, addresses, dns=True))
+    path = home / "compose.json"
+    path.write_text(json.dumps(compose_model(row, options, image_name(row, tag), home, data, build), indent=2))
+    return path
+
+
+def services(row: Environment, options: Options) -> list[str]:
+    """Return the names of the Compose services that make up the environment."""
+    replicas = [service_name(row, number) for number in range(options.replicas)] if options.replicas > 1 else []
+    return [*replicas, service_name(row)]
+
+
+def build(c: Context, row: Environment, options: Options, file: Path, variables: dict[str, str], **flags: Any) -> None:
+    """Build the row's image, and the proxy's where there are replicas."""
+    # The replicas share one image: the first one's service builds it.
+    wanted = [services(row, options)[0]] + ([service_name(row)] if options.replicas > 1 else [])
+    docker.drive(c,
+                 lambda client: client.compose.build(wanted, stream_logs=True, **flags),
+                 variables={
+                     **QUIET,
+                     **variables
+                 },
+                 files=[file])
+
+
+def up(c: Context, row: Environment, options: Options, file: Path, wait: float, variables: dict[str, str]) -> str:
+    """Start the row's containers; return the URL once a session can be played.
+
+    Raises:
+        Exit: they could not start, or were not ready in time; none is left.
+    """
+    wanted = services(row, options)
+    started = False
+    try:
+        surroundings: dict[str, Any] = {"variables": {**QUIET, **variables}, "files": [file]}
+        if c.config.run.dry:
+            docker.drive(c, lambda client: client.compose.up(wanted, detach=True), **surroundings)
+        else:  # `ask`: a failure is one line, and a start says nothing of its own
+            docker.ask(lambda client: client.compose.up(wanted, detach=True, quiet=True, force_recreate=True),
+                       **surroundings)
+            wait_until_ready(row, options, wait)
+        started = True
+    finally:
+        if not started:
+            down(c, row.name)
+    return url(options)
+
+
+def wait_until_ready(row: Environment, options: Options, wait: float) -> None:
+    """Return when a session could be played through the published port, on every replica.
+
+    Raises:
+        Exit: a container ended, or the time is up.
+    """
+    end, reason = time.monotonic() + wait, "no answer"
+    seen: set[int] = set()
+    while True:
+        for server in servers(row.name):
+            if server.state in DIED or server.restarts:
+                raise Exit(f"env.up: {row.name} ended: {last_line(server.id)}", code=1)
+        left = end - time.monotonic()
+        if left <= 0:
+            raise Exit(
+                f"env.up: {row.name} was not ready after {wait:g} s: {reason}; give it longer with --wait, "
+                "or look at `docker logs` while it starts",
+                code=1)
+        reason = probe(row, url(options), options.replicas, seen, left) or reason
+        if len(seen) == options.replicas:
+            return
+        time.sleep(0.2)
+
+
+def printing(container: str, follow: bool) -> Callable[[DockerClient], Any]:
+    """Return the action that prints a container's log."""
+    return lambda client: client.container.logs(container, follow=follow, stream=True)
+
+
+def last_line(container: str) -> str:
+    """Return the last line of a container's log that says something."""
+    said = docker.ask(lambda client: client.container.logs(container, tail=30))
+    lines = [line for line in str(said).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else "it said nothing"
+
+
+def down(c: Context, name: str) -> bool:
+    """Stop and remove the environment's containers; False where there was none."""
+    found = [] if c.config.run.dry else servers(name)
+    if not found:
+        return False
+    # The proxy first: a client then sees a refused connection, not a replica that is down.
+    ids = [server.id for server in sorted(found, key=lambda server: server.role != "proxy")]
+    docker.ask(lambda client: client.container.stop(ids, time=10))
+    docker.ask(lambda client: client.container.remove(ids, force=True, volumes=True))
+    return True

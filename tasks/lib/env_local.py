@@ -1,0 +1,276 @@
+"""Environment servers as processes of this machine: `--runner local`.
+
+Everything of one server lies in .run/env/<name>/: its virtual environment, the copy of the package folder that it
+runs from (data is linked into it), its log, and state.json, which names the processes to stop.
+"""
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from servers.protocol import Client, ServerError, check_ready
+from tasks.lib.env_plan import Options, choose_port, proxy_config, server_variables
+from tasks.lib.environments import Environment
+from tasks.lib.settings import ROOT
+
+RUN = ROOT / ".run" / "env"
+CONSTRAINTS = ROOT / "docker" / "constraints"
+STOP_SECONDS = 10
+
+
+class LocalError(Exception):
+    """A server that cannot be prepared or does not start; the message is for the user."""
+
+
+def port_is_free(port: int, bind: str = "127.0.0.1") -> bool:
+    """Tell whether nobody listens on `port`."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((bind, port))
+        except OSError:
+            return False
+        return True
+
+
+def uv() -> str:
+    """Return the path of uv.
+
+    Raises:
+        LocalError: it is not installed.
+    """
+    beside = Path(sys.executable).with_name("uv")
+    found = str(beside) if beside.exists() else shutil.which("uv")
+    if not found:
+        raise LocalError("no uv on PATH; `pip install uv` (requirements-dev.txt has it)")
+    return found
+
+
+def _quietly(argv: Sequence[str], what: str) -> None:
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
+        raise LocalError(f"{what} failed: {lines[-1].strip()}")
+
+
+def ensure_venv(row: Environment, folder: Path) -> Path:
+    """Return the Python of the row's virtual environment, made anew when the constraints changed."""
+    pins = CONSTRAINTS / f"env-{row.constraints}.txt"
+    wanted = hashlib.sha256(pins.read_bytes() + row.python.encode()).hexdigest()
+    venv, stamp = folder / "venv", folder / "venv" / ".made-from"
+    if not stamp.is_file() or stamp.read_text() != wanted:
+        _quietly([uv(), "venv", "--quiet", "--clear", "--python", row.python,
+                  str(venv)], f"making a Python {row.python}")
+        # --no-deps: the file is a whole freeze that ran, and some packages' own requirements contradict it.
+        _quietly([
+            uv(), "pip", "install", "--quiet", "--no-deps", "--python",
+            str(venv / "bin" / "python"), "--requirements",
+            str(pins)
+        ], f"installing {pins.name}")
+        stamp.write_text(wanted)
+    return venv / "bin" / "python"
+
+
+def prepare(row: Environment,
+            source: Path,
+            data: Path,
+            folder: Path = RUN,
+            python: Path | None = None) -> tuple[Path, Path, Path]:
+    """Return Python, row file and source copy for the row's server, made ready in `folder`.
+
+    Args:
+        row: the environment.
+        source: the folder that its package folder lies in.
+        data: its data folder.
+        folder: where the files of local servers are.
+        python: a Python that has what the server needs, in place of a virtual environment.
+
+    Raises:
+        LocalError: what is missing, in one line.
+    """
+    home = folder / row.name
+    package = source / row.folder
+    if not package.is_dir():
+        raise LocalError(f"no {row.folder} in {source}; set AGENTGYM_SRC to an AgentGym checkout")
+    for program in row.programs:
+        if not shutil.which(program):
+            raise LocalError(f"{row.name} needs {program} on PATH" +
+                             (f" (Debian: apt install {row.system[0]})" if row.system else ""))
+    home.mkdir(parents=True, exist_ok=True)
+    python = python or ensure_venv(row, home)
+    copy = home / "source"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(package, copy / row.folder, ignore=shutil.ignore_patterns(".git", "__pycache__"), symlinks=True)
+    row_file = home / "row.json"
+    row_file.write_text(json.dumps(row.served()))
+    (home / "home").mkdir(exist_ok=True)
+    _quietly([
+        "env", f"HOME={home / 'home'}", sys.executable,
+        str(ROOT / "servers" / "link_data.py"),
+        str(row_file), "--source",
+        str(copy), "--data",
+        str(data)
+    ], "linking the data")
+    return python, row_file, copy
+
+
+def started(process: subprocess.Popen, role: str, port: int) -> dict[str, Any]:
+    """Return what tells this process from any later one with the same id."""
+    import psutil
+    return {"pid": process.pid, "born": psutil.Process(process.pid).create_time(), "role": role, "port": port}
+
+
+def is_running(entry: Mapping[str, Any]) -> bool:
+    """Tell whether the process of a state entry still runs, and is not another one with its id."""
+    import psutil
+    try:
+        process = psutil.Process(entry["pid"])
+        return abs(process.create_time() - entry["born"]) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def states(folder: Path = RUN) -> dict[str, dict[str, Any]]:
+    """Return the state of every local server that was started and not stopped, by environment."""
+    found = {}
+    for path in sorted(folder.glob("*/state.json")):
+        with suppress(ValueError):
+            found[path.parent.name] = json.loads(path.read_text())
+    return found
+
+
+def last_line(log: Path) -> str:
+    """Return the last line of a log that says something."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip() if lines else "it said nothing"
+
+
+def up(row: Environment,
+       options: Options,
+       source: Path,
+       data: Path,
+       environ: Mapping[str, str],
+       wait: float,
+       folder: Path = RUN,
+       python: Path | None = None) -> str:
+    """Start the row's server, or replicas behind HAProxy; return the URL once a session can be played.
+
+    Raises:
+        LocalError: it could not start or did not get ready; nothing is left running.
+    """
+    home = folder / row.name
+    proxy = shutil.which("haproxy", path=environ.get("PATH", "") + ":/usr/sbin")
+    if options.replicas > 1 and not proxy:
+        raise LocalError("--replicas needs haproxy on PATH (Debian: apt install haproxy), or --runner docker")
+    python, row_file, copy = prepare(row, source, data, folder, python)
+    ports = [options.port]
+    if options.replicas > 1:
+        ports = []
+        for _ in range(options.replicas):
+            ports.append(choose_port((ports[-1] if ports else options.port) + 1, port_is_free))
+    state: dict[str, Any] = {"url": url(options), "port": options.port, "processes": []}
+
+    def launch(argv: Sequence[str], role: str, port: int, variables: Mapping[str, str]) -> None:
+        with (home / f"{role}.log").open("w") as log:
+            process = subprocess.Popen(list(argv),
+                                       cwd=copy,
+                                       env={
+                                           **environ,
+                                           **variables
+                                       },
+                                       stdin=subprocess.DEVNULL,
+                                       stdout=log,
+                                       stderr=subprocess.STDOUT,
+                                       start_new_session=True)
+        state["processes"].append(started(process, role, port))
+        (home / "state.json").write_text(json.dumps(state))
+
+    for number, port in enumerate(ports):
+        host = options.bind if options.replicas == 1 else "127.0.0.1"
+        argv = [
+            str(python),
+            str(ROOT / "servers" / "serve.py"),
+            str(row_file), "--source",
+            str(copy), "--data",
+            str(data), "--host", host, "--port",
+            str(port)
+        ]
+        launch(argv, f"server-{number}", port, {"HOME": str(home / "home"), **server_variables(row, options, number)})
+    if proxy and options.replicas > 1:
+        config = home / "haproxy.cfg"
+        addresses = [f"127.0.0.1:{port}" for port in ports]
+        config.write_text(proxy_config(row, options.port, addresses).replace("bind :", f"bind {options.bind}:", 1))
+        launch([proxy, "-db", "-f", str(config)], "proxy", options.port, {})
+    try:
+        wait_until_ready(row, options, state, home, wait)
+    except LocalError:
+        down(row.name, folder)
+        raise
+    return state["url"]
+
+
+def url(options: Options) -> str:
+    """Return the address of a server for programs on this machine."""
+    host = "127.0.0.1" if options.bind in ("0.0.0.0", "") else options.bind
+    return f"http://{host}:{options.port}"
+
+
+def probe(row: Environment, address: str, replicas: int, seen: set[int], timeout: float) -> str | None:
+    """Try to play a session once; note in `seen` which replica it was on, or return what went wrong."""
+    try:
+        client = Client(address, row.protocol.model_dump(), timeout=max(1.0, timeout))
+        # The proxy hands out creates in turn to those that are up: all are when every remainder was seen.
+        seen.add(check_ready(client, row.check.items[0]) % replicas)
+    except ServerError as error:
+        return str(error)
+    return None
+
+
+def wait_until_ready(row: Environment, options: Options, state: Mapping[str, Any], home: Path, wait: float) -> None:
+    """Return when a session could be played on every replica.
+
+    Raises:
+        LocalError: a process ended, or the time is up.
+    """
+    end, reason = time.monotonic() + wait, "no answer"
+    seen: set[int] = set()
+    while True:
+        for entry in state["processes"]:
+            if not is_running(entry):
+                raise LocalError(f"{row.name}: the {entry['role']} ended: {last_line(home / (entry['role'] + '.log'))}")
+        left = end - time.monotonic()
+        if left <= 0:
+            raise LocalError(f"{row.name} was not ready after {wait:g} s: {reason}; see {home / 'server-0.log'}, "
+                             "or give it longer with --wait")
+        reason = probe(row, state["url"], options.replicas, seen, left) or reason
+        if len(seen) == options.replicas:
+            return
+        time.sleep(0.1)
+
+
+def down(name: str, folder: Path = RUN) -> bool:
+    """Stop the processes of the environment's local server, with their groups; False where none was started."""
+    path = folder / name / "state.json"
+    if not path.is_file():
+        return False
+    entries = [entry for entry in json.loads(path.read_text())["processes"] if is_running(entry)]
+    for entry in entries:  # every process was started as the leader of its own group
+        with suppress(ProcessLookupError):
+            os.killpg(entry["pid"], signal.SIGTERM)
+    end = time.monotonic() + STOP_SECONDS
+    while any(is_running(entry) for entry in entries) and time.monotonic() < end:
+        time.sleep(0.05)
+    for entry in entries:  # what ignored the signal, and children (JVMs, browsers) that outlived their parent
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(entry["pid"], signal.SIGKILL)
+    path.unlink()
+    return True

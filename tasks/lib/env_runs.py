@@ -1,0 +1,274 @@
+"""Start, find and stop environment servers, whichever runner they use."""
+from __future__ import annotations
+
+import json
+import os
+import urllib.request
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from invoke.context import Context
+from invoke.exceptions import Exit
+
+from tasks.lib import docker, env_docker, env_local
+from tasks.lib.env_plan import Options, choose_port, refusal, service_name
+from tasks.lib.environments import Environment, environment, environments
+from tasks.lib.settings import ROOT, read_dotenv, resolve
+from tasks.lib.sources import GYM, choose_sources, is_url
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+RUNNERS = ("auto", "docker", "local")
+
+
+@dataclass(frozen=True)
+class Running:
+    """An environment that is up.
+
+    Attributes:
+        runner: docker or local.
+        port: where its entry listens.
+        servers: how many server processes or containers it has.
+        state: running, or what Docker says in its place.
+    """
+    runner: str
+    port: int
+    servers: int
+    state: str
+
+    @property
+    def url(self) -> str:
+        """Its address for programs on this machine."""
+        return f"http://127.0.0.1:{self.port}"
+
+
+def rows_path() -> Path:
+    """Return the file with the rows: environments.toml, unless ENVIRONMENTS names another."""
+    return ROOT / resolve("ENVIRONMENTS")
+
+
+def find_row(task: str, name: str) -> Environment:
+    """Return the row called `name`, or `$ENV` where it is empty.
+
+    Raises:
+        Exit: there is none, with near names; or the rows do not fit.
+    """
+    try:
+        return environment(resolve("ENV", name), rows_path())
+    except (ValueError, FileNotFoundError) as error:
+        raise Exit(f"{task}: {error}", code=2) from None
+
+
+def all_rows(task: str) -> dict[str, Environment]:
+    """Return every row.
+
+    Raises:
+        Exit: the rows do not fit.
+    """
+    try:
+        return environments(rows_path())
+    except (ValueError, FileNotFoundError) as error:
+        raise Exit(f"{task}: {error}", code=2) from None
+
+
+def whole_number(task: str, flag: str, value: str, least: int) -> int:
+    """Return the number that the user typed.
+
+    Raises:
+        Exit: it is none, or below `least`.
+    """
+    if not value.isdecimal() or int(value) < least:
+        raise Exit(f"{task}: --{flag} {value} is no whole number of at least {least}", code=2)
+    return int(value)
+
+
+def settings() -> dict[str, str]:
+    """Return the environment, with `.env` below it."""
+    return {**read_dotenv(), **os.environ}
+
+
+def choose_runner(task: str, runner: str) -> str:
+    """Return docker or local for `runner`; auto is docker where an engine answers.
+
+    Raises:
+        Exit: there is no such runner.
+    """
+    if runner not in RUNNERS:
+        raise Exit(f"{task}: unknown runner {runner!r}; choose one of {', '.join(RUNNERS)}", code=2)
+    if runner != "auto":
+        return runner
+    try:
+        docker.engine_version()
+    except Exit:
+        return "local"
+    return "docker"
+
+
+def data_folder(row: Environment) -> Path:
+    """Return the folder for the row's data."""
+    return ROOT / "data" / row.name
+
+
+def gym_source(task: str) -> str:
+    """Return AgentGym's folder, or its pinned URL where no checkout is near.
+
+    Raises:
+        Exit: the setting names something else.
+    """
+    try:
+        return choose_sources(ROOT, settings()).get(GYM) or resolve(GYM)
+    except ValueError as error:
+        raise Exit(f"{task}: {error}", code=2) from None
+
+
+def local_source(task: str, row: Environment) -> Path:
+    """Return the folder that the row's package folder lies in, on this machine.
+
+    Raises:
+        Exit: AgentGym is known by URL only.
+    """
+    if row.source == "project":
+        return ROOT
+    source = gym_source(task)
+    if is_url(source):
+        raise Exit(f"{task}: --runner local needs an AgentGym checkout; set AGENTGYM_SRC to its folder", code=2)
+    return Path(source)
+
+
+def running() -> dict[str, list[Running]]:
+    """Return what is up, by environment; without an engine, the local servers only."""
+    found: dict[str, list[Running]] = {}
+    for name, state in env_local.states().items():
+        alive = [entry for entry in state["processes"] if env_local.is_running(entry)]
+        if alive:
+            count = sum(entry["role"] != "proxy" for entry in alive)
+            found.setdefault(name, []).append(Running("local", state["port"], count, "running"))
+    try:
+        containers = env_docker.servers()
+    except Exit:
+        return found
+    for name in sorted({server.environment for server in containers}):
+        mine = [server for server in containers if server.environment == name]
+        count = sum(server.role != "proxy" and server.state == "running" for server in mine)
+        shown = next((server.state for server in mine if server.state != "running"), "running")
+        found.setdefault(name, []).append(Running("docker", mine[0].port, count, shown))
+    return found
+
+
+def local_url(row: Environment) -> str | None:
+    """Return the address of the row's local server, where one is up."""
+    state = env_local.states().get(row.name)
+    return state["url"] if state and all(env_local.is_running(entry) for entry in state["processes"]) else None
+
+
+def pick_port(task: str, row: Environment, flag: str, bind: str) -> int:
+    """Return the port to serve on: --port, else ENV_PORT, else the row's; only a port asked for by flag is a must.
+
+    Raises:
+        Exit: the port asked for is taken, or none is free.
+    """
+    if flag:
+        port = whole_number(task, "port", flag, 1)
+        if not env_local.port_is_free(port, bind):
+            raise Exit(f"{task}: port {port} is taken; leave --port out, or choose another", code=1)
+        return port
+    wanted = settings().get("ENV_PORT") or str(row.port)
+    if not wanted.isdecimal():
+        raise Exit(f"{task}: ENV_PORT={wanted} is no port number", code=2)
+    try:
+        port = choose_port(int(wanted), lambda port: env_local.port_is_free(port, bind))
+    except ValueError as error:
+        raise Exit(f"{task}: {error}", code=1) from None
+    if port != int(wanted):
+        print(f"{task}: port {wanted} is taken; {row.name} gets {port}", flush=True)
+    return port
+
+
+def start(c: Context, task: str, row: Environment, options: Options, runner: str, build: bool, wait: float) -> str:
+    """Start the row's server and return its URL; says what it does on the way.
+
+    Raises:
+        Exit: one line; nothing is left running.
+    """
+    reason = refusal(row, data_folder(row), settings(), options.understood)
+    if reason:
+        raise Exit(f"{task}: {reason}", code=2)
+    remember(row, options, runner)
+    if runner == "local":
+        if c.config.run.dry:
+            print(f"{task}: would start {row.name} as a process of this machine on port {options.port}")
+            return env_local.url(options)
+        source = local_source(task, row)
+        try:
+            return env_local.up(row, options, source, data_folder(row), settings(), wait)
+        except env_local.LocalError as error:
+            raise Exit(f"{task}: {error}", code=1) from None
+    from tasks.build import build_variables
+    docker.require_engine(c)
+    variables = build_variables("")
+    file = model(task, row, options)
+    if build or not (c.config.run.dry or images_exist(row, options)):
+        env_docker.build(c, row, options, file, variables)
+    return env_docker.up(c, row, options, file, wait, variables)
+
+
+def images_exist(row: Environment, options: Options) -> bool:
+    """Tell whether all images that `row` needs are built."""
+    proxy = docker.image_name("agentgym/env-proxy")
+    return docker.image_exists(env_docker.image_name(row)) and (options.replicas == 1 or docker.image_exists(proxy))
+
+
+def model(task: str, row: Environment, options: Options, tag: str = "") -> Path:
+    """Write the row's Compose file and return its path."""
+    gym = gym_source(task) if row.source == "agentgym" else ""
+    build = env_docker.build_section(row, ROOT, gym, resolve("ENVIRONMENTS"))
+    return env_docker.write_model(row, options, data_folder(row), build, tag)
+
+
+def remember(row: Environment, options: Options, runner: str) -> None:
+    """Note how the row was started, for `env.restart`."""
+    path = env_local.RUN / row.name / "options.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"runner": runner, **asdict(options)}))
+
+
+def recall(row: Environment) -> tuple[Options, str] | None:
+    """Return how the row was last started, and with which runner."""
+    path = env_local.RUN / row.name / "options.json"
+    if not path.is_file():
+        return None
+    noted = json.loads(path.read_text())
+    runner = noted.pop("runner")
+    return Options(**noted), runner
+
+
+def stop(c: Context, name: str) -> bool:
+    """Stop the environment's server, whichever runner it has; False where none was up."""
+    local = env_local.down(name)
+    try:
+        return env_docker.down(c, name) or local
+    except Exit:
+        if local:  # no engine, so no container of ours either
+            return True
+        raise
+
+
+def sessions(found: Running) -> Mapping[str, Any] | None:
+    """Return what a running server says of its sessions, summed over its replicas; None where it does not answer."""
+    total = {"live": 0, "pooled": 0, "memory_mb": 0.0}
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    for number in range(found.servers):
+        try:
+            with opener.open(f"{found.url}/_sessions?replica={number}", timeout=2) as reply:
+                for key, value in json.loads(reply.read()).items():
+                    total[key] += value
+        except (OSError, ValueError):
+            return None
+    return total if found.servers else None
+
+
+def container_url(row: Environment, options: Options) -> str:
+    """Return the server's address for containers of this project."""
+    return f"http://{service_name(row)}:{options.port}"

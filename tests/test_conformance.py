@@ -1,0 +1,103 @@
+"""The protocol client and `env.check` against a server of every form, bare and inside serve.py."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from servers.protocol import Client, ServerError, check_ready
+from tasks.lib.conformance import Conformance
+from tests.fixtures.servers import ROOT, rows, running
+
+FORMS = sorted(name for name in rows() if name.startswith("form-"))
+
+
+def verdicts(name: str, client: Client) -> dict[str, bool | None]:
+    return {finding.check: finding.holds for finding in Conformance(rows()[name], client).run()}
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("wrapped", [False, True], ids=["bare", "in serve.py"])
+def test_a_server_of_this_form_conforms(name, wrapped, tmp_path):
+    row = rows()[name]
+    with running(row, tmp_path, wrapped) as client:
+        findings = Conformance(row, client).run()
+    # Bare, a server without close has none; serve.py gives it one.
+    lacking = not wrapped and not row.protocol.close
+    assert len(findings) == 8
+    assert [finding for finding in findings if finding.holds is False] == []
+    assert [finding.check for finding in findings if finding.holds is None] == (["close"] if lacking else [])
+
+
+@pytest.mark.parametrize("fault,check", [("shared", "two sessions apart"), ("unsteady", "same item twice the same"),
+                                         ("anyid", "bad id is an error"), ("sticky", "close")])
+def test_a_broken_server_is_found_out(fault, check, tmp_path):
+    with running(rows()["form-textcraft"], tmp_path, False, FAULT=fault) as client:
+        assert verdicts("form-textcraft", client)[check] is False
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_an_episode_is_played_to_its_end(name, tmp_path):
+    row = rows()[name]
+    with running(row, tmp_path) as client:
+        session = client.create()
+        first = client.reset(session, 3)
+        assert first.splitlines()[-1] == "count 3"
+        step = client.step(session, "add")
+        assert (step.observation, step.reward, step.done) == ("count 4", 0.0, False)
+        last = client.step(session, "win")
+        assert (last.reward, last.done) == (row.reward_range[1], True)
+        with pytest.raises(ServerError):
+            client.step(session, "add")
+
+
+def test_an_error_inside_a_200_is_an_error(tmp_path):
+    row = rows()["form-textcraft"]
+    with running(row, tmp_path, False) as client:
+        with pytest.raises(ServerError, match="no such session") as caught:
+            client.step(999, "add")
+        assert caught.value.status == 200
+
+
+@pytest.mark.parametrize("answer,message", [(b"torn {", "no JSON"), (b'{"error": "no"}', "POST /create: no"),
+                                            (b"true", "no session id"), (b'{"idx": 3}', "no session id")])
+def test_an_answer_without_a_session_is_an_error(answer, message):
+    import http.server
+    import threading
+
+    class Answers(http.server.BaseHTTPRequestHandler):
+
+        def do_POST(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Answers)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    client = Client(f"http://127.0.0.1:{server.server_port}", rows()["form-textcraft"].protocol.model_dump(), timeout=5)
+    with pytest.raises(ServerError, match=message):
+        check_ready(client, 0)
+    server.shutdown()
+
+
+def probe(tmp_path: Path, name: str, url: str) -> subprocess.CompletedProcess:
+    row = tmp_path / "row.json"
+    row.write_text(json.dumps(rows()[name].served()))
+    return subprocess.run([sys.executable, "-I", ROOT / "servers/protocol.py", row, "--url", url, "--timeout", "5"],
+                          capture_output=True,
+                          text=True)
+
+
+def test_the_probe_tells_ready_from_listening(tmp_path):
+    with running(rows()["form-sqlgym"], tmp_path, False) as client:
+        assert probe(tmp_path, "form-sqlgym", client.base).returncode == 0
+        # The same server, asked as a server of another form, listens but is not ready.
+        wrong = probe(tmp_path, "form-webarena", client.base)
+    assert (wrong.returncode, wrong.stderr) == (1, "")
+    assert wrong.stdout.startswith("not ready: POST /create: no session id")
+    gone = probe(tmp_path, "form-sqlgym", client.base)
+    assert gone.returncode == 1 and "refused" in gone.stdout

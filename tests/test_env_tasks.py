@@ -1,0 +1,360 @@
+"""The env.* tasks with `--runner local`, as a user types them, and the fetching of data."""
+import gzip
+import http.server
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from typing import ClassVar
+
+import psutil
+import pytest
+
+from servers.protocol import Client, ServerError
+from tasks.lib import env_data, env_local
+from tasks.lib.environments import Environment, environments
+from tests.fixtures.servers import FIXTURE_ROWS, ROOT, rows
+
+STATES = ROOT / ".run" / "env"
+
+
+def invoke(*words: str, **variables: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "invoke", *words],
+                          cwd=ROOT,
+                          capture_output=True,
+                          text=True,
+                          timeout=240,
+                          env={
+                              **os.environ, "ENVIRONMENTS": str(FIXTURE_ROWS.relative_to(ROOT)),
+                              **variables
+                          })
+
+
+def processes_of(name: str) -> list[psutil.Process]:
+    """Return all processes that have the environment's run folder in their command line."""
+    folder = str(STATES / name)
+    return [one for one in psutil.process_iter(["cmdline"]) if folder in " ".join(one.info["cmdline"] or [])]
+
+
+@pytest.fixture
+def up():
+    started = []
+
+    def start(name: str, *words: str, **variables: str) -> Client:
+        started.append((name, variables))
+        done = invoke("env.up", "--env", name, "--runner", "local", *words, **variables)
+        found = re.search(r"is ready: (http://[\d.:]+)", done.stdout)
+        assert done.returncode == 0 and found, done.stdout + done.stderr
+        row = environments(ROOT / variables.get("ENVIRONMENTS", str(FIXTURE_ROWS.relative_to(ROOT))))[name]
+        return Client(found[1], row.protocol.model_dump(), timeout=10)
+
+    yield start
+    for name, variables in started:
+        invoke("env.down", "--env", name, **variables)
+        assert processes_of(name) == []
+
+
+@pytest.mark.parametrize("name", ["form-maze", "form-sqlgym"])
+def test_a_local_server_comes_up_conforms_and_goes_down(name, up):
+    up(name)
+    assert json.loads((STATES / name / "state.json").read_text())["processes"]
+    checked = invoke("env.check", "--env", name)
+    assert checked.returncode == 0 and len(re.findall("  yes  ", checked.stdout)) == 8, checked.stdout
+    again = invoke("env.up", "--env", name, "--runner", "local")
+    assert again.returncode == 0 and f"{name} is up already" in again.stdout
+    assert re.search(rf"^{name} +\w+ +local x1 +\d+ ", invoke("env.list").stdout, re.M)
+    assert invoke("env.down", "--env", name).stdout == f"{name} is down\n"
+    assert processes_of(name) == []
+    assert invoke("env.down", "--env", name).stdout == f"{name} was not up\n"
+
+
+def test_down_stops_exactly_its_own_process_group(up, tmp_path):
+    # A server with a child of its own, as sciworld has JVMs; and a bystander that stays.
+    up("form-textcraft")
+    entry = json.loads((STATES / "form-textcraft" / "state.json").read_text())["processes"][0]
+    assert os.getpgid(entry["pid"]) == entry["pid"] != os.getpgid(0)
+    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+    try:
+        invoke("env.down", "--env", "form-textcraft")
+        assert not env_local.is_running(entry) and bystander.poll() is None
+    finally:
+        bystander.kill()
+
+
+def test_down_leaves_a_stranger_alone_that_has_the_old_id(tmp_path):
+    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+    try:
+        (tmp_path / "gone").mkdir()
+        stale = {"pid": bystander.pid, "born": psutil.Process(bystander.pid).create_time() - 100, "role": "server-0"}
+        (tmp_path / "gone" / "state.json").write_text(json.dumps({"port": 1, "processes": [stale]}))
+        assert env_local.down("gone", tmp_path)
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+
+
+def test_children_that_outlive_the_server_are_stopped_too(tmp_path):
+    code = (
+        "import subprocess, sys, time; "
+        "child = subprocess.Popen([sys.executable, '-c', 'import signal, time; "
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)']); print(child.pid, flush=True); time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    time.sleep(0.5)
+    (tmp_path / "family").mkdir()
+    entry = env_local.started(parent, "server-0", 1)
+    (tmp_path / "family" / "state.json").write_text(json.dumps({"port": 1, "processes": [entry]}))
+    threading.Thread(target=parent.wait).start()
+    assert env_local.down("family", tmp_path)
+    end = time.monotonic() + 5
+    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("name,words,code,line", [
+    ("fault-dies", [], 1,
+     r"env.up: fault-dies: the server-0 ended: RuntimeError: the fixture was told to die at import"),
+    ("fault-never", ["--wait", "15"
+                     ], 1, r"env.up: fault-never was not ready after 15 s: POST /create: HTTP 500 .*--wait"),
+    ("fault-data", [], 2, r"env.up: fault-data needs index.bin in data/fault-data: ask the author"),
+    ("fault-key", [], 2, r"env.up: fault-key needs FIXTURE_KEY in the environment or in .env; .*"),
+    ("fault-consent", [], 2, r"env.up: this fixture deletes everything; pass --i-understand to go on"),
+    ("form-textcrft", [], 2,
+     r"env.up: no environment 'form-textcrft' in environments.toml; did you mean form-textcraft.*"),
+    ("form-textcraft", ["--wait", "soon"], 2, r"env.up: --wait soon is no whole number of at least 1"),
+])
+def test_a_fault_is_one_line_and_leaves_nothing(name, words, code, line):
+    done = invoke("env.up", "--env", name, "--runner", "local", *words)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert re.fullmatch(line, done.stderr.strip()), done.stderr
+    assert processes_of(name) == [] and not (STATES / name / "state.json").exists()
+
+
+def test_a_taken_port_is_passed_over_and_told(up):
+    port = rows()["form-maze"].port
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", port))
+        holder.listen()
+        client = up("form-maze")
+    assert client.base == f"http://127.0.0.1:{port + 1}/maze"
+
+
+def test_env_port_rules_over_the_rows_port(up):
+    assert up("form-maze", ENV_PORT="36777").base == "http://127.0.0.1:36777/maze"
+
+
+def test_consent_lets_it_start(up):
+    assert up("fault-consent", "--i-understand").create() > 0
+
+
+def test_a_key_from_the_environment_reaches_the_server(up):
+    up("fault-key", FIXTURE_KEY="sk-fixture")
+    server = next(one for one in processes_of("fault-key"))
+    assert server.environ()["FIXTURE_KEY"] == "sk-fixture" and "sk-fixture" not in " ".join(server.cmdline())
+
+
+def test_logs_show_what_the_server_said(up):
+    up("form-maze")
+    invoke("env.down", "--env", "form-maze")
+    up("form-maze", "--session-ttl", "1")
+    pid = json.loads((STATES / "form-maze" / "state.json").read_text())["processes"][0]["pid"]
+    (STATES / "form-maze" / "server-0.log").open("a").write("a line of the log\n")
+    shown = invoke("env.logs", "--env", "form-maze")
+    assert "a line of the log" in shown.stdout and psutil.pid_exists(pid)
+
+
+HAPROXY = shutil.which("haproxy", path=os.environ["PATH"] + ":/usr/sbin")
+
+
+def test_replicas_behind_the_proxy_survive_the_death_of_one(up):
+    if HAPROXY is None:
+        if os.environ.get("CI"):
+            pytest.fail("no haproxy, which CI must have")
+        pytest.skip("no haproxy on this machine")
+    client = up("form-maze", "--replicas", "2")
+    sessions = [client.create() for _ in range(6)]
+    for number, session in enumerate(sessions):
+        client.reset(session, number)
+    assert [session % 2 for session in sessions].count(0) == 3
+    state = json.loads((STATES / "form-maze" / "state.json").read_text())
+    victim = next(entry for entry in state["processes"] if entry["role"] == "server-1")
+    os.kill(victim["pid"], signal.SIGKILL)
+    time.sleep(3)  # the proxy looks once a second and believes the second failure
+    for number, session in enumerate(sessions):
+        if session % 2:
+            with pytest.raises(ServerError, match="the replica of this session is down"):
+                client.step(session, "add")
+        else:
+            assert client.step(session, "add").observation == f"count {number + 1}"
+    assert {client.create() % 2 for _ in range(4)} == {0}
+    with pytest.raises(ServerError, match=r"HTTP 400.*no id in the request"):
+        client._call("/step", {"action": "add"})
+
+
+def test_without_haproxy_replicas_are_refused_with_the_remedy(monkeypatch, tmp_path):
+    monkeypatch.setattr(env_local.shutil, "which", lambda *_, **__: None)
+    options = env_local.Options(port=1, replicas=2)
+    with pytest.raises(env_local.LocalError, match="apt install haproxy"):
+        env_local.up(rows()["form-maze"], options, ROOT, tmp_path, {}, 1, tmp_path)
+
+
+# ---------------------------------------------------------------- data
+
+
+class Files(http.server.BaseHTTPRequestHandler):
+    """Serves bytes with ranges; the first request of a file in `breaks` stops half way."""
+    content: ClassVar[dict[str, bytes]] = {}
+    breaks: ClassVar[set[str]] = set()
+    asked: ClassVar[list[tuple[str, str]]] = []
+
+    def do_HEAD(self):
+        self.reply(b"")
+
+    def do_GET(self):
+        self.reply(self.content.get(self.path, b""))
+
+    def reply(self, body):
+        whole = self.content.get(self.path)
+        if whole is None:
+            self.send_error(404)
+            return
+        first = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").rstrip("-"))
+        self.asked.append((self.command + " " + self.path, self.headers.get("Range") or ""))
+        self.send_response(206 if first else 200)
+        self.send_header("Content-Length", str(len(whole) - first))
+        self.end_headers()
+        if self.path in self.breaks and self.command == "GET":
+            self.breaks.discard(self.path)
+            self.wfile.write(body[:len(body) // 2])
+            self.wfile.flush()
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
+        self.wfile.write(body[first:])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def site(tmp_path):
+    inner = tmp_path / "inner.zip"
+    with zipfile.ZipFile(inner, "w") as zipped:
+        zipped.writestr("shop/shop.sqlite", os.urandom(1000))
+    outer = tmp_path / "train.zip"
+    with zipfile.ZipFile(outer, "w") as zipped:
+        zipped.writestr("train/train.json", "[]")
+        zipped.write(inner, "train/train_databases.zip")
+    Files.content = {"/train.zip": outer.read_bytes(), "/corpus.gz": gzip.compress(b"text" * 1000)}
+    Files.breaks, Files.asked = set(), []
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Files)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def row_with(*data: dict) -> Environment:
+    return Environment.model_validate({**rows()["form-textcraft"].model_dump(by_alias=True), "data": data})
+
+
+def zipped_row(site):
+    return row_with({
+        "path": "train/train.json",
+        "url": f"{site}/train.zip",
+        "then": "unzip",
+        "inner": ["train/train_databases.zip"]
+    })
+
+
+def test_data_is_fetched_unpacked_and_told(site, tmp_path):
+    said: list[str] = []
+    row = zipped_row(site)
+    assert env_data.fetch(row, tmp_path / "data", said.append) == []
+    assert (tmp_path / "data/train/train.json").read_text() == "[]"
+    assert (tmp_path / "data/train/shop/shop.sqlite").stat().st_size == 1000
+    assert "to fetch into" in said[0] and "free" in said[0] and len(list((tmp_path / "data").iterdir())) == 1
+    asked = len(Files.asked)
+    assert env_data.fetch(row, tmp_path / "data", said.append) == [] and len(Files.asked) == asked
+
+
+def test_a_broken_download_goes_on_where_it_stopped(site, tmp_path):
+    Files.breaks = {"/train.zip"}
+    row, size = zipped_row(site), len(Files.content["/train.zip"])
+    with pytest.raises(env_data.DataError, match="run it again to go on"):
+        env_data.fetch(row, tmp_path / "data", print)
+    assert env_data.fetch(row, tmp_path / "data", print) == []
+    assert Files.asked[-1] == ("GET /train.zip", f"bytes={size // 2}-")
+
+
+def test_a_damaged_archive_is_told_and_not_taken_for_data(site, tmp_path):
+    whole = bytearray(Files.content["/train.zip"])
+    whole[60:90] = bytes(30)
+    Files.content["/train.zip"] = bytes(whole)
+    with pytest.raises((env_data.DataError, zipfile.BadZipFile)):
+        env_data.fetch(zipped_row(site), tmp_path / "data", print)
+
+
+def test_an_archive_that_leads_out_of_the_folder_is_refused(tmp_path):
+    evil = tmp_path / "evil.zip"
+    with zipfile.ZipFile(evil, "w") as zipped:
+        zipped.writestr("../outside", "x")
+    (tmp_path / "in").mkdir()
+    with pytest.raises(env_data.DataError, match="leads out"):
+        env_data.unzip(evil, tmp_path / "in")
+    assert not (tmp_path / "outside").exists()
+
+
+def test_packed_text_is_unpacked(site, tmp_path):
+    row = row_with({"path": "corpus.jsonl", "url": f"{site}/corpus.gz", "then": "gunzip"})
+    assert env_data.fetch(row, tmp_path, print) == []
+    assert (tmp_path / "corpus.jsonl").read_bytes() == b"text" * 1000
+
+
+def test_too_little_space_is_told_before_anything_is_fetched(site, tmp_path, monkeypatch):
+    monkeypatch.setattr(env_data.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))
+    with pytest.raises(env_data.DataError, match="are free in"):
+        env_data.fetch(zipped_row(site), tmp_path / "data", print)
+    assert [asked for asked, _ in Files.asked] == ["HEAD /train.zip"]
+
+
+def test_a_source_that_is_gone_is_one_line(site, tmp_path):
+    row = row_with({"path": "x", "url": f"{site}/nothing"})
+    with pytest.raises(env_data.DataError, match="Not Found; fetch it by other means, then --from DIR"):
+        env_data.fetch(row, tmp_path / "data", print)
+
+
+def test_what_must_be_got_by_hand_is_listed(tmp_path):
+    row = row_with({"path": "a", "how": "ask Ann"}, {"path": "b", "how": "ask Bob"})
+    assert [data.how for data in env_data.fetch(row, tmp_path, print)] == ["ask Ann", "ask Bob"]
+
+
+def test_data_that_is_there_is_taken_over(tmp_path):
+    row, have = row_with({"path": "index.bin", "how": "ask"}), tmp_path / "have"
+    have.mkdir()
+    with pytest.raises(env_data.DataError, match=r"has no index\.bin"):
+        env_data.adopt(row, tmp_path / "data" / "x", have)
+    (have / "index.bin").touch()
+    env_data.adopt(row, tmp_path / "data" / "x", have)
+    assert row.missing_data(tmp_path / "data" / "x") == []
+    env_data.adopt(row, tmp_path / "data" / "x", have)  # again, over its own link
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine").touch()
+    with pytest.raises(env_data.DataError, match="not empty"):
+        env_data.adopt(row, tmp_path / "other", have)
+    assert (tmp_path / "other" / "mine").exists()
+
+
+def test_the_data_task_tells_what_is_missing():
+    done = invoke("env.data", "--env", "fault-data")
+    assert done.returncode == 1 and "fault-data/index.bin: ask the author" in done.stderr
+    assert invoke("env.data", "--env", "form-maze").stdout == "form-maze needs no data\n"

@@ -1,0 +1,177 @@
+"""serve.py: ids that are never another's, idle sessions that end, pools, limits and stuck servers."""
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+
+from servers import serve
+from servers.protocol import ServerError
+from tests.fixtures.servers import ROOT, rows, running
+
+
+def get(client, path):
+    with urllib.request.urlopen(client.base + path, timeout=10) as response:
+        return json.loads(response.read())
+
+
+def wait_for(condition, seconds=10.0):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it did not come true")
+
+
+@pytest.mark.parametrize("name", sorted(name for name in rows() if name.startswith("form-")))
+def test_ids_tell_their_replica_and_reach_only_it(name, tmp_path):
+    row = rows()[name]
+    with running(row, tmp_path, True, "--replica", "2", "--replicas", "3") as client:
+        sessions = [client.create() for _ in range(4)]
+        assert len(set(sessions)) == 4 and {session % 3 for session in sessions} == {2}
+        for number, session in enumerate(sessions):
+            client.reset(session, number)
+        for number, session in enumerate(sessions):
+            assert client.step(session, "add").observation == f"count {number + 1}"
+        for stranger in (sessions[0] + 1, sessions[0] + 3000, 0, 1):
+            with pytest.raises(ServerError, match="no session") as caught:
+                client.step(stranger, "add")
+            assert caught.value.status == 404
+
+
+def test_a_restarted_server_refuses_the_sessions_of_its_last_run(tmp_path):
+    row = rows()["form-textcraft"]
+    with running(row, tmp_path) as client:
+        old = client.create()
+    with running(row, tmp_path) as client:
+        new = client.create()
+        assert new > old
+        with pytest.raises(ServerError, match="no session"):
+            client.step(old, "add")
+
+
+def test_an_idle_session_is_closed_and_a_used_one_is_not(tmp_path):
+    row = rows()["form-textcraft"]
+    with running(row, tmp_path, True, "--session-ttl", "1") as client:
+        idle, used = client.create(), client.create()
+        client.reset(used, 0)
+        for _ in range(12):
+            client.step(used, "add")
+            time.sleep(0.2)
+        assert client.step(used, "add").observation == "count 13"
+        with pytest.raises(ServerError, match="no session"):
+            client.reset(idle, 0)
+        assert get(client, "/opened") == 1  # closed inside the server too, not only forgotten
+
+
+@pytest.mark.parametrize("closed_by", ["the client", "time"])
+def test_a_session_of_a_server_without_close_is_used_again_but_never_seen_again(closed_by, tmp_path):
+    row = rows()["form-sqlgym"]
+    with running(row, tmp_path, True, "--session-ttl", "1") as client:
+        first = client.create()
+        client.reset(first, 7)
+        if closed_by == "time":
+            wait_for(lambda: get(client, "/_sessions")["live"] == 0)
+        else:
+            assert client.close(first)
+        opened = get(client, "/opened")
+        second = client.create()
+        assert second != first and get(client, "/opened") == opened
+        with pytest.raises(ServerError, match="was not reset yet"):
+            client.step(second, "add")
+        with pytest.raises(ServerError, match="no session"):
+            client.step(first, "add")
+        assert client.reset(second, 2) == "count 2"
+        assert client.step(second, "add").observation == "count 3"
+
+
+def test_one_session_more_than_the_limit_is_refused(tmp_path):
+    row = rows()["form-sqlgym"]
+    with running(row, tmp_path) as client:
+        sessions = [client.create() for _ in range(8)]
+        with pytest.raises(ServerError, match="all 8 sessions") as caught:
+            client.create()
+        assert caught.value.status == 429
+        client.close(sessions[0])
+        client.create()
+
+
+def test_what_is_no_request_for_a_session_reaches_the_server_unchanged(tmp_path):
+    with running(rows()["form-textcraft"], tmp_path) as client:
+        assert get(client, "/") == "This is the fixture."
+        request = urllib.request.Request(client.base + "/step", data=b"torn {", method="POST")
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(request)
+        assert caught.value.code == 422
+
+
+def test_a_stuck_server_gives_up(tmp_path):
+    row = rows()["form-textcraft"].model_copy(update={"request_seconds": 1.0, "app": "stuck:app"})
+    (tmp_path / "stuck.py").write_text("import time\nfrom fixture_server import app\n\n"
+                                       "@app.post('/stuck')\nasync def stuck():\n    time.sleep(60)\n")
+    with running(row, tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT / row.folder}") as client:
+        with pytest.raises((OSError, urllib.error.URLError)):
+            urllib.request.urlopen(urllib.request.Request(client.base + "/stuck", data=b"", method="POST"), timeout=20)
+        assert client.process.wait(timeout=10) == 70
+
+
+def test_listings_are_sorted(tmp_path):
+    for name in ("c", "a", "b"):
+        (tmp_path / name).touch()
+    code = f"import os, serve; serve.sort_listings(); print(os.listdir({str(tmp_path)!r}))"
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "servers", capture_output=True, text=True).stdout
+    assert shown == "['a', 'b', 'c']\n"
+
+
+@pytest.fixture
+def limited(monkeypatch):
+    monkeypatch.setattr(sqlite3, "connect", sqlite3.connect)
+    serve.limit_queries(0.3)
+
+
+def test_a_runaway_query_is_stopped_and_the_connection_lives_on(limited):
+    connection = sqlite3.connect(":memory:")
+    endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
+    begun = time.monotonic()
+    with pytest.raises(sqlite3.OperationalError, match="interrupted"):
+        connection.cursor().execute(endless).fetchall()
+    assert time.monotonic() - begun < 5
+    time.sleep(0.4)
+    assert connection.cursor().execute("SELECT 1").fetchall() == [(1, )]
+
+
+def test_attach_is_refused(limited, tmp_path):
+    connection = sqlite3.connect(":memory:")
+    with pytest.raises(sqlite3.DatabaseError, match="not authorized"):
+        connection.cursor().execute(f"ATTACH '{tmp_path / 'new.db'}' AS other")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_callers_variables_survive_an_import_that_sets_them(tmp_path, monkeypatch):
+    (tmp_path / "setter.py").write_text("import os\nos.environ['SITE'] = 'theirs'\nos.environ['OTHER'] = 'theirs'\n"
+                                        "app = os.environ['SITE']\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("SITE", "mine")
+    monkeypatch.setenv("OTHER", "mine")
+    assert serve.load("setter:app", ["SITE"]) == "mine"
+    assert (os.environ["SITE"], os.environ["OTHER"]) == ("mine", "theirs")
+    os.environ["SITE"] = "free again"
+    assert os.environ["SITE"] == "free again"
+
+
+def test_a_package_that_is_imported_and_never_used_need_not_be_there(tmp_path, monkeypatch):
+    (tmp_path / "user.py").write_text("import absent\nimport absent.nn.functional as F\n"
+                                      "from absent.models.detection import Thing\nimport json\napp = Thing\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, serve.Unused(["absent", "json"])])
+    app = serve.load("user:app", [])
+    with pytest.raises(RuntimeError, match=r"absent\.models\.detection is not installed"):
+        app()
+    assert json.loads("1") == 1  # what is installed comes first
+    with pytest.raises(ModuleNotFoundError):
+        __import__("absent_too")
