@@ -1,20 +1,378 @@
 """The command line of the evaluation runner."""
 import argparse
+import asyncio
+import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from evaluation import __version__
+from evaluation.problems import Misuse, Stopped
+from evaluation.records import differences
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+FAILED, MISUSE, INTERRUPTED = 1, 2, 130
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def _amount(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text} is no share from 0 to 1")
+    return value
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage."""
+
+    def error(self, message: str) -> Any:  # type: ignore[override]
+        """Leave with exit code 2."""
+        self.exit(MISUSE, f"{self.prog}: {message}; see --help\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line's parser."""
+    top = Parser(prog="python -m evaluation", description="Evaluate language models on AgentGym's environment servers.")
+    top.add_argument("--version", action="version", version=f"evaluation {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="play items and keep what came of them")
+    add = run.add_argument
+    add("--env", default="", help="environment, a table of environments.toml (default: $ENV, then searchqa)")
+    add("--server",
+        default="",
+        help="address of its server (default: $ENV_SERVER, then this machine and the row's port)")
+    add("--model", default="", help="model of the endpoint, or expert or random (default: $MODEL, then gpt-4o-mini)")
+    add("--base-url", default="", help="OpenAI-compatible endpoint (default: $OPENAI_BASE_URL, then OpenAI's own)")
+    add("--max-round", type=_count, default=0, help="completions an episode (default: $MAX_ROUND, then the row's)")
+    add("--items",
+        default="",
+        help="FILE, 0-99 or textcraft_3,textcraft_5 (default: AgentGym's list, then the row's first)")
+    add("--limit", type=_amount, default=0, help="play at most so many items (default: all)")
+    add("--shuffle-seed", type=int, default=None, help="shuffle the items with this seed before --limit (default: no)")
+    add("--samples", type=_count, default=1, help="attempts at each item, for Avg@k and Pass@k (default: 1)")
+    add("--seed", type=int, default=None, help="make draws repeatable: sent to the endpoint, another for each attempt")
+    add("--temperature", default="1.0", help="0 to 5, or none to leave it out (default: 1.0)")
+    add("--top-p", type=_share, default=None, help="0 to 1 (default: left out)")
+    add("--max-tokens", type=_amount, default=4096, help="of one completion, 0 to leave it out (default: 4096)")
+    add("--extra-body", default="", help="JSON object with further fields of the request")
+    add("--token-limit",
+        type=_amount,
+        default=0,
+        help="tokens of an episode, prompts and completions (default: no limit)")
+    add("--time-limit", type=_positive, default=3600.0, help="seconds of an episode (default: 3600)")
+    add("--env-timeout",
+        type=_positive,
+        default=300.0,
+        help="seconds for one request to the environment (default: 300)")
+    add("--env-wait", type=_positive, default=60.0, help="seconds to wait for a server that is away (default: 60)")
+    add("--tries", type=_count, default=3, help="starts of an item when the environment fails (default: 3)")
+    add("--request-timeout", type=_positive, default=600.0, help="seconds for one completion (default: 600)")
+    add("--model-tries", type=_count, default=8, help="tries for one completion (default: 8)")
+    add("--concurrency", type=_amount, default=0, help="episodes at once (default: the row's)")
+    add("--max-error-rate",
+        type=_share,
+        default=0.02,
+        help="share of infrastructure errors that is still a success of "
+        "the run; above it the exit code is 1 (default: 0.02)")
+    add("--out", default="", help="the run's folder (default: saves/eval/ENV-MODEL-HASH)")
+    add("--fresh", action="store_true", help="remove an earlier run in that folder (default: resume it)")
+    add("--resume", action="store_true", help="go on with the run in --out, and fail where there is none")
+    add("--agentgym", default="", help="AgentGym checkout with the prompts (default: $AGENTGYM_SRC, then the image's)")
+    add("--prompt", default="", help="file with a prompt of your own")
+    add("--plain-prompt", action="store_true", help="use our own plain prompt")
+    add("--environments", default="", help="file with the rows (default: $ENVIRONMENTS, then environments.toml)")
+    add("--root", default=".", help="folder with AgentEval, AgentItemId and saves (default: .)")
+    _numbers_flags(run)
+
+    rescore = commands.add_parser("rescore", help="compute the numbers of runs again, from their records")
+    rescore.add_argument("folders", nargs="+", help="folders of runs")
+    rescore.add_argument("--environments", default="", help="take success rule and reward range from this file's rows")
+    _numbers_flags(rescore)
+
+    report = commands.add_parser("report", help="write a run's report again, or one of several runs side by side")
+    report.add_argument("folders", nargs="+", help="folders of runs")
+    report.add_argument("--out",
+                        default="",
+                        help="the file (default: report.html in the run's folder, or compare.html)")
+    _numbers_flags(report)
+
+    compare = commands.add_parser("compare", help="compare runs with the first of them, item by item")
+    compare.add_argument("folders", nargs="+", help="folders of two or more runs")
+    compare.add_argument("--out",
+                         default="",
+                         help="write the report side by side to this file (default: saves/eval/compare.html)")
+    _numbers_flags(compare)
+
+    lists = commands.add_parser("list", help="show the runs in a folder")
+    lists.add_argument("folder", nargs="?", default="saves/eval", help="where to look (default: saves/eval)")
+
+    prompts = commands.add_parser("prompts", help="read the prompts out of an AgentGym checkout")
+    prompts.add_argument("--agentgym", required=True, help="the checkout")
+    prompts.add_argument("--out", default="", help="JSON file to write (default: show where each prompt is)")
+    prompts.add_argument("--environments", default="", help="file with the rows")
+    return top
+
+
+def _numbers_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--prices",
+                         default="",
+                         help="TOML or JSON file: input and output of each model, a million tokens")
+    command.add_argument("--upstream-compat", action="store_true", help="add the figures as upstream would count them")
+
+
+def run_command(options: argparse.Namespace) -> int:
+    """Play what is missing of a run; show its numbers.
+
+    Raises:
+        Misuse, Stopped: in one line.
+    """
+    from evaluation import report, show
+    from evaluation.prices import read_price
+    from evaluation.records import REPORT, RUN, RunFolder, read_run
+    from evaluation.runner import evaluate, facts
+    from evaluation.settings import decide
+    settings = decide(options)
+    price = read_price(options.prices, settings.model)
+    if options.fresh and options.resume:
+        raise Misuse("--fresh and --resume contradict each other; give one")
+    if options.resume and not (settings.out / RUN).exists():
+        raise Misuse(f"--resume: no run in {settings.out}; leave --resume out, or name the run's folder with --out")
+    model = settings.make_model()
+    console = show.console()
+
+    def say(line: str) -> None:
+        console.print(f"{settings.row.name}: {line}", highlight=False, markup=False, soft_wrap=True)
+
+    with RunFolder(settings.out) as folder:
+        if options.fresh:
+            folder.clear()
+        resumed = folder.begin(settings.config, facts(settings))
+        total = len(settings.items) * settings.samples
+        if resumed:
+            say(f"resuming {settings.out}: {len(folder.records)} of {total} attempts are done"
+                f"{f', {len(folder.earlier)} failed by infrastructure are played again' if folder.earlier else ''}")
+        say(f"{len(settings.items)} items ({settings.origin}) x {settings.samples}, model {settings.model}, "
+            f"{settings.limits.rounds} rounds, {settings.concurrency} at once, prompt {settings.prompt.source}")
+        code = 0
+        try:
+            with show.Watch(total, len(folder.records), console) as watch:
+                asyncio.run(evaluate(settings, folder, model, watch, say))
+        except (KeyboardInterrupt, asyncio.CancelledError):
+            code = INTERRUPTED
+        records = list(folder.records.values())
+        wall = sum(work["seconds"] for work in read_run(settings.out)["work"])
+        summary = conclude(settings.out, records, settings.samples, total, price, wall)
+    show_numbers(console, {settings.model: summary}, settings.out, options.upstream_compat)
+    if records:
+        path = settings.out / REPORT
+        report.write(path, [report.Run(settings.model, read_run(settings.out), records, summary)],
+                     options.upstream_compat)
+        say(f"report: {path}")
+    if code == INTERRUPTED:
+        say(f"interrupted; the same command goes on with {settings.out}")
+    elif summary["error_rate"] > settings.max_error_rate:
+        first = next(record for record in records if record["outcome"] in ("env_error", "model_error", "timeout"))
+        say(f"{summary['errors']} of {summary['attempts']} attempts failed by infrastructure, more than --max-error-rate "
+            f"{settings.max_error_rate:g}; the first: {first['item']} {first['outcome']}: {first['error']}; "
+            "the same command plays them again")
+        code = FAILED
+    return code
+
+
+def conclude(folder: Path, records: list[dict[str, Any]], samples: int, expected: int, price: dict[str, float] | None,
+             wall: float | None) -> dict[str, Any]:
+    """Compute the numbers and write summary.json."""
+    from evaluation.numbers import summarize
+    from evaluation.records import SUMMARY, write_whole
+    summary = summarize(records, samples, expected, price, wall)
+    try:
+        write_whole(folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
+    except OSError as error:
+        raise Stopped(f"{folder / SUMMARY} cannot be written: {error.strerror}; make room and run `rescore`") from None
+    return summary
+
+
+def show_numbers(console: "Console", summaries: Mapping[str, Mapping[str, Any]], folder: Path | None,
+                 compat: bool) -> None:
+    """Print the table."""
+    from evaluation import show
+    console.print(show.table(f"{folder}" if folder else "", summaries))
+    if compat:
+        for summary in summaries.values():
+            console.print(show.upstream_line(summary), highlight=False)
+
+
+def rescored(records: list[dict[str, Any]], row: Any) -> list[dict[str, Any]]:
+    """Return the records with success and scaled reward as `row` says, from the raw rewards."""
+    return [{
+        **record, "success":
+        row.success.holds(record["reward"]),
+        "scaled":
+        row.scaled(record["reward"]),
+        "outcome": ("success" if row.success.holds(record["reward"]) else
+                    "failure" if record["outcome"] == "success" else record["outcome"])
+    } if record["reward"] is not None else record for record in records]
+
+
+def rescore_command(options: argparse.Namespace) -> int:
+    """Compute numbers again."""
+    from evaluation import show
+    from evaluation.prices import read_price
+    from evaluation.records import read_attempts, read_run
+    from evaluation.rows import Row, read_row
+    console = show.console()
+    for name in options.folders:
+        folder = Path(name)
+        told, records = read_run(folder), read_attempts(folder)
+        config = told["config"]
+        row = read_row(config["env"], Path(options.environments)) if options.environments else Row(**told["row"])
+        records = rescored(records, row)
+        wall = sum(work["seconds"] for work in told["work"])
+        summary = conclude(folder, records, config["samples"],
+                           len(config["items"]) * config["samples"], read_price(options.prices, config["model"]), wall)
+        show_numbers(console, {config["model"]: summary}, folder, options.upstream_compat)
+    return 0
+
+
+def report_command(options: argparse.Namespace) -> int:
+    """Write a report."""
+    from evaluation import report
+    from evaluation.prices import read_price
+    from evaluation.records import REPORT
+    folders = [Path(name) for name in options.folders]
+    runs = report.load(folders, lambda model: read_price(options.prices, model))
+    path = Path(options.out) if options.out else folders[0] / REPORT if len(folders) == 1 else Path("compare.html")
+    report.write(path, runs, options.upstream_compat)
+    print(f"report: {path}")
+    return 0
+
+
+def compare_command(options: argparse.Namespace) -> int:
+    """Compare runs."""
+    from rich.table import Table
+
+    from evaluation import report, show
+    from evaluation.prices import read_price
+    if len(options.folders) < 2:
+        raise Misuse(f"compare {options.folders[0]}: one run only; name two or more folders")
+    runs = report.load([Path(name) for name in options.folders], lambda model: read_price(options.prices, model))
+    environments = sorted({run.told["config"]["env"] for run in runs})
+    if len(environments) > 1:
+        raise Misuse(f"compare: runs of different environments ({', '.join(environments)}); name runs of one")
+    console = show.console()
+    show_numbers(console, {run.name: run.summary for run in runs}, None, options.upstream_compat)
+    table = Table("difference, item by item", "items", "success rate", "mean reward", "newly solved", "no longer")
+    for line in report.difference_lines(runs):
+        table.add_row(line["name"], str(line["items"]), line["success"], line["reward"], str(len(line["gained"])),
+                      str(len(line["lost"])))
+    console.print(table)
+    for run in runs[1:]:
+        differing = differences({**runs[0].told["config"], "items": None}, {**run.told["config"], "items": None})
+        console.print(f"{run.name}: {'; '.join(differing) or 'the same configuration'}",
+                      highlight=False,
+                      markup=False,
+                      soft_wrap=True)
+    path = Path(options.out or "saves/eval/compare.html")
+    report.write(path, runs, options.upstream_compat)
+    print(f"report: {path}")
+    return 0
+
+
+def list_command(options: argparse.Namespace) -> int:
+    """Show the runs in a folder."""
+    from rich.table import Table
+
+    from evaluation import show
+    from evaluation.numbers import summarize
+    from evaluation.records import RUN, read_attempts, read_run
+    found = sorted(Path(options.folder).glob(f"*/{RUN}"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        print(f"no runs in {options.folder}")
+        return 0
+    table = Table("folder", "environment", "model", "attempts", "success rate", "errors")
+    for path in found:
+        told = read_run(path.parent)
+        config = told["config"]
+        summary = summarize(read_attempts(path.parent), config["samples"], len(config["items"]) * config["samples"])
+        table.add_row(path.parent.name, config["env"], config["model"],
+                      f"{summary['attempts']} of {summary['expected']}", show.with_interval(summary["success"]),
+                      str(summary["errors"]))
+    show.console().print(table)
+    return 0
+
+
+def prompts_command(options: argparse.Namespace) -> int:
+    """Read prompts."""
+    import tomllib
+
+    from evaluation.prompts import collect
+    from evaluation.records import write_whole
+    from evaluation.rows import read_row, rows_file
+    path = rows_file(options.environments)
+    rows = [read_row(name, path) for name in tomllib.loads(path.read_text())] if path.exists() else []
+    found = collect(rows, Path(options.agentgym))
+    if options.out:
+        write_whole(Path(options.out), json.dumps(found, indent=1, ensure_ascii=False))
+    for name, prompt in found.items():
+        print(f"{name:12} {prompt['place']}  {len(prompt['user'])} characters")
+    print(f"{len(found)} of {sum(bool(row.prompt.file) for row in rows)} prompts read")
+    return 0
+
+
+COMMANDS = {
+    "run": run_command,
+    "rescore": rescore_command,
+    "report": report_command,
+    "compare": compare_command,
+    "list": list_command,
+    "prompts": prompts_command
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` and return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m evaluation",
-                                     description="Evaluate language models on AgentGym's environment servers.",
-                                     epilog="This version has no commands yet: it answers --help and --version.")
-    parser.add_argument("--version", action="version", version=f"evaluation {__version__}")
-    parser.parse_args(argv)
-    parser.print_usage(sys.stderr)
-    return 2
+    try:
+        options = parser().parse_args(argv)
+    except SystemExit as left:
+        return int(left.code or 0)
+    try:
+        return COMMANDS[options.command](options)
+    except Misuse as problem:
+        print(f"eval: {problem}", file=sys.stderr)
+        return MISUSE
+    except Stopped as problem:
+        print(f"eval: {problem}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
 
 
 if __name__ == "__main__":

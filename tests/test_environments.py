@@ -4,10 +4,10 @@ import os
 import re
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
-import tomllib
 
 from servers import protocol as served_protocol
 from tasks.lib.env_plan import ALIASES, Options, choose_port, compose_model, proxy_config, refusal, server_variables

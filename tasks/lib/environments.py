@@ -3,12 +3,12 @@
 Pydantic takes 0.1 s to import: tasks import this module inside their functions.
 """
 import difflib
+import tomllib
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-import tomllib
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tasks.lib.settings import ROOT
@@ -96,10 +96,11 @@ class Key(Row):
 
 
 class Prompt(Row):
-    """Where AgentGym keeps its prompt: a file of agentenv/agentenv/envs and the class in it."""
+    """Where AgentGym keeps its prompt, a file of agentenv/agentenv/envs and the class in it; or the words themselves."""
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
-    file: str
-    class_: str = Field(alias="class")
+    file: str = ""
+    class_: str = Field(default="", alias="class")
+    text: str = ""
 
 
 class Environment(Row):

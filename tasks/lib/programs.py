@@ -1,4 +1,5 @@
 """Run the project's own programs on this machine, as the user would type them."""
+import os
 import shlex
 import subprocess
 import sys
@@ -27,7 +28,21 @@ def run_program(c: Context, script: Path, args: Sequence[str], env: Mapping[str,
     Raises:
         Exit: the program's exit code; 130 after Ctrl-C.
     """
-    argv = [sys.executable, str(script), *args]
+    _run(c, [sys.executable, str(script), *args], env)
+
+
+def run_module(c: Context, module: str, args: Sequence[str], env: Mapping[str, str] | None = None) -> None:
+    """Run the project's package `module` with this Python, as `run_program` does a script.
+
+    Raises:
+        Exit: as for `run_program`.
+    """
+    inherited = dict(os.environ if env is None else env)
+    path = os.pathsep.join(filter(None, (str(ROOT), inherited.get("PYTHONPATH"))))
+    _run(c, [sys.executable, "-m", module, *args], {**inherited, "PYTHONPATH": path})
+
+
+def _run(c: Context, argv: Sequence[str], env: Mapping[str, str] | None) -> None:
     if c.config.run.dry or c.config.run.echo:
         print(shlex.join(argv), flush=True)
     if c.config.run.dry:
@@ -42,4 +57,4 @@ def run_program(c: Context, script: Path, args: Sequence[str], env: Mapping[str,
         raise Exit(code=code)
 
 
-__all__ = ["ROOT", "SETTINGS", "environment", "run_program"]
+__all__ = ["ROOT", "SETTINGS", "environment", "run_module", "run_program"]

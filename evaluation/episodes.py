@@ -1,0 +1,237 @@
+"""Play one attempt at one item: rounds, limits, and how it ended."""
+import asyncio
+import hashlib
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from evaluation.actions import parse
+from evaluation.items import Item
+from evaluation.model import Message, Model, Usage
+from evaluation.problems import ContextOverflow, EnvironmentFault, ModelFault
+from evaluation.prompts import VOCABULARY, Prompt
+from evaluation.protocol import NOT_CREATED, First, Server
+from evaluation.rows import Row
+
+SCORED = ("success", "failure", "max_rounds", "token_limit", "context_overflow")
+# The infrastructure's own: they say nothing of the model and never enter a score.
+ERRORS = ("env_error", "model_error", "timeout")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How far an attempt may go.
+
+    Attributes:
+        rounds: completions of one episode.
+        tokens: of one episode, prompts and completions of all rounds together; 0 is no limit.
+        seconds: of one episode.
+        tries: how often an item is started when the environment fails.
+        wait: seconds to wait for a server that is away, or whose sessions are all in use.
+    """
+    rounds: int
+    tokens: int = 0
+    seconds: float = 3600.0
+    tries: int = 3
+    wait: float = 120.0
+
+
+def judge(row: Row, reward: float, done: bool) -> str:
+    """Return the outcome of an episode that was played: success, failure, or max_rounds where it never ended."""
+    if row.success.holds(reward):
+        return "success"
+    return "failure" if done else "max_rounds"
+
+
+def derived_seed(seed: int, index: int, sample: int) -> int:
+    """Return the seed of one attempt: another one for each item and sample, below 2**31 as endpoints want it."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{index}/{sample}".encode()).digest()[:4], "big") >> 1
+
+
+def first_message(prompt: Prompt, first: First, vocabulary: str) -> str:
+    """Return the first observation as the model is shown it."""
+    text = prompt.first.replace(VOCABULARY, vocabulary) if prompt.first else prompt.before_first + first.observation
+    return text + prompt.actions_label + ",".join(first.actions) if first.actions else text
+
+
+def opening(prompt: Prompt, observation: str) -> list[Message]:
+    """Return the conversation up to the first observation. No system message: AgentGym has none."""
+    messages = [{"role": "user", "content": prompt.user}]
+    if prompt.assistant:
+        messages.append({"role": "assistant", "content": prompt.assistant})
+    elif observation:
+        return [{"role": "user", "content": f"{prompt.user}\n\n{observation}"}]
+    return [*messages, {"role": "user", "content": observation}]
+
+
+@dataclass
+class Episode:
+    """One try at an item: what has happened so far."""
+    first: str = ""
+    turns: list[dict[str, Any]] = field(default_factory=list)
+    reward: float = 0.0
+    upstream: float = 0.0
+    done: bool = False
+    usage: Usage = field(default_factory=Usage)
+    invalid: int = 0
+    model_seconds: float = 0.0
+    env_seconds: float = 0.0
+    retries: int = 0
+    in_doubt: bool = False  # whether a request to the server is on its way
+    outcome: str = ""
+    error: str = ""
+
+    async def play(self, server: Server, session: int, row: Row, prompt: Prompt, item: Item, player: Any,
+                   limits: Limits) -> None:
+        """Play the item in the session, to its end or to a limit."""
+        self.in_doubt = True
+        begun = time.perf_counter()
+        first = await server.reset(session, item.number)
+        vocabulary = ""
+        if VOCABULARY in prompt.first:
+            words = await server.get("/filtered_vocab", session)
+            vocabulary = "\n".join(words) if isinstance(words, list) else str(words)
+        self.env_seconds += time.perf_counter() - begun
+        self.in_doubt = False
+        self.first = first_message(prompt, first, vocabulary)
+        messages = opening(prompt, self.first)
+        while not self.done and len(self.turns) < limits.rounds:
+            if limits.tokens and self.usage.prompt + self.usage.completion >= limits.tokens:
+                self.outcome = "success" if row.success.holds(self.reward) else "token_limit"
+                return
+            completion = await player.reply(messages)
+            self.usage.add(completion.usage)
+            self.retries += completion.retries
+            self.model_seconds += completion.seconds
+            action = parse(row.action, completion.text)
+            self.invalid += not action.found
+            turn: dict[str, Any] = {"completion": completion.text, "action": action.text}
+            if completion.reasoning:
+                turn["reasoning"] = completion.reasoning
+            if completion.finish not in ("stop", ""):
+                turn["finish"] = completion.finish
+            if not action.found:
+                turn["invalid"] = True
+            self.turns.append(turn)
+            if action.text is None:
+                turn["observation"], self.upstream = prompt.refusal, 0.0
+            else:
+                self.in_doubt = True
+                begun = time.perf_counter()
+                step = await server.step(session, action.text)
+                self.env_seconds += time.perf_counter() - begun
+                self.in_doubt = False
+                self.reward, self.done = step.reward, step.done
+                self.upstream = step.reward if step.upstream is None else step.upstream
+                turn["observation"], turn["reward"] = step.observation, step.reward
+            messages += [{
+                "role": "assistant",
+                "content": completion.text
+            }, {
+                "role": "user",
+                "content": turn["observation"]
+            }]
+        self.outcome = judge(row, self.reward, self.done)
+
+
+async def open_session(server: Server, wait: float) -> int:
+    """Create a session, waiting up to `wait` seconds for a server that is away or full.
+
+    Asks again only where nothing can have been created: a create that was sent is never sent twice.
+
+    Raises:
+        EnvironmentFault: it fails otherwise, or the time is up.
+    """
+    end, delay = time.monotonic() + wait, 0.2
+    while True:
+        try:
+            return await server.create()
+        except EnvironmentFault as fault:
+            refused = not fault.sent or fault.status in NOT_CREATED
+            if not refused or time.monotonic() + delay > end:
+                raise
+        await asyncio.sleep(delay * random.uniform(0.5, 1.0))
+        delay = min(5.0, 1.7 * delay)
+
+
+async def _give_back(server: Server, session: int, clean: bool) -> None:
+    """Give the session back even while this task is being cancelled."""
+    closing = asyncio.ensure_future(server.give_back(session, clean))
+    try:
+        await asyncio.shield(closing)
+    except asyncio.CancelledError:
+        await closing
+        raise
+
+
+async def _one_try(server: Server, row: Row, prompt: Prompt, item: Item, player: Any, limits: Limits) -> Episode:
+    episode = Episode()
+    try:
+        session = await open_session(server, limits.wait)
+    except EnvironmentFault as fault:
+        episode.outcome, episode.error = "env_error", str(fault)
+        return episode
+    try:
+        async with asyncio.timeout(limits.seconds):
+            await episode.play(server, session, row, prompt, item, player, limits)
+    except EnvironmentFault as fault:
+        episode.outcome, episode.error = "env_error", str(fault)
+    except ModelFault as fault:
+        episode.outcome, episode.error = "model_error", str(fault)
+        episode.retries += fault.retries
+    except ContextOverflow as overflow:
+        episode.outcome, episode.error = "context_overflow", str(overflow)
+    except TimeoutError:
+        episode.outcome, episode.error = "timeout", f"the episode took longer than {limits.seconds:g} s"
+    finally:
+        await _give_back(server, session, clean=not episode.in_doubt)
+    return episode
+
+
+async def attempt(server: Server, model: Model, row: Row, prompt: Prompt, item: Item, sample: int, seed: int | None,
+                  limits: Limits, before: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+    """Play an item until it has a result, or the environment has failed too often; return its record.
+
+    Args:
+        before: earlier tries, of this run or of one that it resumes: outcome and error of each.
+
+    Raises:
+        Misuse: the model's endpoint refuses every request.
+    """
+    started, begun, tries = datetime.now(UTC), time.perf_counter(), list(before)
+    for number in range(limits.tries):
+        if number:
+            await asyncio.sleep(0.25 * 2**number * random.uniform(0.5, 1.0))
+        episode = await _one_try(server, row, prompt, item, model.player(item.number, sample, seed), limits)
+        if episode.outcome != "env_error" or number == limits.tries - 1:
+            break
+        tries.append({"outcome": episode.outcome, "error": episode.error})
+    scored = episode.outcome in SCORED
+    return {
+        "item": item.id,
+        "index": item.number,
+        "category": item.category,
+        "sample": sample,
+        "seed": seed,
+        "outcome": episode.outcome,
+        "success": row.success.holds(episode.reward) if scored else None,
+        "reward": episode.reward if scored else None,
+        "scaled": row.scaled(episode.reward) if scored else None,
+        "upstream_reward": episode.upstream if scored else None,
+        "rounds": len(episode.turns),
+        "invalid_actions": episode.invalid,
+        "usage": asdict(episode.usage),
+        "seconds": round(time.perf_counter() - begun, 4),
+        "model_seconds": round(episode.model_seconds, 4),
+        "env_seconds": round(episode.env_seconds, 4),
+        "model_retries": episode.retries,
+        "error": episode.error,
+        "tries_before": tries,
+        "started": started.isoformat(timespec="milliseconds"),
+        "task": hashlib.sha256(episode.first.encode()).hexdigest()[:16] if episode.first else "",
+        "first": episode.first,
+        "turns": episode.turns,
+    }

@@ -1,0 +1,168 @@
+"""Which items are played: AgentGym's lists, ids of all their forms, ranges, and categories from the files' names."""
+import json
+import random
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from evaluation.problems import Misuse
+from evaluation.rows import Row
+
+_RANGE = re.compile(r"(\d+)-(\d+)")
+_TRIAL = re.compile(r"trial_T\d+_\d+_\d+$")
+_NUMBER = re.compile(r"(?:^|_)(\d+)$")
+
+
+class Item(NamedTuple):
+    """One item.
+
+    Attributes:
+        id: its name, as the list has it; `env_7` for a bare number.
+        number: the number that the server is reset with.
+        category: the list's name without environment and ending; empty where there is none.
+    """
+    id: str
+    number: int
+    category: str = ""
+
+
+def trial_numbers(maps: Iterable[Sequence[Mapping[str, Any]]]) -> dict[str, int]:
+    """Return the item numbers of ALFWorld's trials: by trial name, and by task and trial."""
+    numbers = {}
+    for entries in maps:
+        for entry in entries:
+            numbers[entry["task_id"]] = numbers[f"{entry['task_type']}/{entry['task_id']}"] = int(entry["item_id"])
+    return numbers
+
+
+def item_of(name: str | int, env: str, category: str = "", trials: Mapping[str, int] | None = None) -> Item:
+    """Return the item called `name`: a number, `env_7`, or a name that ends in an ALFWorld trial's.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if isinstance(name, int):
+        return Item(f"{env}_{name}", name, category)
+    trial = _TRIAL.search(name)
+    if trial:
+        if trial[0] not in (trials or {}):
+            raise ValueError(f"{name} is a trial's name, and no item map has it; point --agentgym at a checkout")
+        return Item(name, (trials or {})[trial[0]], category)
+    number = _NUMBER.search(name)
+    if number is None:
+        raise ValueError(f"{name!r} has no number at its end")
+    return Item(f"{env}_{int(name)}" if name.isdecimal() else name, int(number[1]), category)
+
+
+def read_list(path: Path) -> list[str | int]:
+    """Return the item names in a file of AgentGym's form, or of plain names or numbers in JSON or one a line.
+
+    Raises:
+        Misuse: it cannot be read so.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Misuse(f"item list {path} cannot be read: {error}") from None
+    try:
+        entries = json.loads(text)
+    except ValueError:
+        if text.lstrip()[:1] in "[{":
+            raise Misuse(f"item list {path} is no JSON; expected [{{\"item_id\": \"env_0\"}}, …]") from None
+        return [line.strip() for line in text.splitlines() if line.strip()]
+    names = [entry.get("item_id") if isinstance(entry, dict) else entry
+             for entry in entries] if isinstance(entries, list) else [None]
+    if any(isinstance(name, bool) or not isinstance(name, str | int) for name in names):
+        raise Misuse(f"item list {path} has an entry without item_id; expected [{{\"item_id\": \"env_0\"}}, …]")
+    return [name for name in names if name is not None]
+
+
+def list_files(env: str, root: Path) -> tuple[Path | None, list[Path]]:
+    """Return the whole list of `env` under `root`, and the lists of its categories beside it.
+
+    A category's list is any other JSON file in AgentEval/<env>; AgentGym-RL's own evaluation reads them so.
+    """
+    for folder in (root / "AgentEval" / env, root / "AgentEval" / f"lmrlgym_{env}"):
+        if folder.is_dir():
+            files = sorted(folder.glob("*.json"))
+            whole = [file for file in files if re.fullmatch(rf"(lmrlgym_)?{env}_test", file.stem)]
+            return (whole[0] if whole else None), [file for file in files if file not in whole]
+    for name in (f"{env}_train.json", f"lmrlgym_{env}_train.json"):
+        if (root / "AgentItemId" / name).is_file():
+            return root / "AgentItemId" / name, []
+    return None, []
+
+
+def category_of(file: Path, env: str) -> str:
+    """Return the category that a list's file name tells: searchqa_nq_test.json is nq."""
+    return file.stem.removeprefix("lmrlgym_").removeprefix(env).strip("_").removesuffix("test").strip("_") or file.stem
+
+
+def choose(
+    row: Row,
+    items: str = "",
+    limit: int = 0,
+    shuffle_seed: int | None = None,
+    root: Path = Path("."),
+    maps: Iterable[Sequence[Mapping[str, Any]]] = ()
+) -> tuple[list[Item], str]:
+    """Return the items to play and where they come from.
+
+    Args:
+        row: the environment.
+        items: --items: a file, ranges and names separated by commas, or empty for AgentGym's list under `root`, or,
+            where there is none, the row's first items up to its evaluation's size.
+        limit: at most so many; 0 is all.
+        shuffle_seed: shuffle before the limit, with this seed.
+        root: the folder that has AgentEval and AgentItemId.
+        maps: ALFWorld's item maps.
+
+    Raises:
+        Misuse: an item cannot be read, is not there or comes twice; or there is none.
+    """
+    trials = trial_numbers(maps)
+    found: list[tuple[str | int, str]]
+    if items and Path(items).is_file():
+        found, origin = [(name, "") for name in read_list(Path(items))], Path(items).name
+    elif items:
+        found, origin = [], "--items"
+        for piece in filter(None, (part.strip() for part in items.split(","))):
+            span = _RANGE.fullmatch(piece)
+            if span and int(span[1]) > int(span[2]):
+                raise Misuse(f"--items {piece} ends before it begins; write {span[2]}-{span[1]}")
+            if span and int(span[2]) - int(span[1]) >= 1_000_000:
+                raise Misuse(f"--items {piece} is more than a million items; choose fewer")
+            if not span and (piece.endswith(".json") or "/" in piece):
+                raise Misuse(f"no item list {piece}; name a file, or items such as 0-99 or {row.name}_3")
+            found += [(n, "") for n in range(int(span[1]), int(span[2]) + 1)] if span else [(piece, "")]
+    else:
+        whole, parts = list_files(row.name, root)
+        categories = {name: category_of(file, row.name) for file in parts for name in read_list(file)}
+        if whole or parts:
+            names = read_list(whole) if whole else list(categories)
+            found = [(name, categories.get(name, "")) for name in names]
+            origin = whole.name if whole else f"{len(parts)} lists in {parts[0].parent}"
+        else:
+            last = row.items.last if row.items.last is not None else row.items.first + (row.items.eval_size or 100) - 1
+            size = min(row.items.eval_size or last - row.items.first + 1, last - row.items.first + 1)
+            found = [(n, "") for n in range(row.items.first, row.items.first + size)]
+            origin = f"the row's first {size}"
+    try:
+        chosen = [item_of(name, row.name, category, trials) for name, category in found]
+    except ValueError as error:
+        raise Misuse(f"items of {origin}: {error}") from None
+    seen: set[int] = set()
+    for item in chosen:
+        if item.number < row.items.first or (row.items.last is not None and item.number > row.items.last):
+            raise Misuse(f"items of {origin}: {row.name} has no item {item.number}; "
+                         f"they are {row.items.first} to {'…' if row.items.last is None else row.items.last}")
+        if item.number in seen:
+            raise Misuse(f"items of {origin}: item {item.number} comes twice; name each once and use --samples")
+        seen.add(item.number)
+    if shuffle_seed is not None:
+        random.Random(shuffle_seed).shuffle(chosen)
+    chosen = chosen[:limit] if limit else chosen
+    if not chosen:
+        raise Misuse(f"items of {origin}: there are none; name some with --items")
+    return chosen, origin

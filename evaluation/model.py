@@ -1,0 +1,290 @@
+"""The model: an OpenAI-compatible chat endpoint, or a scripted player that needs none."""
+import random
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from evaluation.problems import ContextOverflow, Misuse, ModelFault
+
+if TYPE_CHECKING:
+    import openai
+    from openai.types.chat import ChatCompletion
+
+RETRIED = (408, 409, 429)
+HOPELESS = {
+    401: "the key is not accepted; check OPENAI_API_KEY",
+    403: "the key may not use this model; check OPENAI_API_KEY and MODEL",
+    404: "there is no such model or address; check MODEL and OPENAI_BASE_URL",
+}
+LONGEST_WAIT = 60.0
+# What OpenAI, vLLM, llama.cpp, TGI, Anthropic's and others' endpoints say of a conversation that is too long.
+_OVERFLOW = re.compile(
+    r"context[_ ](length|window|size)|maximum (context|model|sequence|input|prompt)|(prompt|input|message)s? (is |are )?too long|"
+    r"reduce the length|too many (input |prompt )?tokens|exceeds? the (available|maximum)|max_model_len", re.IGNORECASE)
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn.
+
+    Attributes:
+        temperature: None leaves the field out, for models that refuse it.
+        max_tokens: of one completion; 0 leaves the field out.
+        extra: further fields of the request's body.
+    """
+    temperature: float | None = 1.0
+    top_p: float | None = None
+    max_tokens: int = 4096
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Usage:
+    """Tokens of one or more completions; `unknown` counts completions whose server did not say."""
+    prompt: int = 0
+    completion: int = 0
+    cached: int = 0
+    reasoning: int = 0
+    unknown: int = 0
+
+    def add(self, other: "Usage") -> None:
+        """Add `other` to this."""
+        self.prompt += other.prompt
+        self.completion += other.completion
+        self.cached += other.cached
+        self.reasoning += other.reasoning
+        self.unknown += other.unknown
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the model said.
+
+    Attributes:
+        text: empty where the content was null.
+        reasoning: what the server gave apart from the content; it is kept and never sent back.
+        finish: stop, length, content_filter, …
+        seconds: how long the answer took, without the failed tries before it.
+        retries: how often the request was sent again.
+    """
+    text: str
+    reasoning: str = ""
+    finish: str = ""
+    usage: Usage = field(default_factory=Usage)
+    seconds: float = 0.0
+    retries: int = 0
+
+
+class Player(Protocol):
+    """Whatever answers for the model in one attempt."""
+
+    async def reply(self, messages: Sequence[Message]) -> Completion:
+        """Return the completion of the conversation."""
+
+
+class Model(Protocol):
+    """Makes a player for each attempt."""
+
+    def player(self, item: int, sample: int, seed: int | None) -> Player:
+        """Return the player of one attempt; `seed` makes its draws repeatable."""
+
+    async def aclose(self) -> None:
+        """Close connections."""
+
+
+def overflowed(status: int, message: str, code: str = "") -> bool:
+    """Tell whether an answer with an error means that the conversation is too long for the model."""
+    return status == 413 or code == "context_length_exceeded" or (status in (400, 422)
+                                                                  and bool(_OVERFLOW.search(message)))
+
+
+def retry_after(headers: Mapping[str, str], now: float) -> float | None:
+    """Return the seconds that the headers ask to wait; None where they do not."""
+    from email.utils import parsedate_to_datetime
+    milliseconds, said = headers.get("retry-after-ms"), headers.get("retry-after")
+    try:
+        if milliseconds is not None:
+            return max(0.0, float(milliseconds) / 1000)
+        return None if said is None else max(0.0, float(said))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(said or "").timestamp() - now)
+    except ValueError:
+        return None
+
+
+def completion_of(answer: "ChatCompletion", seconds: float, retries: int) -> Completion:
+    """Return what a well-formed answer says.
+
+    Raises:
+        ValueError: it has no choice or no message.
+    """
+    choices = getattr(answer, "choices", None)
+    if not choices or getattr(choices[0], "message", None) is None:
+        raise ValueError("no choices")
+    message, used = choices[0].message, answer.usage
+    extra = message.model_extra or {}
+    reasoning = extra.get("reasoning_content") or extra.get("reasoning") or ""
+    usage = Usage(unknown=1)
+    if used is not None and used.prompt_tokens is not None and used.completion_tokens is not None:
+        inside, outside = used.prompt_tokens_details, used.completion_tokens_details
+        usage = Usage(used.prompt_tokens, used.completion_tokens, (inside and inside.cached_tokens) or 0,
+                      (outside and outside.reasoning_tokens) or 0)
+    text = message.content
+    return Completion(text if isinstance(text, str) else "", reasoning if isinstance(reasoning, str) else "",
+                      choices[0].finish_reason or "", usage, seconds, retries)
+
+
+class ChatModel:
+    """An OpenAI-compatible endpoint.
+
+    The client's own retries are off: tenacity does them, so that they can be counted and Retry-After is honoured up
+    to any length that the wait allows.
+    """
+
+    def __init__(self,
+                 name: str,
+                 key: str,
+                 base_url: str = "",
+                 sampling: Sampling = Sampling(),
+                 timeout: float = 600.0,
+                 tries: int = 8,
+                 concurrency: int = 64) -> None:
+        import openai
+        self.name, self.sampling, self.tries, self.key = name, sampling, tries, key
+        limits = openai.DefaultAsyncHttpxClient(limits=_limits(concurrency))
+        # base_url="" must not reach the client: it would take OPENAI_BASE_URL, which may be set but empty.
+        self.client = openai.AsyncOpenAI(api_key=key,
+                                         base_url=base_url or "https://api.openai.com/v1",
+                                         max_retries=0,
+                                         timeout=timeout,
+                                         http_client=limits)
+        self.answered = False
+
+    def player(self, item: int, sample: int, seed: int | None) -> "ChatPlayer":
+        """Return a player; the item is of no account, since the conversation tells it."""
+        return ChatPlayer(self, seed)
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self.client.close()
+
+    def fields(self, seed: int | None) -> dict[str, Any]:
+        """Return the request's fields beside model and messages."""
+        sampling = self.sampling
+        wanted = {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": sampling.max_tokens or None,
+            "seed": seed,
+            "extra_body": dict(sampling.extra) or None,
+        }
+        return {key: value for key, value in wanted.items() if value is not None}
+
+    async def complete(self, messages: Sequence[Message], seed: int | None) -> Completion:
+        """Return the completion; tries again what may pass.
+
+        Raises:
+            ContextOverflow: the conversation is too long.
+            ModelFault: the tries are used up, or the request is refused for good.
+            Misuse: every further request would be refused: the key, the model's name, a parameter.
+        """
+        import openai
+        import tenacity
+        retries = 0
+
+        def count(state: tenacity.RetryCallState) -> None:
+            nonlocal retries
+            retries += 1
+
+        retrying = tenacity.AsyncRetrying(stop=tenacity.stop_after_attempt(self.tries),
+                                          wait=_wait,
+                                          retry=tenacity.retry_if_exception(may_pass),
+                                          before_sleep=count,
+                                          reraise=True)
+
+        async def once() -> Completion:
+            begun = time.perf_counter()
+            answer = await self.client.chat.completions.create(
+                model=self.name,
+                messages=list(messages),  # type: ignore[arg-type]
+                **self.fields(seed))
+            return completion_of(answer, time.perf_counter() - begun, retries)
+
+        try:
+            completion: Completion = await retrying(once)
+        except openai.APIStatusError as error:
+            raise self._refused(error, retries) from None
+        except (openai.APIError, ValueError, AttributeError) as error:
+            said = str(error) if isinstance(error, openai.APIError) else "the answer is no chat completion"
+            if isinstance(error, openai.APIConnectionError) and not isinstance(error, openai.APITimeoutError):
+                said = f"cannot reach {redacted_url(str(self.client.base_url))}: {error.__cause__ or error}"
+            raise ModelFault(self._clean(f"{said} (after {retries + 1} tries)"), retries) from None
+        self.answered = True
+        return completion
+
+    def _refused(self, error: "openai.APIStatusError", retries: int) -> Exception:
+        status, body = error.status_code, error.body if isinstance(error.body, dict) else {}
+        message = str(body.get("message") or error.message)
+        if overflowed(status, message, str(body.get("code") or "")):
+            return ContextOverflow(self._clean(message))
+        line = self._clean(" ".join(message.split())[:300])
+        if status in HOPELESS:
+            return Misuse(f"model {self.name}: HTTP {status}, {HOPELESS[status]} ({line})")
+        if 400 <= status < 500 and status not in RETRIED and not self.answered:
+            # Nothing has worked yet, so the request itself does not fit this endpoint.
+            return Misuse(f"model {self.name}: HTTP {status}: {line}; change what is sent (--temperature none, "
+                          "--max-tokens 0, --extra-body)")
+        return ModelFault(f"HTTP {status}: {line} (after {retries + 1} tries)", retries)
+
+    def _clean(self, text: str) -> str:
+        """Return `text` without the key, which some endpoints repeat in their errors."""
+        return text.replace(self.key, "***") if len(self.key) > 3 else text
+
+
+def _limits(concurrency: int) -> Any:
+    import httpx2
+    return httpx2.Limits(max_connections=None, max_keepalive_connections=concurrency)
+
+
+def may_pass(error: BaseException) -> bool:
+    """Tell whether the same request may succeed later."""
+    import openai
+    if isinstance(error, openai.APIStatusError):
+        return error.status_code in RETRIED or error.status_code >= 500
+    # A malformed answer is a fault of the server's, like a 500: openai gives a ValueError or an object without choices.
+    return isinstance(error, openai.APIError | ValueError | AttributeError)
+
+
+def _wait(state: Any) -> float:
+    """Return the seconds before the next try: what the server asks for, else 0.5, 1, 2, … up to 60, with jitter."""
+    import openai
+    backoff = min(LONGEST_WAIT, 0.5 * 2**(state.attempt_number - 1)) * random.uniform(0.5, 1.0)
+    error = state.outcome.exception()
+    if isinstance(error, openai.APIStatusError):
+        asked = retry_after(error.response.headers, time.time())
+        if asked is not None:
+            # A little more than asked, each at another moment: all would come back at once otherwise.
+            return asked + random.uniform(0.0, min(1.0, 0.1 * asked + 0.05))
+    return backoff
+
+
+def redacted_url(url: str) -> str:
+    """Return `url` without a login in it."""
+    return re.sub(r"(\w+://)[^/\s@]+@", r"\1***@", url)
+
+
+class ChatPlayer:
+    """One attempt at a chat endpoint."""
+
+    def __init__(self, model: ChatModel, seed: int | None) -> None:
+        self.model, self.seed = model, seed
+
+    async def reply(self, messages: Sequence[Message]) -> Completion:
+        """Return the completion of the conversation."""
+        return await self.model.complete(messages, self.seed)

@@ -1,0 +1,224 @@
+"""The numbers of a run, from its records: pure functions of values.
+
+An item's value is the mean over its samples, and a figure is the mean over items, so an item of which a sample failed
+weighs as much as any other. Samples of one item depend on each other: intervals come from resampling items, never
+attempts.
+"""
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from statistics import NormalDist, fmean
+from typing import Any
+
+import numpy as np
+
+from evaluation.episodes import ERRORS, SCORED
+
+CONFIDENCE = 0.95
+RESAMPLES = 2000
+Z = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
+Record = Mapping[str, Any]
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """Return the Wilson score interval of a share of `count` (Wilson 1927)."""
+    centre = (share + Z**2 / (2 * count)) / (1 + Z**2 / count)
+    half = Z * math.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2)) / (1 + Z**2 / count)
+    # The bounds of 0 and 1 are themselves; rounding would leave 1e-17.
+    return max(0.0, centre - half) if share > 0 else 0.0, min(1.0, centre + half) if share < 1 else 1.0
+
+
+def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
+    """Return the percentile bootstrap interval of the mean of `values`, from RESAMPLES resamples (Efron 1979)."""
+    array, rng = np.asarray(values, dtype=float), np.random.default_rng(seed)
+    means = np.empty(RESAMPLES)
+    chunk = max(1, 2_000_000 // len(array))  # bounds the memory
+    for begin in range(0, RESAMPLES, chunk):
+        size = min(chunk, RESAMPLES - begin)
+        means[begin:begin + size] = array[rng.integers(0, len(array), (size, len(array)))].mean(axis=1)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def pass_at_k(samples: int, solved: int, k: int) -> float:
+    """Return the chance that at least one of k samples solves the item, without bias (Chen et al. 2021, equation 1).
+
+    Raises:
+        ValueError: k is above the number of samples.
+    """
+    if not 1 <= k <= samples:
+        raise ValueError(f"Pass@{k} needs {k} samples, and there are {samples}")
+    return 1.0 - math.comb(samples - solved, k) / math.comb(samples, k)
+
+
+def figure(values: Sequence[float], binary: bool = False, bounded: bool = True) -> dict[str, Any] | None:
+    """Return mean, interval and how the interval was made; None where there is no value.
+
+    Args:
+        values: one an item.
+        binary: each is 0 or 1, so that Wilson's interval holds.
+        bounded: all lie in 0 to 1.
+    """
+    if not values:
+        return None
+    mean, count = fmean(values), len(values)
+    equal = min(values) == max(values)
+    if bounded and (binary or equal):
+        # Equal values leave nothing to resample: a bootstrap would claim certainty. Wilson's is wide enough for any
+        # values in 0 to 1, whose spread is at most that of zeros and ones.
+        low, high = wilson(mean, count)
+        return {"mean": mean, "low": low, "high": high, "method": "Wilson", "items": count}
+    if count == 1 or equal:
+        return {"mean": mean, "low": None, "high": None, "method": "none", "items": count}
+    low, high = bootstrap(values)
+    return {"mean": mean, "low": low, "high": high, "method": "bootstrap over items", "items": count}
+
+
+def by_item(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Return the scored records by item."""
+    items: dict[str, list[Record]] = {}
+    for record in records:
+        if record["outcome"] in SCORED:
+            items.setdefault(record["item"], []).append(record)
+    return items
+
+
+def scores(records: Sequence[Record], samples: int) -> dict[str, Any]:
+    """Return reward, success and Pass@k of `records`, of which each item should have `samples`."""
+    items = by_item(records)
+    rewards = [fmean(float(one["scaled"]) for one in group) for group in items.values()]
+    solved = [fmean(float(one["success"]) for one in group) for group in items.values()]
+    found: dict[str, Any] = {
+        "items": len(items),
+        "scored": sum(map(len, items.values())),
+        "reward": figure(rewards),
+        "success": figure(solved, binary=samples == 1),
+    }
+    passes = {}
+    for k in sorted({1, 2, 4, 8, 16, 32, 64, samples}):
+        if 1 < k <= samples:
+            values = [
+                pass_at_k(len(group), sum(bool(one["success"]) for one in group), k) for group in items.values()
+                if len(group) >= k
+            ]
+            if values:
+                passes[str(k)] = figure(values, binary=k == samples)
+    if passes:
+        found["pass_at"] = passes
+    return found
+
+
+def cost(usage: Mapping[str, int], price: Mapping[str, float] | None) -> float | None:
+    """Return the cost of `usage` in the price's currency; None without a price or where tokens are unknown."""
+    if price is None or usage.get("unknown"):
+        return None
+    cached = usage["cached"] if "cached" in price else 0
+    return ((usage["prompt"] - cached) * price["input"] + cached * price.get("cached", 0.0) +
+            usage["completion"] * price["output"]) / 1e6
+
+
+def upstream(records: Sequence[Record], samples: int) -> dict[str, Any]:
+    """Return the figures as AgentGym's and AgentGym-RL's own evaluations would count them.
+
+    Their rewards are raw, an attempt that the infrastructure spoilt counts as 0, success is a reward of exactly 1 or
+    100 (Evaluator.eval), and Pass@n is any reward above 0 (main_generation).
+    """
+    items: dict[str, list[float]] = {}
+    for record in records:
+        items.setdefault(record["item"], []).append(float(record["upstream_reward"] or 0.0))
+    rewards = [reward for group in items.values() for reward in group]
+    if not rewards:
+        return {}
+    return {
+        "score": fmean(rewards),
+        "success": fmean(float(reward in (1.0, 100.0)) for reward in rewards),
+        f"avg@{samples}": fmean(rewards),
+        f"pass@{samples}": fmean(float(max(group) > 0) for group in items.values()),
+    }
+
+
+def histogram(values: Sequence[float]) -> dict[str, int]:
+    """Return how often each value occurs, in order."""
+    return {f"{value:g}": count for value, count in sorted(Counter(values).items())}
+
+
+def summarize(records: Sequence[Record],
+              samples: int,
+              expected: int | None = None,
+              price: Mapping[str, float] | None = None,
+              wall: float | None = None) -> dict[str, Any]:
+    """Return all numbers of a run.
+
+    Args:
+        records: its attempts.
+        samples: a run's `--samples`.
+        expected: how many attempts the run has when it is complete.
+        price: of the model, for a million tokens: input, output and, where known, cached.
+        wall: seconds that the run took.
+    """
+    outcomes = Counter(record["outcome"] for record in records)
+    errors = sum(outcomes[name] for name in ERRORS)
+    usage = {
+        key: sum(record["usage"][key] for record in records)
+        for key in ("prompt", "completion", "cached", "reasoning", "unknown")
+    }
+    scored = [record for record in records if record["outcome"] in SCORED]
+    categories = sorted({record["category"] for record in records if record["category"]})
+    return {
+        "attempts": len(records),
+        "expected": len(records) if expected is None else expected,
+        "errors": errors,
+        "error_rate": errors / len(records) if records else 0.0,
+        "outcomes": {
+            name: outcomes[name]
+            for name in (*SCORED, *ERRORS) if outcomes[name]
+        },
+        **scores(records, samples),
+        "samples": samples,
+        "confidence": CONFIDENCE,
+        "categories": {
+            name: scores([one for one in records if one["category"] == name], samples)
+            for name in categories
+        },
+        "rounds": figure([fmean(one["rounds"] for one in group) for group in by_item(records).values()], bounded=False),
+        "rounds_histogram": histogram([one["rounds"] for one in scored]),
+        "invalid_actions": sum(record["invalid_actions"] for record in records),
+        "model_retries": sum(record["model_retries"] for record in records),
+        "tries_before": sum(len(record["tries_before"]) for record in records),
+        "usage": usage,
+        "cost": cost(usage, price),
+        "seconds": {
+            "wall": wall,
+            "model": sum(record["model_seconds"] for record in records),
+            "environment": sum(record["env_seconds"] for record in records),
+        },
+        "upstream": upstream(records, samples),
+    }
+
+
+def compare(one: Sequence[Record], other: Sequence[Record]) -> dict[str, Any]:
+    """Return the paired difference of two runs, other minus one, on the items that both have.
+
+    Items that flipped: solved in most samples of one run and not of the other.
+    """
+    left, right = by_item(one), by_item(other)
+    common = [item for item in left if item in right]
+
+    def means(group: Mapping[str, list[Record]], key: str) -> list[float]:
+        return [fmean(float(record[key]) for record in group[item]) for item in common]
+
+    def difference(key: str) -> dict[str, Any] | None:
+        pairs = zip(means(left, key), means(right, key), strict=True)
+        return figure([b - a for a, b in pairs], bounded=False)
+
+    before, after = means(left, "success"), means(right, "success")
+    return {
+        "items": len(common),
+        "only_one": len(left) - len(common),
+        "only_other": len(right) - len(common),
+        "reward": difference("scaled"),
+        "success": difference("success"),
+        "gained": [item for item, a, b in zip(common, before, after, strict=True) if a < 0.5 <= b],
+        "lost": [item for item, a, b in zip(common, before, after, strict=True) if b < 0.5 <= a],
+    }

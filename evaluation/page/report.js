@@ -1,0 +1,234 @@
+"use strict";
+// Everything that a model or an environment said is put on the page as text (textContent), never as markup.
+const data = JSON.parse(document.getElementById("data").textContent);
+const [RUN, ITEM, CATEGORY, SAMPLE, OUTCOME, REWARD, ROUNDS, INVALID, TOKENS, SECONDS] = Array(10).keys();
+const PAGE_SIZE = 100;
+const columns = [
+  ["item", ITEM], ["run", RUN], ["category", CATEGORY], ["sample", SAMPLE], ["outcome", OUTCOME], ["reward", REWARD],
+  ["rounds", ROUNDS], ["invalid", INVALID], ["tokens", TOKENS], ["seconds", SECONDS],
+].filter(([, key]) => !(key === RUN && data.runs.length === 1) && !(key === CATEGORY && data.rows.every((row) => !row[CATEGORY])));
+const numeric = new Set([SAMPLE, REWARD, ROUNDS, INVALID, TOKENS, SECONDS]);
+const at = (id) => document.getElementById(id);
+const state = { shown: [], page: 0, sort: null, down: false, open: null };
+
+function make(tag, text, className) {
+  const node = document.createElement(tag);
+  if (text !== undefined && text !== null) node.textContent = text;
+  if (className) node.className = className;
+  return node;
+}
+
+function cell(row, key) {
+  if (key === RUN) return data.runs[row[RUN]];
+  if (key === REWARD) return row[REWARD] === null ? "–" : row[REWARD].toFixed(2);
+  if (key === SECONDS) return row[SECONDS].toFixed(1);
+  return row[key];
+}
+
+function option(select, value, text) {
+  const node = make("option", text === undefined ? value : text);
+  node.value = value;
+  select.append(node);
+}
+
+function filter() {
+  const text = at("text").value.toLowerCase();
+  const run = at("run").value, outcome = at("outcome").value, category = at("category").value;
+  state.shown = [];
+  data.rows.forEach((row, number) => {
+    if (text && !row[ITEM].toLowerCase().includes(text)) return;
+    if (run !== "" && row[RUN] !== Number(run)) return;
+    if (outcome && (outcome === "errors" ? !["env_error", "model_error", "timeout"].includes(row[OUTCOME]) : row[OUTCOME] !== outcome)) return;
+    if (category && row[CATEGORY] !== category) return;
+    state.shown.push(number);
+  });
+  if (state.sort !== null) {
+    const key = state.sort, sign = state.down ? -1 : 1;
+    state.shown.sort((a, b) => {
+      const x = data.rows[a][key], y = data.rows[b][key];
+      if (x === y) return a - b;
+      if (x === null || y === null) return x === null ? 1 : -1;
+      return (x < y ? -1 : 1) * sign;
+    });
+  }
+  state.page = 0;
+  draw();
+}
+
+function draw() {
+  const pages = Math.max(1, Math.ceil(state.shown.length / PAGE_SIZE));
+  state.page = Math.min(Math.max(state.page, 0), pages - 1);
+  const body = document.createDocumentFragment();
+  for (const number of state.shown.slice(state.page * PAGE_SIZE, (state.page + 1) * PAGE_SIZE)) {
+    const row = data.rows[number], line = make("tr");
+    line.dataset.number = number;
+    if (number === state.open) line.className = "open";
+    for (const [, key] of columns) {
+      const place = make("td", null, numeric.has(key) ? "number" : key === OUTCOME ? row[OUTCOME] : "");
+      if (key === ITEM) {
+        const button = make("button", row[ITEM]);
+        button.type = "button";
+        button.addEventListener("click", () => { location.hash = link(number); });
+        place.append(button);
+      } else place.textContent = cell(row, key);
+      line.append(place);
+    }
+    body.append(line);
+  }
+  document.querySelector("#table tbody").replaceChildren(body);
+  at("shown").textContent = `${state.shown.length} of ${data.rows.length} attempts`;
+  at("page").textContent = `${state.page + 1} of ${pages}`;
+  at("before").disabled = state.page === 0;
+  at("after").disabled = state.page === pages - 1;
+}
+
+function header() {
+  const line = document.querySelector("#table thead tr");
+  for (const [name, key] of columns) {
+    const place = make("th", null, numeric.has(key) ? "number" : ""), button = make("button", name);
+    place.scope = "col";
+    button.type = "button";
+    button.addEventListener("click", () => {
+      state.down = state.sort === key ? !state.down : false;
+      state.sort = key;
+      for (const other of line.children) other.removeAttribute("aria-sort");
+      place.setAttribute("aria-sort", state.down ? "descending" : "ascending");
+      filter();
+    });
+    place.append(button);
+    line.append(place);
+  }
+}
+
+function link(number) {
+  const row = data.rows[number];
+  return new URLSearchParams({ run: row[RUN], item: row[ITEM], sample: row[SAMPLE] }).toString();
+}
+
+const places = new Map(data.rows.map((row, number) => [link(number), number]));
+const chunks = new Map();
+
+async function details(number) {
+  const chunk = Math.floor(number / data.chunk);
+  if (!chunks.has(chunk)) {
+    chunks.set(chunk, (async () => {
+      const packed = Uint8Array.from(atob(at("chunk-" + chunk).textContent), (letter) => letter.charCodeAt(0));
+      const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
+      return new Response(stream).json();
+    })());
+  }
+  return (await chunks.get(chunk))[number % data.chunk];
+}
+
+function part(turn, title, text, className) {
+  if (text === undefined || text === null || text === "") return;
+  turn.append(make("h4", title), make("pre", text, className));
+}
+
+async function transcript(number) {
+  const [first, turns, error, tries, reward, seed, task, started] = await details(number);
+  const row = data.rows[number], column = make("article");
+  column.append(make("h3", `${data.runs[row[RUN]]}, sample ${row[SAMPLE]}`));
+  const facts = make("p", null, "facts");
+  facts.append(make("strong", row[OUTCOME], row[OUTCOME]));
+  facts.append(` · reward ${reward === null ? "none" : reward} · ${row[ROUNDS]} rounds · ${row[TOKENS]} tokens · ` +
+    `${row[SECONDS].toFixed(1)} s · seed ${seed === null ? "none" : seed} · task ${task} · ${started}`);
+  column.append(facts);
+  if (error) column.append(make("p", `Error: ${error}`, "problem"));
+  for (const one of tries) column.append(make("p", `Earlier try, ${one.outcome}: ${one.error}`, "problem"));
+  const start = make("section", null, "turn");
+  part(start, "First observation", first);
+  column.append(start);
+  turns.forEach((one, index) => {
+    const turn = make("section", null, one.invalid ? "turn invalid" : "turn");
+    turn.setAttribute("aria-label", `Round ${index + 1}`);
+    turn.append(make("h3", `Round ${index + 1}`));
+    if (one.invalid) turn.append(make("p", one.action === null ? "Invalid action: refused, not sent" : "Invalid action: none found", "mark"));
+    if (one.finish) turn.append(make("p", `The completion ended with ${one.finish}`, "mark"));
+    part(turn, "Reasoning", one.reasoning);
+    part(turn, "Thought and action", one.completion === one.action ? "" : one.completion || "(empty)");
+    part(turn, "Action", one.action);
+    part(turn, "Observation", one.observation);
+    if (one.reward !== undefined) turn.append(make("p", `Reward ${one.reward}`, "facts"));
+    column.append(turn);
+  });
+  return column;
+}
+
+async function open(number, focus) {
+  state.open = number;
+  const row = data.rows[number];
+  at("viewer").hidden = false;
+  at("viewer-title").textContent = row[ITEM];
+  const beside = at("beside");
+  beside.replaceChildren();
+  option(beside, "", "nothing");
+  data.rows.forEach((other, index) => {
+    if (index !== number && other[ITEM] === row[ITEM]) option(beside, index, `${data.runs[other[RUN]]}, sample ${other[SAMPLE]} (${other[OUTCOME]})`);
+  });
+  beside.parentElement.hidden = beside.options.length === 1;
+  const column = await transcript(number);
+  if (state.open !== number) return;  // another one was opened meanwhile
+  at("columns").replaceChildren(column);
+  draw();
+  if (focus) {
+    at("viewer-title").focus();
+    at("viewer").scrollIntoView();
+  }
+}
+
+function close() {
+  const number = state.open;
+  state.open = null;
+  at("viewer").hidden = true;
+  history.replaceState(null, "", location.pathname + location.search);
+  draw();
+  const button = document.querySelector(`#table tr[data-number="${number}"] button`);
+  (button || at("text")).focus();
+}
+
+function follow() {
+  const number = places.get(new URLSearchParams(location.hash.slice(1)).toString());
+  if (number !== undefined) open(number, true);
+}
+
+function step(by) {
+  if (!state.shown.length) return;
+  const here = state.shown.indexOf(state.open);
+  const next = here < 0 ? 0 : Math.min(Math.max(here + by, 0), state.shown.length - 1);
+  state.page = Math.floor(next / PAGE_SIZE);
+  location.hash = link(state.shown[next]);
+}
+
+header();
+data.runs.forEach((name, number) => option(at("run"), number, name));
+at("run-label").hidden = data.runs.length === 1;
+for (const outcome of new Set(data.rows.map((row) => row[OUTCOME]))) option(at("outcome"), outcome);
+option(at("outcome"), "errors", "all errors");
+const categories = [...new Set(data.rows.map((row) => row[CATEGORY]).filter(Boolean))].sort();
+for (const category of categories) option(at("category"), category);
+at("category-label").hidden = !categories.length;
+for (const id of ["run", "outcome", "category"]) at(id).addEventListener("change", filter);
+at("text").addEventListener("input", filter);
+at("filters").addEventListener("submit", (event) => event.preventDefault());
+at("before").addEventListener("click", () => { state.page -= 1; draw(); });
+at("after").addEventListener("click", () => { state.page += 1; draw(); });
+at("close").addEventListener("click", close);
+at("beside").addEventListener("change", async (event) => {
+  const wanted = event.target.value, number = state.open;
+  const both = [await transcript(number)];
+  if (wanted !== "") both.push(await transcript(Number(wanted)));
+  if (state.open === number) at("columns").replaceChildren(...both);
+});
+addEventListener("hashchange", follow);
+addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.key === "Escape" && state.open !== null) return close();
+  if (/^(INPUT|SELECT|TEXTAREA)$/.test(document.activeElement.tagName)) return;
+  if (event.key === "/") { event.preventDefault(); at("text").focus(); }
+  if (event.key === "j") step(1);
+  if (event.key === "k") step(-1);
+});
+filter();
+follow();
+document.documentElement.dataset.ready = "yes";

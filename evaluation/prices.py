@@ -1,0 +1,32 @@
+"""What tokens cost: a table that the user gives. There is none built in, because prices change and vary by contract."""
+import json
+import tomllib
+from pathlib import Path
+
+from evaluation.problems import Misuse
+
+Price = dict[str, float]
+
+
+def read_price(file: str, model: str) -> Price | None:
+    """Return the price of `model` in a TOML or JSON file; None where no file is given or the model is not in it.
+
+    A table a model, for a million tokens: `["gpt-x"] input = 0.15, output = 0.6, cached = 0.075` (cached is optional).
+
+    Raises:
+        Misuse: the file cannot be read so.
+    """
+    if not file:
+        return None
+    try:
+        text = Path(file).read_text()
+        tables = json.loads(text) if file.endswith(".json") else tomllib.loads(text)
+    except (OSError, ValueError) as error:
+        raise Misuse(f"--prices {file} cannot be read: {error}") from None
+    price = tables.get(model) if isinstance(tables, dict) else None
+    if price is None:
+        return None
+    try:
+        return {key: float(price[key]) for key in ("input", "output", "cached") if key in price or key != "cached"}
+    except (KeyError, TypeError, ValueError):
+        raise Misuse(f"--prices {file}: {model} needs input and output, numbers for a million tokens") from None

@@ -1,0 +1,39 @@
+"""What can go wrong, told apart by who can mend it."""
+
+
+class Misuse(Exception):
+    """The user can mend it: one line with what failed, the value and the remedy; exit code 2."""
+
+
+class Stopped(Exception):
+    """The run cannot go on, through no fault in its configuration (disk full): one line, exit code 1."""
+
+
+class EnvironmentFault(Exception):
+    """The environment server answered with an error, in whatever form, or did not answer.
+
+    Attributes:
+        status: the HTTP status; 200 for an error inside a 200; None where no answer came.
+        sent: False where the request surely never reached the server, so that it may be sent again.
+    """
+
+    def __init__(self, message: str, status: int | None = None, sent: bool = True) -> None:
+        super().__init__(message)
+        self.status = status
+        self.sent = sent
+
+
+class ModelFault(Exception):
+    """The model gave no completion; the attempt has no result.
+
+    Attributes:
+        retries: how often the request was sent again before.
+    """
+
+    def __init__(self, message: str, retries: int = 0) -> None:
+        super().__init__(message)
+        self.retries = retries
+
+
+class ContextOverflow(Exception):
+    """The conversation no longer fits into the model's context."""

@@ -1,0 +1,242 @@
+"""Speak an environment server's HTTP as its row says, for many sessions at once.
+
+aiohttp and not httpx: a step of a text game costs its server half a millisecond, and a client must not cost more.
+"""
+import asyncio
+import json
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import aiohttp
+
+from evaluation.problems import EnvironmentFault
+from evaluation.rows import Protocol
+
+# Below uvicorn's five seconds: a connection that the server closes just as we send leaves us in doubt about the step.
+KEEP_ALIVE = 4.0
+CLOSE_SECONDS = 10.0
+# Answers that say that nothing was created: every session is in use (429), or no replica is up (503).
+NOT_CREATED = (429, 503)
+UNCHANGED = (404, 405)
+
+
+class First(NamedTuple):
+    """What a reset leads to: the observation, and the actions that the server lists with it."""
+    observation: str
+    actions: list[str]
+
+
+class Step(NamedTuple):
+    """What an action leads to.
+
+    Attributes:
+        upstream: the number that AgentGym's own client takes for the reward where it is not the row's: `score`.
+    """
+    observation: str
+    reward: float
+    done: bool
+    upstream: float | None
+
+
+def error_in(reply: Any) -> str | None:
+    """Return the error that a reply carries although its status is 200."""
+    if isinstance(reply, dict) and reply.get("error") is not None:
+        return str(reply["error"])
+    return None
+
+
+def short(value: Any, width: int = 200) -> str:
+    """Return `value` as JSON, cut to `width` characters."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= width else text[:width - 1] + "…"
+
+
+def session_in(reply: Any, key: str) -> int:
+    """Return the session's id in a reply of POST /create.
+
+    Raises:
+        EnvironmentFault: there is none.
+    """
+    session = (reply.get(key) if isinstance(reply, dict) else None) if key else reply
+    if isinstance(session, bool) or not isinstance(session, int):
+        raise EnvironmentFault(f"POST /create: no session id in {short(reply)}", 200)
+    return session
+
+
+def first_in(reply: Any, protocol: Protocol) -> First:
+    """Return the first observation in a reply of POST /reset.
+
+    Raises:
+        EnvironmentFault: there is none.
+    """
+    try:
+        if protocol.observation == "list":
+            return First(str(reply[0]), [])
+        actions = reply.get("available_actions")
+        text = "\n".join(str(reply[key]) for key in protocol.observation_keys)
+        return First(text, [str(action) for action in actions] if isinstance(actions, list) else [])
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise EnvironmentFault(f"POST /reset: no observation in {short(reply)}", 200) from None
+
+
+def step_in(reply: Any, protocol: Protocol) -> Step:
+    """Return what a reply of POST /step says.
+
+    Raises:
+        EnvironmentFault: observation, reward or end are missing.
+    """
+    try:
+        done = bool(reply[protocol.done])
+        reward = float(reply[protocol.reward])
+        observation = str(reply[protocol.state])
+        upstream = float(reply["score"]) if protocol.reward != "score" and "score" in reply else None
+    except (KeyError, TypeError, ValueError):
+        raise EnvironmentFault(f"POST /step: no observation, reward and end in {short(reply)}", 200) from None
+    if reward != reward:
+        raise EnvironmentFault("POST /step: the reward is not a number (NaN)", 200)
+    return Step(observation, 0.0 if protocol.reward_when_done and not done else reward, done, upstream)
+
+
+class Server:
+    """One environment server; sessions are the ids that `create` returns.
+
+    Servers without a close keep every session for ever: their sessions go to a pool, and are reset for the next item.
+
+    Attributes:
+        opened, closed: how many sessions were created, and closed or given back.
+        lost: sessions that could not be closed.
+    """
+
+    def __init__(self,
+                 url: str,
+                 protocol: Protocol,
+                 timeout: float = 300.0,
+                 on_open: Callable[[int], None] = lambda session: None,
+                 on_close: Callable[[int], None] = lambda session: None) -> None:
+        self.root = url.rstrip("/")
+        self.base = self.root + protocol.prefix
+        self.protocol = protocol
+        self.timeout = timeout
+        self.on_open, self.on_close = on_open, on_close
+        self.opened = self.closed = self.lost = 0
+        self._pool: list[int] = []
+        self._closes = True  # until the server says that it has no such route
+        self._http: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> "Server":
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE)
+        # No trust_env: the server is on this machine or on a container's network, and a proxy would be in the way.
+        self._http = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=self.timeout))
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                        trace: TracebackType | None) -> None:
+        assert self._http is not None
+        await self._http.close()
+
+    async def _call(self, method: str, url: str, what: str, **arguments: Any) -> Any:
+        assert self._http is not None, "use `async with`"
+        try:
+            async with self._http.request(method, url, **arguments) as answer:
+                body = await answer.read()
+                status = answer.status
+        except aiohttp.ClientConnectorError as error:
+            raise EnvironmentFault(f"{what}: cannot connect to {self.root} ({error.os_error.strerror or error})",
+                                   sent=False) from None
+        except TimeoutError:
+            raise EnvironmentFault(f"{what}: no answer within {self.timeout:g} s") from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise EnvironmentFault(f"{what}: {error or type(error).__name__}") from None
+        if status != 200:
+            raise EnvironmentFault(f"{what}: HTTP {status} {short(body.decode(errors='replace'))}", status)
+        try:
+            reply = json.loads(body)
+        except ValueError:
+            raise EnvironmentFault(f"{what}: the answer is no JSON: {short(body.decode(errors='replace'))}",
+                                   200) from None
+        fault = error_in(reply)
+        if fault is not None:
+            raise EnvironmentFault(f"{what}: {fault}", 200)
+        return reply
+
+    async def _post(self, route: str, body: Any) -> Any:
+        return await self._call("POST", self.base + route, "POST " + route, json=body)
+
+    async def create(self) -> int:
+        """Open a session, or take one from the pool, and return its id."""
+        if self._pool:
+            return self._pool.pop()
+        create = self.protocol.create
+        reply = await self._call("POST", self.base + "/create", "POST /create",
+                                 **({} if create is None else {
+                                     "json": create
+                                 }))
+        session = session_in(reply, self.protocol.id_reply)
+        self.opened += 1
+        self.on_open(session)
+        return session
+
+    async def reset(self, session: int, item: int) -> First:
+        """Put the item with the number `item` before the session."""
+        protocol = self.protocol
+        reply = await self._post("/reset", {protocol.id: session, protocol.item: item, **protocol.reset})
+        if protocol.observation == "get":
+            return First(str(await self.get("/observation", session)), [])
+        return first_in(reply, protocol)
+
+    async def get(self, route: str, session: int) -> Any:
+        """Return the answer to a GET for the session."""
+        return await self._call("GET", self.base + route, "GET " + route, params={self.protocol.id: str(session)})
+
+    async def step(self, session: int, action: str) -> Step:
+        """Take `action` in the session."""
+        return step_in(await self._post("/step", {self.protocol.id: session, "action": action}), self.protocol)
+
+    async def give_back(self, session: int, clean: bool) -> None:
+        """Close the session, or pool it where the server has no close; `clean` tells that its state is known.
+
+        Never raises: a session that cannot be closed is counted as lost.
+        """
+        if self._closes:
+            try:
+                async with asyncio.timeout(CLOSE_SECONDS):
+                    await self._post("/close", {self.protocol.id: session})
+                self.closed += 1
+                self.on_close(session)
+                return
+            except EnvironmentFault as fault:
+                if fault.status not in UNCHANGED or self.protocol.close:
+                    self.lost += 1
+                    return
+                # serve.py gives every server a close and answers 404 only for a session that is gone.
+                self._closes = not await self._lacks_close()
+            except TimeoutError:
+                self.lost += 1
+                return
+        if self._closes:
+            self.lost += 1
+        elif clean:
+            self._pool.append(session)
+            self.closed += 1
+        else:
+            self.lost += 1
+
+    async def _lacks_close(self) -> bool:
+        return await self.keeper() is None
+
+    async def keeper(self) -> dict[str, Any] | None:
+        """Return what this project's servers/serve.py says of its sessions; None where the server is bare."""
+        try:
+            reply = await self._call("GET", self.root + "/_sessions", "GET /_sessions")
+        except EnvironmentFault:
+            return None
+        return reply if isinstance(reply, dict) and "live" in reply else None
+
+    async def answers(self) -> bool:
+        """Tell whether anything answers at the address, whatever it says."""
+        try:
+            await self._call("GET", self.root + "/", "GET /")
+        except EnvironmentFault as fault:
+            return fault.status is not None
+        return True

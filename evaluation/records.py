@@ -1,0 +1,262 @@
+"""A run's folder: one JSON line an attempt, the configuration, and the sessions that are open.
+
+    attempts.jsonl   one line an attempt, written and flushed as it ends; each item and sample once
+    superseded.jsonl attempts that the infrastructure spoilt and that were played again
+    run.json         configuration, its hash, row, prompt, versions, and when the run was worked on
+    sessions.jsonl   sessions that were opened and closed, so that a run that was killed leaves none behind
+    summary.json     the numbers; report.html: the report
+"""
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from evaluation.episodes import ERRORS
+from evaluation.problems import Misuse, Stopped
+
+ATTEMPTS, SUPERSEDED, RUN, SESSIONS = "attempts.jsonl", "superseded.jsonl", "run.json", "sessions.jsonl"
+SUMMARY, REPORT, LOCK = "summary.json", "report.html", ".lock"
+Key = tuple[str, int]
+
+
+def key_of(record: Mapping[str, Any]) -> Key:
+    """Return what an attempt is known by: item and sample."""
+    return record["item"], record["sample"]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is either as before or whole."""
+    beside = path.with_name(path.name + ".new")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def whole_lines(data: bytes) -> tuple[list[Any], int]:
+    """Return the JSON values in `data`, one a line, and how many bytes they take: what follows is torn.
+
+    Raises:
+        ValueError: a line before the last is no JSON, which no crash explains.
+    """
+    values: list[Any] = []
+    size = 0
+    lines = data.splitlines(keepends=True)
+    for number, line in enumerate(lines):
+        try:
+            value = json.loads(line)
+            if not line.endswith(b"\n"):
+                raise ValueError("no end of line")
+        except ValueError:
+            if number < len(lines) - 1:
+                raise ValueError(f"line {number + 1} is no JSON") from None
+            return values, size
+        values.append(value)
+        size += len(line)
+    return values, size
+
+
+def read_lines(path: Path, repair: bool = False) -> list[Any]:
+    """Return the values in a file of JSON lines; an absent one has none. `repair` cuts a torn last line off.
+
+    Raises:
+        Misuse: the file is damaged in its middle.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise Misuse(f"{path} cannot be read: {error.strerror}") from None
+    try:
+        values, size = whole_lines(data)
+    except ValueError as error:
+        raise Misuse(f"{path}: {error}; restore the file, or start anew with --fresh") from None
+    if repair and size < len(data):
+        os.truncate(path, size)
+    return values
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Return run.json of a run's folder.
+
+    Raises:
+        Misuse: there is none, or it is damaged.
+    """
+    try:
+        return json.loads((folder / RUN).read_text())
+    except OSError:
+        raise Misuse(f"no run in {folder}: it has no {RUN}; `python -m evaluation list` shows the runs") from None
+    except ValueError:
+        raise Misuse(f"{folder / RUN} is no JSON; restore it, or start anew with --fresh") from None
+
+
+def read_attempts(folder: Path) -> list[dict[str, Any]]:
+    """Return the attempts of a run's folder, without a torn last one; a later line stands for an earlier one.
+
+    Raises:
+        Misuse: the file is damaged.
+    """
+    records = read_lines(folder / ATTEMPTS)
+    return list({key_of(record): record for record in records}.values())
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
+    """Return what differs between two configurations, a line each: `key: was 1, is 2`."""
+
+    def shown(value: Any) -> str:
+        text = json.dumps(value)
+        return text if len(text) <= 60 else text[:57] + "…"
+
+    lines = []
+    for key in sorted({*old, *new}):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += differences(before, after, f"{path}{key}.")
+        elif before != after:
+            lines.append(f"{path}{key}: was {shown(before)}, is {shown(after)}")
+    return lines
+
+
+class Lines:
+    """A file that JSON lines are added to; a line is either whole in it or, after a crash, the torn last one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file: IO[bytes] = path.open("ab", buffering=0)
+
+    def add(self, value: Any) -> None:
+        """Write a line to the file.
+
+        Raises:
+            Stopped: it cannot be written; what was written of it is taken back.
+        """
+        line = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace") + b"\n"
+        size = os.fstat(self.file.fileno()).st_size
+        try:
+            written = 0
+            while written < len(line):
+                written += self.file.write(line[written:]) or 0
+        except OSError as error:
+            os.ftruncate(self.file.fileno(), size)
+            raise Stopped(f"{self.path} cannot be written: {error.strerror}; make room and run the same command again, "
+                          "which resumes") from None
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+
+class RunFolder:
+    """The folder of a run that is being worked on, by one process at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.records: dict[Key, dict[str, Any]] = {}
+        self.leftover: dict[str, list[int]] = {}
+        self.earlier: dict[Key, list[dict[str, str]]] = {}
+
+    def __enter__(self) -> "RunFolder":
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.folder / LOCK).open("w")
+        except OSError as error:
+            raise Misuse(
+                f"{self.folder} cannot be written: {error.strerror}; choose another folder with --out") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise Misuse(
+                f"{self.folder} is in use by another evaluation; wait for it, or choose another --out") from None
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        for name in ("attempts", "sessions"):
+            if hasattr(self, name):
+                getattr(self, name).close()
+        self._lock.close()
+
+    def clear(self) -> None:
+        """Remove an earlier run's files from the folder."""
+        for name in (ATTEMPTS, SUPERSEDED, RUN, SUMMARY, REPORT):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def begin(self, config: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
+        """Take up the run, or begin it; return whether there was one.
+
+        Attempts that the infrastructure spoilt are moved away, to be played again; a torn last line is cut off.
+
+        Args:
+            config: what must be the same for a run to be resumed.
+            facts: what else goes into run.json.
+
+        Raises:
+            Misuse: the folder has a run with another configuration; the differences are in the message.
+        """
+        run = self.folder / RUN
+        resumed = run.exists()
+        if resumed:
+            told = read_run(self.folder)
+            differing = differences(told.get("config", {}), config)
+            if differing:
+                raise Misuse(f"{self.folder} has a run with another configuration ({'; '.join(differing)}); "
+                             "choose another --out, or start anew with --fresh")
+            records = read_lines(self.folder / ATTEMPTS, repair=True)
+            self._set_aside(records)
+            self.leftover = open_sessions(read_lines(self.folder / SESSIONS, repair=True))
+        else:
+            write_whole(run, json.dumps({"config": config, **facts, "work": []}, indent=1))
+        self.attempts, self.sessions = Lines(self.folder / ATTEMPTS), Lines(self.folder / SESSIONS)
+        return resumed
+
+    def _set_aside(self, records: Iterable[dict[str, Any]]) -> None:
+        latest = {key_of(record): record for record in records}
+        spoilt = {key: record for key, record in latest.items() if record["outcome"] in ERRORS}
+        self.records = {key: record for key, record in latest.items() if key not in spoilt}
+        self.earlier = {
+            key: [*record.get("tries_before", []), {
+                "outcome": record["outcome"],
+                "error": record["error"]
+            }]
+            for key, record in spoilt.items()
+        }
+        if spoilt:
+            away = Lines(self.folder / SUPERSEDED)
+            for record in spoilt.values():
+                away.add(record)
+            away.close()
+            write_whole(self.folder / ATTEMPTS,
+                        "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in self.records.values()))
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Keep the record of an attempt that ended."""
+        self.attempts.add(record)
+        self.records[key_of(record)] = record
+
+    def note_work(self, work: Mapping[str, Any]) -> None:
+        """Note in run.json one stretch of work on the run."""
+        told = read_run(self.folder)
+        told["work"].append(dict(work))
+        write_whole(self.folder / RUN, json.dumps(told, indent=1))
+
+    def forget_sessions(self) -> None:
+        """Empty the list of sessions, once all are closed."""
+        os.ftruncate(self.sessions.file.fileno(), 0)
+
+
+def open_sessions(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[int]]:
+    """Return the sessions that the lines open and do not close, by server."""
+    found: dict[str, dict[int, None]] = {}
+    for line in lines:
+        sessions = found.setdefault(line["server"], {})
+        if "open" in line:
+            sessions[line["open"]] = None
+        else:
+            sessions.pop(line["close"], None)
+    return {server: list(sessions) for server, sessions in found.items() if sessions}

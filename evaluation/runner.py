@@ -1,0 +1,178 @@
+"""Drive a run: all items and samples, many at once, each record kept as it ends."""
+import asyncio
+import importlib.metadata
+import os
+import platform
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from evaluation import __version__
+from evaluation.episodes import attempt, derived_seed
+from evaluation.items import Item
+from evaluation.model import Model
+from evaluation.problems import EnvironmentFault, Misuse
+from evaluation.protocol import Server
+from evaluation.records import RunFolder
+from evaluation.settings import Settings, config_hash
+
+Watcher = Callable[[Mapping[str, Any]], None]
+
+
+def versions() -> dict[str, str]:
+    """Return what the run was made with."""
+    found = {"evaluation": __version__, "python": platform.python_version()}
+    for name in ("openai", "aiohttp", "numpy"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def git_revision(folder: Path) -> str:
+    """Return the project's commit, with -dirty for local changes; the image's label, which is baked in; or unknown."""
+    if os.environ.get("EVAL_REVISION"):
+        return os.environ["EVAL_REVISION"]
+    try:
+        said = subprocess.run(
+            ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            check=False)
+    except OSError:
+        return "unknown"
+    return said.stdout.strip() or "unknown"
+
+
+def facts(settings: Settings) -> dict[str, Any]:
+    """Return what run.json tells beside the configuration."""
+    return {
+        "format": 1,
+        "hash": config_hash(settings.config),
+        "title": settings.row.title,
+        "items_from": settings.origin,
+        "row": settings.row.model_dump(mode="json", by_alias=True),
+        "prompt": settings.prompt.model_dump(),
+        "versions": versions(),
+        "revision": git_revision(Path(__file__).parent),
+    }
+
+
+async def wait_for(server: Server, name: str, seconds: float, say: Callable[[str], None]) -> None:
+    """Return once the server answers.
+
+    Raises:
+        Misuse: nothing does within `seconds`.
+    """
+    end, told = time.monotonic() + seconds, False
+    while not await server.answers():
+        if time.monotonic() > end:
+            raise Misuse(f"no environment server at {server.root}; start it with `invoke env.up --env {name}`, or name "
+                         "its address with --server")
+        if not told:
+            say(f"waiting for the environment server at {server.root}")
+            told = True
+        await asyncio.sleep(0.3)
+
+
+async def close_leftovers(server: Server, folder: RunFolder, say: Callable[[str], None]) -> None:
+    """Close the sessions that a killed run left open.
+
+    Only where the project's own wrapper keeps the server, whose ids are never used twice: on a bare server the same
+    number may be somebody else's session by now.
+    """
+    left = folder.leftover.pop(server.root, [])
+    if not left or await server.keeper() is None:
+        return
+    before = server.closed
+    for session in left:
+        await server.give_back(session, clean=False)
+    server.lost = 0  # those had been closed already
+    if server.closed > before:
+        say(f"closed {server.closed - before} sessions that the last run left open")
+    server.opened += server.closed - before
+
+
+def pending(settings: Settings, folder: RunFolder) -> list[tuple[Item, int]]:
+    """Return the attempts that have no result yet, all items' first samples first."""
+    wanted = [(item, sample) for sample in range(settings.samples) for item in settings.items]
+    return [(item, sample) for item, sample in wanted if (item.id, sample) not in folder.records]
+
+
+async def play_all(settings: Settings, folder: RunFolder, server: Server, model: Model, watch: Watcher) -> None:
+    """Play what is missing, `concurrency` attempts at once.
+
+    Raises:
+        Misuse: the endpoint refuses every request.
+        Stopped: a record cannot be written.
+    """
+    queue: Iterator[tuple[Item, int]] = iter(pending(settings, folder))
+
+    async def worker() -> None:
+        for item, sample in queue:
+            before = folder.earlier.get((item.id, sample), [])
+            seed = None if settings.seed is None else derived_seed(settings.seed, item.number, sample)
+            record = await attempt(server, model, settings.row, settings.prompt, item, sample, seed, settings.limits,
+                                   before)
+            folder.add(record)
+            watch(record)
+
+    tasks = [asyncio.create_task(worker()) for _ in range(settings.concurrency)]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def evaluate(settings: Settings, folder: RunFolder, model: Model, watch: Watcher, say: Callable[[str],
+                                                                                                      None]) -> None:
+    """Carry out the run in its folder; what was done before is not done again.
+
+    Raises:
+        Misuse, Stopped: see `play_all`.
+        asyncio.CancelledError: after Ctrl-C or SIGTERM, with every session closed.
+    """
+    main = asyncio.current_task()
+    assert main is not None
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, main.cancel)
+    begun, started, before = time.perf_counter(), datetime.now(UTC), len(folder.records)
+
+    def journal(what: str) -> Callable[[int], None]:
+        return lambda session: folder.sessions.add({what: session, "server": server.root})
+
+    server = Server(settings.server, settings.row.protocol, settings.env_timeout, journal("open"), journal("close"))
+    try:
+        async with server:
+            try:
+                await wait_for(server, settings.row.name, settings.limits.wait, say)
+                await close_leftovers(server, folder, say)
+                await play_all(settings, folder, server, model, watch)
+            finally:
+                if server.opened == server.closed and not server.lost and not folder.leftover:
+                    folder.forget_sessions()
+    finally:
+        with suppress(OSError, EnvironmentFault):
+            await model.aclose()
+        with suppress(OSError):  # a full disk has its own line already
+            folder.note_work({
+                "started": started.isoformat(timespec="seconds"),
+                "seconds": round(time.perf_counter() - begun, 3),
+                "attempts": len(folder.records) - before,
+                "server": server.root,
+                "concurrency": settings.concurrency,
+                "sessions": {
+                    "opened": server.opened,
+                    "closed": server.closed,
+                    "lost": server.lost
+                },
+                "versions": versions(),
+            })

@@ -1,0 +1,219 @@
+"""What a run is configured with: read from the command line and the environment, checked before anything starts."""
+import argparse
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evaluation.episodes import Limits
+from evaluation.items import Item, choose
+from evaluation.model import ChatModel, Model, Sampling, redacted_url
+from evaluation.players import NAMES, ScriptedModel
+from evaluation.problems import Misuse
+from evaluation.prompts import Prompt, find
+from evaluation.rows import Row, read_row, rows_file
+
+DEFAULT_MODEL = "gpt-4o-mini"
+OPENAI = "https://api.openai.com/v1"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A run, decided.
+
+    Attributes:
+        row, prompt, items, origin: what is played; `origin` tells where the items come from.
+        server: the environment server's address.
+        model: name of the model or of a scripted player.
+        config: all that the results depend on; a run is resumed only with the same.
+        out: the run's folder.
+    """
+    row: Row
+    prompt: Prompt
+    items: list[Item]
+    origin: str
+    server: str
+    model: str
+    base_url: str
+    sampling: Sampling
+    seed: int | None
+    samples: int
+    limits: Limits
+    concurrency: int
+    env_timeout: float
+    request_timeout: float
+    model_tries: int
+    max_error_rate: float
+    config: dict[str, Any]
+    out: Path
+    root: Path
+
+    def make_model(self) -> Model:
+        """Return the model.
+
+        Raises:
+            Misuse: there is no key, or no such player.
+        """
+        if self.model in NAMES:
+            return ScriptedModel(self.model, self.row, self.root)
+        return ChatModel(self.model, api_key(self.base_url), self.base_url, self.sampling, self.request_timeout,
+                         self.model_tries, self.concurrency)
+
+
+def api_key(base_url: str, environ: Mapping[str, str] | None = None) -> str:
+    """Return OPENAI_API_KEY; an endpoint of one's own may need none.
+
+    Raises:
+        Misuse: OpenAI's endpoint does.
+    """
+    key = (os.environ if environ is None else environ).get("OPENAI_API_KEY", "").strip()
+    if not key and (not base_url or "api.openai.com" in base_url):
+        raise Misuse("no OPENAI_API_KEY in the environment; set it there or in .env, or name another endpoint with "
+                     "--base-url (or --model expert, where the environment has one)")
+    if not key.isascii():
+        raise Misuse("OPENAI_API_KEY has characters that no key has; copy it again")
+    return key or "none"
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """Return a digest of a configuration."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def slug(text: str) -> str:
+    """Return `text` as a part of a folder's name."""
+    return re.sub(r"[^A-Za-z0-9._]+", "-", text.strip("/").rsplit("/", 1)[-1]).strip("-.") or "model"
+
+
+def extra_body(text: str) -> dict[str, Any]:
+    """Return --extra-body as a mapping.
+
+    Raises:
+        Misuse: it is no JSON object.
+    """
+    try:
+        value = json.loads(text or "{}")
+    except ValueError as error:
+        raise Misuse(f"--extra-body {text!r} is no JSON ({error}); write it like '{{\"top_k\": 20}}'") from None
+    if not isinstance(value, dict):
+        raise Misuse(f"--extra-body {text!r} is no JSON object; write it like '{{\"top_k\": 20}}'")
+    return value
+
+
+def _temperature(text: str) -> float | None:
+    if text.lower() == "none":
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value <= 5.0:
+        raise Misuse(f"--temperature {text} is no number from 0 to 5, nor none, which leaves it out")
+    return value
+
+
+def max_round(flag: int, environ: Mapping[str, str], row: Row) -> int:
+    """Return the rounds of an episode: --max-round, $MAX_ROUND, the row's.
+
+    Raises:
+        Misuse: it is no whole number above 0.
+    """
+    said = str(flag) if flag else environ.get("MAX_ROUND", "")
+    if not said:
+        return row.rounds
+    if not said.isdecimal() or int(said) < 1:
+        raise Misuse(f"MAX_ROUND={said} is no whole number above 0")
+    return int(said)
+
+
+def check_url(name: str, url: str) -> str:
+    """Return `url`.
+
+    Raises:
+        Misuse: it is no address of a server.
+    """
+    if not re.match(r"https?://[^/\s]+", url):
+        raise Misuse(f"{name} {url!r} is no address; write it like http://127.0.0.1:36001")
+    return url.rstrip("/")
+
+
+def item_maps(row: Row, checkout: str) -> list[Any]:
+    """Return the row's item maps, as far as an AgentGym checkout is at hand."""
+    maps = []
+    for place in (checkout, os.environ.get("AGENTGYM_SRC", "")):
+        for name in row.item_maps:
+            path = Path(place) / row.folder / name
+            if place and path.is_file():
+                maps.append(json.loads(path.read_text()))
+    return maps
+
+
+def decide(options: argparse.Namespace) -> Settings:
+    """Return the run that the command line and the environment ask for.
+
+    Raises:
+        Misuse: what is wrong, in one line.
+    """
+    environ = os.environ
+    path = rows_file(options.environments)
+    row = read_row(options.env or environ.get("ENV") or "searchqa", path)
+    prompt = find(row, options.agentgym, options.prompt, options.plain_prompt)
+    items, origin = choose(row, options.items, options.limit, options.shuffle_seed, Path(options.root),
+                           item_maps(row, options.agentgym))
+    model = options.model or environ.get("MODEL") or DEFAULT_MODEL
+    base_url = options.base_url or environ.get("OPENAI_BASE_URL") or ""
+    if base_url:
+        check_url("--base-url", base_url)
+    scripted = model in NAMES
+    server = check_url("--server", options.server or environ.get("ENV_SERVER") or f"http://127.0.0.1:{row.port}")
+    # An address with the row's own prefix at its end is one that `invoke env.up` prints.
+    server = server.removesuffix(row.protocol.prefix) if row.protocol.prefix else server
+    sampling = Sampling(_temperature(options.temperature), options.top_p, options.max_tokens,
+                        extra_body(options.extra_body))
+    rounds = max_round(options.max_round, environ, row)
+    config = {
+        "env": row.name,
+        "row": row.model_dump(mode="json", include={"action", "reward_range", "protocol", "success"}),
+        "prompt": {
+            "source": prompt.source,
+            "sha256": prompt.sha256()
+        },
+        "model": model,
+        "base_url": "" if scripted else redacted_url(base_url or OPENAI),
+        "sampling": {} if scripted else {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": sampling.max_tokens,
+            "extra_body": dict(sampling.extra)
+        },
+        "seed": options.seed,
+        "samples": options.samples,
+        "max_round": rounds,
+        "token_limit": options.token_limit,
+        "time_limit": options.time_limit,
+        "items": [item.id for item in items],
+    }
+    name = f"{row.name}-{slug(model)}-{config_hash(config)[:8]}"
+    return Settings(row=row,
+                    prompt=prompt,
+                    items=items,
+                    origin=origin,
+                    server=server,
+                    model=model,
+                    base_url=base_url,
+                    sampling=sampling,
+                    seed=options.seed,
+                    samples=options.samples,
+                    limits=Limits(rounds, options.token_limit, options.time_limit, options.tries, options.env_wait),
+                    concurrency=options.concurrency or row.concurrency,
+                    env_timeout=options.env_timeout,
+                    request_timeout=options.request_timeout,
+                    model_tries=options.model_tries,
+                    max_error_rate=options.max_error_rate,
+                    config=config,
+                    out=Path(options.out) if options.out else Path(options.root) / "saves" / "eval" / name,
+                    root=path.resolve().parent)

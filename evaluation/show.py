@@ -1,0 +1,126 @@
+"""What a terminal shows: progress while a run goes on, and its numbers at the end."""
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from evaluation.episodes import ERRORS, SCORED
+
+PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
+
+
+def percent(value: float) -> str:
+    """Return a share as percent."""
+    return f"{100 * value:.1f} %"
+
+
+def with_interval(figure: Mapping[str, Any] | None, share: bool = True) -> str:
+    """Return mean and interval."""
+    if figure is None:
+        return "-"
+
+    def one(value: float) -> str:
+        return percent(value) if share else f"{value:.2f}"
+
+    if figure["low"] is None:
+        return one(figure["mean"])
+    return f"{one(figure['mean'])} [{one(figure['low'])}, {one(figure['high'])}]"
+
+
+class Watch:
+    """Progress: done, success rate so far, tokens, errors, time left."""
+
+    def __init__(self, total: int, done: int, console: Console) -> None:
+        self.total, self.done, self.console = total, done, console
+        self.outcomes: Counter[str] = Counter()
+        self.tokens = 0
+        self.last = self.begun = time.monotonic()
+        self.live = Progress(TextColumn("{task.description}"),
+                             BarColumn(),
+                             MofNCompleteColumn(),
+                             TextColumn("{task.fields[facts]}"),
+                             TimeRemainingColumn(),
+                             console=console,
+                             disable=not console.is_terminal)
+        self.task = self.live.add_task("playing", total=total, completed=done, facts="")
+
+    def __enter__(self) -> "Watch":
+        self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.live.stop()
+
+    def facts(self) -> str:
+        """Return what has come of the attempts so far."""
+        scored = sum(self.outcomes[name] for name in SCORED)
+        errors = sum(self.outcomes[name] for name in ERRORS)
+        rate = percent(self.outcomes["success"] / scored) if scored else "-"
+        return f"success {rate}, {self.tokens:,} tokens, {errors} errors"
+
+    def __call__(self, record: Mapping[str, Any]) -> None:
+        """Take note of an attempt that ended."""
+        self.done += 1
+        self.outcomes[record["outcome"]] += 1
+        self.tokens += record["usage"]["prompt"] + record["usage"]["completion"]
+        self.live.update(self.task, completed=self.done, facts=self.facts())
+        now = time.monotonic()
+        if not self.console.is_terminal and now - self.last >= PLAIN_EVERY:
+            self.last = now
+            played = sum(self.outcomes.values())
+            left = (self.total - self.done) * (now - self.begun) / played
+            self.console.print(f"{self.done} of {self.total}: {self.facts()}, {left:.0f} s left", highlight=False)
+
+
+def table(title: str, summaries: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Return the numbers of runs, a column each."""
+    shown = Table(title=title, title_justify="left", show_header=len(summaries) > 1)
+    shown.add_column("")
+    for name in summaries:
+        shown.add_column(name, overflow="fold")
+    all_of = list(summaries.values())
+
+    def line(name: str, cells: list[str]) -> None:
+        if any(cell not in ("", "-") for cell in cells):
+            shown.add_row(name, *cells)
+
+    line("success rate", [with_interval(one["success"]) for one in all_of])
+    line("mean reward", [with_interval(one["reward"]) for one in all_of])
+    for k in sorted({k for one in all_of for k in one.get("pass_at", {})}, key=int):
+        line(f"Pass@{k}", [with_interval(one.get("pass_at", {}).get(k)) for one in all_of])
+    for name in sorted({name for one in all_of for name in one["categories"]}):
+        line(f"  {name}", [with_interval(one["categories"].get(name, {}).get("success")) for one in all_of])
+    line("attempts",
+         [f"{one['attempts']} of {one['expected']}, {one['items']} items x {one['samples']}" for one in all_of])
+    line("outcomes", [", ".join(f"{count} {name}" for name, count in one["outcomes"].items()) for one in all_of])
+    line("errors", [f"{one['errors']} ({percent(one['error_rate'])}), not in the scores" for one in all_of])
+    line("rounds", [with_interval(one["rounds"], share=False) for one in all_of])
+    line("invalid actions", [str(one["invalid_actions"]) for one in all_of])
+    line("tokens", [tokens(one["usage"]) for one in all_of])
+    line("cost", ["-" if one["cost"] is None else f"{one['cost']:.4f}" for one in all_of])
+    line("wall time", ["-" if one["seconds"]["wall"] is None else f"{one['seconds']['wall']:.1f} s" for one in all_of])
+    return shown
+
+
+def tokens(usage: Mapping[str, int]) -> str:
+    """Return the tokens, and of how many answers nobody knows."""
+    if not usage["prompt"] and not usage["completion"]:
+        return "-"
+    unknown = f", {usage['unknown']} answers unknown" if usage["unknown"] else ""
+    return f"{usage['prompt']:,} in, {usage['completion']:,} out{unknown}"
+
+
+def upstream_line(summary: Mapping[str, Any]) -> str:
+    """Return the figures as upstream would count them."""
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in summary["upstream"].items())
+    return f"as upstream would count: {figures}"
+
+
+def console() -> Console:
+    """Return the console for results; wide where nobody looks, so that no line is broken."""
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120)

@@ -1,0 +1,266 @@
+"""Evaluate models on the environments; look at what came of it."""
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from invoke.context import Context
+from invoke.exceptions import Exit
+from invoke.tasks import task
+
+from tasks.lib.eval_plan import NEEDED, choose_runner, flags, folders
+from tasks.lib.programs import environment, run_module
+from tasks.lib.settings import ROOT
+
+if TYPE_CHECKING:
+    from tasks.lib.environments import Environment
+
+RUN_HELP = "Folder of a run, or its name in saves/eval (default: the latest). Repeatable."
+PRICES_HELP = "TOML or JSON file with input and output of each model, for a million tokens."
+COMPAT_HELP = "Add the figures as AgentGym's own evaluation would count them."
+# By name: none of these values is ever in an argument.
+VARIABLES = ("MODEL", "OPENAI_API_KEY", "OPENAI_BASE_URL")
+
+
+@contextmanager
+def served(c: Context, row: "Environment", runner: str, understood: bool, wait: str) -> Iterator[str]:
+    """Give the address of the row's server: the one that is up, or one that is started and stopped again.
+
+    Args:
+        runner: where the evaluation runs: a container cannot reach a process of this machine.
+
+    Raises:
+        Exit: it cannot start, or cannot be reached from there.
+    """
+    from tasks.lib import env_runs
+    from tasks.lib.env_plan import Options
+    from tasks.lib.settings import resolve
+    seconds = env_runs.whole_number("eval", "wait", wait, 1)
+    up = [] if c.config.run.dry else env_runs.running().get(row.name, [])
+    if up:
+        if runner == "docker" and up[0].runner == "local":
+            raise Exit(
+                f"eval: {row.name} is up as a process of this machine, which a container cannot reach; "
+                f"`invoke env.down --env {row.name}`, or --runner local",
+                code=2)
+        options = Options(port=up[0].port)
+        yield env_runs.container_url(row, options) if runner == "docker" else up[0].url
+        return
+    place = "docker" if runner == "docker" else env_runs.choose_runner("eval",
+                                                                       "local" if row.source == "project" else "auto")
+    bind = resolve("ENV_BIND")
+    options = Options(port=env_runs.pick_port("eval", row, "", bind), bind=bind, understood=understood)
+    url = env_runs.start(c, "eval", row, options, place, False, seconds)
+    if not c.config.run.dry:
+        print(f"eval: started {row.name} at {url}", flush=True)
+    try:
+        yield env_runs.container_url(row, options) if runner == "docker" else url
+    finally:
+        if not c.config.run.dry:
+            env_runs.stop(c, row.name)
+            print(f"eval: stopped {row.name}", flush=True)
+
+
+def run_evaluation(c: Context, runner: str, words: list[str], inside: list[str] | None = None) -> None:
+    """Run the evaluation program, in this Python or in its container.
+
+    Args:
+        words: its command line here; inside: the same with the container's names for files and folders.
+
+    Raises:
+        Exit: its exit code.
+    """
+    from tasks.lib import containers, env_docker, env_runs
+    if runner == "docker":
+        containers.run(c, "eval-runner", words if inside is None else inside, variables=env_docker.QUIET)
+        return
+    settings = env_runs.settings()
+    own = {name: settings[name] for name in ("MAX_ROUND", ) if settings.get(name)}
+    source = env_runs.gym_source("eval")
+    if Path(source).is_dir():
+        own["AGENTGYM_SRC"] = source
+    run_module(c, "evaluation", words, env={**environment(VARIABLES, os.environ), **own})
+
+
+def _runner(runner: str) -> str:
+    try:
+        return choose_runner(runner, all(find_spec(name) for name in NEEDED))
+    except ValueError as error:
+        raise Exit(f"eval: {error}", code=2) from None
+
+
+@task(default=True,
+      positional=[],
+      auto_shortflags=False,
+      help={
+          "env": "Environment, a table of environments.toml (default: $ENV, then searchqa).",
+          "model": "Model of the endpoint, or expert or random for demo (default: $MODEL, then gpt-4o-mini).",
+          "base_url": "OpenAI-compatible endpoint (default: $OPENAI_BASE_URL, then OpenAI's own).",
+          "server": "Address of an environment server (default: the one that is up, else one is started and stopped).",
+          "max_round": "Completions of one episode, at most (default: $MAX_ROUND, then the environment's own).",
+          "items": "FILE, 0-99 or textcraft_3,textcraft_5 (default: AgentEval's list, then AgentItemId's).",
+          "limit": "Play at most so many items (default: all).",
+          "samples": "Attempts at each item, for Avg@k and Pass@k (default: 1).",
+          "concurrency": "Episodes at once (default: the environment's own).",
+          "seed": "Make draws repeatable (default: none).",
+          "shuffle_seed": "Shuffle the items with this seed before --limit (default: not shuffled).",
+          "temperature": "0 to 5, or none to leave it out (default: 1.0).",
+          "max_tokens": "Tokens of one completion, 0 to leave it out (default: 4096).",
+          "extra_body": "JSON object with further fields of the request (default: none).",
+          "max_error_rate": "Share of infrastructure errors above which the exit code is 1 (default: 0.02).",
+          "out": "The run's folder (default: saves/eval/ENV-MODEL-HASH, so the same command resumes).",
+          "fresh": "Remove an earlier run in that folder in place of resuming it.",
+          "prompt": "File with a prompt of your own (default: AgentGym's, where its source is at hand).",
+          "prices": PRICES_HELP,
+          "upstream_compat": COMPAT_HELP,
+          "runner": "local (this Python), docker (the eval image), or auto: local where its packages are installed.",
+          "wait": "Seconds until a server that is started must be ready (default: 120).",
+          "i_understand": "Agree to what the environment does to real accounts; it says what when this is missing.",
+      })
+def run(c: Context,
+        env: str = "",
+        model: str = "",
+        base_url: str = "",
+        server: str = "",
+        max_round: str = "",
+        items: str = "",
+        limit: str = "",
+        samples: str = "",
+        concurrency: str = "",
+        seed: str = "",
+        shuffle_seed: str = "",
+        temperature: str = "",
+        max_tokens: str = "",
+        extra_body: str = "",
+        max_error_rate: str = "",
+        out: str = "",
+        fresh: bool = False,
+        prompt: str = "",
+        prices: str = "",
+        upstream_compat: bool = False,
+        runner: str = "auto",
+        wait: str = "120",
+        i_understand: bool = False) -> None:
+    """Evaluate a model on an environment."""
+    from contextlib import nullcontext
+
+    from tasks.lib import env_runs
+    chosen = _runner(runner)
+    row = env_runs.find_row("eval", env)
+    values: dict[str, str | bool] = {
+        "env": row.name,
+        "model": model,
+        "base_url": base_url,
+        "max_round": max_round,
+        "items": items,
+        "limit": limit,
+        "samples": samples,
+        "concurrency": concurrency,
+        "seed": seed,
+        "shuffle_seed": shuffle_seed,
+        "temperature": temperature,
+        "max_tokens": max_tokens,
+        "extra_body": extra_body,
+        "max_error_rate": max_error_rate,
+        "out": out,
+        "fresh": fresh,
+        "prompt": prompt,
+        "prices": prices,
+        "upstream_compat": upstream_compat
+    }
+    if (chosen == "docker" and any(Path(name).exists()
+                                   for name in (items, prompt, prices) if name)) or (chosen == "docker" and out):
+        raise Exit(
+            "eval: --runner docker reads AgentEval, AgentItemId and writes saves/eval; for other files and folders "
+            "use --runner local",
+            code=2)
+    with nullcontext(server) if server else served(c, row, chosen, i_understand, wait) as url:
+        words = ["run", *flags({**values, "server": url})]
+        if chosen == "docker" and not max_round:  # Compose has a default of its own, which is not the environment's
+            words.append(f"--max-round={env_runs.settings().get('MAX_ROUND') or row.rounds}")
+        here = [f"--environments={env_runs.rows_path()}", f"--root={ROOT}"]
+        run_evaluation(c, chosen, [*words, *here], inside=words)
+
+
+def _over_runs(c: Context,
+               command: str,
+               names: list[str] | None,
+               values: dict[str, str | bool],
+               least: int = 1) -> None:
+    try:
+        found = folders(names or [], ROOT)
+    except ValueError as error:
+        raise Exit(f"eval.{command}: {error}", code=2) from None
+    if len(found) < least:
+        raise Exit(f"eval.{command}: needs at least {least} runs; name each with --run", code=2)
+    run_evaluation(c, "local", [command, *map(str, found), *flags(values)])
+
+
+@task(positional=[],
+      auto_shortflags=False,
+      iterable=["run"],
+      help={
+          "run": RUN_HELP,
+          "out": "The file to write (default: report.html in the run's folder).",
+          "prices": PRICES_HELP,
+          "upstream_compat": COMPAT_HELP
+      })
+def report(c: Context,
+           run: list[str] | None = None,
+           out: str = "",
+           prices: str = "",
+           upstream_compat: bool = False) -> None:
+    """Write a run's report again, or one of several."""
+    _over_runs(c, "report", run, {"out": out, "prices": prices, "upstream_compat": upstream_compat})
+
+
+@task(positional=[],
+      auto_shortflags=False,
+      iterable=["run"],
+      help={
+          "run":
+          "Folder of a run, or its name in saves/eval; the first is what the others are compared with. Repeatable.",
+          "out": "The report to write (default: saves/eval/compare.html).",
+          "prices": PRICES_HELP,
+          "upstream_compat": COMPAT_HELP
+      })
+def compare(c: Context,
+            run: list[str] | None = None,
+            out: str = "",
+            prices: str = "",
+            upstream_compat: bool = False) -> None:
+    """Compare runs item by item, with intervals."""
+    _over_runs(c,
+               "compare",
+               run, {
+                   "out": out or str(ROOT / "saves" / "eval" / "compare.html"),
+                   "prices": prices,
+                   "upstream_compat": upstream_compat
+               },
+               least=2)
+
+
+@task(positional=[],
+      auto_shortflags=False,
+      iterable=["run"],
+      help={
+          "run": RUN_HELP,
+          "environments": "Take success rule and reward range from this file's rows (default: the run's own).",
+          "prices": PRICES_HELP,
+          "upstream_compat": COMPAT_HELP
+      })
+def rescore(c: Context,
+            run: list[str] | None = None,
+            environments: str = "",
+            prices: str = "",
+            upstream_compat: bool = False) -> None:
+    """Compute a run's numbers again, without a model."""
+    _over_runs(c, "rescore", run, {"environments": environments, "prices": prices, "upstream_compat": upstream_compat})
+
+
+@task(name="list", positional=[], auto_shortflags=False, help={"folder": "Where to look (default: saves/eval)."})
+def list_(c: Context, folder: str = "") -> None:
+    """Show the runs and their success rates."""
+    run_evaluation(c, "local", ["list", folder or str(ROOT / "saves" / "eval")])

@@ -1,0 +1,240 @@
+"""The report in a real headless Chromium: filter, open, keys, links, hostile content, dark mode, ten thousand attempts."""
+import json
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from evaluation import report
+from evaluation.numbers import summarize
+from tests.test_eval_parts import attempt
+
+HOSTILE = "<script>window.stolen = 1</script><img src=x onerror='window.stolen = 2'></script><!--"
+
+
+def config(model="m", items=()):
+    return {"env": "demo", "model": model, "samples": 1, "max_round": 5, "items": list(items)}
+
+
+def told(model="m", user="Do this."):
+    return {
+        "config": config(model), "title": "A game", "items_from": "--items", "revision": "abc", "work": [{"started": "2026-01-01", "seconds": 2.0}],
+        "prompt": {"source": "plain", "place": "", "revision": "", "user": user}
+    }
+
+
+def record(number, outcome="success", reward=1.0, text="count 3", category="", sample=0, **more):
+    return {
+        **attempt(f"demo_{number}", sample, outcome, reward, category), "index": number, "seed": None, "seconds": 1.25, "error": "",
+        "task": "abc", "started": "2026-01-01T00:00:00", "first": text,
+        "turns": [{"completion": f"I think\n\ntake {text}", "action": "take", "observation": text, "reward": 0.0},
+                  {"completion": "what?", "action": None, "invalid": True, "observation": "refused"}], **more
+    }
+
+
+def run(records, model="m", **options):
+    return report.Run(model, told(model, **options), records, summarize(records, 1))
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        if os.environ.get("CI"):
+            pytest.fail("no Chromium, which CI must have (Debian: apt install chromium)")
+        pytest.skip("no Chromium on this machine (Debian: apt install chromium)")
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+class Page:
+    """A report in the browser, without a network; console errors and requests are kept."""
+
+    def __init__(self, browser, path: Path, fragment: str = "", **options) -> None:
+        self.context = browser.new_context(offline=True, viewport={"width": 1200, "height": 900}, **options)
+        self.page = self.context.new_page()
+        self.errors: list[str] = []
+        self.requests: list[str] = []
+        self.page.on("console", lambda said: self.errors.append(said.text) if said.type == "error" else None)
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.address = path.as_uri()
+        self.page.goto(self.address + fragment)
+        self.page.wait_for_selector("html[data-ready=yes]")
+
+    def rows(self) -> list[str]:
+        return self.page.locator("#table tbody tr td:first-child").all_inner_texts()
+
+    def close(self) -> None:
+        self.context.close()
+        assert self.errors == []
+        assert [url for url in self.requests if not url.startswith(("file:", "data:"))] == []
+
+
+@pytest.fixture
+def page(chromium, tmp_path):
+    pages = []
+
+    def opened(runs, fragment="", **options):
+        report.write(tmp_path / "report.html", runs)
+        pages.append(Page(chromium, tmp_path / "report.html", fragment, **options))
+        return pages[-1]
+
+    yield opened
+    for one in pages:
+        one.close()
+
+
+MIXED = [record(0), record(1, "failure", 0.5, category="hard"), record(2, "env_error", error="HTTP 500", tries_before=[{
+    "outcome": "env_error", "error": "torn"
+}]), record(3, "max_rounds", 0.0, category="hard")]
+
+
+def test_click_filter_and_read_a_trajectory(page):
+    shown = page([run(MIXED)])
+    inner = shown.page
+    assert shown.rows() == ["demo_0", "demo_1", "demo_2", "demo_3"] and inner.inner_text("#shown") == "4 of 4 attempts"
+    inner.select_option("#outcome", "failure")
+    assert shown.rows() == ["demo_1"]
+    inner.select_option("#outcome", "errors")
+    assert shown.rows() == ["demo_2"]
+    inner.select_option("#outcome", "")
+    inner.select_option("#category", "hard")
+    assert shown.rows() == ["demo_1", "demo_3"]
+    inner.select_option("#category", "")
+    inner.fill("#text", "_2")
+    assert shown.rows() == ["demo_2"]
+    inner.click("#table tbody button")
+    inner.wait_for_selector("#columns article")
+    text = inner.inner_text("#columns")
+    assert "Error: HTTP 500" in text and "Earlier try, env_error: torn" in text and "Round 2" in text
+    assert "Invalid action: refused, not sent" in text and "take count 3" in text and "refused" in text
+    assert inner.evaluate("document.activeElement.id") == "viewer-title"  # a screen reader is taken along
+    assert "item=demo_2" in inner.url
+
+
+def test_columns_sort(page):
+    shown = page([run(MIXED)])
+    button = shown.page.locator("#table th button", has_text="reward")
+    button.click()
+    assert shown.rows() == ["demo_3", "demo_1", "demo_0", "demo_2"]  # no reward comes last
+    button.click()
+    assert shown.rows()[0] == "demo_0" and shown.page.get_attribute("th:has(button:text('reward'))", "aria-sort") == "descending"
+
+
+def test_the_keyboard_is_enough(page):
+    shown = page([run(MIXED)])
+    inner = shown.page
+    inner.keyboard.press("j")
+    inner.wait_for_selector("#columns article")
+    assert inner.inner_text("#viewer-title") == "demo_0"
+    inner.keyboard.press("j")
+    inner.wait_for_function("document.getElementById('viewer-title').textContent === 'demo_1'")
+    inner.keyboard.press("k")
+    inner.wait_for_function("document.getElementById('viewer-title').textContent === 'demo_0'")
+    inner.keyboard.press("Escape")
+    assert inner.is_hidden("#viewer") and inner.evaluate("document.activeElement.textContent") == "demo_0"
+    inner.keyboard.press("/")
+    inner.keyboard.type("_3")
+    assert shown.rows() == ["demo_3"]
+
+
+def test_a_link_leads_to_an_attempt(page):
+    shown = page([run(MIXED)], "#run=0&item=demo_3&sample=0")
+    shown.page.wait_for_selector("#columns article")
+    assert shown.page.inner_text("#viewer-title") == "demo_3"
+
+
+def test_runs_stand_side_by_side(page):
+    shown = page([run(MIXED, "before"), run([record(n, text="other words") for n in range(4)], "after")])
+    inner = shown.page
+    assert inner.locator(".numbers thead th").all_inner_texts()[:2] == ["before", "after"] and len(shown.rows()) == 8
+    inner.click("#table tbody button >> nth=0")
+    inner.wait_for_selector("#columns article")
+    inner.select_option("#beside", index=1)
+    inner.wait_for_function("document.querySelectorAll('#columns article').length === 2")
+    both = inner.locator("#columns article").all_inner_texts()
+    assert "count 3" in both[0] and "other words" in both[1]
+
+
+def test_hostile_words_stay_words(page):
+    bad = record(0, text=HOSTILE, category=HOSTILE, error=HOSTILE, tries_before=[{"outcome": "env_error", "error": HOSTILE}])
+    bad["item"] = HOSTILE
+    shown = page([run([bad, record(1, text=HOSTILE)], HOSTILE, user=HOSTILE), run([record(0)], "calm")])
+    inner = shown.page
+    assert shown.rows()[0] == HOSTILE
+    inner.click("#table tbody button >> nth=0")
+    inner.wait_for_selector("#columns article")
+    assert inner.inner_text("#columns").count("window.stolen = 1") >= 3
+    inner.wait_for_timeout(200)
+    assert inner.evaluate("window.stolen") is None and inner.locator("img").count() == 0
+    # Even markup that got in could not run: the policy names the one script that may.
+    inner.evaluate("document.body.insertAdjacentHTML('beforeend', '<img src=data:x onerror=\"window.stolen = 3\">')")
+    inner.wait_for_timeout(200)
+    assert inner.evaluate("window.stolen") is None
+    shown.errors = [error for error in shown.errors if "Content Security Policy" not in error]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_words_can_be_read_in_light_and_dark(scheme, page):
+    inner = page([run(MIXED)], color_scheme=scheme).page
+    # WCAG's contrast of text and marks on their ground, computed in the page.
+    contrast = """(selector) => {
+        const light = (colour) => { const [r, g, b] = colour.match(/[\\d.]+/g).slice(0, 3).map((v) => { v /= 255;
+            return v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; }); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+        const [a, b] = [light(getComputedStyle(document.querySelector(selector)).color), light(getComputedStyle(document.body).backgroundColor)];
+        return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05); }"""
+    for selector in ("body", ".note", ".facts", "#table td button", "td.success", "td.failure", "td.env_error"):
+        assert inner.evaluate(contrast, selector) >= 4.5, selector
+    bright = inner.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert bright is (scheme == "light")
+
+
+def test_everything_has_a_name_for_whoever_cannot_see_it(page):
+    inner = page([run(MIXED)]).page
+    assert inner.evaluate("[...document.querySelectorAll('input, select')].every((one) => one.labels.length === 1)")
+    assert inner.evaluate("[...document.querySelectorAll('figure')].every((one) => one.getAttribute('aria-label').length > 10)")
+    assert inner.evaluate("[...document.querySelectorAll('button')].every((one) => one.textContent.trim().length > 0)")
+    assert inner.get_attribute("html", "lang") == "en" and inner.locator("h1").count() == 1
+
+
+def test_ten_thousand_attempts_open_in_under_two_seconds(chromium, tmp_path):
+    turns = [{"completion": f"Thought: {n}\nAction: go {n}", "action": f"go {n}", "observation": f"room {n} " * 12, "reward": 0.0} for n in range(10)]
+    records = [record(n, *(("success", 1.0) if n % 3 else ("failure", 0.25)), turns=turns, category=f"c{n % 5}") for n in range(10_000)]
+    begun = time.monotonic()
+    report.write(tmp_path / "large.html", [run(records)])
+    made = time.monotonic() - begun
+    begun = time.monotonic()
+    shown = Page(chromium, tmp_path / "large.html")
+    opened = time.monotonic() - begun
+    assert shown.page.inner_text("#shown") == "10000 of 10000 attempts"
+    begun = time.monotonic()
+    shown.page.fill("#text", "_9999")
+    assert shown.rows() == ["demo_9999"]
+    filtered = time.monotonic() - begun
+    shown.page.click("#table tbody button")
+    shown.page.wait_for_selector("#columns article")
+    shown.close()
+    print(f"made in {made:.2f} s, {(tmp_path / 'large.html').stat().st_size / 1e6:.1f} MB, opened in {opened:.2f} s, filtered in {filtered:.2f} s")
+    assert opened < 2.0 and filtered < 1.0
+
+
+def test_the_page_has_the_numbers_without_a_browser(tmp_path):
+    report.write(tmp_path / "x.html", [run(MIXED)])
+    page = (tmp_path / "x.html").read_text()
+    assert "33.3 % [6.1 %, 79.2 %]" in page and not re.search(r'(src|href)="(https?:)?//', page)
+    data = json.loads(re.search(r'<script id="data"[^>]*>(.*?)</script>', page, re.DOTALL)[1])
+    assert [row[4] for row in data["rows"]] == ["success", "failure", "env_error", "max_rounds"]
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+
+
+def test_runs_of_one_model_are_told_apart_by_their_folders():
+    assert report.names([("a", "x"), ("b", "y")]) == ["a", "b"]
+    assert report.names([("a", "x"), ("a", "y")]) == ["a (x)", "a (y)"]

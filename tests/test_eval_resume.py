@@ -1,0 +1,235 @@
+"""Runs that are interrupted: killed at any moment, stopped by hand, on a full disk, with another configuration."""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from evaluation.__main__ import main
+from tests.fixtures.servers import FIXTURE_ROWS, ROOT, rows, running
+from tests.fixtures.standins import Answer, completion, counter_player, endpoint, environment
+
+ITEMS = 10
+SAMPLES = 4
+
+
+@pytest.fixture(autouse=True)
+def plain_surroundings(monkeypatch, tmp_path):
+    for name in ("ENV", "ENV_SERVER", "MODEL", "MAX_ROUND", "OPENAI_BASE_URL", "AGENTGYM_SRC", "ENVIRONMENTS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    monkeypatch.chdir(tmp_path)
+
+
+def words(out: Path, server: str, base_url: str, *flags: str) -> list[str]:
+    return [
+        "run", "--env", "form-textcraft", "--environments", str(FIXTURE_ROWS), "--server", server, "--base-url", base_url,
+        "--model", "stand-in", "--out", str(out), "--seed", "3", *flags
+    ]
+
+
+def process(*argv: str, **options) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-m", "evaluation", *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, cwd=ROOT, **options)
+
+
+def attempts(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "attempts.jsonl").read_text().splitlines()]
+
+
+def lasting(record: dict) -> dict:
+    """What of a record must not depend on when it was made."""
+    passing = ("seconds", "model_seconds", "env_seconds", "started", "tries_before", "model_retries")
+    return {key: value for key, value in record.items() if key not in passing}
+
+
+def by_key(out: Path) -> dict:
+    records = attempts(out)
+    keyed = {(record["item"], record["sample"]): lasting(record) for record in records}
+    assert len(keyed) == len(records), "an item is twice in the file"
+    return keyed
+
+
+def test_a_run_killed_at_twenty_moments_ends_as_if_it_never_was(tmp_path):
+    import urllib.request
+    # Slow enough that every kill meets attempts in flight: 40 attempts of 3 answers, 4 at once.
+    slowly = lambda messages, body: Answer(completion(counter_player(messages, body)), delay=0.05)  # noqa: E731
+    flags = ("--items", f"0-{ITEMS - 1}", "--samples", str(SAMPLES))
+    # A session whose create was on its way when the kill came is known to nobody: the server's own limit ends it.
+    with running(rows()["form-textcraft"], tmp_path, True, "--session-ttl", "4") as client, endpoint(slowly) as model:
+
+        def opened() -> int:
+            with urllib.request.urlopen(client.base + "/opened") as answer:
+                return json.loads(answer.read())
+
+        assert process(*words(tmp_path / "whole", client.base, model.base_url, *flags)).wait(120) == 0
+        rng, kills, lengths = random.Random(0), 0, []
+        for _ in range(20):
+            run = process(*words(tmp_path / "killed", client.base, model.base_url, *flags))
+            file = tmp_path / "killed" / "attempts.jsonl"
+            had = file.stat().st_size if file.exists() else 0
+            # Not before it plays, or nothing would be killed; then at a random moment of an episode or two.
+            end = time.monotonic() + 20
+            while time.monotonic() < end and run.poll() is None and not (file.exists() and file.stat().st_size > had):
+                time.sleep(0.005)
+            time.sleep(rng.uniform(0, 0.12))
+            if run.poll() is None:
+                run.send_signal(signal.SIGKILL)
+                kills += 1
+            run.wait()
+            lengths.append(len(file.read_bytes().splitlines()))
+            if lengths[-1] >= ITEMS * SAMPLES - 8:  # play the rest in more pieces: begin another run from here
+                records = file.read_bytes().splitlines(keepends=True)
+                file.write_bytes(b"".join(records[:4]) + records[4][:rng.randrange(len(records[4]))])
+        last = process(*words(tmp_path / "killed", client.base, model.base_url, *flags))
+        said = last.communicate(timeout=120)[0]
+        assert last.returncode == 0, said
+        end = time.monotonic() + 20
+        while opened() and time.monotonic() < end:
+            time.sleep(0.2)
+        assert opened() == 0
+    assert kills == 20
+    assert by_key(tmp_path / "killed") == by_key(tmp_path / "whole")
+    assert len(attempts(tmp_path / "killed")) == ITEMS * SAMPLES
+
+
+def test_only_what_is_missing_or_spoilt_is_played_again(tmp_path):
+    broken = [True]
+
+    def fault(path, number, body):
+        return Answer({"error": "broken"}, 500) if broken and path == "/reset" and body["data_idx"] == 2 else None
+
+    with environment(fault) as env, endpoint(counter_player) as model:
+        assert main(words(tmp_path / "out", env.url, model.base_url, "--items", "0-3")) == 1
+        broken.clear()
+        asked, created = len(model.requests), env.created
+        assert main(words(tmp_path / "out", env.url, model.base_url, "--items", "0-3")) == 0
+        assert (len(model.requests) - asked, env.created - created) == (3, 1)
+        asked = len(model.requests)
+        assert main(words(tmp_path / "out", env.url, model.base_url, "--items", "0-3", "--resume")) == 0
+        assert len(model.requests) == asked
+    again = by_key(tmp_path / "out")[("form-textcraft_2", 0)]
+    assert again["outcome"] == "success" and len(by_key(tmp_path / "out")) == 4
+    record = next(one for one in attempts(tmp_path / "out") if one["item"] == "form-textcraft_2")
+    assert [one["outcome"] for one in record["tries_before"]] == ["env_error"] * 3
+    assert "broken" in (tmp_path / "out" / "superseded.jsonl").read_text()
+
+
+@pytest.mark.parametrize("flags,told", [(("--temperature", "0.5"), "sampling.temperature: was 1.0, is 0.5"),
+                                        (("--max-round", "3"), "max_round: was 5, is 3"),
+                                        (("--samples", "2"), "samples: was 1, is 2")])
+def test_another_configuration_is_refused_with_the_difference(flags, told, tmp_path, capsys):
+    with environment() as env, endpoint(counter_player) as model:
+        assert main(words(tmp_path / "out", env.url, model.base_url, "--items", "0")) == 0
+        before = (tmp_path / "out" / "attempts.jsonl").read_bytes()
+        assert main(words(tmp_path / "out", env.url, model.base_url, "--items", "0", *flags)) == 2
+        error = capsys.readouterr().err
+        assert told in error and error.count("\n") == 1
+        assert (tmp_path / "out" / "attempts.jsonl").read_bytes() == before
+        assert main(words(tmp_path / "out", env.url, model.base_url, "--items", "0", "--fresh", *flags)) == 0
+
+
+def test_without_out_the_same_command_resumes_and_another_one_does_not(tmp_path):
+    with environment() as env, endpoint(counter_player) as model:
+        argv = [word for word in words(Path(), env.url, model.base_url, "--items", "0") if word not in ("--out", ".")]
+        assert main(argv) == main(argv) == main([*argv, "--max-round", "4"]) == 0
+        assert len(model.requests) == 6
+    assert len(list((tmp_path / "saves" / "eval").glob("form-textcraft-stand-in-*"))) == 2
+
+
+@pytest.mark.parametrize("cut", [1, 40, -1])
+def test_a_torn_last_line_is_repaired(cut, tmp_path):
+    with environment() as env, endpoint(counter_player) as model:
+        assert main(words(tmp_path / "out", env.url, model.base_url, "--items", "0-3")) == 0
+        whole, file = by_key(tmp_path / "out"), tmp_path / "out" / "attempts.jsonl"
+        lines = file.read_bytes().splitlines(keepends=True)
+        file.write_bytes(b"".join(lines[:3]) + lines[3][:cut])
+        assert main(words(tmp_path / "out", env.url, model.base_url, "--items", "0-3")) == 0
+    assert by_key(tmp_path / "out") == whole
+
+
+def test_a_file_damaged_in_its_middle_is_refused(tmp_path, capsys):
+    with environment() as env, endpoint(counter_player) as model:
+        assert main(words(tmp_path / "out", env.url, model.base_url, "--items", "0-1")) == 0
+        file = tmp_path / "out" / "attempts.jsonl"
+        file.write_bytes(b"{torn\n" + file.read_bytes())
+        assert main(words(tmp_path / "out", env.url, model.base_url, "--items", "0-1")) == 2
+    assert "line 1 is no JSON" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 130)])
+def test_a_signal_closes_the_sessions_and_leaves_a_run_to_resume(number, code, tmp_path):
+    slowly = lambda messages, body: Answer(completion(counter_player(messages, body)), delay=0.2)  # noqa: E731
+    with environment() as env, endpoint(slowly) as model:
+        run = process(*words(tmp_path / "out", env.url, model.base_url, "--items", "0-9"))
+        while len(model.requests) < 6:
+            time.sleep(0.02)
+        run.send_signal(number)
+        said = run.communicate(timeout=20)[0]
+        assert run.returncode == code and env.sessions == {} and "interrupted" in said and "Traceback" not in said
+        assert main(words(tmp_path / "out", env.url, model.base_url, "--items", "0-9")) == 0
+    assert len(by_key(tmp_path / "out")) == 10
+
+
+def test_a_full_disk_stops_the_run_and_the_same_command_goes_on(tmp_path):
+    import resource
+
+    def small_files() -> None:  # a limit on a file's size fails a write half-way, as a full disk does
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+
+    flags = ("--items", "0-9", "--concurrency", "1")
+    with environment() as env, endpoint(counter_player) as model:
+        run = process(*words(tmp_path / "out", env.url, model.base_url, *flags), preexec_fn=small_files)
+        said = run.communicate(timeout=60)[0]
+        assert run.returncode == 1 and "cannot be written" in said and "Traceback" not in said, said
+        kept = attempts(tmp_path / "out")
+        assert 0 < len(kept) < 10 and env.sessions == {}
+        asked = len(model.requests)
+        assert main(words(tmp_path / "out", env.url, model.base_url, *flags)) == 0
+        assert len(model.requests) - asked == 3 * (10 - len(kept))
+    assert len(by_key(tmp_path / "out")) == 10
+
+
+def test_two_runners_do_not_share_a_folder(tmp_path, capsys):
+    slowly = lambda messages, body: Answer(completion(counter_player(messages, body)), delay=0.3)  # noqa: E731
+    with environment() as env, endpoint(slowly) as model:
+        argv = words(tmp_path / "out", env.url, model.base_url, "--items", "0-3")
+        run = process(*argv)
+        while not model.requests:
+            time.sleep(0.02)
+        assert main(argv) == 2
+        assert "in use by another evaluation" in capsys.readouterr().err
+        assert run.wait(30) == 0
+
+
+def test_a_session_number_on_a_bare_server_is_never_closed_by_a_later_run(tmp_path):
+    with environment() as env, endpoint(counter_player) as model:
+        argv = words(tmp_path / "out", env.url, model.base_url, "--items", "0-1")
+        assert main(argv) == 0
+        # As a killed run would leave it; meanwhile the server gave the number to somebody else.
+        (tmp_path / "out" / "sessions.jsonl").write_text(json.dumps({"open": 77, "server": env.url}) + "\n")
+        env.sessions[77] = {"count": 0, "done": False}
+        (tmp_path / "out" / "attempts.jsonl").write_bytes(b"")
+        assert main(argv) == 0
+        assert list(env.sessions) == [77]
+
+
+def test_rescore_needs_no_model_and_follows_the_rule(tmp_path, capsys):
+    with environment() as env, endpoint(counter_player) as model:
+        assert main(words(tmp_path / "out", env.url, model.base_url, "--items", "0-3")) == 0
+    before = json.loads((tmp_path / "out" / "summary.json").read_text())
+    os.environ.pop("OPENAI_API_KEY")
+    assert main(["rescore", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == before
+    easy = tmp_path / "rows.toml"
+    easy.write_text(FIXTURE_ROWS.read_text().replace("success = { at_least = 1.0 }", "success = { at_least = 0.0 }"))
+    assert main(["rescore", str(tmp_path / "out"), "--environments", str(easy)]) == 0
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["success"]["mean"] == 1.0
+    capsys.readouterr()
+    assert main(["list", str(tmp_path)]) == 0 and "form-textcraft" in capsys.readouterr().out

@@ -1,0 +1,350 @@
+"""Whole runs of the evaluation over real HTTP: every protocol row, numbers, faults of environment and model."""
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+
+from evaluation.__main__ import main
+from tests.fixtures.servers import FIXTURE_ROWS, ROOT, free_port, rows, running
+from tests.fixtures.standins import Answer, completion, counter_player, endpoint, environment, failure
+
+FORMS = sorted(name for name in rows() if name.startswith("form-"))
+KEY = "sk-secret-of-the-test"
+
+
+@pytest.fixture(autouse=True)
+def plain_surroundings(monkeypatch, tmp_path):
+    for name in ("ENV", "ENV_SERVER", "MODEL", "MAX_ROUND", "OPENAI_BASE_URL", "AGENTGYM_SRC", "ENVIRONMENTS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.chdir(tmp_path)
+
+
+def run(out: Path, server: str, base_url: str, *flags: str, env: str = "form-textcraft") -> int:
+    return main([
+        "run", "--env", env, "--environments", str(FIXTURE_ROWS), "--server", server, "--base-url", base_url, "--model",
+        "stand-in", "--model-tries", "4", "--out", str(out), *flags
+    ])
+
+
+def attempts(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "attempts.jsonl").read_text().splitlines()]
+
+
+def summary(out: Path) -> dict:
+    return json.loads((out / "summary.json").read_text())
+
+
+def outcomes(out: Path) -> dict[str, str]:
+    return {record["item"].rsplit("_", 1)[-1]: record["outcome"] for record in attempts(out)}
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("wrapped", [False, True], ids=["bare", "in serve.py"])
+def test_a_server_of_this_form_is_played_through(name, wrapped, tmp_path):
+    with running(rows()[name], tmp_path, wrapped) as client, endpoint(counter_player) as model:
+        before = opened(client)
+        assert run(tmp_path / "out", client.base.removesuffix("/maze"), model.base_url, "--items", "0-9", env=name) == 0
+        after = opened(client)
+        work = json.loads((tmp_path / "out" / "run.json").read_text())["work"][0]
+    assert outcomes(tmp_path / "out") == {str(n): "success" if n % 2 == 0 else "failure" for n in range(10)}
+    for record in attempts(tmp_path / "out"):
+        assert record["rounds"] == 3 and record["scaled"] == float(record["success"])
+        assert record["reward"] == record["scaled"] * rows()[name].reward_range[1]
+        assert [turn["action"] for turn in record["turns"]][:2] == ["add", "add"]
+    assert (work["sessions"]["lost"] == 0 and work["sessions"]["opened"] == work["sessions"]["closed"]) or not rows()[name].protocol.close
+    if rows()[name].protocol.close:
+        assert after == before
+    else:  # no more sessions than were played at once: they are used again
+        assert after - before <= rows()[name].concurrency
+
+
+def opened(client) -> int:
+    import urllib.request
+    with urllib.request.urlopen(client.base.removesuffix("/maze") + "/opened") as answer:
+        return json.loads(answer.read())
+
+
+def test_the_expert_solves_the_demo_and_a_random_player_does_not(tmp_path, capsys):
+    from tasks.lib.environments import environment as row_of
+    with running(row_of("demo"), tmp_path) as client:
+        for player in ("expert", "random"):
+            assert main(["run", "--env", "demo", "--server", client.base, "--model", player, "--out", str(tmp_path / player),
+                         "--samples", "1" if player == "expert" else "2"]) == 0
+    expert, chance = summary(tmp_path / "expert"), summary(tmp_path / "random")
+    assert expert["success"]["mean"] == expert["reward"]["mean"] == 1.0 and expert["attempts"] == 48
+    assert chance["reward"]["high"] < 0.3 and chance["success"]["high"] < expert["success"]["low"]
+    # Computed here from the records, item by item.
+    per_item: dict[str, list[float]] = {}
+    for record in attempts(tmp_path / "random"):
+        per_item.setdefault(record["item"], []).append(record["reward"])
+    assert chance["reward"]["mean"] == pytest.approx(fmean(fmean(group) for group in per_item.values()))
+    assert {len(group) for group in per_item.values()} == {2}
+    assert "success rate" in capsys.readouterr().out
+
+
+def test_what_the_endpoint_is_sent(tmp_path):
+    with environment() as env, endpoint(counter_player) as model:
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "2", "--seed", "7", "--temperature", "0.3",
+                   "--max-tokens", "64", "--extra-body", '{"top_k": 5}') == 0
+    headers, body = model.requests[-1]
+    assert headers["authorization"] == f"Bearer {KEY}"
+    assert (body["model"], body["temperature"], body["max_tokens"], body["top_k"]) == ("stand-in", 0.3, 64, 5)
+    assert not body.get("stream") and body["seed"] == attempts(tmp_path / "out")[0]["seed"]
+    roles = [message["role"] for message in body["messages"]]
+    assert roles == ["user", "assistant", "user", "assistant", "user", "assistant", "user"]
+    assert [message["content"] for message in body["messages"][2:]] == ["count 2", "add", "count 3", "add", "count 4"]
+
+
+def test_no_file_and_no_output_has_the_key(tmp_path, capsys):
+    def say(messages, body):
+        return failure(400, f"Your key {KEY} sent something odd") if body["messages"][2]["content"] == "count 3" else counter_player(messages, body)
+
+    with environment() as env, endpoint(say) as model:
+        run(tmp_path / "out", env.url, model.base_url.replace("http://", "http://user:pass@"), "--items", "0-3", "--concurrency", "1")
+    shown = "".join(capsys.readouterr())
+    for text in (shown, *(path.read_text() for path in (tmp_path / "out").iterdir() if path.is_file())):
+        assert KEY not in text and "user:pass" not in text
+    assert "***" in attempts(tmp_path / "out")[3]["error"]
+
+
+def test_samples_differ_in_seed_and_are_told_apart(tmp_path):
+    import itertools
+    draws = itertools.count()
+
+    def say(messages, body):
+        return "win" if next(draws) % 3 == 0 else "lose"
+
+    with environment() as env, endpoint(say) as model:
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0-4", "--samples", "3", "--seed", "1") == 0
+    records = attempts(tmp_path / "out")
+    assert len({(record["item"], record["sample"]) for record in records}) == 15 == len({record["seed"] for record in records})
+    solved: dict[str, int] = {}
+    for record in records:
+        solved[record["item"]] = solved.get(record["item"], 0) + record["success"]
+    found = summary(tmp_path / "out")
+    assert found["pass_at"]["3"]["mean"] == pytest.approx(sum(count > 0 for count in solved.values()) / 5)
+    # Pass@2 of 3 samples, by listing the pairs: a pair fails when both do.
+    pairs = [1 - (3 - c) * (2 - c) / 6 if c < 2 else 1.0 for c in solved.values()]
+    assert found["pass_at"]["2"]["mean"] == pytest.approx(fmean(pairs))
+
+
+def test_rounds_end_an_episode_and_a_token_limit_does(tmp_path):
+    with environment() as env, endpoint(lambda messages, body: "add") as model:
+        assert run(tmp_path / "rounds", env.url, model.base_url, "--items", "1", "--max-round", "4") == 0
+        assert run(tmp_path / "tokens", env.url, model.base_url, "--items", "1", "--token-limit", "20") == 0
+        assert not env.sessions
+    assert [(one["outcome"], one["rounds"], one["success"]) for one in attempts(tmp_path / "rounds")] == [("max_rounds", 4, False)]
+    assert [(one["outcome"], one["rounds"]) for one in attempts(tmp_path / "tokens")] == [("token_limit", 2)]
+
+
+# Faults of the environment.
+
+
+@pytest.mark.parametrize("answer", [
+    Answer({"error": "it broke"}),
+    Answer({"detail": "it broke"}, 500),
+    Answer(b'{"observation": "count 1", "rew'),
+    Answer({"observation": "count 1"}),
+    Answer(drop=True),
+], ids=["a 200 with an error", "a 500", "torn JSON", "a reply without reward", "a connection that ends"])
+@pytest.mark.parametrize("route", ["/create", "/reset", "/step"])
+def test_a_passing_fault_costs_a_try_and_no_score(answer, route, tmp_path):
+    if route != "/step" and answer.body == {"observation": "count 1"}:
+        answer = Answer({"id": "none"})
+    with environment(lambda path, number, body: answer if path == route and number == 2 else None) as env, endpoint(counter_player) as model:
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0-3", "--concurrency", "1") == 0
+        assert env.sessions == {} and env.after_done == 0
+    assert outcomes(tmp_path / "out") == {"0": "success", "1": "failure", "2": "success", "3": "failure"}
+    tries = [record["tries_before"] for record in attempts(tmp_path / "out")]
+    assert sum(map(len, tries)) == 1
+    assert [one["outcome"] for group in tries for one in group] == ["env_error"]
+
+
+def test_a_lasting_fault_is_an_error_and_never_a_score(tmp_path, capsys):
+    def fault(path, number, body):
+        return Answer({"error": "item 2 is broken"}) if path == "/reset" and body["data_idx"] == 2 else None
+
+    with environment(fault) as env, endpoint(counter_player) as model:
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0-3") == 1
+        assert env.sessions == {} and env.seen["/reset"] == 3 + 3
+    found = summary(tmp_path / "out")
+    assert outcomes(tmp_path / "out")["2"] == "env_error"
+    assert (found["errors"], found["attempts"], found["items"], found["success"]["mean"]) == (1, 4, 3, pytest.approx(1 / 3))
+    broken = next(record for record in attempts(tmp_path / "out") if record["outcome"] == "env_error")
+    assert broken["reward"] is None and broken["success"] is None and "item 2 is broken" in broken["error"]
+    out = capsys.readouterr().out
+    assert "1 of 4 attempts failed by infrastructure" in out and "item 2 is broken" in out
+
+
+def test_a_hanging_step_is_given_up_and_its_session_closed(tmp_path):
+    with environment(lambda path, number, body: Answer(delay=30) if path == "/step" and number == 1 else None) as env, \
+            endpoint(counter_player) as model:
+        begun = time.monotonic()
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0", "--env-timeout", "0.5") == 0
+        assert time.monotonic() - begun < 10 and env.sessions == {}
+    record, = attempts(tmp_path / "out")
+    assert record["outcome"] == "success" and "no answer within 0.5 s" in record["tries_before"][0]["error"]
+
+
+def test_a_create_without_an_answer_is_not_sent_again_at_once(tmp_path):
+    with environment(lambda path, number, body: Answer(drop=True) if path == "/create" and number < 9 else None) as env, \
+            endpoint(counter_player) as model:
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0") == 1
+        assert env.seen["/create"] == 3  # one a try
+    assert outcomes(tmp_path / "out") == {"0": "env_error"}
+
+
+def test_a_full_server_is_waited_for(tmp_path):
+    busy = Answer({"error": "all 2 sessions are in use"}, 429)
+    with environment(lambda path, number, body: busy if path == "/create" and number < 4 else None) as env, \
+            endpoint(counter_player) as model:
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0") == 0
+    record, = attempts(tmp_path / "out")
+    assert record["outcome"] == "success" and record["tries_before"] == []
+
+
+def test_an_episode_that_takes_too_long_is_a_timeout_and_no_score(tmp_path):
+    with environment() as env, endpoint(lambda messages, body: Answer(completion("add"), delay=0.2)) as model:
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0", "--time-limit", "0.5", "--max-round", "50") == 1
+        assert env.sessions == {}
+    record, = attempts(tmp_path / "out")
+    assert (record["outcome"], record["reward"]) == ("timeout", None) and summary(tmp_path / "out")["success"] is None
+
+
+def start_server(port: int, folder: Path) -> subprocess.Popen:
+    row_file = folder / "row.json"
+    row_file.write_text(json.dumps(rows()["form-textcraft"].served()))
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "servers/serve.py"), str(row_file), "--source", str(ROOT), "--port", str(port)],
+        cwd=ROOT / "tests/fixtures/envserver", env={**os.environ, "FORM": "textcraft"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def test_a_server_that_is_killed_and_comes_back_costs_no_score(tmp_path):
+    port = free_port()
+    server = start_server(port, tmp_path)
+    killed = []
+
+    def say(messages, body):
+        if len(model.requests) == 20:  # in the middle of several episodes
+            server.kill()
+            server.wait()
+            killed.append(start_server(port, tmp_path))
+        return counter_player(messages, body)
+
+    try:
+        with endpoint(say) as model:
+            assert run(tmp_path / "out", f"http://127.0.0.1:{port}", model.base_url, "--items", "0-9") == 0
+        found = attempts(tmp_path / "out")
+    finally:
+        for process in (server, *killed):
+            process.kill()
+            process.wait()
+    assert killed and outcomes(tmp_path / "out") == {str(n): "success" if n % 2 == 0 else "failure" for n in range(10)}
+    assert sum(len(record["tries_before"]) for record in found) >= 1
+
+
+def test_no_server_is_one_line(tmp_path, capsys):
+    assert run(tmp_path / "out", f"http://127.0.0.1:{free_port()}", "http://127.0.0.1:9/v1", "--env-wait", "0.5") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "invoke env.up --env form-textcraft" in error
+
+
+# Faults of the model.
+
+
+def model_faults(first: Answer, times: int = 1):
+    calls = []
+
+    def say(messages, body):
+        calls.append(time.monotonic())
+        return first if len(calls) <= times else counter_player(messages, body)
+
+    return say, calls
+
+
+def test_a_429_is_waited_out_as_long_as_it_asks(tmp_path):
+    say, calls = model_faults(failure(429, "slow down", retry_after="1"))
+    with environment() as env, endpoint(say) as model:
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0") == 0
+    assert 1.0 <= calls[1] - calls[0] < 5
+    record, = attempts(tmp_path / "out")
+    assert (record["outcome"], record["model_retries"], record["rounds"]) == ("success", 1, 3)
+
+
+@pytest.mark.parametrize("answer", [
+    failure(500, "oops"),
+    failure(408, "late"),
+    failure(409, "again"),
+    Answer(b'{"choices": [{"mess'),
+    Answer({"choices": []}),
+    Answer(b"<html>bad gateway</html>", 200, {"content-type": "text/html"}),
+    Answer(drop=True),
+], ids=["500", "408", "409", "torn JSON", "no choices", "a page", "a connection that ends"])
+def test_a_passing_fault_of_the_endpoint_is_tried_again(answer, tmp_path):
+    say, calls = model_faults(answer)
+    with environment() as env, endpoint(say) as model:
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0") == 0
+    record, = attempts(tmp_path / "out")
+    assert (record["outcome"], record["model_retries"], len(calls)) == ("success", 1, 4)
+    assert env.stepped[1] == 3  # the environment noticed nothing
+
+
+@pytest.mark.parametrize("answer", [failure(503, "down"), Answer(b"torn {"), Answer(delay=3)],
+                         ids=["503", "malformed JSON", "a timeout"])
+def test_a_lasting_fault_of_the_endpoint_is_a_model_error(answer, tmp_path):
+    with environment() as env, endpoint(lambda messages, body: answer) as model:
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0-1", "--model-tries", "2", "--request-timeout", "0.5") == 1
+        assert env.sessions == {} and len(model.requests) == 4
+    assert set(outcomes(tmp_path / "out").values()) == {"model_error"} and summary(tmp_path / "out")["items"] == 0
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 400])
+def test_a_request_that_is_refused_for_good_ends_the_run_at_once(status, tmp_path, capsys):
+    begun = time.monotonic()
+    with environment() as env, endpoint(lambda messages, body: failure(status, "no, thank you")) as model:
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0-9") == 2
+        assert env.sessions == {}
+    assert time.monotonic() - begun < 5 and len(model.requests) <= 4  # one for each that plays at once
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"HTTP {status}" in error and "no, thank you" in error
+
+
+def test_a_context_that_is_full_is_an_outcome_of_its_own_and_counts(tmp_path):
+    def say(messages, body):
+        if messages[2]["content"] == "count 1" and len(messages) > 3:
+            return failure(400, "This model's maximum context length is 8192 tokens", "context_length_exceeded")
+        return counter_player(messages, body)
+
+    with environment() as env, endpoint(say) as model:
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0-2") == 0
+        assert env.sessions == {}
+    assert outcomes(tmp_path / "out") == {"0": "success", "1": "context_overflow", "2": "success"}
+    assert summary(tmp_path / "out")["success"]["mean"] == pytest.approx(2 / 3)
+
+
+def test_empty_content_is_an_invalid_action_and_reasoning_is_kept_but_not_sent(tmp_path):
+    def say(messages, body):
+        if len(messages) == 3:
+            return completion(None, reasoning_content="let me think")
+        return counter_player(messages, body)
+
+    with environment() as env, endpoint(say) as model:
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0") == 0
+    record, = attempts(tmp_path / "out")
+    assert record["invalid_actions"] == 1 and record["turns"][0]["reasoning"] == "let me think"
+    assert all("let me think" not in json.dumps(body) for _, body in model.requests)
+    assert record["usage"] == {"prompt": 30, "completion": 6, "cached": 0, "reasoning": 0, "unknown": 0}
+
+
+def test_tokens_cost_what_the_table_says(tmp_path, capsys):
+    (tmp_path / "prices.toml").write_text('["stand-in"]\ninput = 1000.0\noutput = 5000.0\n')
+    with environment() as env, endpoint(counter_player) as model:
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0-1", "--prices", str(tmp_path / "prices.toml")) == 0
+    assert summary(tmp_path / "out")["cost"] == pytest.approx((60 * 1000 + 12 * 5000) / 1e6)

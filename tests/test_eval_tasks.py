@@ -1,0 +1,109 @@
+"""`invoke eval` on this machine: the environment is started and stopped, flags reach the runner, misuse is one line."""
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tasks.lib import eval_plan
+from tests.fixtures.servers import ROOT
+from tests.fixtures.standins import completion, endpoint
+
+
+@pytest.fixture
+def clean():
+    """The surroundings of a user who has set nothing."""
+    ours = ("ENV", "ENV_PORT", "MODEL", "MAX_ROUND", "OPENAI_API_KEY", "OPENAI_BASE_URL", "ENVIRONMENTS", "AGENTGYM_SRC")
+    return {name: value for name, value in os.environ.items() if name not in ours}
+
+
+def invoke(*words: str, env: dict[str, str], timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "invoke", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def test_the_demo_is_started_played_and_stopped(clean, tmp_path):
+    done = invoke("eval", "--env", "demo", "--model", "expert", "--out", str(tmp_path / "expert"), env=clean)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "started demo" in done.stdout and "stopped demo" in done.stdout and "100.0 %" in done.stdout
+    assert json.loads((tmp_path / "expert" / "summary.json").read_text())["success"]["mean"] == 1.0
+    assert "demo was not up" in invoke("env.down", "--env", "demo", env=clean).stdout
+    again = invoke("eval.rescore", "--run", str(tmp_path / "expert"), env=clean)
+    assert again.returncode == 0 and "100.0 %" in again.stdout
+
+
+def test_a_server_that_is_up_is_used_and_left_up(clean, tmp_path):
+    assert invoke("env.up", "--env", "demo", "--runner", "local", env=clean).returncode == 0
+    try:
+        chance = invoke("eval", "--env", "demo", "--model", "random", "--limit", "6", "--out", str(tmp_path / "random"), env=clean)
+        expert = invoke("eval", "--env", "demo", "--model", "expert", "--limit", "6", "--out", str(tmp_path / "expert"), env=clean)
+        assert (chance.returncode, expert.returncode) == (0, 0) and "started" not in chance.stdout + expert.stdout
+    finally:
+        assert "demo is down" in invoke("env.down", "--env", "demo", env=clean).stdout
+    both = invoke("eval.compare", "--run", str(tmp_path / "random"), "--run", str(tmp_path / "expert"), "--out",
+                  str(tmp_path / "both.html"), env=clean)
+    assert both.returncode == 0 and "expert − random" in both.stdout and (tmp_path / "both.html").stat().st_size > 10_000
+
+
+def test_a_model_over_http_and_a_wrong_key(clean, tmp_path):
+    sys.path.insert(0, str(ROOT / "demo"))
+    from agentenv_demo.players import expert
+
+    def say(messages, body):
+        return completion("I will do this:\n" + expert(messages[-1]["content"]))
+
+    with endpoint(say) as model:
+        done = invoke("eval", "--env", "demo", "--base-url", model.base_url, "--model", "stand-in", "--limit", "4", "--samples", "2",
+                      "--max-round", "29", "--out", str(tmp_path / "out"), env={**clean, "OPENAI_API_KEY": "sk-of-the-test"})
+        assert done.returncode == 0, done.stdout + done.stderr
+        told = json.loads((tmp_path / "out" / "run.json").read_text())
+        assert (told["config"]["max_round"], told["config"]["samples"], told["prompt"]["source"]) == (29, 2, "row")
+        assert model.requests[0][0]["authorization"] == "Bearer sk-of-the-test" and "sk-of-the-test" not in done.stdout + done.stderr
+    from tests.fixtures.standins import failure
+    with endpoint(lambda messages, body: failure(401, "Incorrect API key provided")) as model:
+        begun = time.monotonic()
+        done = invoke("eval", "--env", "demo", "--base-url", model.base_url, "--out", str(tmp_path / "wrong"), env={**clean, "OPENAI_API_KEY": "sk-x"})
+    assert done.returncode == 2 and "the key is not accepted" in done.stderr and "Traceback" not in done.stderr
+    assert time.monotonic() - begun < 60 and "stopped demo" in done.stdout
+
+
+@pytest.mark.parametrize("words,told", [
+    (["eval", "--env", "serchqa"], "did you mean searchqa"),
+    (["eval", "--env", "demo", "--runner", "cloud"], "unknown runner"),
+    (["eval", "--env", "demo", "--wait", "x"], "--wait x"),
+    (["eval.report", "--run", "nowhere"], "no run nowhere"),
+    (["eval.compare", "--run", "nowhere"], "no run nowhere"),
+    (["eval", "--env", "demo", "--model", "expert", "--server", "http://127.0.0.1:9", "--samples", "-1"], "--samples"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_misuse_is_one_line(words, told, clean):
+    done = invoke(*words, env=clean)
+    assert done.returncode == 2 and told in done.stderr and done.stderr.strip().count("\n") == 0
+
+
+def test_dry_shows_the_command_and_starts_nothing(clean):
+    done = invoke("--dry", "eval", "--env", "demo", "--model", "expert", "--runner", "local", env={**clean, "OPENAI_API_KEY": "sk-secret"})
+    assert done.returncode == 0, done.stderr
+    assert "-m evaluation run --env=demo --model=expert" in done.stdout and "sk-secret" not in done.stdout
+    assert "demo is down" not in invoke("env.down", "--env", "demo", env=clean).stdout
+
+
+def test_flags_keep_values_that_begin_with_a_dash():
+    assert eval_plan.flags({"shuffle_seed": "-3", "fresh": True, "items": "", "upstream_compat": False}) == ["--shuffle-seed=-3", "--fresh"]
+
+
+@pytest.mark.parametrize("runner,importable,where", [("auto", True, "local"), ("auto", False, "docker"), ("docker", True, "docker"), ("local", False, "local")])
+def test_where_the_runner_runs(runner, importable, where):
+    assert eval_plan.choose_runner(runner, importable) == where
+
+
+def test_runs_are_found_by_name_by_path_and_the_latest_by_itself(tmp_path):
+    for age, name in enumerate(("new", "old")):
+        folder = tmp_path / "saves" / "eval" / name
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text("{}")
+        os.utime(folder / "run.json", (1e9 - age, 1e9 - age))
+    assert eval_plan.folders([], tmp_path)[0].name == "new"
+    assert eval_plan.folders(["old", str(tmp_path / "saves" / "eval" / "new")], tmp_path)[0].name == "old"
+    with pytest.raises(ValueError, match="no runs in"):
+        eval_plan.latest_run(tmp_path / "none")
