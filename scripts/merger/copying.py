@@ -155,8 +155,8 @@ class HostConverter:
             self._grow(needed)
         values = self._source[:block.numel * source_type.itemsize].view(source_type)
         read = self.sources.read_parts(block.parts, values, self._scratch)
-        if block.twin_parts:
-            read += self._check_twin(block, values)
+        for twin, parts in zip(output.twins, block.twin_parts, strict=True):
+            read += self._check_twin(output.name, twin.name, parts, values)
         if output.fusion is not None:
             values = fused(block, values, self.sources)
         if values.dtype == target_type:
@@ -181,16 +181,14 @@ class HostConverter:
                 return False
         return True
 
-    def _check_twin(self, block: Block, values: np.ndarray) -> int:
-        """Compare a block of a tied tensor with that of its copy, which is left out; return the bytes read."""
+    def _check_twin(self, name: str, copy: str, parts: Sequence[Part], values: np.ndarray) -> int:
+        """Compare a block of a tied tensor with that of a copy, which is left out; return the bytes read."""
         twin = self._target[:values.nbytes].view(values.dtype)
-        read = self.sources.read_parts(block.twin_parts, twin, self._scratch)
+        read = self.sources.read_parts(parts, twin, self._scratch)
         if not np.array_equal(values.view(np.uint8), twin.view(np.uint8)):
-            assert block.output.twin is not None
             raise MergeError(
-                f"the config ties {block.output.twin.name} to {block.output.name}, but their values differ; "
-                "pass --tied-weights keep to save both and untie them in the config, or --tied-weights "
-                "drop to save the first")
+                f"the config ties {copy} to {name}, but their values differ; pass --tied-weights keep to save "
+                "both and untie them in the config, or --tied-weights drop to save the first")
         return read
 
 

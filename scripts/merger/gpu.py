@@ -24,7 +24,7 @@ def check_device(name: str) -> str:
     if name in ("auto", "cpu"):
         return "cpu"
     kind, _, number = name.partition(":")
-    if kind != "cuda" or (number and not number.isdigit()):
+    if kind != "cuda" or (number and not number.isdecimal()):
         raise MergeError(f"--device {name} is no device; choose auto, cpu, cuda or cuda:N")
     try:
         import torch
@@ -61,7 +61,7 @@ class TorchConverter:
     def convert(self, block: Block) -> tuple[np.ndarray, int, tuple[int, int]]:
         """See `copying.Converter`."""
         output = block.output
-        if output.fusion or block.twin_parts or not {output.dtype, output.source.dtype} <= CONVERTED:
+        if output.fusion or output.twins or not {output.dtype, output.source.dtype} <= CONVERTED:
             return self._host.convert(block)
         nbytes = block.numel * max(itemsize(output.source.dtype), itemsize(output.dtype))
         if nbytes > self._staged.numel():

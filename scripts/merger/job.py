@@ -106,9 +106,9 @@ def prepare(options: Options, checkpoint: Checkpoint | None = None) -> Job:
         for name, (tensor, _) in named.items()
     }, options.trust_remote_code)
     notes = list(checkpoint.notes)
-    if verdict.unknown:
-        notes.append(f"keys were not checked against a model: {verdict.unknown}")
-    elif "keys" not in options.allow and (fault := complaint(verdict, config, config_dir / CONFIG_NAME)):
+    if verdict.silent:
+        notes.append(f"keys were not checked against a model: {verdict.silent}")
+    if "keys" not in options.allow and (fault := complaint(verdict, config, config_dir / CONFIG_NAME)):
         raise MergeError(fault)
     config, dropped = _resolve_ties(options, config, named, verdict)
     outputs = _outputs(options, named, dropped)
@@ -157,7 +157,7 @@ def _resolve_ties(options: Options, config: dict[str, Any], named: Named,
 
     That their bytes are equal is seen while the first is copied, unless the user has decided.
     """
-    groups = tied_by_config(config, list(named)) if verdict.unknown else verdict.tied
+    groups = tied_by_config(config, list(named)) if verdict.silent else verdict.tied
     dropped = {}
     for group in groups:
         first, *copies = [name for name in group if name in named] or [""]
@@ -169,13 +169,17 @@ def _resolve_ties(options: Options, config: dict[str, Any], named: Named,
 
 
 def _outputs(options: Options, named: Named, dropped: dict[str, str]) -> list[Output]:
-    twins = {} if options.tied_weights == "drop" else {first: named[copy][0] for copy, first in dropped.items()}
-    for name, twin in twins.items():
-        if (twin.dtype, twin.shape) != (named[name][0].dtype, named[name][0].shape):
-            raise MergeError(f"the config ties {twin.name} to {name}, but they are of different type or shape; pass "
+    twins: dict[str, tuple[Tensor, ...]] = {}
+    for copy, first in dropped.items():
+        ours, theirs = named[first][0], named[copy][0]
+        if options.tied_weights == "drop":
+            continue
+        if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
+            raise MergeError(f"the config ties {copy} to {first}, but they are of different type or shape; pass "
                              "--tied-weights keep or --tied-weights drop")
+        twins[first] = (*twins.get(first, ()), theirs)
     return [
-        Output(name, tensor, output_dtype(tensor.dtype, options.dtype), fusion, twins.get(name))
+        Output(name, tensor, output_dtype(tensor.dtype, options.dtype), fusion, twins.get(name, ()))
         for name, (tensor, fusion) in named.items() if name not in dropped
     ]
 

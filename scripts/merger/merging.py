@@ -89,8 +89,7 @@ def _verify(job: Job, options: Options, folder: Path, threads: int) -> None:
     if job.stem != MODEL_STEM:
         return
     verdict = model_check.ask(folder, {name: there.shape for name, there in stored.items()}, options.trust_remote_code)
-    if not verdict.unknown and "keys" not in options.allow and (fault := complaint(verdict, read_config(folder),
-                                                                                   folder / CONFIG_NAME)):
+    if "keys" not in options.allow and (fault := complaint(verdict, read_config(folder), folder / CONFIG_NAME)):
         raise MergeError(f"after merging, {fault}")
 
 

@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from merger.modelconfig import CONFIG_NAME
+from merger.modelconfig import CONFIG_NAME, read_config
 
 SCRIPTS = Path(__file__).resolve().parents[1]
 
@@ -28,7 +28,8 @@ class Verdict:
     """What the child found.
 
     Attributes:
-        unknown: why the model could not be built, or empty; then nothing else is known.
+        unknown: why no model could be built that transformers has no part in; then nothing else is known.
+        broken: why transformers cannot build this model of its own from the config.
         missing: names that the model has and the checkpoint has not.
         unexpected: names that the checkpoint has and the model has not.
         mismatched: (name, shape in the checkpoint, shape in the model).
@@ -37,12 +38,18 @@ class Verdict:
         torch: version.
     """
     unknown: str = ""
+    broken: str = ""
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     mismatched: list[list[Any]] = field(default_factory=list)
     tied: list[list[str]] = field(default_factory=list)
     transformers: str = ""
     torch: str = ""
+
+    @property
+    def silent(self) -> str:
+        """Why nothing is known of the model's keys, or empty."""
+        return self.unknown or self.broken
 
 
 def ask(config_dir: Path, shapes: Mapping[str, Sequence[int]], trust_remote_code: bool) -> Verdict:
@@ -68,7 +75,7 @@ def ask(config_dir: Path, shapes: Mapping[str, Sequence[int]], trust_remote_code
         last = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
         return Verdict(unknown=last[:300])
     verdict = Verdict(**json.loads(process.stdout))
-    if not verdict.unknown:
+    if not verdict.silent:
         _remember(memory, process.stdout)
     return verdict
 
@@ -77,7 +84,7 @@ def _memory(config_dir: Path, request: Mapping[str, Any]) -> Path:
     """Return the file that remembers the answer to `request`."""
     asked = {**request, "config_dir": None, "versions": [sys.version, *map(_version, ("torch", "transformers"))]}
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode())
-    for path in [config_dir / CONFIG_NAME, *sorted(config_dir.glob("*.py"))]:
+    for path in [Path(__file__), config_dir / CONFIG_NAME, *sorted(config_dir.glob("*.py"))]:
         with contextlib.suppress(OSError):
             digest.update(path.read_bytes())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -109,10 +116,12 @@ def check(config_dir: Path, shapes: Mapping[str, Sequence[int]], trust_remote_co
     try:
         config = transformers.AutoConfig.from_pretrained(config_dir, trust_remote_code=trust_remote_code)
         model_class = _model_class(config, config_dir, trust_remote_code)
+        with torch.device("meta"):
+            model = model_class(config)
     except Exception as error:  # an unknown architecture, custom code that is not trusted, a broken config
-        return {"unknown": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", **versions}
-    with torch.device("meta"):
-        model = model_class(config)
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        broken = _is_known(config_dir) and not isinstance(error, ImportError)
+        return {"broken" if broken else "unknown": text, **versions}
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -132,6 +141,14 @@ def check(config_dir: Path, shapes: Mapping[str, Sequence[int]], trust_remote_co
         "tied": tied,
         **versions
     }
+
+
+def _is_known(config_dir: Path) -> bool:
+    """Tell whether transformers itself has the model that the config names, so that a failure is the config's fault."""
+    import transformers
+    config = read_config(config_dir)
+    architecture = (config.get("architectures") or [""])[0]
+    return config.get("model_type") in transformers.CONFIG_MAPPING and hasattr(transformers, architecture)
 
 
 def _model_class(config: Any, config_dir: Path, trust_remote_code: bool) -> Any:
@@ -159,6 +176,10 @@ def _mismatched(found: Any, shapes: Mapping[str, Sequence[int]], model: Any) -> 
 
 def complaint(verdict: Verdict, config: Mapping[str, Any], config_path: Path) -> str | None:
     """Return the one line that names what does not fit, or None."""
+    if verdict.broken:
+        return (
+            f"transformers {verdict.transformers} cannot build a model from {config_path} ({verdict.broken}); mend the "
+            "config, or pass --allow keys")
     for name, ours, theirs in verdict.mismatched:
         vocabulary = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
         if theirs and ours[:1] != theirs[:1] and vocabulary == theirs[0]:

@@ -7,6 +7,7 @@ import collections
 import contextlib
 import io
 import pickle
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -217,12 +218,15 @@ def load(data: bytes) -> Any:
         MergeError: the pickle names something that is not on the allow-list, or is damaged.
     """
     try:
-        with _memory_limit(MEMORY_LIMIT + 64 * len(data)):
+        with _ONE_AT_A_TIME, _memory_limit(MEMORY_LIMIT + 64 * len(data)):
             return _Unpickler(io.BytesIO(data)).load()
     except MergeError:
         raise
     except Exception as error:  # a damaged pickle raises nearly anything, from KeyError to MemoryError
         raise MergeError(f"its pickle cannot be read ({type(error).__name__}: {error!s:.120})") from error
+
+
+_ONE_AT_A_TIME = threading.Lock()  # the limit is the process's: two threads would restore each other's
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 A safetensors file is 8 bytes of header length, a JSON header, and the tensors' bytes without holes
 (https://github.com/huggingface/safetensors#format), so every byte's place is known from shapes and types alone.
 """
-import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -30,13 +29,13 @@ class Fusion:
 class Output:
     """A tensor to write: the checkpoint's tensor under its final name and element type.
 
-    `twin` is a tied copy that is left out, and must have equal bytes.
+    `twins` are tied copies that are left out, and must have equal bytes.
     """
     name: str
     source: Tensor
     dtype: str
     fusion: Fusion | None = None
-    twin: Tensor | None = None
+    twins: tuple[Tensor, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -81,7 +80,7 @@ class Block:
         offset: byte of that file at which the block begins.
         start, numel: first element of the tensor, and how many.
         parts: what fills it.
-        twin_parts: the same block of the output's twin.
+        twin_parts: what fills the same block of each of the output's twins.
     """
     output: Output
     file: int
@@ -89,7 +88,7 @@ class Block:
     start: int
     numel: int
     parts: tuple[Part, ...]
-    twin_parts: tuple[Part, ...] = ()
+    twin_parts: tuple[tuple[Part, ...], ...] = ()
 
 
 def split_files(outputs: Sequence[Output], max_bytes: int, stem: str = "model") -> list[OutputFile]:
@@ -146,15 +145,15 @@ def all_blocks(checkpoint: Checkpoint, files: Sequence[OutputFile], block_bytes:
     """
     for number, file in enumerate(files):
         for output, offset in file.tensors:
-            size, twin = itemsize(output.dtype), output.twin
-            whole_rows = output.fusion is not None or twin is not None
-            blocks = tensor_blocks(checkpoint, output.source, block_bytes, whole_rows)
-            copies = tensor_blocks(checkpoint, twin, block_bytes, whole_rows) if twin else itertools.repeat(None)
-            for (start, numel, parts), copy in zip(blocks, copies, strict=False):
-                if copy is not None and copy[:2] != (start, numel):
+            size, whole_rows = itemsize(output.dtype), output.fusion is not None or bool(output.twins)
+            same = (tensor_blocks(checkpoint, tensor, block_bytes, whole_rows)
+                    for tensor in (output.source, *output.twins))
+            for (start, numel, parts), *copies in zip(*same, strict=True):
+                if any(copy[:2] != (start, numel) for copy in copies):
                     raise MergeError(
                         f"{output.name} and its tied copy lie differently on the ranks; pass --tied-weights")
-                yield Block(output, number, offset + start * size, start, numel, parts, copy[2] if copy else ())
+                yield Block(output, number, offset + start * size, start, numel, parts,
+                            tuple(copy[2] for copy in copies))
 
 
 def tensor_blocks(checkpoint: Checkpoint,

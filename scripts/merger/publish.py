@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from merger import MergeError
@@ -52,22 +52,34 @@ class Staging:
     """
 
     def __init__(self, target: Path) -> None:
-        self.target = Path(os.path.abspath(target))
+        self.target = Path(os.path.realpath(target))  # a link keeps pointing at the folder that is replaced
         self.folder = self.target.with_name(f".{self.target.name}.merging-{os.getpid()}")
         self._lock = -1
 
     def __enter__(self) -> "Staging":
         try:
             self.target.parent.mkdir(parents=True, exist_ok=True)
-            for leftover in self._leftovers():
-                shutil.rmtree(leftover)
-            os.mkdir(self.folder, self._mode())
-            self._lock = os.open(self.folder, os.O_RDONLY)
-            _try_lock(self._lock)
+            _remove_leftovers(self.target)
+            while not self._claim():
+                pass
+            if self.target.is_dir():
+                shutil.copymode(self.target, self.folder)
         except OSError as error:
             raise MergeError(
                 f"cannot write in {self.target.parent}: {error.strerror}; choose another --save-dir") from error
         return self
+
+    def _claim(self) -> bool:
+        """Make and lock the folder; False where a merge that starts beside this one took it for a leftover meanwhile."""
+        os.mkdir(self.folder)
+        self._lock = os.open(self.folder, os.O_RDONLY)
+        if _try_lock(self._lock) and self.folder.exists() and os.path.samestat(os.fstat(self._lock),
+                                                                               self.folder.stat()):
+            return True
+        os.close(self._lock)
+        self._lock = -1
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return False
 
     def __exit__(self, *_: object) -> None:
         # Before publishing this removes what was staged; after an exchange, the folder that was replaced.
@@ -84,21 +96,21 @@ class Staging:
             os.rename(self.folder, self.target)
         _sync_directory(self.target.parent)
 
-    def _mode(self) -> int:
-        return self.target.stat().st_mode & 0o7777 if self.target.is_dir() else 0o777
 
-    def _leftovers(self) -> Iterator[Path]:
-        """Yield staging folders of merges that died; refuse where one lives."""
-        for path in self.target.parent.glob(f".{self.target.name}.merging-*"):
+def _remove_leftovers(target: Path) -> None:
+    """Remove staging folders of merges that died; refuse where one lives."""
+    for path in target.parent.glob(f".{target.name}.merging-*"):
+        try:
             lock = os.open(path, os.O_RDONLY)
-            try:
-                if not _try_lock(lock):
-                    raise MergeError(
-                        f"another merge is writing {self.target} (process {path.name.rpartition('-')[2]}); "
-                        "wait for it or choose another --save-dir")
-            finally:
-                os.close(lock)
-            yield path
+        except FileNotFoundError:  # its merge has just ended
+            continue
+        try:
+            if not _try_lock(lock):
+                raise MergeError(f"another merge is writing {target} (process {path.name.rpartition('-')[2]}); "
+                                 "wait for it or choose another --save-dir")
+            shutil.rmtree(path, ignore_errors=True)
+        finally:
+            os.close(lock)
 
 
 def check_target(target: Path, sources: Sequence[Path]) -> None:
@@ -109,10 +121,10 @@ def check_target(target: Path, sources: Sequence[Path]) -> None:
     """
     if target.exists() and not target.is_dir():
         raise MergeError(f"--save-dir {target} is a file; name a folder")
-    if os.path.ismount(target):
+    real = Path(os.path.realpath(target))
+    if os.path.ismount(real):
         raise MergeError(f"--save-dir {target} is a mount point, which cannot be replaced in one step; "
                          "name a folder inside it")
-    real = Path(os.path.realpath(target))
     for source in sources:
         if real == (folder := Path(os.path.realpath(source))) or real in folder.parents:
             raise MergeError(

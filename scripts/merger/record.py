@@ -71,8 +71,8 @@ def file_sizes(job: Job) -> list[dict[str, Any]]:
 def _check_text(job: Job, options: Options) -> str:
     if job.verdict is None:
         return "not made (an adapter)"
-    if job.verdict.unknown:
-        return f"not made: {job.verdict.unknown}"
+    if job.verdict.silent:
+        return f"not made: {job.verdict.silent}"
     allowed = ", or allowed" if "keys" in options.allow else ""
     return f"keys and shapes as transformers {job.verdict.transformers} expects{allowed}"
 

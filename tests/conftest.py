@@ -1,0 +1,34 @@
+"""Fixtures that several test modules share."""
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub reads it: no test needs a network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# What the merger remembers between runs (`model_check`) is neither read from the user's home nor left there.
+os.environ.setdefault("UV_CACHE_DIR", str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "uv"))
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="merger-tests-cache-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
+from fsdp_samples import SAMPLES, write_samples  # noqa: E402
+from merging import Sample  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Sample]:
+    """Checkpoints that real FSDP wrote, by name; not to be changed."""
+    return write_samples(tmp_path_factory.mktemp("samples"), SAMPLES)
+
+
+@pytest.fixture
+def spoil(samples: dict[str, Sample], tmp_path: Path) -> Callable[[str], Sample]:
+    """A function that returns a copy of a sample, for the test to change."""
+    return lambda name="FSDP1, 4 ranks": samples[name].copy(tmp_path)

@@ -1,0 +1,233 @@
+"""Uploading, against a server on this machine that stands in for the Hugging Face Hub."""
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import pytest
+from merger import MergeError, hub
+from merging import PROGRAM, Run, Sample, listing, run_program, unchecked, untouched
+
+TOKEN = "hf_ThisTokenIsASecretOfTheTests"
+
+
+class Hub(ThreadingHTTPServer):
+    """Answers what huggingface_hub asks when it uploads a folder, and keeps what it is sent."""
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.requests: list[str] = []
+        self.created: list[dict[str, Any]] = []
+        self.blobs: dict[str, bytes] = {}
+        self.repository: dict[str, bytes] = {}
+        self.broken: str | None = None  # a part of the paths that are answered with 500
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One request to the stand-in."""
+    server: Hub
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self.answer()
+
+    do_POST = do_PUT = do_HEAD = do_GET
+
+    def answer(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        path = urlparse(self.path).path
+        self.server.requests.append(f"{self.command} {path}")
+        if self.server.broken and self.server.broken in path:
+            return self.send(500, {"error": "the stand-in is told to fail"})
+        if not path.startswith("/blobs/") and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return self.send(401, {"error": "Invalid credentials in Authorization header"})
+        code, content = self.reply(path, body)
+        self.send(code, content)
+
+    def reply(self, path: str, body: bytes) -> tuple[int, Any]:
+        server = self.server
+        if path == "/api/whoami-v2":
+            return 200, {"type": "user", "name": "user", "auth": {"type": "access_token"}}
+        if path == "/api/repos/create":
+            server.created.append(json.loads(body))
+            return 200, {"url": f"{server.url}/user/merged", "name": "user/merged"}
+        if path == "/api/validate-yaml":
+            return 200, {"errors": [], "warnings": []}
+        if path.endswith("/preupload/main"):
+            return 200, {"files": [{
+                "path": file["path"],
+                "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
+                "shouldIgnore": False
+            } for file in json.loads(body)["files"]]}  # yapf: disable
+        if path.endswith("/info/lfs/objects/batch"):
+            return 200, {"transfer": "basic", "objects": [self.lfs(**entry) for entry in json.loads(body)["objects"]]}
+        if path.startswith("/blobs/"):
+            assert hashlib.sha256(body).hexdigest() == path.removeprefix("/blobs/")
+            server.blobs[path.removeprefix("/blobs/")] = body
+            return 200, {}
+        if path.endswith("/commit/main"):
+            for line in body.splitlines():
+                entry = json.loads(line)
+                value = entry["value"]
+                if entry["key"] == "file":
+                    server.repository[value["path"]] = base64.b64decode(value["content"])
+                elif entry["key"] == "lfsFile":
+                    server.repository[value["path"]] = server.blobs[value["oid"]]
+            return 200, {
+                "commitUrl": f"{server.url}/user/merged/commit/{'0' * 40}",
+                "commitOid": "0" * 40,
+                "success": True
+            }
+        if path in ("/api/models/user/merged", "/api/models/user/merged/revision/main"):
+            return 200, {"id": "user/merged", "modelId": "user/merged", "private": False, "tags": [], "siblings": [],
+                         "downloads": 0, "sha": "0" * 40}  # yapf: disable
+        return 404, {"error": f"the stand-in knows no {path}"}
+
+    def lfs(self, oid: str, size: int, **_: Any) -> dict[str, Any]:
+        entry: dict[str, Any] = {"oid": oid, "size": size}
+        if oid not in self.server.blobs:
+            entry["actions"] = {"upload": {"href": f"{self.server.url}/blobs/{oid}", "header": {}}}
+        return entry
+
+    def send(self, code: int, content: Any) -> None:
+        data = json.dumps(content).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+
+@pytest.fixture
+def server() -> Iterator[Hub]:
+    standing_in = Hub()
+    thread = threading.Thread(target=standing_in.serve_forever, daemon=True)
+    thread.start()
+    yield standing_in
+    standing_in.shutdown()
+    thread.join()
+
+
+def upload(server: Hub, home: Path, *args: str | Path, token: str = TOKEN, program: Any = None) -> Run:
+    """Run the merger with an upload to `server`; the configuration check is skipped, to be quick."""
+    return run_program(*args, "--hf-upload-path", "user/merged", program=program or unchecked(), env={
+        "HF_ENDPOINT": server.url, "HF_TOKEN": token, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1"})  # yapf: disable
+
+
+@pytest.mark.parametrize("private", [False, True], ids=["public", "private"])
+def test_the_merged_folder_is_uploaded(private: bool, server: Hub, samples: dict[str, Sample], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run = upload(server, tmp_path / "home", "--local-dir", samples["FSDP1, 4 ranks"].actor, "--save-dir", out,
+                 "--max-shard-size", "200KB", "--json", *(["--private"] if private else []))
+    assert run.record()["uploaded"] == f"{server.url}/user/merged"
+    (created, ) = server.created
+    assert (created["organization"], created["name"]) == ("user", "merged")
+    assert (created.get("visibility") == "private" or created.get("private") is True) is private
+    local = {name: data for name, data in listing(out).items() if not name.startswith(".")}
+    assert server.repository == local
+    assert len([name for name in local if name.endswith(".safetensors")]) > 1
+    assert {"config.json", "model.safetensors.index.json", "tokenizer.json", "merge.json", "README.md"} <= set(local)
+
+
+def test_the_model_card_tells_the_facts_of_the_merge(server: Hub, samples: dict[str, Sample], tmp_path: Path) -> None:
+    run = upload(server, tmp_path / "home", "--local-dir", samples["HSDP, 2 x 2 ranks"].actor, "--save-dir",
+                 tmp_path / "out", "--json")
+    card = server.repository["README.md"].decode()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    for fact in (f"{run.record()['parameters']:,}", "bfloat16", "ddp 2, fsdp 2"):
+        assert fact in card
+
+
+def test_the_token_is_nowhere_to_be_seen(server: Hub, samples: dict[str, Sample], tmp_path: Path) -> None:
+    spy = unchecked("print(sys.argv, file=sys.stderr)")
+    run = upload(server, tmp_path / "home", "--local-dir", samples["FSDP1, 4 ranks"].actor, "--save-dir",
+                 tmp_path / "out", program=spy)  # yapf: disable
+    assert run.code == 0 and "--hf-upload-path" in run.err
+    assert TOKEN not in run.out + run.err
+    for path in tmp_path.rglob("*"):
+        assert path.is_dir() or TOKEN.encode() not in path.read_bytes(), path
+    assert not any(TOKEN.encode() in data for data in server.repository.values())
+
+
+def test_a_wrong_token_is_refused_before_anything_is_merged(server: Hub, samples: dict[str, Sample],
+                                                            tmp_path: Path) -> None:
+    with untouched(tmp_path):
+        run = upload(server,
+                     tmp_path / "home",
+                     "--local-dir",
+                     samples["FSDP1, 4 ranks"].actor,
+                     "--save-dir",
+                     tmp_path / "out",
+                     token="hf_wrong")
+    assert server.url in run.refusal and "HF_TOKEN" in run.refusal and "hf_wrong" not in run.refusal
+    assert server.created == []
+
+
+def test_no_token_is_refused(server: Hub, samples: dict[str, Sample], tmp_path: Path) -> None:
+    with untouched(tmp_path):
+        run = upload(server,
+                     tmp_path / "home",
+                     "--local-dir",
+                     samples["FSDP1, 4 ranks"].actor,
+                     "--save-dir",
+                     tmp_path / "out",
+                     token="")
+    assert "needs a token" in run.refusal and server.requests == []
+
+
+@pytest.mark.parametrize("broken", ["/commit/main", "/preupload/main", "/repos/create"])
+def test_an_upload_that_broke_off_goes_on_without_merging_again(broken: str, server: Hub, samples: dict[str, Sample],
+                                                                tmp_path: Path) -> None:
+    out, quick = tmp_path / "out", unchecked("import time; time.sleep = lambda seconds: None")  # retries wait
+    args = ["--local-dir", samples["FSDP1, 4 ranks"].actor, "--save-dir", out, "--json"]
+    server.broken = broken
+    failed = upload(server, tmp_path / "home", *args, program=quick)
+    refusal = failed.err.splitlines()[-1]  # the lines before are huggingface_hub's, of what it tried again
+    assert failed.code == 2 and failed.out == "" and "Traceback" not in failed.err
+    assert "the upload to user/merged failed" in refusal and str(out) in refusal and "again" in refusal
+    merged = listing(out)
+    assert "model.safetensors" in merged and server.repository == {}
+    server.broken = None
+    run = upload(server, tmp_path / "home", *args, program=quick)
+    assert run.code == 0 and json.loads(run.out)["uploaded"]
+    assert "holds this merge already" in run.err
+    assert {name: data for name, data in listing(out).items() if name in merged} == merged
+    assert server.repository["model.safetensors"] == merged["model.safetensors"]
+
+
+def test_another_merge_s_output_is_not_uploaded_as_this_one(server: Hub, samples: dict[str, Sample],
+                                                            tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run_program("--local-dir", samples["FSDP1, 4 ranks"].actor, "--save-dir", out, program=unchecked()).code == 0
+    for args in (["--dtype", "float16"], ["--local-dir", samples["FSDP2, 4 ranks"].actor]):
+        source = [] if "--local-dir" in args else ["--local-dir", samples["FSDP1, 4 ranks"].actor]
+        run = upload(server, tmp_path / "home", *source, *args, "--save-dir", out)
+        assert "--force" in run.refusal and server.repository == {}
+
+
+@pytest.mark.parametrize("name", ["merged", "user/", "/merged", "a/b/c"])
+def test_a_name_that_is_no_repository_s_is_refused(name: str) -> None:
+    with pytest.raises(MergeError, match="user/name"):
+        hub.log_in(name)
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(samples: dict[str, Sample], tmp_path: Path) -> None:
+    run = run_program("--local-dir", samples["FSDP1, 4 ranks"].actor, "--save-dir", tmp_path / "out", "--hf-upload-path",
+                      "user/merged", program=(PROGRAM, ), env={
+                          "HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0",
+                          "NO_PROXY": "127.0.0.1"})  # yapf: disable
+    assert "http://127.0.0.1:9" in run.refusal and TOKEN not in run.refusal
+    assert not (tmp_path / "out").exists()

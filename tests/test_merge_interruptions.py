@@ -1,0 +1,340 @@
+"""Runs that end early: killed, interrupted, out of space or permissions. The target is as before, or complete."""
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from fsdp_samples import skip_or_fail
+from merging import PROGRAM, Sample, differences, listing, run_program, unchecked, untouched, weights
+
+TENSORS, ELEMENTS = 16, 1 << 20
+KILLS = 30
+OVER_OLD = "with --force over an earlier merge"
+
+# Makes the copying last two seconds and more, however fast the disk is.
+SLOW_WRITES = """
+import os, time
+fast = os.pwrite
+os.pwrite = lambda fd, data, offset: (time.sleep(0.5 if len(data) > 1e6 else 0), fast(fd, data, offset))[1]
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of 64 MB that one rank wrote: large enough to be killed in the middle."""
+    folder = tmp_path_factory.mktemp("large") / "actor"
+    (folder / "huggingface").mkdir(parents=True)
+    generator = torch.Generator().manual_seed(5)
+    state = {f"layers.{i}.weight": torch.randn(1024, ELEMENTS // 1024, generator=generator) for i in range(TENSORS)}
+    torch.save(state, folder / "model_world_size_1_rank_0.pt")
+    (folder / "huggingface/config.json").write_text('{"model_type": "none", "architectures": ["None"]}')
+    (folder / "huggingface/tokenizer.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def started() -> Iterator[list[subprocess.Popen[str]]]:
+    """Processes that end with the test."""
+    processes: list[subprocess.Popen[str]] = []
+    yield processes
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def start(processes: list[subprocess.Popen[str]], *args: str | Path, program: tuple[str, ...]) -> subprocess.Popen[str]:
+    process = subprocess.Popen([sys.executable, *program, *map(str, args)],
+                               stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE,
+                               text=True,
+                               start_new_session=True)
+    processes.append(process)
+    return process
+
+
+def hidden(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
+
+
+def wait_for_staging(folder: Path, process: subprocess.Popen[str], seconds: float = 60) -> None:
+    """Wait until the merge has begun to write beside its target."""
+    end = time.monotonic() + seconds
+    while not any(list((folder / name).glob("*.safetensors")) for name in hidden(folder)):
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(0.001)
+
+
+def state_of(target: Path) -> dict[str, bytes | None] | None:
+    """Return the files of a target, but for the record with its seconds; None where there is no target."""
+    if not target.exists():
+        return None
+    files = listing(target)
+    record = files.pop("merge.json", None)
+    assert record is None or json.loads(record)["tensors"] == TENSORS
+    return files
+
+
+@pytest.mark.parametrize("before", ["with no earlier merge", OVER_OLD])
+def test_kill_9_at_any_moment_leaves_the_old_state_or_the_new(before: str, checkpoint: Path, tmp_path: Path,
+                                                              started: list[subprocess.Popen[str]]) -> None:
+    target, chance = tmp_path / "saves/out", random.Random(before)
+    args = ["--local-dir", checkpoint, "--save-dir", target, "--max-shard-size", "8MB", "--force"]
+
+    def restore(number: int) -> None:
+        """Give the target its old state again."""
+        if target.exists():
+            os.rename(target, tmp_path / f"aside-{number}")
+        if before == OVER_OLD:
+            run = run_program("--local-dir",
+                              checkpoint,
+                              "--save-dir",
+                              target,
+                              "--dtype",
+                              "float16",
+                              program=unchecked())
+            assert run.code == 0, run.err
+
+    began = time.monotonic()
+    assert run_program(*args, program=unchecked()).code == 0
+    seconds = time.monotonic() - began
+    new = state_of(target)
+    restore(-1)
+    old = state_of(target)
+    assert new is not None and new != old and len(new) > TENSORS // 4
+
+    ends = {"old": 0, "new": 0}
+    for attempt in range(KILLS):
+        if state_of(target) != old:  # the run before came through
+            restore(attempt)
+        process = start(started, *args, program=unchecked())
+        if attempt % 3:  # two of three kills fall into the time of writing
+            while process.poll() is None and not (target.parent.is_dir() and hidden(target.parent)):
+                time.sleep(0.0005)
+            time.sleep(chance.uniform(0, 0.6 * seconds))
+        else:
+            time.sleep(chance.uniform(0, 1.1 * seconds))
+        process.kill()
+        process.communicate()
+        state = state_of(target)
+        assert state in (old, new), sorted(state or {})
+        ends["old" if state == old else "new"] += 1
+        assert len(hidden(target.parent)) <= 1  # leftovers do not pile up
+    assert ends["old"] >= KILLS // 5, ends  # the kills came while there was something to interrupt
+    assert run_program(*args, program=unchecked()).code == 0
+    assert state_of(target) == new and hidden(target.parent) == []
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize("before", ["with no earlier merge", "over an earlier merge"])
+def test_a_signal_while_writing_leaves_nothing(before: str, number: signal.Signals, code: int, checkpoint: Path,
+                                               tmp_path: Path, started: list[subprocess.Popen[str]]) -> None:
+    args = ["--local-dir", checkpoint, "--save-dir", tmp_path / "out", "--force"]
+    if before == "over an earlier merge":
+        assert run_program(*args, "--dtype", "float16", program=unchecked()).code == 0
+    with untouched(tmp_path):
+        process = start(started, *args, program=unchecked(SLOW_WRITES))
+        wait_for_staging(tmp_path, process)
+        os.killpg(process.pid, number)  # as a terminal does
+        out, err = process.communicate(timeout=30)
+    assert process.returncode == code and out == ""
+    assert len(err.splitlines()) <= 1 and "Traceback" not in err
+    if number == signal.SIGINT:
+        assert err == "merge: interrupted; nothing was changed\n"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
+def test_a_signal_while_the_keys_are_checked_ends_that_too(number: signal.Signals, code: int, samples: dict[str,
+                                                                                                            Sample],
+                                                           tmp_path: Path, started: list[subprocess.Popen[str]],
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # nothing is remembered there
+    with untouched(tmp_path):
+        process = start(started,
+                        "--local-dir",
+                        samples["FSDP1, 4 ranks"].actor,
+                        "--save-dir",
+                        tmp_path / "out",
+                        program=(str(PROGRAM), ))
+        end = time.monotonic() + 60
+        while not (children := psutil.Process(process.pid).children()):
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.01)
+        time.sleep(0.3)
+        os.killpg(process.pid, signal.SIGINT) if number == signal.SIGINT else process.terminate()
+        out, err = process.communicate(timeout=30)
+    assert process.returncode == code and out == ""
+    assert len(err.splitlines()) <= 1 and "Traceback" not in err
+    assert psutil.wait_procs(children, timeout=15)[1] == []
+
+
+def test_a_second_merge_into_the_same_folder_is_refused(checkpoint: Path, tmp_path: Path,
+                                                        started: list[subprocess.Popen[str]]) -> None:
+    args = ["--local-dir", checkpoint, "--save-dir", tmp_path / "out"]
+    first = start(started, *args, program=unchecked(SLOW_WRITES))
+    wait_for_staging(tmp_path, first)
+    second = run_program(*args, program=unchecked())
+    assert second.code == 2 and "another merge is writing" in second.err and str(first.pid) in second.err
+    assert first.wait(timeout=60) == 0
+    assert (tmp_path / "out/model.safetensors").is_file() and hidden(tmp_path) == []
+
+
+def test_merges_into_neighbouring_folders_do_not_disturb_each_other(checkpoint: Path, tmp_path: Path,
+                                                                    started: list[subprocess.Popen[str]]) -> None:
+    first = start(started, "--local-dir", checkpoint, "--save-dir", tmp_path / "out", program=unchecked(SLOW_WRITES))
+    wait_for_staging(tmp_path, first)
+    assert run_program("--local-dir", checkpoint, "--save-dir", tmp_path / "out2", program=unchecked()).code == 0
+    assert first.wait(timeout=60) == 0
+    assert differences(weights(tmp_path / "out"), weights(tmp_path / "out2")) == []
+
+
+def test_a_run_cleans_up_after_a_killed_one(checkpoint: Path, tmp_path: Path,
+                                            started: list[subprocess.Popen[str]]) -> None:
+    args = ["--local-dir", checkpoint, "--save-dir", tmp_path / "out"]
+    process = start(started, *args, program=unchecked(SLOW_WRITES))
+    wait_for_staging(tmp_path, process)
+    process.kill()
+    process.wait()
+    assert len(hidden(tmp_path)) == 1
+    assert run_program(*args, program=unchecked()).code == 0
+    assert hidden(tmp_path) == [] and len(weights(tmp_path / "out")) == TENSORS
+
+
+# A full disk
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 24 MB; the merged model has 32 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", folder], capture_output=True, text=True)
+    if done.returncode:
+        skip_or_fail(f"a small tmpfs cannot be mounted here (it takes root): {done.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_too_small_a_disk_is_refused_before_a_byte_is_written(checkpoint: Path, small_disk: Path) -> None:
+    run = run_program("--local-dir", checkpoint, "--save-dir", small_disk / "out", program=unchecked())
+    assert str(small_disk) in run.refusal and "33.6 MB are needed" in run.err
+    assert listing(small_disk) == {}
+
+
+@pytest.mark.parametrize("before", ["with no earlier output", "over earlier output"])
+def test_a_disk_that_fills_up_midway_leaves_what_was_there(before: str, checkpoint: Path, small_disk: Path) -> None:
+    if before == "over earlier output":
+        (small_disk / "out").mkdir()
+        (small_disk / "out/model.safetensors").write_bytes(b"earlier")
+        (small_disk / "out/config.json").write_text("{}")
+    lie = "import collections, shutil; shutil.disk_usage = lambda path: collections.namedtuple('u', 'free')(1 << 60)"
+    with untouched(small_disk):
+        run = run_program("--local-dir",
+                          checkpoint,
+                          "--save-dir",
+                          small_disk / "out",
+                          "--force",
+                          program=unchecked(lie))
+        assert "disk" in run.refusal and "nothing was changed" in run.err
+
+
+def test_a_file_size_limit_leaves_what_was_there(checkpoint: Path, tmp_path: Path) -> None:
+    import resource
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/model.safetensors").write_bytes(b"earlier")
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 20, 8 << 20))
+
+    with untouched(tmp_path):
+        run = run_program("--local-dir",
+                          checkpoint,
+                          "--save-dir",
+                          tmp_path / "out",
+                          "--force",
+                          program=unchecked(),
+                          preexec_fn=limit)
+        assert "File too large" in run.refusal
+
+
+# Permissions
+
+PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 24, 1, 2
+
+
+def obey_permissions() -> None:
+    """Let root be bound by file modes, from the next program on."""
+    if os.geteuid():
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    for capability in (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH):
+        if libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0):
+            raise OSError(ctypes.get_errno(), "capabilities cannot be dropped")
+
+
+@pytest.fixture
+def bound(tmp_path: Path) -> Iterator[Callable[[Path, int], None]]:
+    """A function that sets a mode, which ends with the test; skips where modes do not bind anyone."""
+    changed = []
+
+    def set_mode(path: Path, mode: int) -> None:
+        changed.append((path, path.stat().st_mode & 0o7777))
+        path.chmod(mode)
+
+    (tmp_path / "probe").touch(0o000)
+    probe = subprocess.run([sys.executable, "-c", f"open({str(tmp_path / 'probe')!r})"],
+                           capture_output=True, text=True, preexec_fn=obey_permissions)  # yapf: disable
+    (tmp_path / "probe").unlink()
+    if "PermissionError" not in probe.stderr:
+        skip_or_fail("file modes bind no one here")
+    yield set_mode
+    for path, mode in reversed(changed):
+        path.chmod(mode)
+
+
+@pytest.mark.parametrize("what", ["the folder", "a rank's file", "the config"])
+def test_no_read_permission_is_refused(what: str, bound: Callable[[Path, int], None], spoil: Callable[..., Sample],
+                                       tmp_path: Path) -> None:
+    sample = spoil("FSDP1, 4 ranks")
+    path = {
+        "the folder": sample.actor,
+        "a rank's file": sample.rank(1),
+        "the config": sample.huggingface / "config.json"
+    }[what]
+    bound(path, 0)
+    run = run_program("--local-dir",
+                      sample.actor,
+                      "--save-dir",
+                      tmp_path / "out",
+                      program=unchecked(),
+                      preexec_fn=obey_permissions)
+    assert str(path) in run.refusal and "Permission denied" in run.refusal
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["actor"]
+
+
+@pytest.mark.parametrize("what", ["the folder above the target", "the target's parent, which is to be made"])
+def test_no_write_permission_is_refused(what: str, bound: Callable[[Path, int], None], samples: dict[str, Sample],
+                                        tmp_path: Path) -> None:
+    (tmp_path / "saves").mkdir()
+    target = tmp_path / "saves" / ("out" if what == "the folder above the target" else "deeper/out")
+    bound(tmp_path / "saves", 0o555)
+    run = run_program("--local-dir",
+                      samples["FSDP1, 4 ranks"].actor,
+                      "--save-dir",
+                      target,
+                      program=unchecked(),
+                      preexec_fn=obey_permissions)
+    assert str(tmp_path / "saves") in run.refusal and "Permission denied" in run.err
+    assert listing(tmp_path / "saves") == {}

@@ -1,0 +1,138 @@
+"""The question to transformers: its answer is remembered for the same question, and for no other."""
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from merger import model_check
+from merger.model_check import Verdict, ask, complaint
+from merging import Sample, run_program
+
+SHAPES = {"a.weight": (2, 3)}
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
+    """The questions that reach the process with transformers, which answers that all is well."""
+    questions: list[Any] = []
+
+    def answer(*_: Any, input: str, **__: Any) -> Any:
+        questions.append(json.loads(input))
+        return SimpleNamespace(returncode=0, stdout=json.dumps({"transformers": "5.0", "torch": "2.4"}), stderr="")
+
+    monkeypatch.setattr(model_check.subprocess, "run", answer)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    return questions
+
+
+def test_the_same_question_is_asked_once(asked: list[Any], tmp_path: Path) -> None:
+    first = ask(tmp_path / "model", SHAPES, False)
+    assert ask(tmp_path / "model", SHAPES, False) == first == Verdict(transformers="5.0", torch="2.4")
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("change", ["the config", "a shape", "a name", "custom code", "trust", "a version"])
+def test_another_question_is_asked_again(change: str, asked: list[Any], tmp_path: Path,
+                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    ask(tmp_path / "model", SHAPES, False)
+    shapes, trust = dict(SHAPES), change == "trust"
+    if change == "the config":
+        (tmp_path / "model/config.json").write_text('{"vocab_size": 4}')
+    elif change == "a shape":
+        shapes["a.weight"] = (2, 4)
+    elif change == "a name":
+        shapes["b.weight"] = (2, 3)
+    elif change == "custom code":
+        (tmp_path / "model/modeling.py").write_text("x = 1")
+    elif change == "a version":
+        monkeypatch.setattr(model_check, "_version", lambda package: "99")
+    ask(tmp_path / "model", shapes, trust)
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"nonsense": 1}', "\x00"], ids=repr)
+def test_a_damaged_memory_is_asked_anew(text: str, asked: list[Any], tmp_path: Path) -> None:
+    ask(tmp_path / "model", SHAPES, False)
+    (memory, ) = (tmp_path / "cache").rglob("*.json")
+    memory.write_text(text)
+    assert ask(tmp_path / "model", SHAPES, False).transformers == "5.0" and len(asked) == 2
+
+
+def test_a_process_that_died_is_not_remembered(asked: list[Any], tmp_path: Path,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    died = SimpleNamespace(returncode=1, stdout="", stderr="Traceback\nImportError: no transformers\n")
+    with monkeypatch.context() as context:
+        context.setattr(model_check.subprocess, "run", lambda *_, **__: died)
+        assert ask(tmp_path / "model", SHAPES, False).unknown == "ImportError: no transformers"
+    assert not ask(tmp_path / "model", SHAPES, False).unknown
+
+
+def test_a_merge_works_without_transformers(samples: dict[str, Sample], tmp_path: Path) -> None:
+    (tmp_path / "blocked/transformers").mkdir(parents=True)
+    (tmp_path / "blocked/transformers/__init__.py").write_text("raise ImportError('blocked by the test')")
+    run = run_program("--local-dir",
+                      samples["FSDP1, 4 ranks, tied"].actor,
+                      "--save-dir",
+                      tmp_path / "out",
+                      "--json",
+                      env={
+                          "PYTHONPATH": str(tmp_path / "blocked"),
+                          "XDG_CACHE_HOME": str(tmp_path / "cache")
+                      })
+    assert "blocked by the test" in run.record()["model_check"]
+    assert run.record()["tied_dropped"] == ["lm_head.weight"]
+
+
+def test_the_real_process_answers_as_the_function_does(samples: dict[str, Sample], tmp_path: Path,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    sample = samples["FSDP1, 4 ranks, tied"]
+    shapes: dict[str, Any] = {name: list(tensor.shape) for name, tensor in sample.tensors().items()}
+    del shapes["model.norm.weight"]
+    shapes["model.layers.0.mlp.up_proj.weight"][0] += 1
+    shapes["surplus"] = [3]
+    verdict = ask(sample.huggingface, shapes, False)
+    assert verdict == Verdict(**json.loads(json.dumps(model_check.check(sample.huggingface, shapes, False))))
+    assert (verdict.missing, verdict.unexpected) == (["model.norm.weight"], ["surplus"])
+    assert verdict.mismatched == [["model.layers.0.mlp.up_proj.weight", [129, 64], [128, 64]]]
+    assert sorted(verdict.tied[0]) == ["lm_head.weight", "model.embed_tokens.weight"]
+    assert len(list(tmp_path.rglob("*.json"))) == 1
+
+
+@pytest.mark.parametrize(("verdict", "text"), [
+    (Verdict(), None),
+    (Verdict(missing=["x"]), "lacks x, by"),
+    (Verdict(missing=["x", "y", "z"]), "lacks x and 2 more"),
+    (Verdict(unexpected=["x"]), "has the unexpected x"),
+    (Verdict(mismatched=[["emb", [5, 2], [7, 2]]], missing=["x"]), "emb has 5 rows, but c.json says vocab_size 7"),
+    (Verdict(mismatched=[["w", [5, 2], [5, 3]]]), r"w is of shape \[5, 2\], but c.json makes it \[5, 3\]"),
+],
+                         ids=["all is well", "one missing", "three missing", "unexpected", "vocabulary", "shape"])
+@pytest.mark.parametrize("config", [{"vocab_size": 7}, {"text_config": {"vocab_size": 7}}], ids=["flat", "nested"])
+def test_the_complaint_names_the_culprit(config: dict[str, Any], verdict: Verdict, text: str | None) -> None:
+    import re
+    found = complaint(verdict, config, Path("c.json"))
+    assert found is None if text is None else re.search(text, found or "")
+
+
+def test_custom_code_runs_only_when_trusted(spoil: Callable[..., Sample], tmp_path: Path) -> None:
+    """The checkpoint brings a class of its own; trusted, it is built and its keys are checked."""
+    sample, trace = spoil("FSDP1, 4 ranks"), tmp_path / "trace"
+    (sample.huggingface / "modeling_own.py").write_text(
+        f"import pathlib\npathlib.Path({str(trace)!r}).touch()\n"
+        "from transformers import Qwen2Config, Qwen2ForCausalLM\n"
+        "class OwnConfig(Qwen2Config):\n    model_type = 'own'\n"
+        "class OwnForCausalLM(Qwen2ForCausalLM):\n    config_class = OwnConfig\n")
+    sample.configure(model_type="own", architectures=["OwnForCausalLM"],
+                     auto_map={"AutoConfig": "modeling_own.OwnConfig",
+                               "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"})  # yapf: disable
+    env = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    args = ["--local-dir", sample.actor, "--save-dir", tmp_path / "out", "--json"]
+    run = run_program(*args, env=env)
+    assert run.record()["model_check"].startswith("not made") and not trace.exists()
+    run = run_program(*args, "--force", "--trust-remote-code", env=env)
+    assert run.record()["model_check"].startswith("keys and shapes as") and trace.exists()

@@ -1,0 +1,145 @@
+"""Putting a finished folder in place: which files are weights, the exchange, and what stays beside them."""
+import os
+import stat
+from pathlib import Path
+
+import pytest
+from merger import MergeError, publish
+from merging import listing
+
+
+@pytest.mark.parametrize("name", [
+    "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+    "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack",
+    "adapter_model.safetensors", "adapter_model.bin"])  # yapf: disable
+def test_these_are_weights(name: str) -> None:
+    assert publish.is_weight(name)
+
+
+@pytest.mark.parametrize("name", [
+    "config.json", "tokenizer.json", "tokenizer.model", "merges.txt", "vocab.json", "modeling_custom.py", "merge.json",
+    "generation_config.json", "preprocessor_config.json", "README.md", "adapter_config.json", "training_args.bin",
+    "model_card.md", "model_index.json", "my_model.safetensors.txt", "embeddings.safetensors"])  # yapf: disable
+def test_these_are_not(name: str) -> None:
+    assert not publish.is_weight(name)
+
+
+def folder(path: Path, **files: str) -> Path:
+    path.mkdir(parents=True)
+    for name, text in files.items():
+        (path / name).write_text(text)
+    return path
+
+
+def test_two_folders_change_places(tmp_path: Path) -> None:
+    a, b = folder(tmp_path / "a", x="1", only_a=""), folder(tmp_path / "b", x="2")
+    publish.exchange(a, b)
+    assert listing(a) == {"x": b"2"} and listing(b) == {"x": b"1", "only_a": b""}
+
+
+def test_they_do_where_the_system_has_no_such_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = folder(tmp_path / "a", x="1"), folder(tmp_path / "b", x="2")
+
+    def no_library(*_: object, **__: object) -> None:
+        raise OSError("no C library")
+
+    monkeypatch.setattr(publish.ctypes, "CDLL", no_library)
+    publish.exchange(a, b)
+    assert listing(tmp_path) == {"a": None, "a/x": b"2", "b": None, "b/x": b"1"}
+
+
+def test_an_exchange_that_fails_changes_nothing(tmp_path: Path) -> None:
+    a = folder(tmp_path / "a", x="1")
+    with pytest.raises(OSError):
+        publish.exchange(a, tmp_path / "nowhere")
+    assert listing(tmp_path) == {"a": None, "a/x": b"1"}
+
+
+def test_a_staged_folder_becomes_the_target(tmp_path: Path) -> None:
+    with publish.Staging(tmp_path / "deep/er/out") as staging:
+        (staging.folder / "x").write_text("new")
+        assert not staging.target.exists()
+        staging.publish()
+    assert listing(tmp_path / "deep/er") == {"out": None, "out/x": b"new"}
+
+
+def test_a_staged_folder_replaces_the_target_and_keeps_its_mode(tmp_path: Path) -> None:
+    folder(tmp_path / "out", x="old", stale="").chmod(0o2750)
+    with publish.Staging(tmp_path / "out") as staging:
+        (staging.folder / "x").write_text("new")
+        staging.publish()
+    assert listing(tmp_path) == {"out": None, "out/x": b"new"}
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o2750
+
+
+def test_what_was_staged_vanishes_when_anything_fails(tmp_path: Path) -> None:
+    folder(tmp_path / "out", x="old")
+    for fault in (ValueError, KeyboardInterrupt, SystemExit):
+        with pytest.raises(fault), publish.Staging(tmp_path / "out") as staging:
+            (staging.folder / "x").write_text("new")
+            raise fault
+    assert listing(tmp_path) == {"out": None, "out/x": b"old"}
+
+
+def test_a_second_staging_is_refused_while_the_first_lives(tmp_path: Path) -> None:
+    with publish.Staging(tmp_path / "out") as first:
+        second = publish.Staging(tmp_path / "out")
+        second.folder = second.folder.with_name(second.folder.name + "1")  # as of another process
+        with pytest.raises(MergeError, match="another merge is writing"), second:
+            pass
+        assert first.folder.is_dir() and not second.folder.exists()
+    with publish.Staging(tmp_path / "out"):
+        pass
+
+
+def test_leftovers_of_dead_merges_go_and_others_stay(tmp_path: Path) -> None:
+    folder(tmp_path / ".out.merging-4000001", x="")
+    folder(tmp_path / ".out2.merging-4000001", x="")
+    folder(tmp_path / ".out.mine", x="")
+    with publish.Staging(tmp_path / "out"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.mine", ".out2.merging-4000001"]
+
+
+def test_a_target_may_be_a_link_to_a_folder(tmp_path: Path) -> None:
+    real = folder(tmp_path / "disk/real", x="old")
+    (tmp_path / "out").symlink_to(real)
+    with publish.Staging(tmp_path / "out") as staging:
+        (staging.folder / "x").write_text("new")
+        staging.publish()
+    assert (tmp_path / "out/x").read_text() == "new"
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_target_that_holds_the_checkpoint_is_refused(tmp_path: Path) -> None:
+    actor = folder(tmp_path / "step/actor")
+    for target in (actor, tmp_path / "step", tmp_path):
+        with pytest.raises(MergeError, match="holds the checkpoint"):
+            publish.check_target(target, [actor])
+    publish.check_target(actor / "huggingface", [actor])
+    publish.check_target(tmp_path / "step/actor2", [actor])
+
+
+def test_companions_are_copied_and_weights_are_not(tmp_path: Path) -> None:
+    source = folder(tmp_path / "source", **{"config.json": "{}", "model.safetensors": "w", "merge.json": "{}",
+                                             ".hidden": "", "tokenizer.json": "t"})  # yapf: disable
+    folder(source / "code", **{"a.py": "a"})
+    folder(source / "code/__pycache__", **{"a.pyc": "a"})
+    (source / "link.txt").symlink_to(source / "tokenizer.json")
+    os.chmod(source / "tokenizer.json", 0o640)
+    staging = folder(tmp_path / "staging")
+    publish.copy_companions(source, staging)
+    assert listing(staging) == {"config.json": b"{}", "tokenizer.json": b"t", "link.txt": b"t", "code": None,
+                                "code/a.py": b"a"}  # yapf: disable
+    assert not (staging / "link.txt").is_symlink()
+    assert stat.S_IMODE((staging / "tokenizer.json").stat().st_mode) == 0o640
+
+
+def test_what_lies_in_the_target_is_kept_and_never_written_through(tmp_path: Path) -> None:
+    target = folder(tmp_path / "out", **{"config.json": "old", "notes.md": "mine", "model.safetensors": "w"})
+    folder(target / "runs", log="events")
+    staging = folder(tmp_path / "staging")
+    publish.keep_companions(target, staging)
+    assert listing(staging) == {"config.json": b"old", "notes.md": b"mine", "runs": None, "runs/log": b"events"}
+    publish.write_file(staging / "config.json", b"new")
+    assert (target / "config.json").read_text() == "old" and (staging / "config.json").read_text() == "new"
