@@ -7,7 +7,7 @@ import pytest
 from workbench import ROOT, Workbench
 
 GUIDE = (ROOT / "DOCKER.md").read_text()
-LINES = [line for block in re.findall(r"^```sh\n(.*?)^```$", GUIDE, re.M | re.S) for line in block.splitlines()]
+BLOCKS = re.findall(r"^```sh\n(.*?)^```$", GUIDE, re.M | re.S)
 SPANS = sorted(set(re.findall(r"`(invoke [^`]+)`", GUIDE)) - {"invoke --dry TASK"})
 PROFILES = re.findall(r"^\| .* \| `(docker compose [^`]+)` \|$", GUIDE, re.M)
 
@@ -23,19 +23,21 @@ def guide_environment(bench: Workbench) -> dict[str, str]:
 
 
 @pytest.mark.docker
-@pytest.mark.parametrize("line", LINES)
-def test_block(built: Workbench, checkpoint: Path, line: str) -> None:
+@pytest.mark.parametrize("block", BLOCKS)
+def test_block(built: Workbench, checkpoint: Path, block: str) -> None:
     assert checkpoint == built.root / "saves/x/actor"
-    done = built.run("sh", "-c", line, env=guide_environment(built) | {"PATH": built.path_with_invoke()})
-    # The doctor's exit code is about this machine, which may lack disk.
-    assert done.returncode in ((0, 1) if line == "invoke doctor" else (0, )), done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
+    for line in block.splitlines():
+        done = built.run("sh", "-c", line, env=guide_environment(built) | {"PATH": built.path_with_invoke()})
+        # The doctor's exit code is about this machine, which may lack disk.
+        assert done.returncode in ((0, 1) if line == "invoke doctor" else (0, )), done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
 
 
 @pytest.mark.docker
 @pytest.mark.parametrize("line", SPANS)
 def test_task_in_the_text(built: Workbench, line: str) -> None:
-    done = built.run("sh", "-c", line.replace("invoke ", "invoke --dry ", 1), env={"PATH": built.path_with_invoke()})
+    command = line.replace("invoke ", "invoke --dry ", 1).replace("NAME", "demo")
+    done = built.run("sh", "-c", command, env={"PATH": built.path_with_invoke(), "ENV": "demo"})
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout or "pycache" in line, "the copy has no caches, so there is nothing to remove"
 
