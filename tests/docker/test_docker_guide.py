@@ -22,14 +22,18 @@ def guide_environment(bench: Workbench) -> dict[str, str]:
     }
 
 
+def allowed_codes(line: str) -> tuple[int, ...]:
+    """Return the exit codes that are right: the doctor's is about this machine, which may lack disk."""
+    return (0, 1) if line == "invoke doctor" else (0, )
+
+
 @pytest.mark.docker
 @pytest.mark.parametrize("block", BLOCKS)
 def test_block(built: Workbench, checkpoint: Path, block: str) -> None:
     assert checkpoint == built.root / "saves/x/actor"
     for line in block.splitlines():
         done = built.run("sh", "-c", line, env=guide_environment(built) | {"PATH": built.path_with_invoke()})
-        # The doctor's exit code is about this machine, which may lack disk.
-        assert done.returncode in ((0, 1) if line == "invoke doctor" else (0, )), done.stdout + done.stderr
+        assert done.returncode in allowed_codes(line), done.stdout + done.stderr
         assert "Traceback" not in done.stderr
 
 
@@ -38,7 +42,7 @@ def test_block(built: Workbench, checkpoint: Path, block: str) -> None:
 def test_task_in_the_text(built: Workbench, line: str) -> None:
     command = line.replace("invoke ", "invoke --dry ", 1).replace("NAME", "demo")
     done = built.run("sh", "-c", command, env={"PATH": built.path_with_invoke(), "ENV": "demo"})
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode in allowed_codes(line), done.stdout + done.stderr
     assert done.stdout or "pycache" in line, "the copy has no caches, so there is nothing to remove"
 
 
