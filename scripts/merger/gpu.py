@@ -15,8 +15,7 @@ from merger.plan import BLOCK_BYTES, Block
 def check_device(name: str) -> str:
     """Return the device that `--device` means.
 
-    `auto` is the CPU: the disk is what merging waits for, and the CPU casts several times faster than disks read
-    (`benchmarks/README.md`).
+    `auto` is the CPU: the disk is what merging waits for (`benchmarks/README.md`). A GPU has yet to be measured.
 
     Raises:
         MergeError: it names no device, or one that is not here.
