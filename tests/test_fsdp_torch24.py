@@ -15,7 +15,7 @@ from fsdp_samples import write_samples
 from merging import ROOT, SCRIPTS, TESTS, UNDER_CI, Run, Sample, cast, differences, merge, run_program, weights
 
 CACHED = ROOT / ".cache/torch-2.4.0"
-PACKAGES = ("torch==2.4.0", "transformers==4.51.3", "numpy<2", "safetensors", "ml_dtypes", "rich")
+PACKAGES = ("torch==2.4.0", "transformers==4.51.3", "accelerate==1.15.0", "numpy<2", "safetensors", "ml_dtypes", "rich")
 HOW = (
     f"torch 2.4.0 is not here; set TORCH24_PYTHON to an interpreter that has it, or run `uv venv --python 3.11 {CACHED} "
     f"&& uv pip install --python {CACHED} {' '.join(repr(p) for p in PACKAGES)}` (3 GB)")
