@@ -24,6 +24,8 @@ FROM debian:bookworm-slim AS proxy
 RUN apt-get update -qq \
  && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends haproxy \
  && rm -rf /var/lib/apt/lists/*
+# By name: Debian's package makes the user and chooses its number.
+# hadolint ignore=DL3066
 USER haproxy
 CMD ["haproxy", "-db", "-f", "/etc/haproxy/haproxy.cfg"]
 
@@ -177,7 +179,7 @@ COPY --from=rows /rows/${ENV}.json /opt/row.json
 RUN python /opt/servers/link_data.py /opt/row.json --source /srv --data /data/${ENV} \
  && ln -s /data/${ENV} /opt/data
 WORKDIR /srv
-USER agentgym
+USER 1000
 # Ready, not only listening: a session is created, reset and closed. Rarely, once it was: each costs sciworld a JVM.
 HEALTHCHECK --interval=60s --timeout=60s --start-period=10m --start-interval=2s \
     CMD ["python", "-I", "/opt/servers/protocol.py", "/opt/row.json"]
