@@ -9,7 +9,7 @@ from pathlib import Path
 from invoke.context import Context
 from invoke.exceptions import Exit
 
-from tasks.lib.settings import ROOT, SETTINGS, resolve
+from tasks.lib.settings import ROOT, resolve
 
 INTERRUPTED = 130
 
@@ -55,6 +55,3 @@ def _run(c: Context, argv: Sequence[str], env: Mapping[str, str] | None) -> None
         code = INTERRUPTED
     if code:
         raise Exit(code=code)
-
-
-__all__ = ["ROOT", "SETTINGS", "environment", "run_module", "run_program"]
