@@ -107,6 +107,7 @@ def parser() -> argparse.ArgumentParser:
     add("--plain-prompt", action="store_true", help="use our own plain prompt")
     add("--environments", default="", help="file with the rows (default: $ENVIRONMENTS, then environments.toml)")
     add("--root", default=".", help="folder with AgentEval, AgentItemId and saves (default: .)")
+    add("--quiet", action="store_true", help="one line with the numbers, and faults")
     _numbers_flags(run)
 
     rescore = commands.add_parser("rescore", help="compute the numbers of runs again, from their records")
@@ -127,6 +128,11 @@ def parser() -> argparse.ArgumentParser:
                          default="",
                          help="write the report side by side to this file (default: saves/eval/compare.html)")
     _numbers_flags(compare)
+
+    talks = commands.add_parser("conversations", help="write what was said in a run, one JSON object an attempt")
+    talks.add_argument("folders", nargs="+", help="folders of runs")
+    talks.add_argument("--out", required=True, help="the file to write, JSON lines with messages")
+    talks.add_argument("--all", action="store_true", help="failures too (default: what ended in success)")
 
     lists = commands.add_parser("list", help="show the runs in a folder")
     lists.add_argument("folder", nargs="?", default="saves/eval", help="where to look (default: saves/eval)")
@@ -168,16 +174,20 @@ def run_command(options: argparse.Namespace) -> int:
     def say(line: str) -> None:
         console.print(f"{settings.row.name}: {line}", highlight=False, markup=False, soft_wrap=True)
 
+    def tell(line: str) -> None:
+        if not options.quiet:
+            say(line)
+
     with RunFolder(settings.out) as folder:
         if options.fresh:
             folder.clear()
         resumed = folder.begin(settings.config, facts(settings))
         total = len(settings.items) * settings.samples
         if resumed:
-            say(f"resuming {settings.out}: {len(folder.records)} of {total} attempts are done"
-                f"{f', {len(folder.earlier)} failed by infrastructure are played again' if folder.earlier else ''}")
-        say(f"{len(settings.items)} items ({settings.origin}) x {settings.samples}, model {settings.model}, "
-            f"{settings.limits.rounds} rounds, {settings.concurrency} at once, prompt {settings.prompt.source}")
+            tell(f"resuming {settings.out}: {len(folder.records)} of {total} attempts are done"
+                 f"{f', {len(folder.earlier)} failed by infrastructure are played again' if folder.earlier else ''}")
+        tell(f"{len(settings.items)} items ({settings.origin}) x {settings.samples}, model {settings.model}, "
+             f"{settings.limits.rounds} rounds, {settings.concurrency} at once, prompt {settings.prompt.source}")
         code = 0
         try:
             with show.Watch(total, len(folder.records), console) as watch:
@@ -187,12 +197,15 @@ def run_command(options: argparse.Namespace) -> int:
         records = list(folder.records.values())
         wall = sum(work["seconds"] for work in read_run(settings.out)["work"])
         summary = conclude(settings.out, records, settings.samples, total, price, wall)
-    show_numbers(console, {settings.model: summary}, settings.out, options.upstream_compat)
+    if options.quiet:
+        say(f"{settings.model}: {show.one_line(summary)}")
+    else:
+        show_numbers(console, {settings.model: summary}, settings.out, options.upstream_compat)
     if records:
         path = settings.out / REPORT
         report.write(path, [report.Run(settings.model, read_run(settings.out), records, summary)],
                      options.upstream_compat)
-        say(f"report: {path}")
+        tell(f"report: {path}")
     if code == INTERRUPTED:
         say(f"interrupted; the same command goes on with {settings.out}")
     elif summary["error_rate"] > settings.max_error_rate:
@@ -303,6 +316,23 @@ def compare_command(options: argparse.Namespace) -> int:
     return 0
 
 
+def conversations_command(options: argparse.Namespace) -> int:
+    """Write conversations.
+
+    Raises:
+        Misuse: there is none.
+    """
+    from evaluation.conversations import lines
+    from evaluation.records import write_whole
+    found = [line for name in options.folders for line in lines(Path(name), options.all)]
+    if not found:
+        raise Misuse(f"conversations: no attempt of {', '.join(options.folders)} ended in success; "
+                     "take the others too with --all")
+    write_whole(Path(options.out), "\n".join(found) + "\n")
+    print(f"{len(found)} conversations: {options.out}")
+    return 0
+
+
 def list_command(options: argparse.Namespace) -> int:
     """Show the runs in a folder."""
     from rich.table import Table
@@ -349,6 +379,7 @@ COMMANDS = {
     "rescore": rescore_command,
     "report": report_command,
     "compare": compare_command,
+    "conversations": conversations_command,
     "list": list_command,
     "prompts": prompts_command
 }

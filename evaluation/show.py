@@ -107,6 +107,12 @@ def table(title: str, summaries: Mapping[str, Mapping[str, Any]]) -> Table:
     return shown
 
 
+def one_line(summary: Mapping[str, Any]) -> str:
+    """Return the numbers that matter most."""
+    return (f"success rate {with_interval(summary['success'])}, mean reward {with_interval(summary['reward'])}, "
+            f"{summary['attempts']} of {summary['expected']} attempts, {summary['errors']} errors")
+
+
 def tokens(usage: Mapping[str, int]) -> str:
     """Return the tokens, and of how many answers nobody knows."""
     if not usage["prompt"] and not usage["completion"]:

@@ -22,6 +22,8 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
@@ -30,6 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 STRATEGIES = ("fsdp1", "fsdp2", "hsdp", "fsdp2-tp", "sharded-tensor")
@@ -38,8 +41,12 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")  # ids 256 to 259, after the bytes
 PAD, BOS, EOS, IMAGE = range(256, 260)
-CHAT_TEMPLATE = ("{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
-                 "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+# ChatML without what a model that reads bytes can spare. What stands between the generation marks is the model's own:
+# return_assistant_tokens_mask of transformers tells it.
+CHAT_TEMPLATE = ("{% for message in messages %}{% if message['role'] == 'assistant' %}<|im_start|>assistant\n"
+                 "{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}"
+                 "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
+                 "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 IMAGE_PROCESSOR = {
     "image_processor_type": "CLIPImageProcessor",
@@ -56,6 +63,7 @@ IMAGE_PROCESSOR = {
 }  # yapf: disable
 
 LORA_RANK, LORA_ALPHA = 8, 16
+CONTEXT = 4096  # tokens
 
 # Column-parallel layers split the rows of a weight (out, in), row-parallel ones its columns; an embedding (vocabulary,
 # hidden) is split by vocabulary. q/k/v biases follow their weights.
@@ -137,7 +145,7 @@ def model_config(sample: Sample) -> Any:
         "num_hidden_layers": sample.layers,
         "num_attention_heads": heads,
         "num_key_value_heads": heads // 2,
-        "max_position_embeddings": 2048,
+        "max_position_embeddings": CONTEXT,
         "pad_token_id": PAD,
         "bos_token_id": BOS,
         "eos_token_id": EOS,
@@ -225,16 +233,31 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return [module for name, module in model.named_modules() if re.search(r"\.layers\.\d+$", name)]
 
 
-def shard_fsdp1(model: nn.Module, sample: Sample, mesh: Any) -> tuple[nn.Module, dict[str, Any]]:
-    """Wrap in FSDP1; its state dict holds DTensors on a mesh, and legacy ShardedTensors without one."""
+def shard(model: nn.Module, sample: Sample, mesh: Any) -> nn.Module:
+    """Shard the model over the ranks, the way that the sample's strategy says."""
+    return shard_fsdp2(model, sample, mesh) if sample.strategy.startswith("fsdp2") else shard_fsdp1(model, sample, mesh)
+
+
+def sharded_state(model: nn.Module, sample: Sample) -> dict[str, Any]:
+    """Return this rank's pieces: DTensors, or ShardedTensors where FSDP1 runs without a mesh."""
+    if sample.strategy.startswith("fsdp2"):
+        return model.state_dict()
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+    from torch.distributed.fsdp import ShardedStateDictConfig, StateDictType
+    with FSDP.state_dict_type(model, StateDictType.SHARDED_STATE_DICT, ShardedStateDictConfig()):
+        return model.state_dict()
+
+
+def shard_fsdp1(model: nn.Module, sample: Sample, mesh: Any) -> nn.Module:
+    """Wrap the blocks and the root in FSDP1."""
     import torch
     from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-    from torch.distributed.fsdp import ShardedStateDictConfig, ShardingStrategy, StateDictType
+    from torch.distributed.fsdp import ShardingStrategy
     from torch.distributed.fsdp.wrap import CustomPolicy
 
     chosen = set(blocks(model))
     hybrid = sample.strategy == "hsdp"
-    model = FSDP(
+    return FSDP(
         model,
         device_mesh=mesh,
         device_id=torch.device("cpu"),  # otherwise FSDP1 asks for CUDA's current device
@@ -242,11 +265,9 @@ def shard_fsdp1(model: nn.Module, sample: Sample, mesh: Any) -> tuple[nn.Module,
         auto_wrap_policy=CustomPolicy(lambda module: module in chosen),
         use_orig_params=True,  # LoRA trains a part of each block
     )
-    with FSDP.state_dict_type(model, StateDictType.SHARDED_STATE_DICT, ShardedStateDictConfig()):
-        return model, model.state_dict()
 
 
-def shard_fsdp2(model: nn.Module, sample: Sample, mesh: Any) -> tuple[nn.Module, dict[str, Any]]:
+def shard_fsdp2(model: nn.Module, sample: Sample, mesh: Any) -> nn.Module:
     """Apply `fully_shard` to each block and the root, after tensor parallelism where it is asked for."""
     try:
         from torch.distributed.fsdp import fully_shard
@@ -259,7 +280,7 @@ def shard_fsdp2(model: nn.Module, sample: Sample, mesh: Any) -> tuple[nn.Module,
     for block in blocks(model):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    return model, model.state_dict()
+    return model
 
 
 def split_tensors(model: nn.Module, mesh: Any) -> None:
@@ -289,9 +310,9 @@ def optimizer_states(model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     return optimizer.state_dict(), scheduler.state_dict()
 
 
-def save_rank(rank: int, sample: Sample, store: str) -> None:
-    """Run one rank: join the group, shard the model, write this rank's three files."""
-    import numpy as np
+@contextmanager
+def rank_group(rank: int, sample: Sample, store: str) -> Iterator[Any]:
+    """Join the ranks' gloo group and give the device mesh; None where FSDP runs without one."""
     import torch
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
@@ -304,15 +325,33 @@ def save_rank(rank: int, sample: Sample, store: str) -> None:
                             world_size=sample.world_size,
                             timeout=timedelta(minutes=5))
     mesh = sample.mesh
-    device_mesh = init_device_mesh("cpu", tuple(mesh.values()), mesh_dim_names=tuple(mesh)) if mesh else None
-    shard = shard_fsdp2 if sample.strategy.startswith("fsdp2") else shard_fsdp1
-    model, weights = shard(build_model(sample), sample, device_mesh)
-    torch.save(weights, sample.shard_file("model", rank))
-    optimizer, scheduler = optimizer_states(model)
+    yield init_device_mesh("cpu", tuple(mesh.values()), mesh_dim_names=tuple(mesh)) if mesh else None
+    dist.destroy_process_group()
+
+
+def save_weights(model: nn.Module, sample: Sample, rank: int) -> None:
+    """Write this rank's pieces of the weights."""
+    import torch
+
+    torch.save(sharded_state(model, sample), sample.shard_file("model", rank))
+
+
+def save_states(sample: Sample, rank: int, optimizer: dict[str, Any], scheduler: dict[str, Any]) -> None:
+    """Write what this rank would go on training with."""
+    import numpy as np
+    import torch
+
     torch.save(optimizer, sample.shard_file("optim", rank))
     rng = {"cpu": torch.get_rng_state(), "numpy": np.random.get_state(), "random": random.getstate()}
     torch.save({"lr_scheduler": scheduler, "rng": rng}, sample.shard_file("extra_state", rank))
-    dist.destroy_process_group()
+
+
+def save_rank(rank: int, sample: Sample, store: str) -> None:
+    """Run one rank: join the group, shard the model, write this rank's three files."""
+    with rank_group(rank, sample, store) as mesh:
+        model = shard(build_model(sample), sample, mesh)
+        save_weights(model, sample, rank)
+        save_states(sample, rank, *optimizer_states(model))
 
 
 def hush() -> None:
@@ -342,11 +381,11 @@ def write_json(path: Path, content: dict[str, Any] | None) -> None:
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def write_reference(model: nn.Module, path: Path) -> None:
-    """Save the whole state dict, each tensor in its own memory (tied ones under both names)."""
+def write_reference(weights: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Save a whole state dict, each tensor in its own memory (tied ones under both names)."""
     from safetensors.torch import save
 
-    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in weights.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(save(tensors, {"format": "pt"}))  # save_file() would make it unreadable to other users
 
@@ -370,7 +409,7 @@ def write_tokenizer(folder: Path) -> None:
         folder / "tokenizer_config.json", {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
-            "model_max_length": 2048,
+            "model_max_length": CONTEXT,
             "chat_template": CHAT_TEMPLATE,
             **special,
         })
@@ -411,22 +450,38 @@ class RankFailed(RuntimeError):
 
 def write_sample(sample: Sample) -> None:
     """Write the checkpoint and its reference; raises RankFailed, after ending the other ranks, when one fails."""
+    prepare_ranks()
+    model = build_model(sample)
+    sample.save_dir.mkdir(parents=True, exist_ok=True)
+    write_reference(model.state_dict(), sample.reference)
+    write_huggingface(model, sample)
+    write_metadata(sample)
+    run_ranks(save_rank, sample)
+
+
+def prepare_ranks() -> None:
+    """Import what the ranks need: importing takes longer than all the rest, and forked ranks need not repeat it."""
     import torch
-    import torch.distributed.fsdp  # for the ranks: the forks then have it, too
-    from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
+    import torch.distributed.fsdp
 
     torch.set_num_threads(1)
     hush()
-    model = build_model(sample)
-    sample.save_dir.mkdir(parents=True, exist_ok=True)
-    write_reference(model, sample.reference)
-    write_huggingface(model, sample)
-    write_metadata(sample)
-    # Importing takes longer than all the rest, and forked ranks need not repeat it; macOS does not bear such forks.
-    method = "fork" if sys.platform == "linux" else "spawn"
+
+
+def run_ranks(rank_program: Callable[..., None], sample: Sample, *arguments: Any) -> None:
+    """Run `rank_program(rank, sample, store, *arguments)` once a rank, each in a process of its own.
+
+    Raises:
+        RankFailed: one of them failed; the others are ended.
+    """
+    from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
+
+    method = "fork" if sys.platform == "linux" else "spawn"  # macOS does not bear such forks
     with tempfile.TemporaryDirectory(prefix="sample_checkpoint-") as folder:
         try:
-            start_processes(save_rank, (sample, f"{folder}/store"), nprocs=sample.world_size, start_method=method)
+            start_processes(rank_program, (sample, f"{folder}/store", *arguments),
+                            nprocs=sample.world_size,
+                            start_method=method)
         except (ProcessExitedException, ProcessRaisedException) as error:
             raise RankFailed(error.error_index, str(error)) from None
 
@@ -460,32 +515,45 @@ def parse(arguments: list[str] | None = None) -> Sample:
     return sample
 
 
-def report(problem: str, code: int) -> int:
-    print(f"sample_checkpoint: {problem}", file=sys.stderr)
+def report(name: str, problem: str, code: int) -> int:
+    print(f"{name}: {problem}", file=sys.stderr)
     return code
 
 
-def main(arguments: list[str] | None = None) -> int:
-    sample = parse(arguments)
-    start = time.perf_counter()
+def run_offline(program: Callable[[], None], name: str, save_dir: Path) -> int:
+    """Run `program`, which starts ranks, on the CPU and offline; say in one line what went wrong.
+
+    Returns:
+        The exit code: 0, 1 where a rank failed, 2 for what the user can mend, 130 after Ctrl-C.
+    """
     # Before torch is imported: no GPU is needed or wanted, and gloo would look up this host's name, which a container
     # without a network cannot.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
-        write_sample(sample)
+        program()
     except KeyboardInterrupt:
         return 130
     except ModuleNotFoundError as error:
         return report(
-            f"{error.name} is missing; {sys.executable}; install torch, transformers, safetensors, tokenizers", 2)
+            name, f"{error.name} is missing; {sys.executable}; install torch, transformers, safetensors, "
+            "tokenizers", 2)
     except OSError as error:
-        return report(f"cannot write; {error}; give another --save-dir or --reference", 2)
+        return report(name, f"cannot write; {error}; give another --save-dir or --reference", 2)
     except RankFailed as error:
         *trace, cause = str(error).strip().splitlines()
         print(*trace, sep="\n", file=sys.stderr)
-        return report(f"rank {error.rank} failed; {cause}; {sample.save_dir} is incomplete, try again", 1)
+        return report(name, f"rank {error.rank} failed; {cause}; {save_dir} is incomplete, try again", 1)
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    sample = parse(arguments)
+    start = time.perf_counter()
+    code = run_offline(lambda: write_sample(sample), "sample_checkpoint", sample.save_dir)
+    if code:
+        return code
     size = sum(sample.shard_file("model", rank).stat().st_size for rank in range(sample.world_size))
     print(f"sample_checkpoint: {sample.model}, {sample.dtype}, {sample.strategy}: "
           f"{sample.world_size} rank{'s' * (sample.world_size > 1)}, "

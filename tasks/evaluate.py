@@ -184,15 +184,19 @@ def run(c: Context,
         run_evaluation(c, chosen, [*words, *here], inside=words)
 
 
+def _folders(command: str, names: list[str] | None) -> list[Path]:
+    try:
+        return folders(names or [], ROOT)
+    except ValueError as error:
+        raise Exit(f"eval.{command}: {error}", code=2) from None
+
+
 def _over_runs(c: Context,
                command: str,
                names: list[str] | None,
                values: dict[str, str | bool],
                least: int = 1) -> None:
-    try:
-        found = folders(names or [], ROOT)
-    except ValueError as error:
-        raise Exit(f"eval.{command}: {error}", code=2) from None
+    found = _folders(command, names)
     if len(found) < least:
         raise Exit(f"eval.{command}: needs at least {least} runs; name each with --run", code=2)
     run_evaluation(c, "local", [command, *map(str, found), *flags(values)])
@@ -258,6 +262,21 @@ def rescore(c: Context,
             upstream_compat: bool = False) -> None:
     """Compute a run's numbers again, without a model."""
     _over_runs(c, "rescore", run, {"environments": environments, "prices": prices, "upstream_compat": upstream_compat})
+
+
+@task(positional=[],
+      auto_shortflags=False,
+      iterable=["run"],
+      help={
+          "run": RUN_HELP,
+          "out": "The file to write, JSON lines with messages (default: conversations.jsonl in the run's folder).",
+          "all": "Failures too (default: what ended in success)."
+      })
+def conversations(c: Context, run: list[str] | None = None, out: str = "", all: bool = False) -> None:
+    """Write what was said in runs, to train on."""
+    found = _folders("conversations", run)
+    out = out or str(found[0] / "conversations.jsonl")
+    run_evaluation(c, "local", ["conversations", *map(str, found), *flags({"out": out, "all": all})])
 
 
 @task(name="list", positional=[], auto_shortflags=False, help={"folder": "Where to look (default: saves/eval)."})

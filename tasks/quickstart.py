@@ -1,76 +1,142 @@
-"""See the main job run on any laptop: no Docker, GPU, key or network."""
+"""See the whole story on any laptop: train, merge, serve, evaluate; no Docker, GPU, key or network."""
+import json
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from invoke.context import Context
 from invoke.exceptions import Exit
 from invoke.tasks import task
 
-from tasks.lib.programs import run_program
+from tasks.lib.programs import run_module, run_program
 from tasks.lib.settings import ROOT
 
 FOLDER = ROOT / "saves" / "quickstart"
+SCRIPTS = ROOT / "scripts"
+# Every third item is held out: the trained agent has seen none of those that it is measured on.
+LESSONS = [item for item in range(48) if item % 3 != 2]
+HELD_OUT = [item for item in range(48) if item % 3 == 2]
+LONGEST_ACTION = 6  # tokens, which are bytes: north, and the end mark
+
+
+class Steps:
+    """Counts the steps, says what each is, and keeps what was done and how long it took."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.done: list[tuple[str, float]] = []
+
+    @contextmanager
+    def step(self, what: str) -> Iterator[None]:
+        """Say what begins; note it when it has worked."""
+        print(f"\n[{len(self.done) + 1}/{self.total}] {what}", flush=True)
+        began = time.monotonic()
+        yield
+        self.done.append((what, time.monotonic() - began))
 
 
 @task(positional=[], auto_shortflags=False)
 def quickstart(c: Context) -> None:
-    """Shard a model, merge it, compare; play an environment."""
-    actor, reference = FOLDER / "actor", FOLDER / "reference.safetensors"
-    steps: list[tuple[str, str, list[str]]] = [
-        ("4 FSDP ranks write a small Qwen2 checkpoint as verl does", "sample_checkpoint.py",
-         ["--save-dir", str(actor), "--reference", str(reference)]),
-        ("the merger puts the shards together", "model_merger.py", ["--local-dir", str(actor), "--verify", "--force"]),
-        ("transformers loads the result", "compare_model.py",
-         ["--model", str(actor / "huggingface"), "--reference", str(reference)]),
-    ]  # yapf: disable
-    seconds = []
-    for number, (what, program, args) in enumerate(steps, 1):
-        print(f"\n[{number}/{len(steps)}] {what}", flush=True)
-        began = time.monotonic()
-        run_program(c, ROOT / "scripts" / program, args)
-        seconds.append(time.monotonic() - began)
-    done = [what for what, *_ in steps]
+    """Train a tiny agent, merge its shards, evaluate it."""
+    actor, untrained, reference = FOLDER / "actor", FOLDER / "untrained" / "actor", FOLDER / "reference.safetensors"
+    lessons, report = FOLDER / "lessons.jsonl", FOLDER / "report.html"
+    steps = Steps(5)
+    with demo_server(c) as url:
+        with steps.step(f"the expert of the environment demo plays {len(LESSONS)} items over HTTP"):
+            folder = play(c, url, "expert", LESSONS, "lessons")
+            run_module(c, "evaluation", ["conversations", str(folder), "--out", str(lessons)])
+        with steps.step("4 FSDP ranks train a tiny byte-level Qwen2 on what it said, and save as verl does"):
+            run_program(c, SCRIPTS / "train_sample.py", [
+                "--data",
+                str(lessons), "--save-dir",
+                str(actor), "--reference",
+                str(reference), "--before-dir",
+                str(untrained)
+            ])
+        with steps.step("the merger puts the shards together, and transformers loads the result"):
+            for place, flags in ((untrained, []), (actor, ["--verify"])):
+                run_program(c, SCRIPTS / "model_merger.py", ["--local-dir", str(place), "--force", *flags])
+            run_program(c, SCRIPTS / "compare_model.py",
+                        ["--model", str(actor / "huggingface"), "--reference",
+                         str(reference)])
+        with steps.step(f"the merged models are served on the CPU; they play {len(HELD_OUT)} items held out"):
+            runs = [play_served(c, url, untrained / "huggingface", "untrained")]
+            runs += [play_served(c, url, actor / "huggingface", "trained")]
+        with steps.step("a random player and the expert play the same items"):
+            runs = [play(c, url, "random", HELD_OUT), *runs, play(c, url, "expert", HELD_OUT)]
+    print(flush=True)
+    run_module(c, "evaluation", ["compare", *map(str, runs), "--out", str(report)])
     if not c.config.run.dry:
-        print("\nThe environment demo starts on this machine; its expert and a random player play it", flush=True)
-        began = time.monotonic()
-        done.append(play_demo())
-        seconds.append(time.monotonic() - began)
-        show_result(done, seconds)
+        show_result(steps.done)
+        judge(runs[0], runs[2])
 
 
-def play_demo() -> str:
-    """Start the environment demo as a process, play every item over HTTP, stop it; say how it went."""
-    from tasks.lib import env_local, env_play, env_runs
+@contextmanager
+def demo_server(c: Context) -> Iterator[str]:
+    """Give the address of the demo's server: the one that is up on this machine, or one for the time being.
+
+    Raises:
+        Exit: it does not start.
+    """
+    from tasks.lib import env_local, env_runs
     from tasks.lib.env_plan import Options, choose_port
     row = env_runs.find_row("quickstart", "demo")
     already = env_runs.local_url(row)
+    options = Options(choose_port(row.port, env_local.port_is_free))
+    if already or c.config.run.dry:
+        yield already or env_local.url(options)
+        return
     try:
         # This Python has what the demo needs: no virtual environment is made, which would take a network.
-        url = already or env_local.up(row,
-                                      Options(choose_port(row.port, env_local.port_is_free)),
-                                      ROOT,
-                                      ROOT / "data" / row.name,
-                                      os.environ,
-                                      wait=120,
-                                      python=Path(sys.executable))
-        return env_play.play_both(row, url)
+        yield env_local.up(row,
+                           options,
+                           ROOT,
+                           ROOT / "data" / row.name,
+                           os.environ,
+                           wait=120,
+                           python=Path(sys.executable))
     except env_local.LocalError as error:
         raise Exit(f"quickstart: {error}", code=1) from None
     finally:
-        if not already:
-            env_local.down(row.name)
+        env_local.down(row.name)
 
 
-def show_result(steps: list[str], seconds: list[float]) -> None:
+def play(c: Context, url: str, model: str, items: list[int], run: str = "", base_url: str = "") -> Path:
+    """Let `model` play `items`; return the run's folder.
+
+    Raises:
+        Exit: the runner's exit code.
+    """
+    folder = FOLDER / "eval" / (run or model)
+    words = ["run", "--env=demo", f"--server={url}", f"--model={model}", f"--items={','.join(map(str, items))}"]
+    words += [f"--out={folder}", "--fresh", "--quiet", "--seed=0", f"--environments={ROOT / 'environments.toml'}"]
+    if base_url:
+        words += [f"--base-url={base_url}", "--temperature=0", f"--max-tokens={LONGEST_ACTION}", "--concurrency=4"]
+    # The model is served here: a key for another endpoint is none of its business.
+    kept = {name: value for name, value in os.environ.items() if name not in ("OPENAI_API_KEY", "MAX_ROUND")}
+    run_module(c, "evaluation", words, env=kept)
+    return folder
+
+
+def play_served(c: Context, url: str, model: Path, name: str) -> Path:
+    """Serve the Hugging Face folder `model` while it plays the items held out; return the run's folder."""
+    from tasks.lib.serving import served_locally
+    served = nullcontext("http://127.0.0.1:8000/v1") if c.config.run.dry else served_locally("quickstart", model, name)
+    with served as base_url:
+        return play(c, url, name, HELD_OUT, base_url=base_url)
+
+
+def show_result(done: list[tuple[str, float]]) -> None:
     """Print what was done and what to type next."""
     from rich.console import Console
     from rich.table import Table
-    table = Table(title="quickstart", title_justify="left", title_style="bold")
-    table.add_column("done")
+    table = Table("done", title="quickstart", title_justify="left", title_style="bold")
     table.add_column("seconds", justify="right")
-    for what, took in zip(steps, seconds, strict=True):
+    for what, took in done:
         table.add_row(what, f"{took:.1f}")
     print()
     console = Console(highlight=False)
@@ -78,6 +144,27 @@ def show_result(steps: list[str], seconds: list[float]) -> None:
     console.print("Next, with a checkpoint of your own:\n"
                   "  invoke merge.inspect --local-dir saves/x/global_step_100/actor\n"
                   "  invoke merge --local-dir saves/x/global_step_100/actor --verify\n"
+                  "  invoke eval --checkpoint saves/x/global_step_100/actor --env demo\n"
                   "and with an environment server:\n"
                   "  invoke env.list\n"
                   "  invoke env.up --env demo --runner local")
+
+
+def success(run: Path) -> dict[str, Any]:
+    """Return a run's success rate: mean, low and high of its interval."""
+    figure: dict[str, Any] = json.loads((run / "summary.json").read_text())["success"]
+    return figure
+
+
+def judge(random: Path, trained: Path) -> None:
+    """Stop where the trained agent is not above chance: what was merged is then not what was trained.
+
+    Raises:
+        Exit: exit code 1.
+    """
+    chance, reached = success(random), success(trained)
+    if reached["low"] <= chance["high"]:
+        raise Exit(
+            f"quickstart: the trained agent's success rate, {reached['mean']:.2f}, is not clearly above a random "
+            f"player's {chance['mean']:.2f}; something is wrong, see {FOLDER / 'eval'}",
+            code=1)

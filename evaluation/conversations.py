@@ -1,0 +1,34 @@
+"""Conversations out of a run's records: what a model can be trained on."""
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from evaluation.episodes import opening
+from evaluation.model import Message
+from evaluation.prompts import Prompt
+from evaluation.records import read_attempts, read_run
+
+
+def conversation(prompt: Prompt, record: Mapping[str, Any]) -> list[Message]:
+    """Return what was said in an attempt, up to the model's last answer."""
+    messages = opening(prompt, record["first"])
+    for turn in record["turns"]:
+        messages += [{"role": "assistant", "content": turn["completion"]}]
+        messages += [{"role": "user", "content": turn["observation"]}]
+    return messages[:-1]
+
+
+def lines(folder: Path, every: bool = False) -> Iterable[str]:
+    """Return a JSON object for each attempt that was played to success, or for each that has a score.
+
+    Its `messages` are the whole conversation, the form in which chat models are fine-tuned.
+
+    Raises:
+        Misuse: no run in `folder`.
+    """
+    prompt = Prompt(**read_run(folder)["prompt"])
+    for record in read_attempts(folder):
+        if record["turns"] and (record["success"] or (every and record["reward"] is not None)):
+            told = {key: record[key] for key in ("item", "sample", "reward", "success")}
+            yield json.dumps({"messages": conversation(prompt, record), **told}, ensure_ascii=False)
