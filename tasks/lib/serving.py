@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from invoke.context import Context
 from invoke.exceptions import Exit
 
 from tasks.lib import processes
@@ -122,18 +123,6 @@ def wait_until_ready(url: str, server: Mapping[str, Any], log: Path, wait: float
                      "give it longer with --serve-wait")
 
 
-def dry_command(task: str, model: Path, name: str, engine: str = "auto") -> str:
-    """Return what `served_locally` would run, as one would type it.
-
-    Raises:
-        Exit: as for `served_locally`.
-    """
-    try:
-        return shlex.join(command(choose_engine(engine)[0], model, name, 8000))
-    except ValueError as error:
-        raise Exit(f"{task}: {error}", code=2) from None
-
-
 @contextmanager
 def served_locally(task: str, model: Path, name: str, engine: str = "auto", wait: float = 600) -> Iterator[str]:
     """Serve the Hugging Face folder `model` as `name` with this Python; give the address, http://127.0.0.1:PORT/v1.
@@ -154,28 +143,44 @@ def served_locally(task: str, model: Path, name: str, engine: str = "auto", wait
         chosen, why = choose_engine(engine)
     except ValueError as error:
         raise Exit(f"{task}: {error}", code=2) from None
+    print(f"{task}: serving {model} with {chosen} ({why})", flush=True)
+    with started(Context(), task, model, name, chosen, wait) as url:
+        yield url
+
+
+@contextmanager
+def started(c: Context, task: str, model: Path, name: str, engine: str, wait: float) -> Iterator[str]:
+    """Do what `served_locally` does, with an engine that was chosen.
+
+    Raises:
+        Exit: as there.
+    """
     if not re.fullmatch(r"[\w.-]+", name):
         raise Exit(f"{task}: {name!r} is no name for a model; use letters, digits, dot, dash, underscore", code=2)
+    port = processes.free_port()
+    argv, url = command(engine, model.resolve(), name, port), f"http://127.0.0.1:{port}"
+    if c.config.run.dry:
+        print(shlex.join(argv), flush=True)
+        yield f"{url}/v1"
+        return
     stop_leftovers(task)
     home = RUN / name
     if (home / "state.json").exists():
         raise Exit(f"{task}: another run serves {name} just now; wait for it", code=1)
     shutil.rmtree(home, ignore_errors=True)
     (home / "tmp").mkdir(parents=True)
-    log, port = home / "server.log", processes.free_port()
-    print(f"{task}: serving {model} with {chosen} ({why})", flush=True)
-    process = processes.launch(command(chosen, model.resolve(), name, port), log,
-                               surroundings(os.environ, home / "tmp"), home)
+    log = home / "server.log"
+    process = processes.launch(argv, log, surroundings(os.environ, home / "tmp"), home)
     server = processes.identity(process.pid)
     try:
         (home / "state.json").write_text(json.dumps({"owner": processes.identity(os.getpid()), "server": server}))
         try:
-            wait_until_ready(f"http://127.0.0.1:{port}", server, log, wait)
+            wait_until_ready(url, server, log, wait)
         except ValueError as error:
             raise Exit(f"{task}: {error}", code=1) from None
         except KeyboardInterrupt:
             raise Exit(code=INTERRUPTED) from None
-        yield f"http://127.0.0.1:{port}/v1"
+        yield f"{url}/v1"
     finally:
         processes.stop([server])
         process.wait()
