@@ -71,24 +71,16 @@ def choose_engine(engine: str) -> tuple[str, str]:
 
 def command(engine: str, model: Path, name: str, port: int) -> list[str]:
     """Return the command line of the server."""
-    if engine == "vllm":
-        # This Python's vLLM, whether or not its folder is on PATH.
-        return [
-            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model",
-            str(model), "--served-model-name", name, "--host", "127.0.0.1", "--port",
-            str(port)
-        ]
-    return [
-        sys.executable,
-        str(PROGRAM), "--model",
-        str(model), "--name", name, "--host", "127.0.0.1", "--port",
-        str(port)
-    ]
+    # As a module: this Python's vLLM, whether or not its folder is on PATH.
+    program = ["-m", "vllm.entrypoints.openai.api_server"] if engine == "vllm" else [str(PROGRAM)]
+    flag = "--served-model-name" if engine == "vllm" else "--name"
+    return [sys.executable, *program, "--model", str(model), flag, name, "--host", "127.0.0.1", "--port", str(port)]
 
 
 def surroundings(environ: Mapping[str, str], temporary: Path) -> dict[str, str]:
-    """Return the server's environment: offline, and without our secrets, which it has no use for."""
-    kept = {name: value for name, value in environ.items() if name not in SETTINGS or not SETTINGS[name].secret}
+    """Return the server's environment: offline, without our secrets, and without a key that it would ask for."""
+    left_out = {"VLLM_API_KEY", *(name for name, setting in SETTINGS.items() if setting.secret)}
+    kept = {name: value for name, value in environ.items() if name not in left_out}
     return {**kept, **OFFLINE, "TMPDIR": str(temporary)}
 
 
@@ -169,11 +161,11 @@ def started(c: Context, task: str, model: Path, name: str, engine: str, wait: fl
         raise Exit(f"{task}: another run serves {name} just now; wait for it", code=1)
     shutil.rmtree(home, ignore_errors=True)
     (home / "tmp").mkdir(parents=True)
-    log = home / "server.log"
+    log, owner = home / "server.log", processes.identity(os.getpid())
     process = processes.launch(argv, log, surroundings(os.environ, home / "tmp"), home)
     server = processes.identity(process.pid)
     try:
-        (home / "state.json").write_text(json.dumps({"owner": processes.identity(os.getpid()), "server": server}))
+        (home / "state.json").write_text(json.dumps({"owner": owner, "server": server}))
         try:
             wait_until_ready(url, server, log, wait)
         except ValueError as error:
