@@ -2,6 +2,7 @@
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from tasks.lib.settings import ROOT
 
 if TYPE_CHECKING:
     from tasks.lib.environments import Environment
+    from tasks.lib.gpus import GpuChoice
 
 RUN_HELP = "Folder of a run, or its name in saves/eval (default: the latest). Repeatable."
 PRICES_HELP = "TOML or JSON file with input and output of each model, for a million tokens."
@@ -63,12 +65,22 @@ def served(c: Context, row: "Environment", runner: str, understood: bool, wait: 
             print(f"eval: stopped {row.name}", flush=True)
 
 
-@contextmanager
-def served_checkpoint(c: Context, folder: str, runner: str, engine: str, gpus: str, wait: str) -> Iterator[Endpoint]:
-    """Merge the checkpoint if need be, serve it, and give where it answers; it is stopped afterwards.
+@dataclass(frozen=True)
+class Prepared:
+    """A checkpoint that is merged and can be served; `gpus` is None where this Python does it."""
+    model: Path
+    name: str
+    engine: str
+    context: int
+    seconds: int
+    gpus: "GpuChoice | None"
+
+
+def prepare_checkpoint(c: Context, folder: str, runner: str, engine: str, gpus: str, wait: str) -> Prepared:
+    """Check what the user asked for, and merge the checkpoint if need be.
 
     Raises:
-        Exit: one line; nothing is left running.
+        Exit: one line.
     """
     from tasks.lib import checkpoints, env_runs, serve_docker, serving
     from tasks.merge import run_merger
@@ -82,18 +94,28 @@ def served_checkpoint(c: Context, folder: str, runner: str, engine: str, gpus: s
             run_merger(c, runner, [str(found.shards)], gpus=gpus, force=found.force)
         elif found.shards:
             print(f"eval: {found.model} is merged from these shards already", flush=True)
-        refused = None if c.config.run.dry and found.merge else checkpoints.refusal(found.model)
-        context = 0 if c.config.run.dry and found.merge else checkpoints.context_length(found.model)
+        absent = c.config.run.dry and found.merge
+        context = 0 if absent else checkpoints.check(found.model)
     except ValueError as error:
         raise Exit(f"eval: {error}", code=2) from None
-    if refused:
-        raise Exit(f"eval: {refused}", code=2)
     name = checkpoints.served_name(found.model)
-    print(f"eval: serving {found.model} as {name} with {chosen} ({why})", flush=True)
-    server = serve_docker.started(c, "eval", found.model, name, chosen, choice, seconds) if choice else \
-        serving.started(c, "eval", found.model, name, chosen, seconds)
+    print(f"eval: {found.model} is evaluated as {name}, served by {chosen} ({why})", flush=True)
+    return Prepared(found.model, name, chosen, context, seconds, choice)
+
+
+@contextmanager
+def served_checkpoint(c: Context, checkpoint: Prepared) -> Iterator[Endpoint]:
+    """Serve the checkpoint and give where it answers; it is stopped afterwards.
+
+    Raises:
+        Exit: one line; nothing is left running.
+    """
+    from tasks.lib import serve_docker, serving
+    model, name, engine, seconds = checkpoint.model, checkpoint.name, checkpoint.engine, checkpoint.seconds
+    server = serve_docker.started(c, "eval", model, name, engine, checkpoint.gpus, seconds) if checkpoint.gpus else \
+        serving.started(c, "eval", model, name, engine, seconds)
     with server as url:
-        yield Endpoint(name, url, chosen, context)
+        yield Endpoint(name, url, engine, checkpoint.context)
 
 
 def run_evaluation(c: Context,
@@ -204,6 +226,8 @@ def run(c: Context,
         raise Exit(
             f"eval: --checkpoint {checkpoint} is served under a name of its own; leave out --{'model' if model else 'base-url'}",
             code=2)
+    if not checkpoint and (engine != "auto" or gpus):
+        raise Exit("eval: --engine and --gpus are about the server of a --checkpoint; leave them out", code=2)
     chosen = _runner(runner, checkpoint)
     row = env_runs.find_row("eval", env)
     values: dict[str, str | bool] = {
@@ -233,13 +257,13 @@ def run(c: Context,
             "eval: --runner docker reads AgentEval, AgentItemId and writes saves/eval; for other files and folders "
             "use --runner local",
             code=2)
+    prepared = prepare_checkpoint(c, checkpoint, chosen, engine, gpus, serve_wait) if checkpoint else None
     with ExitStack() as stack:
-        variables = {}
-        if checkpoint:
-            endpoint = stack.enter_context(served_checkpoint(c, checkpoint, chosen, engine, gpus, serve_wait))
-            values.update(endpoint_flags(endpoint, values))
-            variables = {"OPENAI_API_KEY": "none"}  # the user's own is for another endpoint
         url = server or stack.enter_context(served(c, row, chosen, i_understand, wait))
+        variables = {}
+        if prepared:  # after the environment, which is sooner ready, and sooner known to lack something
+            values.update(endpoint_flags(stack.enter_context(served_checkpoint(c, prepared)), values))
+            variables = {"OPENAI_API_KEY": "none"}  # the user's own is for another endpoint
         words = ["run", *flags({**values, "server": url})]
         if chosen == "docker" and not max_round:  # Compose has a default of its own, which is not the environment's
             words.append(f"--max-round={env_runs.settings().get('MAX_ROUND') or row.rounds}")

@@ -16,6 +16,7 @@ from fsdp_samples import write_samples
 from serve_transformers import generation, link
 
 from evaluation.__main__ import main as evaluation
+from evaluation.report import STEP
 from tasks import evaluate
 from tasks.lib import checkpoints, eval_plan, serve_docker, serving
 from tasks.lib.settings import ROOT
@@ -79,6 +80,8 @@ def test_the_name_follows_the_weights_and_nothing_else(tmp_path):
     model = fill(tmp_path / "saves" / "x" / "global_step_100" / "actor", "model.safetensors", config={})
     name = checkpoints.served_name(model)
     assert re.fullmatch(r"x-global_step_100-actor-[0-9a-f]{8}", name)
+    step = STEP.search(name)
+    assert step and step[1] == "100"  # where `eval.compare` finds the training step
     fill(model, config={"other": 1})
     assert checkpoints.served_name(model) == name
     os.utime(model / "model.safetensors", (1, 1))
@@ -86,15 +89,19 @@ def test_the_name_follows_the_weights_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize("config, tokenizer, said", [
-    ({"architectures": ["Qwen2ForCausalLM"]}, {"chat_template": "x"}, None),
+    ({"architectures": ["Qwen2ForCausalLM"], "max_position_embeddings": 4096}, {"chat_template": "x"}, None),
+    ({"architectures": ["Qwen2VLForConditionalGeneration"], "text_config": {"max_position_embeddings": 4096}}, {"chat_template": "x"}, None),
     ({"architectures": ["Qwen2ForTokenClassification"]}, {"chat_template": "x"}, "writes no text"),
     ({"architectures": ["Qwen2ForCausalLM"]}, {}, "no chat template"),
     ({"architectures": ["Qwen2ForCausalLM"]}, None, "no tokenizer"),
 ])
 def test_a_model_that_cannot_talk_is_refused(config, tokenizer, said, tmp_path):
     model = fill(tmp_path / "m", config=config, **({} if tokenizer is None else {"tokenizer_config": tokenizer}))
-    told = checkpoints.refusal(model)
-    assert told is None if said is None else said in (told or "")
+    if said is None:
+        assert checkpoints.check(model) == 4096
+    else:
+        with pytest.raises(ValueError, match=said):
+            checkpoints.check(model)
 
 
 @pytest.mark.parametrize("engine, packages, cuda, expected", [
@@ -109,7 +116,7 @@ def test_a_model_that_cannot_talk_is_refused(config, tokenizer, said, tmp_path):
 def test_which_engine_serves_here(engine, packages, cuda, expected, monkeypatch):
     monkeypatch.setattr(serving, "find_spec", lambda name: name in packages)
     monkeypatch.setattr(serving, "has_cuda", lambda: cuda)
-    monkeypatch.setattr(serving, "missing", lambda: [])
+    monkeypatch.setattr(serving, "missing", list)
     if isinstance(expected, str):
         with pytest.raises(ValueError, match=expected):
             serving.choose_engine(engine)
@@ -231,7 +238,7 @@ def test_shards_are_merged_served_evaluated_and_evaluated_again(actor, clean, tm
     done = invoke(*words, env=clean)
     assert done.returncode == 0, done.stdout + done.stderr
     name = checkpoints.served_name(actor / "huggingface")
-    assert f"eval: merging {actor}" in done.stdout and f"as {name} with transformers (" in done.stdout and "stopped demo" in done.stdout
+    assert f"eval: merging {actor}" in done.stdout and f"as {name}, served by transformers (" in done.stdout and "stopped demo" in done.stdout
     told = json.loads((tmp_path / "out" / "run.json").read_text())["config"]
     assert (told["model"], told["base_url"], told["context_length"]) == (name, "transformers, started for the run", 2048)
     records = [json.loads(line) for line in (tmp_path / "out" / "attempts.jsonl").read_text().splitlines()]
@@ -247,7 +254,7 @@ def test_a_server_that_dies_is_one_line(merged, clean, tmp_path):
     (broken / "model.safetensors").write_bytes(b"no weights")
     done = invoke("eval", "--checkpoint", str(broken), "--env", "demo", "--runner", "local", env=clean)
     assert done.returncode == 1 and done.stderr.startswith("eval: the model's server ended: ") and done.stderr.count("\n") == 1
-    assert "started demo" not in done.stdout and not servers(tmp_path)
+    assert "stopped demo" in done.stdout and not servers(tmp_path)
 
 
 def test_ctrl_c_stops_the_server_and_a_killed_run_leaves_it_to_the_next(merged, clean, tmp_path):
@@ -277,6 +284,7 @@ def test_ctrl_c_stops_the_server_and_a_killed_run_leaves_it_to_the_next(merged, 
     (["--checkpoint", "tests"], "neither shards"),
     (["--checkpoint", "saves", "--model", "x"], "leave out --model"),
     (["--checkpoint", "saves", "--base-url", "http://127.0.0.1:1"], "leave out --base-url"),
+    (["--model", "x", "--engine", "vllm"], "are about the server of a --checkpoint"),
     (["--checkpoint", "saves", "--engine", "sglang"], "unknown engine 'sglang'"),
     (["--checkpoint", "saves", "--serve-wait", "soon"], "--serve-wait soon"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")

@@ -100,38 +100,37 @@ def label(model: Path) -> str:
     return re.sub(r"[^\w.]+", "-", "-".join(kept), flags=re.ASCII).strip("-.") or "model"
 
 
-def read_config(model: Path) -> dict[str, Any]:
-    """Return config.json.
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in `path`.
 
     Raises:
-        ValueError: it is missing or no JSON object.
+        ValueError: it cannot be read, or is none.
     """
-    path = model / "config.json"
     try:
-        config = json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
-    if not isinstance(config, dict):
+    if not isinstance(found, dict):
         raise ValueError(f"{path} is no JSON object")
-    return config
+    return found
 
 
-def refusal(model: Path) -> str | None:
-    """Return why the model cannot hold a conversation, and the remedy; None where it can."""
-    kind = "".join(read_config(model).get("architectures") or ["no architecture"])
+def check(model: Path) -> int:
+    """Return how many tokens the model's context has; 0 where its config does not say.
+
+    Raises:
+        ValueError: the model cannot hold a conversation; with the remedy.
+    """
+    config = read_json(model / "config.json")
+    kind = ", ".join(config.get("architectures") or ["model of no architecture"])
     if not re.search("CausalLM|ConditionalGeneration|LMHead", kind):
-        return f"{model} is a {kind}, which writes no text; name the actor's folder"
-    told = model / "tokenizer_config.json"
-    if not told.is_file():
-        return f"{model} has no tokenizer; copy tokenizer.json and tokenizer_config.json of the base model there"
-    if "chat_template" not in json.loads(told.read_text()) and not any(model.glob("chat_template*")):
-        return f"{model} has no chat template; copy chat_template.jinja or tokenizer_config.json of an instruct model there"
-    return None
-
-
-def context_length(model: Path) -> int:
-    """Return how many tokens the model's context has; 0 where its config does not say."""
-    config = read_config(model)
-    inner = config.get("text_config")
-    found = config.get("max_position_embeddings") or (inner or {}).get("max_position_embeddings")
-    return found if isinstance(found, int) else 0
+        raise ValueError(f"{model} is a {kind}, which writes no text; name the actor's folder")
+    if not (model / "tokenizer_config.json").is_file():
+        raise ValueError(
+            f"{model} has no tokenizer; copy tokenizer.json and tokenizer_config.json of the base model there")
+    if "chat_template" not in read_json(model / "tokenizer_config.json") and not any(model.glob("chat_template*")):
+        raise ValueError(
+            f"{model} has no chat template; copy chat_template.jinja or tokenizer_config.json of an instruct "
+            "model there")
+    places = (config, config.get("text_config") or {})  # of a model that sees, the second
+    return next((place["max_position_embeddings"] for place in places if place.get("max_position_embeddings")), 0)

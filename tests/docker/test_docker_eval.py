@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from workbench import Workbench
+from workbench import Terminal, Workbench
 
 from tasks.lib import processes, serve_docker
 from tasks.lib.settings import SETTINGS
@@ -125,8 +125,18 @@ def test_a_server_that_dies_is_one_line_and_leaves_nothing(ready: Workbench, sha
     shutil.copytree(shards / "actor" / "huggingface", broken)
     (broken / "model.safetensors").write_bytes(b"no weights")
     done = ready.invoke("eval", "--checkpoint", str(broken), "--env", "demo", "--runner", "docker", timeout=300)
-    assert done.returncode == 1 and "the model's server ended: " in done.stderr and done.stderr.count("eval: ") == 1
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("eval: the model's server ended: ")
     assert "Traceback" not in done.stderr and ready.containers() == []
+
+
+def test_ctrl_c_removes_the_server(ready: Workbench, shards: Path) -> None:
+    terminal = Terminal(ready, sys.executable, "-m", "invoke", "eval", "--checkpoint", str(shards), "--env", "demo", "--runner", "docker")
+    terminal.wait_for("started demo")
+    while not ready.containers(service="serve"):
+        pass
+    terminal.type("\x03")
+    assert terminal.exit_code() == 130 and "Traceback" not in terminal.seen
+    assert ready.containers() == []
 
 
 def test_a_checkpoint_outside_the_mounts_is_served(ready: Workbench, shards: Path, tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def test_root_in_a_shell_can_install_a_package_s_files(built: Workbench) -> None
 
 @pytest.mark.parametrize("gpus, devices", [("all", ["all"]), ("0,1", ["0,1"])])
 def test_gpus_are_reserved_where_the_override_is_absent(built: Workbench, gpus: str, devices: list[str]) -> None:
-    for service in ("train", "scripts", "model-merger"):
+    for service in ("train", "scripts", "model-merger", "serve"):
         done = built.run("docker", "compose", "--profile", service, "create", service, env={"GPUS": gpus})
         assert done.returncode == 0, done.stderr
         requests = json.loads(
