@@ -68,6 +68,13 @@ def parser() -> argparse.ArgumentParser:
         help="address of its server (default: $ENV_SERVER, then this machine and the row's port)")
     add("--model", default="", help="model of the endpoint, or expert or random (default: $MODEL, then gpt-4o-mini)")
     add("--base-url", default="", help="OpenAI-compatible endpoint (default: $OPENAI_BASE_URL, then OpenAI's own)")
+    add("--base-url-as",
+        default="",
+        help="what the configuration calls the endpoint, where its address differs from run to run")
+    add("--context-length",
+        type=_amount,
+        default=0,
+        help="tokens of the model's context, for an endpoint that does not watch it (default: the endpoint does)")
     add("--max-round", type=_count, default=0, help="completions an episode (default: $MAX_ROUND, then the row's)")
     add("--items",
         default="",

@@ -35,11 +35,13 @@ class Sampling:
         temperature: None leaves the field out, for models that refuse it.
         max_tokens: of one completion; 0 leaves the field out.
         extra: further fields of the request's body.
+        context: tokens that prompt and completion may have together, for endpoints that do not watch it; 0 is no limit.
     """
     temperature: float | None = 1.0
     top_p: float | None = None
     max_tokens: int = 4096
     extra: Mapping[str, Any] = field(default_factory=dict)
+    context: int = 0
 
 
 @dataclass
@@ -226,6 +228,9 @@ class ChatModel:
                 said = f"cannot reach {redacted_url(str(self.client.base_url))}: {error.__cause__ or error}"
             raise ModelFault(self._clean(f"{said} (after {retries + 1} tries)"), retries) from None
         self.answered = True
+        used = completion.usage.prompt + completion.usage.completion
+        if self.sampling.context and used > self.sampling.context:
+            raise ContextOverflow(f"{used} tokens, and the model's context has {self.sampling.context}")
         return completion
 
     def _refused(self, error: "openai.APIStatusError", retries: int) -> Exception:

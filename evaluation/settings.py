@@ -173,7 +173,7 @@ def decide(options: argparse.Namespace) -> Settings:
     # An address with the row's own prefix at its end is one that `invoke env.up` prints.
     server = server.removesuffix(row.protocol.prefix) if row.protocol.prefix else server
     sampling = Sampling(_temperature(options.temperature), options.top_p, options.max_tokens,
-                        extra_body(options.extra_body))
+                        extra_body(options.extra_body), options.context_length)
     rounds = max_round(options.max_round, environ, row)
     config = {
         "env": row.name,
@@ -183,7 +183,7 @@ def decide(options: argparse.Namespace) -> Settings:
             "sha256": prompt.sha256()
         },
         "model": model,
-        "base_url": "" if scripted else redacted_url(base_url or OPENAI),
+        "base_url": "" if scripted else options.base_url_as or redacted_url(base_url or OPENAI),
         "sampling": {} if scripted else {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
@@ -197,6 +197,8 @@ def decide(options: argparse.Namespace) -> Settings:
         "time_limit": options.time_limit,
         "items": [item.id for item in items],
     }
+    if options.context_length:
+        config["context_length"] = options.context_length
     name = f"{row.name}-{slug(model)}-{config_hash(config)[:8]}"
     return Settings(row=row,
                     prompt=prompt,

@@ -64,9 +64,13 @@ def build_image(c: Context, image: Image, variables: dict[str, str], no_cache: b
     return name, human_size(after.size), f"{time.monotonic() - start:.1f}", "cached" if unchanged else "built"
 
 
-def push_image(c: Context, image: Image, variables: dict[str, str]) -> None:
+def push_image(c: Context, image: Image, variables: dict[str, str], cpu: bool) -> None:
     """Push `image` to the registry that its name says."""
-    docker.drive(c, lambda client: client.compose.push([image.service]), profiles=[image.profile], variables=variables)
+    docker.drive(c,
+                 lambda client: client.compose.push([image.service]),
+                 profiles=[image.profile],
+                 cpu=cpu,
+                 variables=variables)
 
 
 def build_images(c: Context, images: tuple[Image, ...], no_cache: bool, pull: bool, cpu: bool, push: bool,
@@ -82,7 +86,7 @@ def build_images(c: Context, images: tuple[Image, ...], no_cache: bool, pull: bo
         rows.append(build_image(c, image, variables, no_cache, pull, cpu))
     if push:
         for image in images:
-            push_image(c, image, variables)
+            push_image(c, image, variables, cpu)
     docker.print_table(("image", "size", "seconds", "state"), [row for row in rows if row])
 
 
@@ -128,6 +132,12 @@ def scripts(c: Context,
             tag: str = "") -> None:
     """Build the merger's and formatter's image on base."""
     build_images(c, (image_of("scripts"), ), no_cache, pull, cpu, push, tag)
+
+
+@task(positional=[], auto_shortflags=False, help={name: text for name, text in FLAGS.items() if name != "cpu"})
+def serve(c: Context, no_cache: bool = False, pull: bool = False, push: bool = False, tag: str = "") -> None:
+    """Build the model's server for the CPU, on base."""
+    build_images(c, (image_of("serve"), ), no_cache, pull, True, push, tag)
 
 
 @task(positional=[], auto_shortflags=False, help=FLAGS)

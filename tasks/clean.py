@@ -7,7 +7,7 @@ from invoke.exceptions import Exit
 from invoke.tasks import task
 
 from tasks.lib import containers, docker
-from tasks.lib.images import IMAGES
+from tasks.lib.images import EVERY
 from tasks.lib.leftovers import bytecode_folders
 from tasks.lib.settings import ROOT
 
@@ -70,7 +70,7 @@ def container_lines(c: Context) -> list[str]:
 
 def image_names(c: Context) -> list[str]:
     """Return the names of the project's images that exist; under `--dry`, of all that might."""
-    names = [docker.image_name(image.name) for image in IMAGES]
+    names = [docker.image_name(image.name) for image in EVERY]
     return names if c.config.run.dry else [*filter(docker.image_exists, names), *docker.environment_images()]
 
 

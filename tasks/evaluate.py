@@ -1,7 +1,8 @@
 """Evaluate models on the environments; look at what came of it."""
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,12 +11,13 @@ from invoke.context import Context
 from invoke.exceptions import Exit
 from invoke.tasks import task
 
-from tasks.lib.eval_plan import NEEDED, choose_runner, flags, folders
+from tasks.lib.eval_plan import NEEDED, Endpoint, choose_runner, endpoint_flags, flags, folders
 from tasks.lib.programs import environment, run_module
 from tasks.lib.settings import ROOT
 
 if TYPE_CHECKING:
     from tasks.lib.environments import Environment
+    from tasks.lib.gpus import GpuChoice
 
 RUN_HELP = "Folder of a run, or its name in saves/eval (default: the latest). Repeatable."
 PRICES_HELP = "TOML or JSON file with input and output of each model, for a million tokens."
@@ -63,30 +65,97 @@ def served(c: Context, row: "Environment", runner: str, understood: bool, wait: 
             print(f"eval: stopped {row.name}", flush=True)
 
 
-def run_evaluation(c: Context, runner: str, words: list[str], inside: list[str] | None = None) -> None:
+@dataclass(frozen=True)
+class Prepared:
+    """A checkpoint that is merged and can be served; `gpus` is None where this Python does it."""
+    model: Path
+    name: str
+    engine: str
+    context: int
+    seconds: int
+    gpus: "GpuChoice | None"
+
+
+def prepare_checkpoint(c: Context, folder: str, runner: str, engine: str, gpus: str, wait: str) -> Prepared:
+    """Check what the user asked for, and merge the checkpoint if need be.
+
+    Raises:
+        Exit: one line.
+    """
+    from tasks.lib import checkpoints, env_runs, serve_docker, serving
+    from tasks.merge import run_merger
+    seconds = env_runs.whole_number("eval", "serve-wait", wait, 1)
+    choice = serve_docker.gpus_for(c, gpus) if runner == "docker" else None
+    try:
+        chosen, why = serve_docker.choose_engine(engine, choice.cpu) if choice else serving.choose_engine(engine)
+        found = checkpoints.find(Path(folder))
+        if found.merge:
+            print(f"eval: merging {found.shards}", flush=True)
+            run_merger(c, runner, [str(found.shards)], gpus=gpus, force=found.force)
+        elif found.shards:
+            print(f"eval: {found.model} is merged from these shards already", flush=True)
+        absent = c.config.run.dry and found.merge
+        context = 0 if absent else checkpoints.check(found.model)
+    except ValueError as error:
+        raise Exit(f"eval: {error}", code=2) from None
+    name = checkpoints.served_name(found.model)
+    print(f"eval: {found.model} is evaluated as {name}, served by {chosen} ({why})", flush=True)
+    return Prepared(found.model, name, chosen, context, seconds, choice)
+
+
+@contextmanager
+def served_checkpoint(c: Context, checkpoint: Prepared) -> Iterator[Endpoint]:
+    """Serve the checkpoint and give where it answers; it is stopped afterwards.
+
+    Raises:
+        Exit: one line; nothing is left running.
+    """
+    from tasks.lib import serve_docker, serving
+    model, name, engine, seconds = checkpoint.model, checkpoint.name, checkpoint.engine, checkpoint.seconds
+    server = serve_docker.started(c, "eval", model, name, engine, checkpoint.gpus, seconds) if checkpoint.gpus else \
+        serving.started(c, "eval", model, name, engine, seconds)
+    with server as url:
+        yield Endpoint(name, url, engine, checkpoint.context)
+
+
+def run_evaluation(c: Context,
+                   runner: str,
+                   words: list[str],
+                   inside: list[str] | None = None,
+                   variables: Mapping[str, str] | None = None) -> None:
     """Run the evaluation program, in this Python or in its container.
 
     Args:
         words: its command line here; inside: the same with the container's names for files and folders.
+        variables: for its environment.
 
     Raises:
         Exit: its exit code.
     """
     from tasks.lib import containers, env_docker, env_runs
     if runner == "docker":
-        containers.run(c, "eval-runner", words if inside is None else inside, variables=env_docker.QUIET)
+        containers.run(c,
+                       "eval-runner",
+                       words if inside is None else inside,
+                       variables={
+                           **env_docker.QUIET,
+                           **(variables or {})
+                       })
         return
     settings = env_runs.settings()
     own = {name: settings[name] for name in ("MAX_ROUND", ) if settings.get(name)}
     source = env_runs.gym_source("eval")
     if Path(source).is_dir():
         own["AGENTGYM_SRC"] = source
-    run_module(c, "evaluation", words, env={**environment(VARIABLES, os.environ), **own})
+    run_module(c, "evaluation", words, env={**environment(VARIABLES, os.environ), **own, **(variables or {})})
 
 
-def _runner(runner: str) -> str:
+def _runner(runner: str, checkpoint: str = "") -> str:
+    from tasks import merge
+    from tasks.lib import serving
+    needed = {*NEEDED, *(merge.NEEDED if checkpoint else ())}
     try:
-        return choose_runner(runner, all(find_spec(name) for name in NEEDED))
+        return choose_runner(runner, all(find_spec(name) for name in needed) and not (checkpoint and serving.missing()))
     except ValueError as error:
         raise Exit(f"eval: {error}", code=2) from None
 
@@ -97,6 +166,10 @@ def _runner(runner: str) -> str:
       help={
           "env": "Environment, a table of environments.toml (default: $ENV, then searchqa).",
           "model": "Model of the endpoint, or expert or random for demo (default: $MODEL, then gpt-4o-mini).",
+          "checkpoint": "Folder with shards, or a Hugging Face model: it is merged if need be, served and evaluated.",
+          "engine": "What serves the checkpoint: vllm, transformers, or auto: vllm where it is and finds a CUDA GPU.",
+          "serve_wait": "Seconds until the checkpoint's server must answer (default: 600).",
+          "gpus": "GPUs of merger and server with --runner docker: all, none, or indices such as 0,1 (default: all).",
           "base_url": "OpenAI-compatible endpoint (default: $OPENAI_BASE_URL, then OpenAI's own).",
           "server": "Address of an environment server (default: the one that is up, else one is started and stopped).",
           "max_round": "Completions of one episode, at most (default: $MAX_ROUND, then the environment's own).",
@@ -122,6 +195,10 @@ def _runner(runner: str) -> str:
 def run(c: Context,
         env: str = "",
         model: str = "",
+        checkpoint: str = "",
+        engine: str = "auto",
+        serve_wait: str = "600",
+        gpus: str = "",
         base_url: str = "",
         server: str = "",
         max_round: str = "",
@@ -144,10 +221,14 @@ def run(c: Context,
         wait: str = "120",
         i_understand: bool = False) -> None:
     """Evaluate a model on an environment."""
-    from contextlib import nullcontext
-
     from tasks.lib import env_runs
-    chosen = _runner(runner)
+    if checkpoint and (model or base_url):
+        raise Exit(
+            f"eval: --checkpoint {checkpoint} is served under a name of its own; leave out --{'model' if model else 'base-url'}",
+            code=2)
+    if not checkpoint and (engine != "auto" or gpus):
+        raise Exit("eval: --engine and --gpus are about the server of a --checkpoint; leave them out", code=2)
+    chosen = _runner(runner, checkpoint)
     row = env_runs.find_row("eval", env)
     values: dict[str, str | bool] = {
         "env": row.name,
@@ -176,12 +257,18 @@ def run(c: Context,
             "eval: --runner docker reads AgentEval, AgentItemId and writes saves/eval; for other files and folders "
             "use --runner local",
             code=2)
-    with nullcontext(server) if server else served(c, row, chosen, i_understand, wait) as url:
+    prepared = prepare_checkpoint(c, checkpoint, chosen, engine, gpus, serve_wait) if checkpoint else None
+    with ExitStack() as stack:
+        url = server or stack.enter_context(served(c, row, chosen, i_understand, wait))
+        variables = {}
+        if prepared:  # after the environment, which is sooner ready, and sooner known to lack something
+            values.update(endpoint_flags(stack.enter_context(served_checkpoint(c, prepared)), values))
+            variables = {"OPENAI_API_KEY": "none"}  # the user's own is for another endpoint
         words = ["run", *flags({**values, "server": url})]
         if chosen == "docker" and not max_round:  # Compose has a default of its own, which is not the environment's
             words.append(f"--max-round={env_runs.settings().get('MAX_ROUND') or row.rounds}")
         here = [f"--environments={env_runs.rows_path()}", f"--root={ROOT}"]
-        run_evaluation(c, chosen, [*words, *here], inside=words)
+        run_evaluation(c, chosen, [*words, *here], inside=words, variables=variables)
 
 
 def _folders(command: str, names: list[str] | None) -> list[Path]:

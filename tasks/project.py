@@ -7,7 +7,7 @@ from invoke.exceptions import Exit
 from invoke.tasks import task
 
 from tasks.lib import checks, containers, docker
-from tasks.lib.images import IMAGES, human_age, human_size
+from tasks.lib.images import EVERY, human_age, human_size
 
 
 def print_inspection(c: Context, name: str) -> None:
@@ -21,14 +21,14 @@ def status(c: Context) -> None:
     docker.require_engine(c)
     if c.config.run.dry:
         docker.drive(c, lambda client: client.compose.ps(all=True), profiles=["*"])
-        for image in IMAGES:
+        for image in EVERY:
             print_inspection(c, docker.image_name(image.name))
         return
     now = datetime.now(timezone.utc)
     rows = [(found.name, found.state, found.health, found.ports) for found in containers.of_project()]
     docker.print_table(("container", "state", "health", "ports"), rows or [("none", "", "", "")])
     print()
-    facts = [(name, docker.image_facts(name)) for name in (docker.image_name(image.name) for image in IMAGES)]
+    facts = [(name, docker.image_facts(name)) for name in (docker.image_name(image.name) for image in EVERY)]
     docker.print_table(("image", "size", "age"),
                        [(name, human_size(fact.size), human_age(now - fact.created)) if fact else
                         (name, "not built", "") for name, fact in facts])

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # Services that run another service's image.
 IMAGE_FROM = {"model-merger": "scripts", "formatter": "scripts"}
-GPU_SERVICES = ("train", "scripts", "model-merger")
+GPU_SERVICES = ("train", "scripts", "model-merger", "serve")
 
 
 def gpus_for(c: Context, service: str, flag: str) -> GpuChoice:

@@ -145,7 +145,8 @@ def drive(c: Context,
 def ask(action: Callable[[DockerClient], Answer],
         profiles: Sequence[str] = (),
         variables: Mapping[str, str] | None = None,
-        files: Sequence[Path] = ()) -> Answer:
+        files: Sequence[Path] = (),
+        cpu: bool = False) -> Answer:
     """Return the answer of a read-only `action`, such as an inspection.
 
     Not for `--dry`, which asks Docker nothing.
@@ -155,7 +156,7 @@ def ask(action: Callable[[DockerClient], Answer],
     """
     variables = {**caller_variables(os.environ, read_dotenv()), **(variables or {})}
     with _environment(variables), _failures_as_exit(shown=False):
-        return action(_client(profiles, cpu=False, files=files))
+        return action(_client(profiles, cpu, files=files))
 
 
 def execute(client: DockerClient, container: str, command: Sequence[str], user: str) -> None:

@@ -5,10 +5,7 @@ runs from (data is linked into it), its log, and state.json, which names the pro
 """
 import hashlib
 import json
-import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,28 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from servers.protocol import Client, ServerError, check_ready
+from tasks.lib import processes
 from tasks.lib.env_plan import Options, choose_port, proxy_config, server_variables
 from tasks.lib.environments import Environment
+from tasks.lib.processes import identity, is_running, last_line, port_is_free
 from tasks.lib.settings import ROOT
 
 RUN = ROOT / ".run" / "env"
 CONSTRAINTS = ROOT / "docker" / "constraints"
-STOP_SECONDS = 10
 
 
 class LocalError(Exception):
     """A server that cannot be prepared or does not start; the message is for the user."""
-
-
-def port_is_free(port: int, bind: str = "127.0.0.1") -> bool:
-    """Tell whether nobody listens on `port`."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((bind, port))
-        except OSError:
-            return False
-        return True
 
 
 def uv() -> str:
@@ -124,19 +111,8 @@ def prepare(row: Environment,
 
 
 def started(process: subprocess.Popen, role: str, port: int) -> dict[str, Any]:
-    """Return what tells this process from any later one with the same id."""
-    import psutil
-    return {"pid": process.pid, "born": psutil.Process(process.pid).create_time(), "role": role, "port": port}
-
-
-def is_running(entry: Mapping[str, Any]) -> bool:
-    """Tell whether the process of a state entry still runs, and is not another one with its id."""
-    import psutil
-    try:
-        process = psutil.Process(entry["pid"])
-        return abs(process.create_time() - entry["born"]) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
+    """Return the state entry of a process."""
+    return {**identity(process.pid), "role": role, "port": port}
 
 
 def states(folder: Path = RUN) -> dict[str, dict[str, Any]]:
@@ -146,12 +122,6 @@ def states(folder: Path = RUN) -> dict[str, dict[str, Any]]:
         with suppress(ValueError):
             found[path.parent.name] = json.loads(path.read_text())
     return found
-
-
-def last_line(log: Path) -> str:
-    """Return the last line of a log that says something."""
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1].strip() if lines else "it said nothing"
 
 
 def up(row: Environment,
@@ -180,17 +150,7 @@ def up(row: Environment,
     state: dict[str, Any] = {"url": url(options), "port": options.port, "processes": []}
 
     def launch(argv: Sequence[str], role: str, port: int, variables: Mapping[str, str]) -> None:
-        with (home / f"{role}.log").open("w") as log:
-            process = subprocess.Popen(list(argv),
-                                       cwd=copy,
-                                       env={
-                                           **environ,
-                                           **variables
-                                       },
-                                       stdin=subprocess.DEVNULL,
-                                       stdout=log,
-                                       stderr=subprocess.STDOUT,
-                                       start_new_session=True)
+        process = processes.launch(argv, home / f"{role}.log", {**environ, **variables}, copy)
         state["processes"].append(started(process, role, port))
         (home / "state.json").write_text(json.dumps(state))
 
@@ -262,15 +222,6 @@ def down(name: str, folder: Path = RUN) -> bool:
     path = folder / name / "state.json"
     if not path.is_file():
         return False
-    entries = [entry for entry in json.loads(path.read_text())["processes"] if is_running(entry)]
-    for entry in entries:  # every process was started as the leader of its own group
-        with suppress(ProcessLookupError):
-            os.killpg(entry["pid"], signal.SIGTERM)
-    end = time.monotonic() + STOP_SECONDS
-    while any(is_running(entry) for entry in entries) and time.monotonic() < end:
-        time.sleep(0.05)
-    for entry in entries:  # what ignored the signal, and children (JVMs, browsers) that outlived their parent
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(entry["pid"], signal.SIGKILL)
+    processes.stop(json.loads(path.read_text())["processes"])
     path.unlink()
     return True

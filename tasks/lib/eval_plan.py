@@ -1,10 +1,47 @@
 """What `invoke eval` hands to the evaluation runner, decided from flags, settings and what is up."""
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 RUNS = Path("saves") / "eval"
 NEEDED = ("aiohttp", "openai", "pydantic", "rich", "jinja2", "numpy", "tenacity", "matplotlib")
 RUNNERS = ("auto", "docker", "local")
+MAX_TOKENS = 4096  # the runner's default
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A model's server that was started for a run.
+
+    Attributes:
+        name: the model's name in requests.
+        url: the server's address for the runner; its port differs from run to run.
+        engine: vllm or transformers.
+        context: tokens of the model's context; 0 where the model does not say.
+    """
+    name: str
+    url: str
+    engine: str
+    context: int = 0
+
+
+def endpoint_flags(endpoint: Endpoint, values: Mapping[str, str | bool]) -> dict[str, str | bool]:
+    """Return the runner's flags for a server that was started, beside the user's `values`.
+
+    vLLM refuses a request whose prompt and max_tokens exceed the context, so a small context gets smaller completions.
+    transformers' server never looks at the context, and answers one request at a time.
+    """
+    found: dict[str, str | bool] = {
+        "model": endpoint.name,
+        "base_url": endpoint.url,
+        "base_url_as": f"{endpoint.engine}, started for the run",
+    }
+    if endpoint.context and endpoint.context < 2 * MAX_TOKENS and not values.get("max_tokens"):
+        found["max_tokens"] = str(endpoint.context // 2)
+    if endpoint.engine == "transformers":
+        found["context_length"] = str(endpoint.context or "")
+        found["concurrency"] = values.get("concurrency") or "1"
+    return found
 
 
 def choose_runner(runner: str, importable: bool) -> str:

@@ -19,13 +19,16 @@ class Image:
     needs: tuple[str, ...] = ()
 
 
-# In dependency order.
+# In dependency order; what `build.all` builds.
 IMAGES = (
     Image("agentgym-rl/base", "base", "build"),
     Image("agentgym-rl/train", "train", "train", needs=("base", )),
     Image("agentgym-rl/scripts", "scripts", "scripts", needs=("base", )),
     Image("agentgym/eval", "eval-runner", "eval"),
 )
+# The model's server on hosts without a GPU; `eval --checkpoint` builds it where it is needed.
+SERVE = Image("agentgym-rl/serve", "serve", "serve", needs=("base", ))
+EVERY = (*IMAGES, SERVE)
 
 
 def image_of(service: str) -> Image:
@@ -34,7 +37,7 @@ def image_of(service: str) -> Image:
     Raises:
         KeyError: no image comes from that service.
     """
-    return {image.service: image for image in IMAGES}[service]
+    return {image.service: image for image in EVERY}[service]
 
 
 def human_size(size: int) -> str:

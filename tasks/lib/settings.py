@@ -68,11 +68,11 @@ SETTINGS: dict[str, Setting] = {
     "HOST_GID":
     Setting("1000", "Group id in the containers. The tasks pass yours; set it for plain docker compose."),
     "GPUS":
-    Setting("all", "GPUs of train, scripts and model-merger: all, none (tasks only), or indices such as 0,1."),
+    Setting("all", "GPUs of train, scripts, model-merger and serve: all, none (tasks only), or indices such as 0,1."),
     "SHM_SIZE":
-    Setting("32g", "Shared memory of the training container."),
+    Setting("32g", "Shared memory of the containers train and serve."),
     "IPC_MODE":
-    Setting("private", "IPC namespace of the training container; with host, SHM_SIZE means nothing."),
+    Setting("private", "IPC namespace of those two; with host, SHM_SIZE means nothing."),
     "MEMLOCK":
     Setting("-1", "Bytes of memory that training may lock; -1 is no limit, which a rootless engine cannot give."),
     # Environments and evaluation
@@ -90,6 +90,13 @@ SETTINGS: dict[str, Setting] = {
     Setting("", "Key for the model's API.", secret=True),
     "OPENAI_BASE_URL":
     Setting("", "Address of an OpenAI-compatible API (default: OpenAI's own)."),
+    "SERVE_MODEL":
+    Setting("saves/checkpoint/huggingface", "Model that `docker compose --profile serve` serves, in models or saves."),
+    "SERVED_NAME":
+    Setting("checkpoint", "Name of that model in requests."),
+    "SERVE_PORT":
+    Setting("8000",
+            "Port of that server on the host, published on ENV_BIND; other containers use http://serve:8000/v1."),
     "ENVIRONMENTS":
     Setting("environments.toml", "File with the environments' rows, relative to this folder."),
     "ENV_MEMORY":

@@ -2,12 +2,19 @@
 import json
 import os
 import shlex
+import shutil
+import subprocess
 import sys
+import threading
+import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from workbench import Workbench
+from workbench import Terminal, Workbench
 
+from tasks.lib import processes, serve_docker
+from tasks.lib.settings import SETTINGS
 from tests.fixtures.servers import ROOT
 from tests.fixtures.standins import Endpoint, completion, endpoint
 
@@ -74,3 +81,86 @@ def test_the_profile_works_as_typed(ready: Workbench, model: Endpoint) -> None:
 def test_misuse_in_the_container_is_one_line(ready: Workbench) -> None:
     done = ready.compose("--profile", "eval", "run", "--rm", "-T", "eval-runner", env={"ENV": "demo", "OPENAI_API_KEY": "", **CALLER})
     assert done.returncode == 2 and "no OPENAI_API_KEY" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def shards(ready: Workbench, checkpoint: Path) -> Path:
+    """Return a step's folder with a copy of the checkpoint that nobody has merged."""
+    step = ready.root / "saves" / "served" / "global_step_7"
+    shutil.copytree(checkpoint, step / "actor", ignore=shutil.ignore_patterns("*.safetensors", "merge.json"))
+    return step
+
+
+def test_a_checkpoint_is_merged_served_evaluated_and_gone(ready: Workbench, shards: Path) -> None:
+    """Run twice: the first builds the server's image and merges; the second resumes under the same name."""
+    words = ["eval", "--checkpoint", "saves/served/global_step_7", "--env", "demo", "--runner", "docker", "--max-round", "2", "--max-tokens", "8"]
+    secrets = {name: f"sentinel-{name}" for name, setting in SETTINGS.items() if setting.secret and name != "PACKAGE_INDEX_URL"}
+    seen: list[str] = []
+    done: list[subprocess.CompletedProcess[str]] = []
+    thread = threading.Thread(target=lambda: done.append(ready.invoke(*words, "--limit", "2", env=secrets, timeout=850)))
+    thread.start()
+    while thread.is_alive():
+        seen = seen or ready.docker("ps", "-q", "--filter", f"label={serve_docker.OWNER}", "--filter",
+                                    f"label=com.docker.compose.project={ready.name}").split()
+        if seen:
+            told = ready.docker("inspect", *ready.containers(), ready.image("agentgym-rl/serve"))
+            assert "sentinel" not in told
+            break
+        thread.join(0.2)
+    thread.join()
+    assert seen and done[0].returncode == 0, done[0].stdout[-3000:] + done[0].stderr[-3000:]
+    assert "building it" in done[0].stdout and "eval: merging" in done[0].stdout and "sentinel" not in done[0].stdout + done[0].stderr
+    host = json.loads(told)[0]["HostConfig"]
+    assert host["CapDrop"] == ["ALL"] and not host["PortBindings"] and "no-new-privileges:true" in host["SecurityOpt"]
+    again = ready.invoke(*words, "--limit", "2", timeout=300)
+    assert again.returncode == 0 and "resuming" in again.stdout and "merged from these shards already" in again.stdout
+    folder, = (ready.root / "saves" / "eval").glob("demo-served-global_step_7-actor-*")
+    assert len((folder / "attempts.jsonl").read_text().splitlines()) == 2
+    assert "sentinel" not in "".join(path.read_text() for path in folder.iterdir())
+    assert ready.containers() == []
+
+
+def test_a_server_that_dies_is_one_line_and_leaves_nothing(ready: Workbench, shards: Path) -> None:
+    broken = shards.parent / "broken"
+    shutil.copytree(shards / "actor" / "huggingface", broken)
+    (broken / "model.safetensors").write_bytes(b"no weights")
+    done = ready.invoke("eval", "--checkpoint", str(broken), "--env", "demo", "--runner", "docker", timeout=300)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("eval: the model's server ended: ")
+    assert "Traceback" not in done.stderr and ready.containers() == []
+
+
+def test_ctrl_c_removes_the_server(ready: Workbench, shards: Path) -> None:
+    terminal = Terminal(ready, sys.executable, "-m", "invoke", "eval", "--checkpoint", str(shards), "--env", "demo", "--runner", "docker")
+    terminal.wait_for("started demo")
+    while not ready.containers(service="serve"):
+        pass
+    terminal.type("\x03")
+    assert terminal.exit_code() == 130 and "Traceback" not in terminal.seen
+    assert ready.containers() == []
+
+
+def test_a_checkpoint_outside_the_mounts_is_served(ready: Workbench, shards: Path, tmp_path: Path) -> None:
+    shutil.copytree(shards / "actor" / "huggingface", tmp_path / "elsewhere")
+    done = ready.invoke("eval", "--checkpoint", str(tmp_path / "elsewhere"), "--env", "demo", "--runner", "docker", "--max-round", "1",
+                        "--max-tokens", "8", "--limit", "1", timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert ready.containers() == []
+
+
+def test_the_serve_profile_works_as_typed(ready: Workbench, shards: Path) -> None:
+    port = processes.free_port()
+    env = {"SERVE_MODEL": "saves/served/global_step_7/actor/huggingface", "SERVED_NAME": "seven", "SERVE_PORT": str(port), **CALLER}
+    try:
+        done = ready.compose("--profile", "serve", "up", "--detach", "--wait", env=env)
+        assert done.returncode == 0, done.stderr
+        container, = ready.containers(service="serve")
+        assert ready.docker("port", container) == f"8000/tcp -> 127.0.0.1:{port}"
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10) as reply:
+            assert reply.status == 200
+        assert ready.invoke("env.up", "--env", "demo", "--runner", "docker").returncode == 0
+        played = ready.invoke("eval", "--env", "demo", "--model", "seven", "--base-url", "http://serve:8000/v1", "--limit", "1", "--max-round",
+                              "1", "--max-tokens", "8", "--runner", "docker", env={"OPENAI_API_KEY": ""})
+        assert played.returncode == 0, played.stdout[-3000:] + played.stderr[-3000:]
+    finally:
+        ready.invoke("env.down", "--env", "demo")
+        ready.compose("--profile", "serve", "rm", "-fs", "serve", env=env)

@@ -162,7 +162,7 @@ def test_root_in_a_shell_can_install_a_package_s_files(built: Workbench) -> None
 
 @pytest.mark.parametrize("gpus, devices", [("all", ["all"]), ("0,1", ["0,1"])])
 def test_gpus_are_reserved_where_the_override_is_absent(built: Workbench, gpus: str, devices: list[str]) -> None:
-    for service in ("train", "scripts", "model-merger"):
+    for service in ("train", "scripts", "model-merger", "serve"):
         done = built.run("docker", "compose", "--profile", service, "create", service, env={"GPUS": gpus})
         assert done.returncode == 0, done.stderr
         requests = json.loads(
@@ -279,7 +279,7 @@ def test_status_shows_containers_ports_health_and_images(built: Workbench, envir
     assert re.search(rf"^{built.name}-env-server-1 +running +127.0.0.1:{port}->{port}/tcp$", done.stdout, re.M)
     assert re.search(rf"^agentgym-rl/train:{built.name} +[\d.]+GB +(seconds|\d+ \w+)$", done.stdout, re.M)
     missing = built.invoke("status", env={"IMAGE_TAG": "absent"})
-    assert missing.stdout.count("not built") == 4
+    assert missing.stdout.count("not built") == 5
 
 
 def test_down_stops_the_project_s_containers_and_no_other(built: Workbench, environment_image: str, port: int) -> None:

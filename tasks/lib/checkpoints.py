@@ -1,0 +1,136 @@
+"""What a folder with a checkpoint holds: where its merged model is or will be, and what the evaluation calls it."""
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RANK_FILE = re.compile(r"model_world_size_\d+_rank_\d+\.pt")
+MERGED = "huggingface"
+RECORD = "merge.json"
+# Folders whose names say nothing about the model in them.
+PLACES = ("saves", "models", MERGED)
+NAME_PARTS = 3
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that can be served.
+
+    Attributes:
+        model: the Hugging Face folder; it is not there yet where `merge` is set.
+        shards: the folder with the ranks' files, or None where there are none.
+        merge: whether the shards must be merged first.
+        force: whether a merge of earlier shards is in the way.
+    """
+    model: Path
+    shards: Path | None = None
+    merge: bool = False
+    force: bool = False
+
+
+def find(folder: Path) -> Checkpoint:
+    """Return the checkpoint in `folder`: shards, a step's folder with `actor`, or a Hugging Face model.
+
+    Raises:
+        ValueError: there is none, in one line.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"--checkpoint {folder}: no such folder; name one with shards, or a Hugging Face model")
+    shards = next((place for place in (folder, folder / "actor") if rank_files(place)), None)
+    if shards is None:
+        if has_weights(folder):
+            return Checkpoint(folder)
+        below = sorted(path.parent for path in folder.glob("global_step_*/actor/*.pt"))
+        raise ValueError(
+            f"--checkpoint {folder}: neither shards (model_world_size_*_rank_*.pt) nor a Hugging Face model "
+            f"(config.json, *.safetensors); " +
+            (f"did you mean {below[-1]}?" if below else "name a folder such as …/global_step_100/actor"))
+    model = shards / MERGED
+    if not any(model.glob("*.safetensors")):
+        return Checkpoint(model, shards, merge=True)
+    if not (model / RECORD).is_file():
+        raise ValueError(
+            f"{model} holds weights that are no merge of these shards; name it with --checkpoint to evaluate "
+            f"them, or `invoke merge --local-dir {shards} --force`")
+    current = is_current(model, shards)
+    return Checkpoint(model, shards, merge=not current, force=not current)
+
+
+def rank_files(folder: Path) -> list[Path]:
+    """Return the ranks' files in `folder`, in the order of their names."""
+    return sorted(path for path in folder.glob("*.pt") if RANK_FILE.fullmatch(path.name))
+
+
+def has_weights(folder: Path) -> bool:
+    """Tell whether `folder` is a Hugging Face model."""
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+
+
+def is_current(model: Path, shards: Path) -> bool:
+    """Tell whether `model` was merged, in whatever way, from the files that `shards` holds now."""
+    try:
+        sources = json.loads((model / RECORD).read_text())["sources"]
+        merged = sorted((file["file"], file["bytes"], file["modified"]) for file in sources)
+    except (ValueError, KeyError, TypeError):
+        return False
+    # The folder is left out: a merge in a container knows it by another name.
+    return merged == [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in rank_files(shards)]
+
+
+def served_name(model: Path) -> str:
+    """Return the name that the evaluation gives to the weights in `model`: readable, and another for other files.
+
+    The same files give the same name, so that an evaluation of them resumes.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(model.glob("*.safetensors")):
+        digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}\n".encode())
+    return f"{label(model)}-{digest.hexdigest()[:8]}"
+
+
+def label(model: Path) -> str:
+    """Return the readable part of the name: x-global_step_100-actor."""
+    parts = list(model.resolve().parts[1:])
+    for place in ("saves", "models"):
+        if place in parts[:-1]:
+            parts = parts[len(parts) - parts[::-1].index(place):]
+    kept = [part for part in parts if part not in PLACES][-NAME_PARTS:]
+    return re.sub(r"[^\w.]+", "-", "-".join(kept), flags=re.ASCII).strip("-.") or "model"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in `path`.
+
+    Raises:
+        ValueError: it cannot be read, or is none.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is no JSON object")
+    return found
+
+
+def check(model: Path) -> int:
+    """Return how many tokens the model's context has; 0 where its config does not say.
+
+    Raises:
+        ValueError: the model cannot hold a conversation; with the remedy.
+    """
+    config = read_json(model / "config.json")
+    kind = ", ".join(config.get("architectures") or ["model of no architecture"])
+    if not re.search("CausalLM|ConditionalGeneration|LMHead", kind):
+        raise ValueError(f"{model} is a {kind}, which writes no text; name the actor's folder")
+    if not (model / "tokenizer_config.json").is_file():
+        raise ValueError(
+            f"{model} has no tokenizer; copy tokenizer.json and tokenizer_config.json of the base model there")
+    if "chat_template" not in read_json(model / "tokenizer_config.json") and not any(model.glob("chat_template*")):
+        raise ValueError(
+            f"{model} has no chat template; copy chat_template.jinja or tokenizer_config.json of an instruct "
+            "model there")
+    places = (config, config.get("text_config") or {})  # of a model that sees, the second
+    return next((place["max_position_embeddings"] for place in places if place.get("max_position_embeddings")), 0)

@@ -1,0 +1,162 @@
+"""Serve a Hugging Face folder in a container of the service `serve`, for as long as a run needs it."""
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from invoke.context import Context
+from invoke.exceptions import Exit
+
+from tasks.lib import containers, docker, processes
+from tasks.lib.env_docker import QUIET, last_line
+from tasks.lib.gpus import GpuChoice
+from tasks.lib.images import SERVE, image_of
+from tasks.lib.mounts import Translation, ensure_folders
+from tasks.lib.programs import INTERRUPTED
+from tasks.lib.serving import ENGINES
+from tasks.lib.settings import ROOT, read_dotenv, resolve
+
+if TYPE_CHECKING:
+    from python_on_whales import DockerClient
+
+OWNER = "org.agentgym-rl.serve.owner"
+PORT = 8000
+
+
+def choose_engine(engine: str, cpu: bool) -> tuple[str, str]:
+    """Return vllm or transformers, and why; `cpu` tells that the container gets no GPU.
+
+    Raises:
+        ValueError: no such engine, or it cannot run there.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"unknown engine {engine!r}; choose one of {', '.join(ENGINES)}")
+    if engine == "vllm" and cpu:
+        raise ValueError("--engine vllm needs a GPU, and the container gets none; use --engine transformers")
+    if engine == "transformers":
+        return "transformers", "--engine says so; its image has no GPU"
+    return ("transformers", "no GPU") if cpu else ("vllm", "a GPU, and the training image has it")
+
+
+def container_name(name: str) -> str:
+    """Return the name of the container that serves `name`, by which others of the project reach it too."""
+    # The end of the name is the digest of the weights; a host name has at most 63 characters.
+    return f"{resolve('COMPOSE_PROJECT_NAME')[:40]}-serve-{name[-8:]}".lower()
+
+
+def ensure_image(c: Context, task: str, engine: str) -> None:
+    """Build the CPU server's image where there is none.
+
+    Raises:
+        Exit: the training image is missing, or the build failed.
+    """
+    if engine == "vllm":
+        docker.require_image(c, docker.image_name(image_of("train").name), "build.train")
+        return
+    name = docker.image_name(SERVE.name)
+    if c.config.run.dry or docker.image_exists(name):
+        return
+    from tasks.build import build_images
+    print(f"{task}: no image {name} yet: building it", flush=True)
+    build_images(c, (SERVE, ), no_cache=False, pull=False, cpu=True, push=False, tag="")
+
+
+def stop_leftovers(task: str) -> None:
+    """Remove the servers whose run was killed."""
+    filters: list[tuple[Literal["label"],
+                        str]] = [("label", f"com.docker.compose.project={resolve('COMPOSE_PROJECT_NAME')}"),
+                                 ("label", OWNER)]
+    for container in docker.ask(lambda client: client.container.list(all=True, filters=filters)):
+        with suppress(ValueError):
+            if processes.is_running(json.loads((container.config.labels or {})[OWNER])):
+                continue
+        print(f"{task}: removing {container.name}, which a killed run left behind", flush=True)
+        remove(container.name)
+
+
+def remove(container: str) -> None:
+    """Stop and remove the container, if there is one."""
+    if docker.ask(lambda client: client.container.exists(container)):
+        docker.ask(lambda client: client.container.remove(container, force=True, volumes=True))
+
+
+def wait_until_ready(task: str, container: str, wait: float) -> None:
+    """Return when the container's health check passes.
+
+    Raises:
+        Exit: it ended, or the time is up.
+    """
+    end = time.monotonic() + wait
+    while time.monotonic() < end:
+        state = docker.ask(lambda client: client.container.inspect(container)).state
+        if state.status != "running":
+            raise Exit(f"{task}: the model's server ended: {last_line(container)}", code=1)
+        if state.health and state.health.status == "healthy":
+            return
+        time.sleep(0.5)
+    raise Exit(
+        f"{task}: the model's server was not ready after {wait:g} s: {last_line(container)}; give it longer with "
+        "--serve-wait",
+        code=1)
+
+
+@contextmanager
+def started(c: Context, task: str, model: Path, name: str, engine: str, gpus: GpuChoice, wait: float) -> Iterator[str]:
+    """Serve `model` as `name` in a container, and give its address for other containers of the project.
+
+    The container is removed whichever way the block is left. It publishes no port.
+
+    Raises:
+        Exit: one line; nothing is left running.
+    """
+    ensure_image(c, task, engine)
+    translation, container, cpu = Translation(ROOT), container_name(name), engine == "transformers"
+    try:
+        variables = {**QUIET, **gpus.variables, "SERVE_MODEL": translation.path(model), "SERVED_NAME": name}
+    except ValueError as error:
+        raise Exit(f"{task}: {error}", code=2) from None
+
+    def start(client: DockerClient) -> object:
+        owner = {} if c.config.run.dry else {OWNER: json.dumps(processes.identity(os.getpid()))}
+        return client.compose.run("serve",
+                                  detach=True,
+                                  tty=False,
+                                  name=container,
+                                  labels=owner,
+                                  volumes=[(*pair, "ro") for pair in translation.volumes.items()])
+
+    url = f"http://{container}:{PORT}/v1"
+    if c.config.run.dry:
+        docker.drive(c, start, profiles=["serve"], cpu=cpu, variables=variables)
+        yield url
+        return
+    stop_leftovers(task)
+    if docker.ask(lambda client: client.container.exists(container)):
+        raise Exit(f"{task}: another run serves {name} just now; wait for it", code=1)
+    for folder in ensure_folders(ROOT, {**read_dotenv(), **os.environ}):
+        print(f"{task}: created {folder}", file=sys.stderr, flush=True)
+    try:
+        try:
+            docker.ask(start, profiles=["serve"], variables=variables, cpu=cpu)
+            wait_until_ready(task, container, wait)
+        except KeyboardInterrupt:
+            raise Exit(code=INTERRUPTED) from None
+        yield url
+    finally:
+        remove(container)
+
+
+def gpus_for(c: Context, flag: str) -> GpuChoice:
+    """Return the GPUs of the container.
+
+    Raises:
+        Exit: the flag is wrong, or no engine answers.
+    """
+    docker.require_engine(c)
+    return containers.gpus_for(c, "serve", flag)

@@ -1,0 +1,180 @@
+"""Serve a Hugging Face folder on an OpenAI-compatible address for as long as it is needed, on this machine.
+
+Everything of one server lies in .run/serve/<name>/: its log, its temporary files, and state.json, which names the server
+and the run that it belongs to.
+"""
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from invoke.context import Context
+from invoke.exceptions import Exit
+
+from tasks.lib import processes
+from tasks.lib.programs import INTERRUPTED
+from tasks.lib.settings import ROOT, SETTINGS
+
+RUN = ROOT / ".run" / "serve"
+PROGRAM = ROOT / "scripts" / "serve_transformers.py"
+ENGINES = ("auto", "vllm", "transformers")
+# What `transformers serve` imports: its extra `serving`.
+NEEDED = ("torch", "transformers", "accelerate", "fastapi", "uvicorn", "openai", "pydantic")
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
+
+
+def missing() -> list[str]:
+    """Return the packages that this Python lacks for `transformers serve`."""
+    found = [name for name in NEEDED if not find_spec(name)]
+    with suppress(PackageNotFoundError):
+        if int(version("transformers").split(".")[0]) < 5:  # its server answers to other requests
+            found.append("transformers 5")
+    return found
+
+
+def has_cuda() -> bool:
+    """Tell whether torch sees a CUDA GPU here."""
+    import torch
+    return torch.cuda.is_available()
+
+
+def choose_engine(engine: str) -> tuple[str, str]:
+    """Return vllm or transformers, and why; by itself vLLM where it is installed and can run.
+
+    Raises:
+        ValueError: no such engine, or it cannot run here.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"unknown engine {engine!r}; choose one of {', '.join(ENGINES)}")
+    vllm = bool(find_spec("vllm"))
+    if engine != "transformers" and vllm and has_cuda():
+        return "vllm", "it is installed, and a CUDA GPU is here"
+    if engine == "vllm":
+        raise ValueError("--engine vllm needs a CUDA GPU, and there is none; use --engine transformers" if vllm else
+                         "--engine vllm needs the package vllm, which is not installed; use --engine transformers")
+    lacking = missing()
+    if lacking:
+        raise ValueError(f"serving a model needs {', '.join(lacking)}; `pip install -r requirements-dev.txt`")
+    return "transformers", "--engine says so" if engine == "transformers" else \
+        "no CUDA GPU is here" if vllm else "vllm is not installed"
+
+
+def command(engine: str, model: Path, name: str, port: int) -> list[str]:
+    """Return the command line of the server."""
+    # As a module: this Python's vLLM, whether or not its folder is on PATH.
+    program = ["-m", "vllm.entrypoints.openai.api_server"] if engine == "vllm" else [str(PROGRAM)]
+    flag = "--served-model-name" if engine == "vllm" else "--name"
+    return [sys.executable, *program, "--model", str(model), flag, name, "--host", "127.0.0.1", "--port", str(port)]
+
+
+def surroundings(environ: Mapping[str, str], temporary: Path) -> dict[str, str]:
+    """Return the server's environment: offline, without our secrets, and without a key that it would ask for."""
+    left_out = {"VLLM_API_KEY", *(name for name, setting in SETTINGS.items() if setting.secret)}
+    kept = {name: value for name, value in environ.items() if name not in left_out}
+    return {**kept, **OFFLINE, "TMPDIR": str(temporary)}
+
+
+def stop_leftovers(task: str, folder: Path = RUN) -> None:
+    """Stop the servers whose run was killed."""
+    for path in sorted(folder.glob("*/state.json")):
+        with suppress(ValueError, KeyError):
+            state = json.loads(path.read_text())
+            if processes.is_running(state["owner"]):
+                continue
+            if processes.is_running(state["server"]):
+                print(f"{task}: stopping {path.parent.name}, which a killed run left behind", flush=True)
+            processes.stop([state["server"]])
+        path.unlink(missing_ok=True)
+
+
+def wait_until_ready(url: str, server: Mapping[str, Any], log: Path, wait: float) -> None:
+    """Return when the server answers.
+
+    Raises:
+        ValueError: it ended, or the time is up.
+    """
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    end = time.monotonic() + wait
+    while time.monotonic() < end:
+        if not processes.is_running(server):
+            raise ValueError(f"the model's server ended: {processes.last_line(log)}; see {log}")
+        with suppress(OSError), opener.open(f"{url}/health", timeout=5):
+            return
+        time.sleep(0.2)
+    raise ValueError(f"the model's server was not ready after {wait:g} s: {processes.last_line(log)}; see {log}, or "
+                     "give it longer with --serve-wait")
+
+
+@contextmanager
+def served_locally(task: str, model: Path, name: str, engine: str = "auto", wait: float = 600) -> Iterator[str]:
+    """Serve the Hugging Face folder `model` as `name` with this Python; give the address, http://127.0.0.1:PORT/v1.
+
+    The server is stopped whichever way the block is left.
+
+    Args:
+        task: who asks, for messages.
+        model: the folder.
+        name: the model's name in requests; letters, digits, dot, dash, underscore.
+        engine: auto, vllm or transformers.
+        wait: seconds until it must answer.
+
+    Raises:
+        Exit: one line: it cannot run here (2), or did not start (1); nothing is left running.
+    """
+    try:
+        chosen, why = choose_engine(engine)
+    except ValueError as error:
+        raise Exit(f"{task}: {error}", code=2) from None
+    print(f"{task}: serving {model} with {chosen} ({why})", flush=True)
+    with started(Context(), task, model, name, chosen, wait) as url:
+        yield url
+
+
+@contextmanager
+def started(c: Context, task: str, model: Path, name: str, engine: str, wait: float) -> Iterator[str]:
+    """Do what `served_locally` does, with an engine that was chosen.
+
+    Raises:
+        Exit: as there.
+    """
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise Exit(f"{task}: {name!r} is no name for a model; use letters, digits, dot, dash, underscore", code=2)
+    port = processes.free_port()
+    argv, url = command(engine, model.resolve(), name, port), f"http://127.0.0.1:{port}"
+    if c.config.run.dry:
+        print(shlex.join(argv), flush=True)
+        yield f"{url}/v1"
+        return
+    stop_leftovers(task)
+    home = RUN / name
+    if (home / "state.json").exists():
+        raise Exit(f"{task}: another run serves {name} just now; wait for it", code=1)
+    shutil.rmtree(home, ignore_errors=True)
+    (home / "tmp").mkdir(parents=True)
+    log, owner = home / "server.log", processes.identity(os.getpid())
+    process = processes.launch(argv, log, surroundings(os.environ, home / "tmp"), home)
+    server = processes.identity(process.pid)
+    try:
+        (home / "state.json").write_text(json.dumps({"owner": owner, "server": server}))
+        try:
+            wait_until_ready(url, server, log, wait)
+        except ValueError as error:
+            raise Exit(f"{task}: {error}", code=1) from None
+        except KeyboardInterrupt:
+            raise Exit(code=INTERRUPTED) from None
+        yield f"{url}/v1"
+    finally:
+        processes.stop([server])
+        process.wait()
+        shutil.rmtree(home / "tmp", ignore_errors=True)
+        (home / "state.json").unlink(missing_ok=True)
