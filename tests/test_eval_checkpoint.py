@@ -258,7 +258,9 @@ def test_a_server_that_dies_is_one_line(merged, clean, tmp_path):
 
 
 def test_ctrl_c_stops_the_server_and_a_killed_run_leaves_it_to_the_next(merged, clean, tmp_path):
-    words = argv("eval", "--checkpoint", str(merged), "--env", "demo", "--runner", "local", "--out", str(tmp_path / "out"))
+    # An address of no environment: neither run comes so far, and a killed one leaves no environment behind.
+    words = argv("eval", "--checkpoint", str(merged), "--env", "demo", "--server", "http://127.0.0.1:9", "--runner", "local", "--out",
+                 str(tmp_path / "out"))
 
     def start() -> subprocess.Popen[str]:
         process = subprocess.Popen(words, cwd=ROOT, env=clean, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)

@@ -165,8 +165,8 @@ def started(c: Context, task: str, model: Path, name: str, engine: str, wait: fl
     process = processes.launch(argv, log, surroundings(os.environ, home / "tmp"), home)
     server = processes.identity(process.pid)
     try:
-        (home / "state.json").write_text(json.dumps({"owner": owner, "server": server}))
         try:
+            (home / "state.json").write_text(json.dumps({"owner": owner, "server": server}))
             wait_until_ready(url, server, log, wait)
         except ValueError as error:
             raise Exit(f"{task}: {error}", code=1) from None
