@@ -1,5 +1,6 @@
 """Which items are played: AgentGym's lists, ids of all their forms, ranges, and categories from the files' names."""
 import json
+import os
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -123,7 +124,7 @@ def choose(
     """
     trials = trial_numbers(maps)
     found: list[tuple[str | int, str]]
-    if items and Path(items).is_file():
+    if os.path.isfile(items):  # pathlib raises where a long list of items is too long for a name
         found, origin = [(name, "") for name in read_list(Path(items))], Path(items).name
     elif items:
         found, origin = [], "--items"

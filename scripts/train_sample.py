@@ -104,7 +104,10 @@ def train_rank(rank: int, sample: ranks.Sample, store: str, lessons: Lessons, to
     with ranks.rank_group(rank, sample, store) as mesh:
         model: Any = ranks.shard(ranks.build_model(sample), sample, mesh)
         optimizer = torch.optim.AdamW(model.parameters(), lr=lessons.rate, betas=(0.9, 0.98), weight_decay=0.01)
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lessons.rate, total_steps=lessons.steps)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer,
+                                                        lessons.rate,
+                                                        total_steps=lessons.steps,
+                                                        pct_start=0.1)
         if lessons.before:
             before = replace(sample, save_dir=lessons.before)
             ranks.save_weights(model, before, rank)
@@ -119,7 +122,7 @@ def train_rank(rank: int, sample: ranks.Sample, store: str, lessons: Lessons, to
             model.clip_grad_norm_(1.0)
             optimizer.step()
             scheduler.step()
-            if rank == 0 and (step % 50 == 0 or step == lessons.steps):
+            if rank == 0 and (step % 100 == 0 or step == lessons.steps):
                 print(f"train_sample: step {step} of {lessons.steps}, loss {loss.item():.3f}", flush=True)
         ranks.save_weights(model, sample, rank)
         ranks.save_states(sample, rank, optimizer.state_dict(), scheduler.state_dict())
@@ -156,7 +159,7 @@ def parse(arguments: list[str] | None = None) -> tuple[ranks.Sample, Lessons]:
     add("--save-dir", type=Path, required=True, help="directory for the shards and huggingface/; created")
     add("--reference", type=Path, required=True, help="safetensors file for the trained weights, whole")
     add("--before-dir", type=Path, help="also write a checkpoint of the untrained weights here")
-    add("--steps", type=int, default=250, help="optimizer steps")
+    add("--steps", type=int, default=400, help="optimizer steps")
     add("--batch", type=int, default=2, help="windows of one step and rank")
     add("--window", type=int, default=8, help="rounds of a conversation learned at once, at most")
     add("--rate", type=float, default=6e-3, help="highest learning rate")

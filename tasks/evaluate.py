@@ -251,7 +251,7 @@ def run(c: Context,
         "prices": prices,
         "upstream_compat": upstream_compat
     }
-    if (chosen == "docker" and any(Path(name).exists()
+    if (chosen == "docker" and any(os.path.exists(name)
                                    for name in (items, prompt, prices) if name)) or (chosen == "docker" and out):
         raise Exit(
             "eval: --runner docker reads AgentEval, AgentItemId and writes saves/eval; for other files and folders "

@@ -8,7 +8,7 @@ from tasks.lib.environments import environment
 from tests.fixtures.servers import ROOT, running
 
 sys.path.insert(0, str(ROOT / "demo"))
-from agentenv_demo.game import ACTIONS, ITEMS, LEVELS, ROUNDS, Game, distance, layout
+from agentenv_demo.game import ACTIONS, EVALUATION, ITEMS, LEVELS, ROUNDS, Game, distance, layout
 from agentenv_demo.players import expert, random_player
 
 
@@ -37,14 +37,21 @@ def test_a_random_player_is_clearly_below():
 
 
 def test_later_levels_take_more():
-    rounds = [play(item, expert).rounds for item in range(ITEMS)]
-    per_level = [sum(rounds[first:first + 12]) / 12 for first in range(0, ITEMS, ITEMS // len(LEVELS))]
+    rounds = [play(item, expert).rounds for item in range(EVALUATION)]
+    per_level = [sum(rounds[first:first + 12]) / 12 for first in range(0, EVALUATION, EVALUATION // len(LEVELS))]
     assert per_level[0] < per_level[1] and per_level[2] < per_level[3]
+
+
+def test_every_level_has_items_for_evaluation_and_for_training():
+    for items in (range(EVALUATION), range(EVALUATION, ITEMS)):
+        levels = [layout(item)[0] for item in items]
+        assert [levels.count(level) for level in LEVELS] == [len(items) // len(LEVELS)] * len(LEVELS)
 
 
 def test_items_differ_and_are_the_same_in_every_process():
     layouts = [str(layout(item)) for item in range(ITEMS)]
-    assert len(set(layouts)) == ITEMS
+    held_out = set(layouts[:EVALUATION])
+    assert len(held_out) == EVALUATION and not held_out & set(layouts[EVALUATION:])
     code = "from agentenv_demo.game import *; print([str(layout(item)) for item in range(ITEMS)])"
     fresh = subprocess.run([sys.executable, "-c", code],
                            cwd=ROOT / "demo",
@@ -93,7 +100,7 @@ def test_an_item_that_does_not_exist_is_an_error(item):
 
 def test_the_row_tells_the_truth(tmp_path):
     row = environment("demo")
-    assert (row.items.last, row.rounds, row.items.eval_size) == (ITEMS - 1, ROUNDS, ITEMS)
+    assert (row.items.last, row.rounds, row.items.eval_size) == (ITEMS - 1, ROUNDS, EVALUATION)
     with running(row, tmp_path) as client:
         session = client.create()
         observation = client.reset(session, ITEMS - 1)

@@ -99,6 +99,8 @@ def test_an_alfworld_trial_is_looked_up_and_not_read_as_a_number():
 def test_ranges_names_and_limits(tmp_path):
     chosen, _ = choose(row("textcraft"), "3-5,textcraft_9", limit=3, root=tmp_path)
     assert [item.number for item in chosen] == [3, 4, 5]
+    every = ",".join(map(str, range(400)))  # longer than a file's name may be
+    assert [item.number for item in choose(row("textcraft"), every, root=tmp_path)[0]] == list(range(400))
     shuffled = [choose(row("textcraft"), "0-19", 5, seed, tmp_path)[0] for seed in (1, 1, 2)]
     assert shuffled[0] == shuffled[1] != shuffled[2]
 

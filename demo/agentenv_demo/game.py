@@ -1,6 +1,7 @@
 """The game: carry things to their boxes on a small grid.
 
-Everything about an item follows from its number, on every machine. Twelve items a level:
+Everything about an item follows from its number, on every machine. The first 48 items are for evaluation, twelve a level;
+the 192 after them are for training, one of each level in turn. The levels:
 
     level 1   one thing on 3 by 3 rooms; the observation tells the direction: `find cup: east`
     level 2   two things on 4 by 4 rooms, directions told
@@ -12,7 +13,8 @@ Every thing taken and every thing put is worth an equal share of a total reward 
 import random
 from typing import NamedTuple, Optional
 
-ITEMS = 48
+ITEMS = 240
+EVALUATION = 48
 ROUNDS = 30
 ACTIONS = ("north", "south", "east", "west", "take", "put", "look")
 MOVES = {"north": (0, -1), "south": (0, 1), "east": (1, 0), "west": (-1, 0)}
@@ -51,7 +53,7 @@ def layout(item: int) -> tuple[Level, Place, list[Errand]]:
     """
     if not 0 <= item < ITEMS:
         raise ValueError(f"no item {item}; items are 0 to {ITEMS - 1}")
-    level = LEVELS[item * len(LEVELS) // ITEMS]
+    level = LEVELS[item * len(LEVELS) // EVALUATION if item < EVALUATION else item % len(LEVELS)]
     rng = random.Random(item)
 
     def room() -> Place:
