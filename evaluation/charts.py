@@ -98,8 +98,10 @@ def bars(labels: Sequence[str],
             axes.set_xticks(range(0, len(labels), step), labels[::step])
             axes.set_ylabel(unit)
             axes.grid(axis="x", visible=False)
+            if all(float(value).is_integer() for values in runs.values() for value in values):
+                axes.yaxis.get_major_locator().set_params(integer=True)
         if len(runs) > 1:
-            axes.legend(fontsize=7)
+            axes.figure.legend(fontsize=7, loc="outside upper center", ncols=min(len(runs), 4))
 
     return svg(draw, name, height=max(2.0, 0.3 * len(labels) + 0.8) if lying else 2.6)
 

@@ -5,14 +5,18 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.episodes import opening
-from evaluation.model import Message
 from evaluation.prompts import Prompt
 from evaluation.records import read_attempts, read_run
 
 
-def conversation(prompt: Prompt, record: Mapping[str, Any]) -> list[Message]:
-    """Return what was said in an attempt, up to the model's last answer."""
-    messages = opening(prompt, record["first"])
+def conversation(prompt: Prompt, record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return what was said in an attempt, up to the model's last answer.
+
+    What the prompt lays into the model's mouth has the weight 0, as fine-tuning services take it.
+    """
+    messages: list[dict[str, Any]] = [{
+        **message, "weight": 0
+    } if message["role"] == "assistant" else message for message in opening(prompt, record["first"])]
     for turn in record["turns"]:
         messages += [{"role": "assistant", "content": turn["completion"]}]
         messages += [{"role": "user", "content": turn["observation"]}]

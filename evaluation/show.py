@@ -20,16 +20,15 @@ def percent(value: float) -> str:
 
 
 def with_interval(figure: Mapping[str, Any] | None, share: bool = True) -> str:
-    """Return mean and interval."""
+    """Return mean and interval: 50.0 % [28.0, 72.0]."""
     if figure is None:
         return "-"
 
-    def one(value: float) -> str:
-        return percent(value) if share else f"{value:.2f}"
+    def number(value: float) -> str:
+        return f"{100 * value:.1f}" if share else f"{value:.2f}"
 
-    if figure["low"] is None:
-        return one(figure["mean"])
-    return f"{one(figure['mean'])} [{one(figure['low'])}, {one(figure['high'])}]"
+    mean = number(figure["mean"]) + (" %" if share else "")
+    return mean if figure["low"] is None else f"{mean} [{number(figure['low'])}, {number(figure['high'])}]"
 
 
 class Watch:
@@ -96,9 +95,9 @@ def table(title: str, summaries: Mapping[str, Mapping[str, Any]]) -> Table:
     for name in sorted({name for one in all_of for name in one["categories"]}):
         line(f"  {name}", [with_interval(one["categories"].get(name, {}).get("success")) for one in all_of])
     line("attempts",
-         [f"{one['attempts']} of {one['expected']}, {one['items']} items x {one['samples']}" for one in all_of])
+         [f"{one['attempts']} of {one['expected']} ({one['items']} x {one['samples']})" for one in all_of])
     line("outcomes", [", ".join(f"{count} {name}" for name, count in one["outcomes"].items()) for one in all_of])
-    line("errors", [f"{one['errors']} ({percent(one['error_rate'])}), not in the scores" for one in all_of])
+    line("errors, not scored", [f"{one['errors']} ({percent(one['error_rate'])})" for one in all_of])
     line("rounds", [with_interval(one["rounds"], share=False) for one in all_of])
     line("invalid actions", [str(one["invalid_actions"]) for one in all_of])
     line("tokens", [tokens(one["usage"]) for one in all_of])

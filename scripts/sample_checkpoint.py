@@ -41,10 +41,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")  # ids 256 to 259, after the bytes
 PAD, BOS, EOS, IMAGE = range(256, 260)
-# ChatML without what a model that reads bytes can spare. What stands between the generation marks is the model's own:
-# return_assistant_tokens_mask of transformers tells it.
+# ChatML without what a model that reads bytes can spare. What stands between the generation marks is to be learned:
+# return_assistant_tokens_mask of transformers tells it. An answer of weight 0 was given to the model, not by it.
 CHAT_TEMPLATE = ("{% for message in messages %}{% if message['role'] == 'assistant' %}<|im_start|>assistant\n"
-                 "{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}"
+                 "{% if message['weight'] == 0 %}{{ message['content'] }}<|im_end|>"
+                 "{% else %}{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}{% endif %}"
                  "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
                  "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 

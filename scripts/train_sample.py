@@ -4,7 +4,8 @@
     python scripts/train_sample.py --data lessons.jsonl --save-dir saves/sample/actor --reference reference.safetensors
 
 The data has one JSON object a line, `{"messages": [{"role": …, "content": …}, …]}`; the model learns what the
-assistant says (`invoke eval.conversations` writes such a file from the records of a run). The checkpoint is laid out
+assistant says, except where a message has `"weight": 0` (`invoke eval.conversations` writes such a file from the
+records of a run). The checkpoint is laid out
 as sample_checkpoint.py's; the reference holds the trained weights whole, gathered by torch. What is learned is good
 for a demonstration: some 100,000 parameters read the last observation and repeat or weigh what it says.
 
@@ -26,7 +27,7 @@ import sample_checkpoint as ranks
 if TYPE_CHECKING:
     import torch
 
-Message = dict[str, str]
+Message = dict[str, Any]
 
 IGNORED = -100  # a label that torch's cross entropy passes over
 
@@ -61,7 +62,7 @@ def read_conversations(path: Path) -> list[list[Message]]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             messages = json.loads(line)["messages"]
-            rounds = [message["content"] for message in messages if message["role"] == "assistant"]
+            rounds = [messages[index]["content"] for index in answers(messages)]
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path} line {number} is no conversation; write it like "
                              '{"messages": [{"role": "user", "content": "…"}, …]}') from None
@@ -72,12 +73,20 @@ def read_conversations(path: Path) -> list[list[Message]]:
     return found
 
 
+def answers(messages: list[Message]) -> list[int]:
+    """Return where the messages to be learned are."""
+    return [index for index, one in enumerate(messages) if one["role"] == "assistant" and one.get("weight") != 0]
+
+
 def window(messages: list[Message], rounds: int, rng: random.Random) -> list[Message]:
-    """Return some consecutive rounds, 1 to `rounds` of them, each an observation and the answer to it."""
-    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    count = min(rng.randint(1, rounds), len(answers))
-    first = rng.randrange(len(answers) - count + 1)
-    return messages[max(0, answers[first] - 1):answers[first + count - 1] + 1]
+    """Return some consecutive rounds, 1 to `rounds` of them, each an observation and the answer to it.
+
+    The first round comes with all that stands before it.
+    """
+    places = answers(messages)
+    count = min(rng.randint(1, rounds), len(places))
+    first = rng.randrange(len(places) - count + 1)
+    return messages[places[first] - 1 if first else 0:places[first + count - 1] + 1]
 
 
 def encode(tokenizer: Any, conversations: list[list[Message]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -116,7 +116,10 @@ def play(c: Context, url: str, model: str, items: range, run: str = "", base_url
     words = ["run", "--env=demo", f"--server={url}", f"--model={model}", f"--items={','.join(map(str, items))}"]
     words += [f"--out={folder}", "--fresh", "--quiet", "--seed=0", f"--environments={ROOT / 'environments.toml'}"]
     if base_url:
-        words += [f"--base-url={base_url}", "--temperature=0", f"--max-tokens={LONGEST_ACTION}", "--concurrency=4"]
+        words += [
+            f"--base-url={base_url}", "--base-url-as=served on the CPU", "--temperature=0",
+            f"--max-tokens={LONGEST_ACTION}", "--concurrency=4"
+        ]
     # The model is served here: a key for another endpoint is none of its business.
     kept = {name: value for name, value in os.environ.items() if name not in ("OPENAI_API_KEY", "MAX_ROUND")}
     run_module(c, "evaluation", words, env=kept)

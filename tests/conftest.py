@@ -4,6 +4,8 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,9 @@ atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 from fsdp_samples import SAMPLES, write_samples  # noqa: E402
 from merging import Sample  # noqa: E402
 
+from tests.fixtures.project import copy_project  # noqa: E402
+from tests.fixtures.story import Story  # noqa: E402
+
 
 @pytest.fixture(scope="session")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Sample]:
@@ -32,3 +37,16 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Sample]:
 def spoil(samples: dict[str, Sample], tmp_path: Path) -> Callable[[str], Sample]:
     """A function that returns a copy of a sample, for the test to change."""
     return lambda name="FSDP1, 4 ranks": samples[name].copy(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
+    """`invoke quickstart` in a copy of the project: it trains, merges, serves and evaluates. Not to be changed."""
+    root = copy_project(tmp_path_factory.mktemp("story") / "project")
+    done = subprocess.run([sys.executable, "-m", "invoke", "quickstart"],
+                          cwd=root,
+                          capture_output=True,
+                          text=True,
+                          timeout=1200,
+                          check=False)
+    return Story(root, done)

@@ -46,6 +46,26 @@ def test_a_server_that_is_up_is_used_and_left_up(clean, tmp_path):
     assert both.returncode == 0 and "expert − random" in both.stdout and (tmp_path / "both.html").stat().st_size > 10_000
 
 
+def test_conversations_are_what_was_said(clean, tmp_path):
+    for model in ("expert", "random"):
+        done = invoke("eval", "--env", "demo", "--model", model, "--limit", "3", "--seed", "0", "--out", str(tmp_path / model), env=clean)
+        assert done.returncode == 0, done.stdout + done.stderr
+    done = invoke("eval.conversations", "--run", str(tmp_path / "expert"), env=clean)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "expert" / "conversations.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (tmp_path / "expert" / "attempts.jsonl").read_text().splitlines()]
+    assert [line["item"] for line in lines] == [record["item"] for record in records]
+    for line, record in zip(lines, records, strict=True):
+        said = [message["content"] for message in line["messages"] if message["role"] == "assistant" and message.get("weight") != 0]
+        heard = [message["content"] for message in line["messages"] if message["role"] == "user"]
+        assert said == [turn["completion"] for turn in record["turns"]]
+        assert heard[1:] == [record["first"], *(turn["observation"] for turn in record["turns"][:-1])]
+    none = invoke("eval.conversations", "--run", str(tmp_path / "random"), env=clean)
+    assert none.returncode == 2 and none.stderr.count("\n") == 1 and "--all" in none.stderr
+    every = invoke("eval.conversations", "--run", str(tmp_path / "random"), "--all", "--out", str(tmp_path / "all.jsonl"), env=clean)
+    assert every.returncode == 0 and len((tmp_path / "all.jsonl").read_text().splitlines()) == 3
+
+
 def test_a_model_over_http_and_a_wrong_key(clean, tmp_path):
     sys.path.insert(0, str(ROOT / "demo"))
     from agentenv_demo.players import expert

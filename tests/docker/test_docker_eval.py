@@ -17,6 +17,7 @@ from tasks.lib import processes, serve_docker
 from tasks.lib.settings import SETTINGS
 from tests.fixtures.servers import ROOT
 from tests.fixtures.standins import Endpoint, completion, endpoint
+from tests.fixtures.story import SAMPLING, Story, success
 
 pytestmark = pytest.mark.docker
 KEY = "sk-of-the-docker-test"
@@ -117,6 +118,20 @@ def test_a_checkpoint_is_merged_served_evaluated_and_gone(ready: Workbench, shar
     folder, = (ready.root / "saves" / "eval").glob("demo-served-global_step_7-actor-*")
     assert len((folder / "attempts.jsonl").read_text().splitlines()) == 2
     assert "sentinel" not in "".join(path.read_text() for path in folder.iterdir())
+    assert ready.containers() == []
+
+
+def test_what_was_trained_is_what_is_measured_in_containers(ready: Workbench, story: Story) -> None:
+    """The whole loop: shards that real FSDP trained are merged, served and evaluated, all in containers."""
+    found = {}
+    for name, shards in (("untrained", "untrained/actor"), ("trained", "actor")):
+        folder = story.copy_actor(shards, ready.root / "saves" / "story" / name / "actor")
+        done = ready.invoke("eval", "--checkpoint", str(folder), "--env", "demo", "--runner", "docker", "--items",
+                            "2,5,8,11,14,17,20,23", *SAMPLING, timeout=850)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        run, = (ready.root / "saves" / "eval").glob(f"demo-story-{name}-actor-*")
+        found[name] = success(run)
+    assert found["untrained"] == 0.0 and found["trained"] >= 0.5 > story.success("random") + 0.2, found
     assert ready.containers() == []
 
 

@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.fixtures.project import ROOT, copy_project
+
 SOURCES = ROOT / "tests" / "fixtures" / "sources"
 SOCKET = Path("/var/run/docker.sock")
 
@@ -39,16 +40,7 @@ class Workbench:
     @classmethod
     def create(cls, folder: Path) -> "Workbench":
         """Copy what git tracks, or would, and the fixture sources beside it, to `folder`."""
-        root = folder / "workbench"
-        names = subprocess.run(
-            ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-            capture_output=True,
-            text=True,
-            check=True).stdout.split("\0")
-        for name in filter(None, names):
-            if (ROOT / name).is_file() and not name.startswith("tests/"):
-                (root / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(ROOT / name, root / name)
+        root = copy_project(folder / "workbench")
         for name in ("AgentGym-RL", "AgentGym"):
             shutil.copytree(SOURCES / name, folder / name)
         git = ["git", "-C", str(root), "-c", "user.name=t", "-c", "user.email=t@example.org"]
