@@ -1,6 +1,7 @@
 """What the evaluation runner costs: steps a second beside a bare load generator, overhead, memory, the report.
 
     python benchmarks/eval_runner.py [--steps 200] [--sessions 1,64,512] [--attempts 10000] [--json]
+    python benchmarks/eval_runner.py --agentgym ../AgentGym --agentgym-python peers/bin/python
 
 The server answers like textcraft's, from a process of its own, and does next to nothing, so that what is measured is
 the runner. The model answers at once, from the runner's own process. Both share the machine's cores.
@@ -12,6 +13,7 @@ import multiprocessing
 import os
 import resource
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -67,12 +69,17 @@ def serve(port: int, work_us: float) -> None:
 
 
 class Instant:
-    """A model that answers at once, for every attempt."""
+    """A model that answers at once, or after `latency` seconds, for every attempt."""
+
+    def __init__(self, latency: float = 0.0) -> None:
+        self.latency = latency
 
     def player(self, item: int, sample: int, seed: int | None) -> "Instant":
         return self
 
     async def reply(self, messages: Sequence[Message]) -> Completion:
+        if self.latency:
+            await asyncio.sleep(self.latency)
         return Completion("Thought:\nI need wood.\n\nAction:\nget 1 oak log")
 
     async def aclose(self) -> None:
@@ -100,10 +107,10 @@ async def bare(url: str, sessions: int, steps: int) -> float:
         return sessions * steps / (time.perf_counter() - begun)
 
 
-async def runner(url: str, sessions: int, steps: int, folder: Path) -> float:
+async def runner(url: str, sessions: int, steps: int, folder: Path, latency: float = 0.0) -> float:
     """Return the steps a second of the runner's own episodes, records written and sessions noted."""
     row = read_row("textcraft", rows_file())
-    prompt, model, limits = plain(row), Instant(), Limits(steps)
+    prompt, model, limits = plain(row), Instant(latency), Limits(steps)
     records, noted = Lines(folder / "attempts.jsonl"), Lines(folder / "sessions.jsonl")
     async with Server(url, row.protocol, 300, lambda one: noted.add({"open": one}),
                       lambda one: noted.add({"close": one})) as server:
@@ -133,6 +140,32 @@ def measure(kind: str, url: str, sessions: int, steps: int) -> tuple[float, floa
     found = results.get(timeout=600)
     process.join()
     return found
+
+
+def beside_agentgym(url: str, items: int, rounds: int, latency: float, checkout: str, python: str) -> dict[str, float]:
+    """Return the seconds that AgentGym's evaluator and the runner take for the same items of the same server."""
+    script = Path(__file__).with_name("agentgym_eval.py")
+    theirs = subprocess.run([
+        python,
+        str(script), "--agentgym", checkout, "--url", url, "--items",
+        str(items), "--rounds",
+        str(rounds), "--latency",
+        str(latency)
+    ],
+                            capture_output=True,
+                            text=True,
+                            check=False)
+    if theirs.returncode:
+        raise SystemExit(f"eval_runner: AgentGym's evaluator failed: {theirs.stderr.strip().splitlines()[-1]}")
+    with tempfile.TemporaryDirectory() as folder:
+        rate = asyncio.run(runner(url, items, rounds, Path(folder), latency))
+    return {
+        "latency": latency,
+        "items": items,
+        "rounds": rounds,
+        "agentgym_s": json.loads(theirs.stdout.splitlines()[-1])["seconds"],
+        "runner_s": items * rounds / rate
+    }
 
 
 def large_report(attempts: int, rounds: int) -> dict[str, float]:
@@ -212,6 +245,11 @@ def main() -> None:
                         help="microseconds that a step takes the server (default: 300)")
     parser.add_argument("--attempts", type=int, default=10_000, help="attempts of the report (default: 10000)")
     parser.add_argument("--repeat", type=int, default=3, help="measurements of each, the best counts (default: 3)")
+    parser.add_argument("--agentgym", default="", help="AgentGym checkout, to measure its own evaluator too")
+    parser.add_argument(
+        "--agentgym-python",
+        default=sys.executable,
+        help="Python for it, with torch, transformers, requests, openai (default: the one running this)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     with socket.socket() as probe:
@@ -240,12 +278,17 @@ def main() -> None:
             "runner_mb": min(one[1][1] for one in rounds),
             "bare_mb": min(one[0][1] for one in rounds)
         })
+    peers = [
+        beside_agentgym(url, 64, 20, latency, options.agentgym, options.agentgym_python) for latency in (0.0, 0.05)
+        if options.agentgym
+    ]
     server.terminate()
     result = {
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],
         "server_work_us": options.work,
         "steps": lines,
+        "agentgym": peers,
         "report": large_report(options.attempts, 10)
     }
     if options.json:
@@ -260,6 +303,10 @@ def main() -> None:
     for line in lines:
         print(f"{line['sessions']:8} {line['bare_steps_s']:13.0f} {line['runner_steps_s']:15.0f} {line['share']:6.0%} "
               f"{line['overhead_ms']:11.3f} ms {line['runner_mb']:10.0f} {line['bare_mb']:8.0f}")
+    for peer in peers:
+        print(
+            "{items} items x {rounds} rounds, model answers after {latency:g} s: AgentGym's evaluator {agentgym_s:.1f} s, "
+            "the runner {runner_s:.1f} s".format(**peer))
     found = result["report"]
     print(
         "report of {attempts} attempts of 10 rounds ({trajectories_megabytes:.0f} MB of trajectories): {seconds:.1f} s, of which numbers "
