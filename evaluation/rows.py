@@ -31,6 +31,7 @@ class Protocol(Table):
     reward: str = "reward"
     done: str = "done"
     reward_when_done: bool = False
+    faults: tuple[str, ...] = ()
     close: bool
 
 

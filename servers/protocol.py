@@ -28,6 +28,7 @@ DEFAULTS = {
     "reward": "reward",
     "done": "done",
     "reward_when_done": False,
+    "faults": [],
 }  # type: Dict[str, Any]
 
 
@@ -119,6 +120,8 @@ class Client:
             observation = str(reply[self.protocol["state"]])
         except (KeyError, TypeError, ValueError):
             raise ServerError(f"POST /step: no observation, reward and end in {json.dumps(reply)[:200]}", 200) from None
+        if any(mark in observation for mark in self.protocol["faults"]):
+            raise ServerError("POST /step: " + observation[:200], 200)
         return Step(observation, 0.0 if self.protocol["reward_when_done"] and not done else reward, done)
 
     def close(self, session: int) -> bool:

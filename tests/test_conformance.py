@@ -84,6 +84,17 @@ def test_an_answer_without_a_session_is_an_error(answer, message):
     server.shutdown()
 
 
+def test_words_of_the_network_in_an_observation_are_an_error(tmp_path):
+    row = rows()["form-weather"]
+    with running(row, tmp_path, False) as client:
+        session = client.create()
+        client.reset(session, 3)
+        client.protocol["faults"] = ["count 4"]
+        with pytest.raises(ServerError, match="POST /step: count 4"):
+            client.step(session, "add")
+        assert client.step(session, "add").observation == "count 5"
+
+
 def probe(tmp_path: Path, name: str, url: str) -> subprocess.CompletedProcess:
     row = tmp_path / "row.json"
     row.write_text(json.dumps(rows()[name].served()))

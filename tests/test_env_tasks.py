@@ -1,6 +1,7 @@
 """The env.* tasks with `--runner local`, as a user types them, and the fetching of data."""
 import gzip
 import http.server
+import io
 import json
 import os
 import re
@@ -285,6 +286,39 @@ def test_data_is_fetched_unpacked_and_told(site, tmp_path):
     assert "to fetch into" in said[0] and "free" in said[0] and len(list((tmp_path / "data").iterdir())) == 1
     asked = len(Files.asked)
     assert env_data.fetch(row, tmp_path / "data", said.append) == [] and len(Files.asked) == asked
+
+
+def test_an_archive_whose_folder_has_another_name_is_put_where_the_row_says(site, tmp_path):
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as dated:
+        with zipfile.ZipFile(io.BytesIO(Files.content["/train.zip"])) as zipped:
+            for name in zipped.namelist():
+                dated.writestr(name.replace("train/", "train_20240627/", 1), zipped.read(name))
+        dated.writestr("__MACOSX/train_20240627/._train.json", "")
+    Files.content["/train.zip"] = packed.getvalue()
+    assert env_data.fetch(zipped_row(site), tmp_path / "data", print) == []
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["train"]
+    assert {path.name for path in (tmp_path / "data/train").iterdir()} == {"train.json", "shop"}
+
+
+def test_an_archive_whose_inner_one_is_damaged_leaves_nothing_that_looks_complete(site, tmp_path):
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as zipped:
+        zipped.writestr("train/train.json", "[]")
+        zipped.writestr("train/train_databases.zip", "torn")
+    Files.content["/train.zip"] = packed.getvalue()
+    row = zipped_row(site)
+    with pytest.raises(env_data.DataError, match="is damaged"):
+        env_data.fetch(row, tmp_path / "data", print)
+    assert row.missing_data(tmp_path / "data") == list(row.data)
+
+
+def test_a_folder_in_the_way_is_told_and_kept(site, tmp_path):
+    (tmp_path / "data/train").mkdir(parents=True)
+    (tmp_path / "data/train/mine").write_text("x")
+    with pytest.raises(env_data.DataError, match=r"is there without train\.json; move it away"):
+        env_data.fetch(zipped_row(site), tmp_path / "data", print)
+    assert (tmp_path / "data/train/mine").read_text() == "x"
 
 
 def test_a_broken_download_goes_on_where_it_stopped(site, tmp_path):

@@ -234,6 +234,15 @@ def test_a_reward_before_the_end_counts_nothing_where_the_row_says_so():
     assert step_in({"observation": "o", "reward": 1, "terminated": True}, protocol).reward == 1.0
 
 
+@pytest.mark.parametrize("name", ["weather", "movie", "todo"])
+def test_a_step_that_could_not_reach_the_internet_is_the_environments_fault(name):
+    text = "Observation: ERROR | ConnectionError(HTTPSConnectionPool(host='api.example', port=443): Max retries exceeded"
+    reply = {"observation": text, "reward": 0.0, "done": False}
+    with pytest.raises(EnvironmentFault, match="POST /step: Observation: ERROR"):
+        step_in(reply, row(name).protocol)
+    assert step_in(reply, row("textcraft").protocol).observation == text
+
+
 @pytest.mark.parametrize("reply", [None, True, "3", {}, {"id": "3"}, [1]])
 def test_what_is_no_session_is_a_fault(reply):
     with pytest.raises(EnvironmentFault, match="no session id"):

@@ -139,6 +139,29 @@ def unzip(archive: Path, folder: Path) -> None:
     archive.unlink()
 
 
+def unpack(data: Data, archive: Path, folder: Path) -> None:
+    """Unpack `archive` and the archives in it beside it, then move what holds the row's path into `folder`.
+
+    Raises:
+        DataError: it is damaged, does not hold the path, or `folder` has something in its place.
+    """
+    path = Path(data.path)
+    top, unpacked = path.parts[0], archive.with_name("unpacked")
+    if (folder / top).is_dir() and any((folder / top).iterdir()):
+        raise DataError(f"{folder / top} is there without {path.name}; move it away, and run it again")
+    shutil.rmtree(unpacked, ignore_errors=True)  # half of it, from a try that was stopped
+    unzip(archive, unpacked)
+    if not (unpacked / path).exists():
+        # BIRD's dev.zip holds dev_20240627/ where AgentGym wants dev/.
+        found = [other for other in unpacked.iterdir() if (other / Path(*path.parts[1:])).is_file()]
+        if len(path.parts) < 2 or len(found) != 1:
+            raise DataError(f"{archive.name} holds no {path}")
+        found[0].rename(unpacked / top)
+    for inner in data.inner:
+        unzip(unpacked / inner, (unpacked / inner).parent)
+    (unpacked / top).rename(folder / top)  # last: what is in place counts as complete
+
+
 def finish(data: Data, parts: Sequence[Path], folder: Path) -> None:
     """Make of the fetched `parts` what the row asks for."""
     target = folder / data.path
@@ -156,9 +179,7 @@ def finish(data: Data, parts: Sequence[Path], folder: Path) -> None:
         target.with_name(target.name + ".part").rename(target)
         parts[0].unlink()
     elif data.then == "unzip":
-        unzip(parts[0], folder)
-        for inner in data.inner:
-            unzip(folder / inner, (folder / inner).parent)
+        unpack(data, parts[0], folder)
     elif data.hub and not data.files:
         parts[0].parent.rename(target)
     else:

@@ -35,6 +35,7 @@ class Protocol(Row):
     reward: str = "reward"
     done: str = "done"
     reward_when_done: bool = False
+    faults: tuple[str, ...] = ()
     close: bool
 
 
