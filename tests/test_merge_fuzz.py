@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from merger import MergeError
 from merger.checkpoint import read_checkpoint
 from merger.copying import Sources
+from merger.direct import page_buffer
 from merger.discover import find_checkpoint
 from merger.dtypes import NUMPY
 from merger.plan import tensor_blocks
@@ -119,8 +120,8 @@ def test_any_layout_is_put_back_together(layout: Drawn, data: st.DataObject) -> 
                 with Sources(checkpoint) as sources:
                     for start, numel, parts in tensor_blocks(checkpoint, tensor, block_bytes):
                         assert numel * itemsize <= max(block_bytes, itemsize)
-                        scratch = np.empty(max(numel * itemsize, 1), np.uint8)
-                        sources.read_parts(parts, found[start:start + numel], scratch)
+                        buffer = page_buffer(numel * itemsize)
+                        sources.read_parts(parts, found[start:start + numel], buffer)
                         written[start:start + numel] += 1
                 assert (written == 1).all()
                 assert found.tobytes() == whole.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

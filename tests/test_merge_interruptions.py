@@ -5,6 +5,7 @@ import ctypes
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -213,14 +214,24 @@ def test_a_run_cleans_up_after_a_killed_one(checkpoint: Path, tmp_path: Path,
 # A full disk
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 24 MB; the merged model has 32 MB."""
-    folder = tmp_path / "disk"
+@pytest.fixture(params=["tmpfs", "ext4"])
+def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A file system of 24 MB, in memory or of a (loop) disk; the merged model has 32 MB."""
+    folder, image = tmp_path / "disk", tmp_path / "disk.img"
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", folder], capture_output=True, text=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)]
+    if request.param == "ext4":
+        if not shutil.which("mkfs.ext4"):
+            skip_or_fail("mkfs.ext4 is not here")
+        with image.open("wb") as file:
+            file.truncate(24 << 20)
+        subprocess.run(["mkfs.ext4", "-q", "-m", "0", image], check=True)
+        mount = ["mount", "-o", "loop", str(image), str(folder)]
+    done = subprocess.run(mount, capture_output=True, text=True)
     if done.returncode:
-        skip_or_fail(f"a small tmpfs cannot be mounted here (it takes root): {done.stderr.strip()}")
+        skip_or_fail(f"a small {request.param} cannot be mounted here (it takes root): {done.stderr.strip()}")
+    if request.param == "ext4":
+        (folder / "lost+found").rmdir()
     try:
         yield folder
     finally:

@@ -74,11 +74,7 @@ def parser() -> argparse.ArgumentParser:
                    metavar="SIZE",
                    help="largest output file, such as 5GB or 500MB (default: 5GB)")
     p.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default: auto)")
-    p.add_argument("--threads",
-                   type=thread_count,
-                   default=0,
-                   metavar="N",
-                   help="copying threads (default: one a core, 2 to 4)")
+    p.add_argument("--threads", type=thread_count, default=0, metavar="N", help="copying threads (default: 4)")
     p.add_argument("--lora",
                    choices=("adapter", "fuse"),
                    help="LoRA weights: save the adapter, or add it to the base weights (default: stop and say so)")

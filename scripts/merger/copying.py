@@ -2,9 +2,11 @@
 
 Memory is two or three buffers of `plan.BLOCK_BYTES` a thread, whatever the model's size.
 """
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -14,10 +16,11 @@ import numpy as np
 
 from merger import MergeError
 from merger.checkpoint import Checkpoint, Tensor
+from merger.direct import PAGE, OutputStream, open_direct, page_buffer, read_pages
 from merger.dtypes import NUMPY
 from merger.plan import BLOCK_BYTES, Block, OutputFile, Part, all_blocks, tensor_blocks
 
-FLUSH_BYTES = 64 << 20
+THREADS = 4  # some wait for the disk while others cast; more were no faster
 CACHED_ELEMENTS = 1 << 17  # cast and looked at while they are in the processor's cache
 EXPONENT: dict[str, np.unsignedinteger[Any]] = {
     "bfloat16": np.uint16(0x7F80),
@@ -62,68 +65,70 @@ def is_cached(fd: int, size: int) -> bool:
 class Sources:
     """The ranks' files, open for reading at any place by any thread.
 
-    What was in the page cache stays there; the files that were not are dropped again behind the reading. That spares
-    the kernel gigabytes of fresh pages, which can cost more time than the disk does.
+    Files in the page cache are read from there. Those that are not are read around it, or where that cannot be are
+    dropped from it again behind the reading.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self._fds: dict[int, int] = {}
+        self._direct: dict[int, int] = {}
         self._dropped: set[int] = set()
 
     def __enter__(self) -> "Sources":
-        _raise_file_limit(len(self.checkpoint.files.paths) + 64)
+        _raise_file_limit(2 * len(self.checkpoint.files.paths) + 64)
         for rank, path in self.checkpoint.files.paths.items():
-            self._fds[rank] = os.open(path, os.O_RDONLY)
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(self._fds[rank], 0, 0, os.POSIX_FADV_SEQUENTIAL)
-                if not is_cached(self._fds[rank], self.checkpoint.sizes[rank]):
-                    self._dropped.add(rank)
+            fd = self._fds[rank] = os.open(path, os.O_RDONLY)
+            if is_cached(fd, self.checkpoint.sizes[rank]):
+                continue
+            if (direct := open_direct(path, os.O_RDONLY)) is not None:
+                self._direct[rank] = direct
+            elif hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+                self._dropped.add(rank)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for fd in self._fds.values():
+        for fd in (*self._fds.values(), *self._direct.values()):
             os.close(fd)
 
-    def read_into(self, rank: int, offset: int, target: np.ndarray) -> None:
-        """Fill `target` (bytes) from `rank`'s file, from byte `offset` on.
+    def read(self, rank: int, offset: int, nbytes: int, buffer: np.ndarray) -> np.ndarray:
+        """Return `nbytes` bytes of `rank`'s file from byte `offset` on; they lie in `buffer`, a `page_buffer`.
 
         Raises:
             MergeError: the file ends before, as it was cut while being read.
         """
-        view, fd, done = target.data, self._fds[rank], 0
-        while done < len(view):
+        data = buffer[offset % PAGE:][:nbytes]
+        view, fd = data.data, self._fds[rank]
+        done = read_pages(self._direct[rank], offset, nbytes, buffer) if rank in self._direct else 0
+        while done < nbytes:
             count = os.preadv(fd, [view[done:]], offset + done)
             if count == 0:
                 raise MergeError(f"{self.checkpoint.path(rank)} became shorter while it was read")
             done += count
         if rank in self._dropped:
-            os.posix_fadvise(fd, offset, done, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
+        return data
 
-    def read_parts(self, parts: Sequence[Part], values: np.ndarray, scratch: np.ndarray) -> int:
-        """Fill `values` (elements of a block) from `parts`; return the bytes read. `scratch` holds as many bytes."""
-        total = 0
+    def rows(self, parts: Sequence[Part], dtype: np.dtype, buffer: np.ndarray) -> Iterator[tuple[Part, np.ndarray]]:
+        """Yield each part with its elements, (rows, width), which live in `buffer` until the next."""
         for part in parts:
-            count = part.rows * part.width
-            total += count * values.itemsize
-            if part.rows == 1 or part.width == part.pitch:
-                target = values[part.target:part.target + count]
-                self.read_into(part.rank, part.offset, target.view(np.uint8))
-                continue
-            rows = scratch[:count * values.itemsize]
-            self.read_into(part.rank, part.offset, rows)
-            first, column = divmod(part.target, part.pitch)
-            raster = values.reshape(-1, part.pitch)
-            raster[first:first + part.rows,
-                   column:column + part.width] = rows.view(values.dtype).reshape(part.rows, part.width)
+            data = self.read(part.rank, part.offset, part.rows * part.width * dtype.itemsize, buffer)
+            yield part, data.view(dtype).reshape(part.rows, part.width)
+
+    def read_parts(self, parts: Sequence[Part], values: np.ndarray, buffer: np.ndarray) -> int:
+        """Fill `values` (elements of a block) from `parts`; return the bytes read."""
+        total = 0
+        for part, rows in self.rows(parts, values.dtype, buffer):
+            part.within(values)[...] = rows
+            total += rows.nbytes
         return total
 
     def read_tensor(self, tensor: Tensor) -> np.ndarray:
         """Return a whole (small) tensor, of its own shape and type."""
-        values = np.empty(tensor.numel, NUMPY[tensor.dtype])
-        scratch = np.empty(max(tensor.nbytes, 1), np.uint8)
+        values, buffer = np.empty(tensor.numel, NUMPY[tensor.dtype]), page_buffer(tensor.nbytes)
         for start, numel, parts in tensor_blocks(self.checkpoint, tensor):
-            self.read_parts(parts, values[start:start + numel], scratch)
+            self.read_parts(parts, values[start:start + numel], buffer)
         return values.reshape(tensor.shape)
 
 
@@ -142,54 +147,61 @@ class HostConverter:
         self._grow(BLOCK_BYTES)
 
     def _grow(self, nbytes: int) -> None:
-        self._source = np.empty(nbytes, np.uint8)
-        self._scratch = np.empty(nbytes, np.uint8)
-        self._target = np.empty(nbytes, np.uint8)
+        self._nbytes = nbytes
+        self._buffer, self._target = page_buffer(nbytes), page_buffer(nbytes)
+        self._whole, self._scratch = np.empty(nbytes, np.uint8), np.empty(nbytes, np.uint8)  # touched where needed
 
     def convert(self, block: Block) -> tuple[np.ndarray, int, tuple[int, int]]:
         """See `Converter`."""
-        output = block.output
+        output, read, finite = block.output, 0, True
         source_type, target_type = NUMPY[output.source.dtype], NUMPY[output.dtype]
         needed = block.numel * max(source_type.itemsize, target_type.itemsize)
-        if needed > self._source.nbytes:  # a wider output type, or a row of a fused weight longer than a block
+        if needed > self._nbytes:  # a wider output type, or a row of a fused weight longer than a block
             self._grow(needed)
-        values = self._source[:block.numel * source_type.itemsize].view(source_type)
-        read = self.sources.read_parts(block.parts, values, self._scratch)
-        for twin, parts in zip(output.twins, block.twin_parts, strict=True):
-            read += self._check_twin(output.name, twin.name, parts, values)
-        if output.fusion is not None:
-            values = fused(block, values, self.sources)
-        if values.dtype == target_type:
-            finite = output.dtype not in EXPONENT or self._finite(values)
+        target = self._target[block.offset % PAGE:][:block.numel * target_type.itemsize].view(target_type)
+        if output.fusion is not None or output.twins:
+            values, read = self._read_whole(block)
+            finite = self._cast(values, target)
         else:
-            target, finite = self._target[:block.numel * target_type.itemsize].view(target_type), True
-            with np.errstate(over="ignore", invalid="ignore"):
-                for start in range(0, block.numel, CACHED_ELEMENTS):
-                    part = target[start:start + CACHED_ELEMENTS]
-                    np.copyto(part, values[start:start + CACHED_ELEMENTS], casting="unsafe")
-                    finite = finite and self._finite(part)
-            values = target
-        return values, read, (0, 0) if finite else count_nonfinite(values)
+            for part, rows in self.sources.rows(block.parts, source_type, self._buffer):
+                finite = self._cast(rows, part.within(target)) and finite
+                read += rows.nbytes
+        return target, read, (0, 0) if finite else count_nonfinite(target)
+
+    def _cast(self, values: np.ndarray, target: np.ndarray) -> bool:
+        """Cast `values` into `target`, of the same shape; tell whether all elements are finite there."""
+        if target.flags.c_contiguous:
+            values, target = values.reshape(-1), target.reshape(-1)
+        step, finite = max(CACHED_ELEMENTS // math.prod(target.shape[1:]), 1), True
+        with np.errstate(over="ignore", invalid="ignore"):
+            for start in range(0, len(target), step):
+                part = target[start:start + step]
+                np.copyto(part, values[start:start + step], casting="unsafe")
+                finite = finite and self._finite(part)
+        return finite
 
     def _finite(self, values: np.ndarray) -> bool:
         """Tell whether all elements are finite: whether no exponent is all ones (IEEE 754)."""
-        exponent = EXPONENT[values.dtype.name]
-        for start in range(0, len(values), CACHED_ELEMENTS):
-            bits = values[start:start + CACHED_ELEMENTS].view(exponent.dtype)
-            scratch = self._scratch[:bits.nbytes].view(bits.dtype)
-            if np.bitwise_and(bits, exponent, out=scratch).max(initial=0) == exponent:
-                return False
-        return True
+        exponent = EXPONENT.get(values.dtype.name)
+        if exponent is None:
+            return True
+        scratch = self._scratch[:values.nbytes].view(exponent.dtype).reshape(values.shape)
+        return bool(np.bitwise_and(values.view(exponent.dtype), exponent, out=scratch).max() != exponent)
 
-    def _check_twin(self, name: str, copy: str, parts: Sequence[Part], values: np.ndarray) -> int:
-        """Compare a block of a tied tensor with that of a copy, which is left out; return the bytes read."""
-        twin = self._target[:values.nbytes].view(values.dtype)
-        read = self.sources.read_parts(parts, twin, self._scratch)
-        if not np.array_equal(values.view(np.uint8), twin.view(np.uint8)):
-            raise MergeError(
-                f"the config ties {copy} to {name}, but their values differ; pass --tied-weights keep to save "
-                "both and untie them in the config, or --tied-weights drop to save the first")
-        return read
+    def _read_whole(self, block: Block) -> tuple[np.ndarray, int]:
+        """Return the elements of a block that tied copies must equal or that LoRA adds to, and the bytes read."""
+        dtype = NUMPY[block.output.source.dtype]
+        bits = np.dtype(f"u{dtype.itemsize}")
+        values = self._whole[:block.numel * dtype.itemsize].view(dtype)
+        read = self.sources.read_parts(block.parts, values, self._buffer)
+        for twin, parts in zip(block.output.twins, block.twin_parts, strict=True):
+            for part, rows in self.sources.rows(parts, dtype, self._buffer):
+                if not np.array_equal(part.within(values).view(bits), rows.view(bits)):
+                    raise MergeError(f"the config ties {twin.name} to {block.output.name}, but their values differ; "
+                                     "pass --tied-weights keep to save both and untie them in the config, or "
+                                     "--tied-weights drop to save the first")
+                read += rows.nbytes
+        return values if block.output.fusion is None else fused(block, values, self.sources), read
 
 
 def count_nonfinite(values: np.ndarray) -> tuple[int, int]:
@@ -212,21 +224,14 @@ def _factors(sources: Sources, a: Tensor, b: Tensor) -> tuple[np.ndarray, np.nda
     return sources.read_tensor(a).astype(np.float32), sources.read_tensor(b).astype(np.float32)
 
 
-def write_at(fd: int, data: np.ndarray, offset: int) -> None:
-    """Write all of `data` to `fd` from byte `offset` on."""
-    view, done = data.view(np.uint8).data, 0
-    while done < len(view):
-        done += os.pwrite(fd, view[done:], offset + done)
-
-
-def copy_blocks(blocks: Iterator[Block], make_converter: Callable[[], Converter], fds: Sequence[int], threads: int,
-                progress: Progress) -> Tally:
-    """Copy `blocks` into the output files `fds` (by number) with `threads` threads.
+def copy_blocks(blocks: Iterator[Block], make_converter: Callable[[], Converter], streams: Sequence[OutputStream],
+                threads: int, progress: Progress) -> Tally:
+    """Copy `blocks` into the output files `streams` (by number) with `threads` threads.
 
     Raises:
         MergeError, OSError: the first fault of any thread; the others stop at their next block.
     """
-    tally, lock, stop, cache = Tally(), threading.Lock(), threading.Event(), CacheKeeper()
+    tally, lock, stop = Tally(), threading.Lock(), threading.Event()
     faults: list[BaseException] = []
 
     def work() -> None:
@@ -238,10 +243,9 @@ def copy_blocks(blocks: Iterator[Block], make_converter: Callable[[], Converter]
                 if block is None:
                     return
                 values, read, counts = converter.convert(block)
-                write_at(fds[block.file], values, block.offset)
+                streams[block.file].write(values, block.offset)
                 with lock:
                     tally.add(block, read, values.nbytes, counts)
-                    cache.wrote(fds[block.file], values.nbytes)
                     progress(values.nbytes)
         except BaseException as error:
             faults.append(error)
@@ -268,30 +272,6 @@ def run_threads(work: Callable[[], None], threads: int, stop: threading.Event) -
         raise
 
 
-class CacheKeeper:
-    """Start writing the output back while it grows, and give its page cache back.
-
-    Without this the kernel allocates fresh memory for gigabytes that nobody reads soon, which can take longer than the
-    writing, and the last fsync waits for all of it.
-    """
-
-    def __init__(self) -> None:
-        self._pending: dict[int, int] = {}
-
-    def wrote(self, fd: int, count: int) -> None:
-        """Note that `count` more bytes of file `fd` were written."""
-        self._pending[fd] = self._pending.get(fd, 0) + count
-        if self._pending[fd] >= FLUSH_BYTES and hasattr(os, "posix_fadvise"):
-            self._pending[fd] = 0
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)  # queues dirty pages, drops clean ones
-
-
-def default_threads() -> int:
-    """Return the copying threads that keep a disk busy: one a core, two to four."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(max(cores, 2), 4)
-
-
 def write_files(checkpoint: Checkpoint,
                 files: Sequence[OutputFile],
                 folder: Path,
@@ -303,22 +283,15 @@ def write_files(checkpoint: Checkpoint,
     Raises:
         MergeError, OSError: a source became shorter, tied weights differ; no space, no permission.
     """
-    fds: list[int] = []
-    try:
-        for file in files:
-            fds.append(os.open(folder / file.name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
-            os.ftruncate(fds[-1], file.size)
-            write_at(fds[-1], np.frombuffer(file.header, np.uint8), 0)
-        with Sources(checkpoint) as sources:
-            tally = copy_blocks(all_blocks(checkpoint, files), lambda: converter(sources), fds, threads, progress)
-        for fd in fds:
-            os.fsync(fd)
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    with ExitStack() as stack:
+        streams = [stack.enter_context(OutputStream(folder / file.name, file.size)) for file in files]
+        for file, stream in zip(files, streams, strict=True):
+            stream.write(np.frombuffer(file.header, np.uint8), 0)
+        sources = stack.enter_context(Sources(checkpoint))
+        tally = copy_blocks(all_blocks(checkpoint, files), lambda: converter(sources), streams, threads, progress)
+        for stream in streams:
+            stream.flush()
         return tally
-    finally:
-        for fd in fds:
-            os.close(fd)
 
 
 def _raise_file_limit(needed: int) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from merger import MergeError
 from merger.copying import HostConverter, Sources
+from merger.direct import PAGE, page_buffer
 from merger.dtypes import CONVERTED, NUMPY, itemsize
 from merger.plan import BLOCK_BYTES, Block
 
@@ -54,8 +55,9 @@ class TorchConverter:
         self._grow(BLOCK_BYTES)
 
     def _grow(self, nbytes: int) -> None:
+        self._buffer = page_buffer(nbytes)
         self._staged = self._torch.empty(nbytes, dtype=self._torch.uint8, pin_memory=self._cuda)
-        self._result = self._torch.empty(nbytes, dtype=self._torch.uint8, pin_memory=self._cuda)
+        self._result = self._torch.empty(nbytes + PAGE, dtype=self._torch.uint8, pin_memory=self._cuda)
 
     def convert(self, block: Block) -> tuple[np.ndarray, int, tuple[int, int]]:
         """See `copying.Converter`."""
@@ -75,16 +77,19 @@ class TorchConverter:
         if not bool(finite):
             values, again, counts = self._host.convert(block)
             return values, read + again, counts
-        target = self._result.numpy()[:block.numel * itemsize(output.dtype)]
-        return target.view(NUMPY[output.dtype]), read, (0, 0)
+        return self._target(block).numpy().view(NUMPY[output.dtype]), read, (0, 0)
+
+    def _target(self, block: Block) -> Any:
+        """Return the bytes of the result, at the place of a page that they have in the file."""
+        return self._result[block.offset % PAGE:][:block.numel * itemsize(block.output.dtype)]
 
     def _stage(self, block: Block) -> tuple[int, list[tuple[int, int]]]:
         """Read the parts back to back into pinned memory; return bytes read and each part's (start, end) there."""
-        staged, size, position = self._staged.numpy(), itemsize(block.output.source.dtype), 0
+        staged, dtype, position = self._staged.numpy(), NUMPY[block.output.source.dtype], 0
         pieces = []
-        for part in block.parts:
-            end = position + part.rows * part.width * size
-            self.sources.read_into(part.rank, part.offset, staged[position:end])
+        for _, rows in self.sources.rows(block.parts, dtype, self._buffer):
+            end = position + rows.nbytes
+            staged[position:end] = rows.reshape(-1).view(np.uint8)
             pieces.append((position, end))
             position = end
         return position, pieces
@@ -106,5 +111,5 @@ class TorchConverter:
                 raster[first:first + part.rows, column:column + part.width] = values.view(part.rows, part.width)
         cast = whole.to(target_type)
         finite = torch.isfinite(cast).all()
-        self._result[:cast.numel() * cast.element_size()].copy_(cast.view(torch.uint8), non_blocking=True)
+        self._target(block).copy_(cast.view(torch.uint8), non_blocking=True)
         return finite

@@ -7,7 +7,7 @@ from typing import Any
 
 from merger import MergeError, hub, lora, model_check, publish, show, verify
 from merger.checkpoint import Checkpoint, read_checkpoint
-from merger.copying import HostConverter, Tally, default_threads, write_files
+from merger.copying import THREADS, HostConverter, Tally, write_files
 from merger.discover import find_checkpoint
 from merger.gpu import TorchConverter
 from merger.job import MODEL_STEM, Job, Options, free_bytes, prepare, target_folder
@@ -45,7 +45,7 @@ def merge(options: Options) -> dict[str, Any]:
 
 def carry_out(job: Job, options: Options, began: float) -> dict[str, Any]:
     """Write, check and publish what `prepare` planned; return the record."""
-    threads = options.threads or default_threads()
+    threads = options.threads or THREADS
     converter = HostConverter if job.device == "cpu" else partial(TorchConverter, device=job.device)
     with publish.Staging(job.target) as staging:
         publish.keep_companions(job.target, staging.folder)
@@ -104,7 +104,7 @@ def verify_only(options: Options) -> dict[str, Any]:
     target = target_folder(options, files)
     again = replace(as_requested(options, read_record(target)), save_dir=str(target), force=True)
     job = prepare(again)
-    _verify(job, again, target, options.threads or default_threads())
+    _verify(job, again, target, options.threads or THREADS)
     return {
         "folder": str(target),
         "tensors": len(job.outputs),
@@ -126,7 +126,7 @@ def plan_only(options: Options) -> dict[str, Any]:
         "files": file_sizes(job),
         "bytes_written": job.nbytes,
         "bytes_free": free_bytes(job.target),
-        "buffer_bytes": (options.threads or default_threads()) * 2 * BLOCK_BYTES,
+        "buffer_bytes": (options.threads or THREADS) * 2 * BLOCK_BYTES,
         "tied_dropped": job.dropped,
         "device": job.device,
         "notes": job.notes,

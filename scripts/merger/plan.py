@@ -8,6 +8,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from merger import MergeError
 from merger.checkpoint import Checkpoint, Tensor
 from merger.dtypes import SAFETENSORS, itemsize
@@ -68,6 +70,13 @@ class Part:
     rows: int
     width: int
     pitch: int
+
+    def within(self, values: np.ndarray) -> np.ndarray:
+        """Return the place of these rows in `values`, the elements of the block, as (rows, width)."""
+        if self.rows == 1:
+            return values[self.target:self.target + self.width].reshape(1, self.width)
+        first, column = divmod(self.target, self.pitch)
+        return values.reshape(-1, self.pitch)[first:first + self.rows, column:column + self.width]
 
 
 @dataclass(frozen=True)

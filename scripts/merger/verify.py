@@ -17,6 +17,7 @@ import numpy as np
 from merger import MergeError
 from merger.checkpoint import Checkpoint
 from merger.copying import Sources
+from merger.direct import page_buffer
 from merger.dtypes import NUMPY, SAFETENSORS, itemsize
 from merger.layout import Box
 from merger.plan import BLOCK_BYTES, INDEX_NAME, Output
@@ -114,6 +115,7 @@ def check_output(checkpoint: Checkpoint, outputs: Sequence[Output], stored: Mapp
     ]:
         where = "the output, not in the checkpoint" if name in stored else "the checkpoint, not in the output"
         raise MergeError(f"{name} is in {where}; merge again with --force")
+    buffer = page_buffer(BLOCK_BYTES)
     with Sources(checkpoint) as sources, _Maps() as maps:
         for output in outputs:
             there, source = stored[output.name], output.source
@@ -122,7 +124,7 @@ def check_output(checkpoint: Checkpoint, outputs: Sequence[Output], stored: Mapp
                                  f"{there.dtype} {list(there.shape)}; merge again with --force")
             for rank, box in source.layout.holders:
                 if box.numel:
-                    _compare(sources, output, there, maps, rank, box)
+                    _compare(sources, output, there, maps, rank, box, buffer)
             maps.forget(there.path)
             progress(output.nbytes)
 
@@ -155,13 +157,15 @@ class _Maps:
             self._maps[path].madvise(mmap.MADV_DONTNEED)
 
 
-def _compare(sources: Sources, output: Output, stored: Stored, maps: _Maps, rank: int, box: Box) -> None:
+def _compare(sources: Sources, output: Output, stored: Stored, maps: _Maps, rank: int, box: Box,
+             buffer: np.ndarray) -> None:
     source = output.source
     begin = sources.checkpoint.offset(rank, source)
     whole = maps.view(stored)
-    for position, part in slabs(box, BLOCK_BYTES // itemsize(source.dtype)):
-        values = np.empty(part.shape, NUMPY[source.dtype])
-        sources.read_into(rank, begin + position * values.itemsize, values.reshape(-1).view(np.uint8))
+    size = itemsize(source.dtype)
+    for position, part in slabs(box, BLOCK_BYTES // size):
+        data = sources.read(rank, begin + position * size, part.numel * size, buffer)
+        values = data.view(NUMPY[source.dtype]).reshape(part.shape)
         found = whole[part.slices]
         if output.fusion is None:
             with np.errstate(over="ignore", invalid="ignore"):
