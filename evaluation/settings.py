@@ -65,12 +65,18 @@ class Settings:
 
 
 def api_key(base_url: str, environ: Mapping[str, str] | None = None) -> str:
-    """Return OPENAI_API_KEY; an endpoint of one's own may need none.
+    """Return OPENAI_API_KEY, or what the file OPENAI_API_KEY_FILE holds; an endpoint of one's own may need none.
 
     Raises:
         Misuse: OpenAI's endpoint does.
     """
-    key = (os.environ if environ is None else environ).get("OPENAI_API_KEY", "").strip()
+    environ = os.environ if environ is None else environ
+    key, file = environ.get("OPENAI_API_KEY", "").strip(), environ.get("OPENAI_API_KEY_FILE", "")
+    if not key and file:
+        try:
+            key = Path(file).read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise Misuse(f"OPENAI_API_KEY_FILE {file} cannot be read: {error}; correct or unset it") from None
     if not key and (not base_url or "api.openai.com" in base_url):
         raise Misuse("no OPENAI_API_KEY in the environment; set it there or in .env, or name another endpoint with "
                      "--base-url (or --model expert, where the environment has one)")

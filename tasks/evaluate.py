@@ -133,16 +133,19 @@ def run_evaluation(c: Context,
         Exit: its exit code.
     """
     from tasks.lib import containers, env_docker, env_runs
+    settings = env_runs.settings()
     if runner == "docker":
+        # Compose wants a secret's variable to be there, be it empty.
+        no_key = {} if settings.get("OPENAI_API_KEY") else {"OPENAI_API_KEY": ""}
         containers.run(c,
                        "eval-runner",
                        words if inside is None else inside,
                        variables={
                            **env_docker.QUIET,
+                           **no_key,
                            **(variables or {})
                        })
         return
-    settings = env_runs.settings()
     own = {name: settings[name] for name in ("MAX_ROUND", ) if settings.get(name)}
     source = env_runs.gym_source("eval")
     if Path(source).is_dir():

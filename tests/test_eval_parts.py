@@ -451,6 +451,17 @@ def test_a_key_is_asked_for_where_openais_endpoint_is_meant():
             api_key(url, {})
 
 
+def test_a_key_may_lie_in_a_file(tmp_path):
+    file = tmp_path / "key"
+    file.write_text("from-the-file\n")
+    assert api_key("", {"OPENAI_API_KEY_FILE": str(file)}) == "from-the-file"
+    assert api_key("", {"OPENAI_API_KEY": "k", "OPENAI_API_KEY_FILE": str(file)}) == "k"
+    file.write_text("")  # what Compose makes of an empty variable
+    assert api_key("http://127.0.0.1:8000/v1", {"OPENAI_API_KEY_FILE": str(file)}) == "none"
+    with pytest.raises(Misuse, match="cannot be read"):
+        api_key("", {"OPENAI_API_KEY_FILE": str(tmp_path / "none")})
+
+
 def test_logins_in_addresses_are_hidden():
     assert redacted_url("https://me:pw@host/v1") == "https://***@host/v1"
 
