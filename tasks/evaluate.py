@@ -11,8 +11,8 @@ from invoke.context import Context
 from invoke.exceptions import Exit
 from invoke.tasks import task
 
-from tasks.lib.eval_plan import NEEDED, Endpoint, choose_runner, endpoint_flags, flags, folders
-from tasks.lib.programs import environment, run_module
+from tasks.lib.eval_plan import NEEDED, Endpoint, endpoint_flags, flags, folders
+from tasks.lib.programs import choose_runner, environment, run_module
 from tasks.lib.settings import ROOT
 
 if TYPE_CHECKING:

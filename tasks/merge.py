@@ -9,13 +9,12 @@ from invoke.tasks import task
 
 from tasks.lib import containers
 from tasks.lib.mounts import Translation
-from tasks.lib.programs import environment, run_program
+from tasks.lib.programs import choose_runner, environment, run_program
 from tasks.lib.settings import ROOT, resolve, resolve_path
 
 PROGRAM = ROOT / "scripts" / "model_merger.py"
 PROGRAM_INSIDE = "/opt/workbench/scripts/model_merger.py"
 NEEDED = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy", "ml_dtypes", "rich")
-RUNNERS = ("auto", "docker", "local")
 HUB_VARIABLES = ("HF_TOKEN", "HF_ENDPOINT")
 
 LOCAL_DIR_HELP = "Checkpoint folder (default: $LOCAL_DIR). Repeat it for ranks that lie in several folders."
@@ -24,19 +23,6 @@ RUNNER_HELP = "local (this Python), docker (the scripts image) or auto: local wh
 GPUS_HELP = "With --runner docker: all, none, or indices such as 0,1 (default: all that the engine offers)."
 
 Flags = dict[str, str | bool | list[str] | None]
-
-
-def choose_runner(runner: str, importable: bool) -> str:
-    """Return where to merge: as asked, and by itself in this Python where it has what the merger needs.
-
-    Raises:
-        ValueError: no such runner.
-    """
-    if runner not in RUNNERS:
-        raise ValueError(f"unknown runner {runner!r}; choose one of {', '.join(RUNNERS)}")
-    if runner == "auto":
-        return "local" if importable else "docker"
-    return runner
 
 
 def merger_args(local_dir: list[str] | None, **flags: str | bool | list[str] | None) -> list[str]:

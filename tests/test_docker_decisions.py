@@ -11,9 +11,9 @@ from tasks.lib.gpus import NO_RUNTIME, GpuChoice, choose_gpus
 from tasks.lib.images import human_age, human_size
 from tasks.lib.leftovers import bytecode_folders
 from tasks.lib.mounts import Translation, ensure_folders
+from tasks.lib.programs import choose_runner
 from tasks.lib.settings import ROOT, SETTINGS, secret_values
 from tasks.lib.sources import GYM, RL, check_source, choose_sources, find_checkouts, origin, revision
-from tasks.merge import choose_runner
 
 
 @pytest.mark.parametrize("flag, setting, nvidia, expected", [

@@ -112,11 +112,6 @@ def test_flags_keep_values_that_begin_with_a_dash():
     assert eval_plan.flags({"shuffle_seed": "-3", "fresh": True, "items": "", "upstream_compat": False}) == ["--shuffle-seed=-3", "--fresh"]
 
 
-@pytest.mark.parametrize("runner,importable,where", [("auto", True, "local"), ("auto", False, "docker"), ("docker", True, "docker"), ("local", False, "local")])
-def test_where_the_runner_runs(runner, importable, where):
-    assert eval_plan.choose_runner(runner, importable) == where
-
-
 def test_runs_are_found_by_name_by_path_and_the_latest_by_itself(tmp_path):
     for age, name in enumerate(("new", "old")):
         folder = tmp_path / "saves" / "eval" / name

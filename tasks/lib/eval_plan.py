@@ -5,7 +5,6 @@ from pathlib import Path
 
 RUNS = Path("saves") / "eval"
 NEEDED = ("aiohttp", "openai", "pydantic", "rich", "jinja2", "numpy", "tenacity", "matplotlib")
-RUNNERS = ("auto", "docker", "local")
 MAX_TOKENS = 4096  # the runner's default
 
 
@@ -42,19 +41,6 @@ def endpoint_flags(endpoint: Endpoint, values: Mapping[str, str | bool]) -> dict
         found["context_length"] = str(endpoint.context or "")
         found["concurrency"] = values.get("concurrency") or "1"
     return found
-
-
-def choose_runner(runner: str, importable: bool) -> str:
-    """Return where the runner runs: as asked, and by itself in this Python where it has what the runner needs.
-
-    Raises:
-        ValueError: no such runner.
-    """
-    if runner not in RUNNERS:
-        raise ValueError(f"unknown runner {runner!r}; choose one of {', '.join(RUNNERS)}")
-    if runner == "auto":
-        return "local" if importable else "docker"
-    return runner
 
 
 def flags(values: Mapping[str, str | bool]) -> list[str]:

@@ -12,6 +12,20 @@ from invoke.exceptions import Exit
 from tasks.lib.settings import ROOT, resolve
 
 INTERRUPTED = 130
+RUNNERS = ("auto", "docker", "local")
+
+
+def choose_runner(runner: str, importable: bool) -> str:
+    """Return where a program runs: as asked, and by itself in this Python where it has what the program needs.
+
+    Raises:
+        ValueError: no such runner.
+    """
+    if runner not in RUNNERS:
+        raise ValueError(f"unknown runner {runner!r}; choose one of {', '.join(RUNNERS)}")
+    if runner == "auto":
+        return "local" if importable else "docker"
+    return runner
 
 
 def environment(names: Sequence[str], inherited: Mapping[str, str]) -> dict[str, str]:
