@@ -32,7 +32,8 @@ def lines(folder: Path, every: bool = False) -> Iterable[str]:
         Misuse: no run in `folder`.
     """
     prompt = Prompt(**read_run(folder)["prompt"])
-    for record in read_attempts(folder):
+    # By item: the order in which attempts end differs from run to run.
+    for record in sorted(read_attempts(folder), key=lambda one: (one["index"], one["sample"])):
         if record["turns"] and (record["success"] or (every and record["reward"] is not None)):
             told = {key: record[key] for key in ("item", "sample", "reward", "success")}
             yield json.dumps({"messages": conversation(prompt, record), **told}, ensure_ascii=False)

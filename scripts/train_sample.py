@@ -40,7 +40,8 @@ class Lessons:
         data: file with the conversations.
         steps: optimizer steps.
         batch: windows of one step and rank.
-        window: rounds of a conversation that are learned at once, at most; short ones teach the last observation.
+        window: rounds of a conversation that are learned at once, at most. It begins with one and grows: short
+            conversations teach soonest that the last observation counts.
         rate: highest learning rate.
         before: folder for a checkpoint of the weights before the first step; None for none.
     """
@@ -123,7 +124,8 @@ def train_rank(rank: int, sample: ranks.Sample, store: str, lessons: Lessons, to
             ranks.save_states(before, rank, optimizer.state_dict(), scheduler.state_dict())
         rng = random.Random(sample.seed * sample.world_size + rank)
         for step in range(1, lessons.steps + 1):
-            drawn = [window(rng.choice(conversations), lessons.window, rng) for _ in range(lessons.batch)]
+            rounds = 1 + (step - 1) * lessons.window // lessons.steps  # short conversations first
+            drawn = [window(rng.choice(conversations), rounds, rng) for _ in range(lessons.batch)]
             ids, mask, labels = encode(tokenizer, drawn)
             loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
             optimizer.zero_grad()
@@ -169,8 +171,8 @@ def parse(arguments: list[str] | None = None) -> tuple[ranks.Sample, Lessons]:
     add("--reference", type=Path, required=True, help="safetensors file for the trained weights, whole")
     add("--before-dir", type=Path, help="also write a checkpoint of the untrained weights here")
     add("--steps", type=int, default=400, help="optimizer steps")
-    add("--batch", type=int, default=2, help="windows of one step and rank")
-    add("--window", type=int, default=8, help="rounds of a conversation learned at once, at most")
+    add("--batch", type=int, default=4, help="windows of one step and rank")
+    add("--window", type=int, default=8, help="rounds of a conversation learned at once, at most, towards the end")
     add("--rate", type=float, default=6e-3, help="highest learning rate")
     add("--world-size", type=int, default=4, help="number of ranks")
     add("--seed", type=int, default=0, help="seed of the weights and the draws")

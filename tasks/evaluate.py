@@ -135,14 +135,11 @@ def run_evaluation(c: Context,
     from tasks.lib import containers, env_docker, env_runs
     settings = env_runs.settings()
     if runner == "docker":
-        # Compose wants a secret's variable to be there, be it empty.
-        no_key = {} if settings.get("OPENAI_API_KEY") else {"OPENAI_API_KEY": ""}
         containers.run(c,
                        "eval-runner",
                        words if inside is None else inside,
                        variables={
                            **env_docker.QUIET,
-                           **no_key,
                            **(variables or {})
                        })
         return

@@ -54,6 +54,7 @@ def test_conversations_are_what_was_said(clean, tmp_path):
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "expert" / "conversations.jsonl").read_text().splitlines()]
     records = [json.loads(line) for line in (tmp_path / "expert" / "attempts.jsonl").read_text().splitlines()]
+    records.sort(key=lambda record: record["index"])
     assert [line["item"] for line in lines] == [record["item"] for record in records]
     for line, record in zip(lines, records, strict=True):
         said = [message["content"] for message in line["messages"] if message["role"] == "assistant" and message.get("weight") != 0]
