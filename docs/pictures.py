@@ -38,7 +38,7 @@ def table(path: Path) -> None:
 
 
 def page(path: Path) -> None:
-    """Write the report's page, with a trajectory open, as a PNG."""
+    """Write the top of the report's page as a PNG."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium") or None)
         view = browser.new_page(viewport={"width": 1200, "height": 1500})
