@@ -20,6 +20,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20, help="rounds of each (default: 20)")
     parser.add_argument("--latency", type=float, default=0.0, help="seconds until the model answers (default: 0)")
     options = parser.parse_args()
+    if not (options.agentgym / "agentenv" / "agentenv").is_dir():
+        parser.error(f"no agentenv/agentenv in --agentgym {options.agentgym}; name an AgentGym checkout")
     sys.path.insert(0, str(options.agentgym / "agentenv"))
     from agentenv.controller import APIAgent, Evaluator  # type: ignore[import-not-found]
     from agentenv.envs import TextCraftTask  # type: ignore[import-not-found]

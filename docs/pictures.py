@@ -4,6 +4,7 @@
 
 Needs Chromium on PATH, or playwright's own (`playwright install chromium`).
 """
+import argparse
 import io
 import os
 import shutil
@@ -51,6 +52,7 @@ def page(path: Path) -> None:
 
 def main() -> int:
     """Make both; return the exit code."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     if not all((SAVES / "eval" / name / "summary.json").is_file() for name in PLAYERS):
         print(f"pictures: no quickstart in {SAVES}; run `invoke quickstart` first", file=sys.stderr)
         return 2

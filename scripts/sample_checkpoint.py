@@ -491,7 +491,7 @@ class Parser(argparse.ArgumentParser):
     """Answers misuse with one line and exit code 2."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"sample_checkpoint: {message}\n")
+        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def parse(arguments: list[str] | None = None) -> Sample:

@@ -203,7 +203,9 @@ def main(arguments: list[str] | None = None) -> int:
     start = time.perf_counter()
     try:
         conversations = read_conversations(lessons.data)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        return ranks.report("train_sample", f"cannot read --data {lessons.data}: {error.strerror}; give another", 2)
+    except ValueError as error:
         return ranks.report("train_sample", str(error), 2)
     code = ranks.run_offline(lambda: train(sample, lessons, conversations), "train_sample", sample.save_dir)
     if not code:
