@@ -240,7 +240,8 @@ def test_shards_are_merged_served_evaluated_and_evaluated_again(actor, clean, tm
     name = checkpoints.served_name(actor / "huggingface")
     assert f"eval: merging {actor}" in done.stdout and f"as {name}, served by transformers (" in done.stdout and "stopped demo" in done.stdout
     told = json.loads((tmp_path / "out" / "run.json").read_text())["config"]
-    assert (told["model"], told["base_url"], told["context_length"]) == (name, "transformers, started for the run", 2048)
+    context = json.loads((actor / "huggingface" / "config.json").read_text())["max_position_embeddings"]
+    assert (told["model"], told["base_url"], told["context_length"]) == (name, "transformers, started for the run", context)
     records = [json.loads(line) for line in (tmp_path / "out" / "attempts.jsonl").read_text().splitlines()]
     assert len(records) == 2 and all(one["outcome"] in ("max_rounds", "success", "failure") for one in records)
     assert not servers(actor)
