@@ -124,7 +124,7 @@ class Episode:
                 step = await server.step(session, action.text)
                 self.env_seconds += time.perf_counter() - begun
                 self.in_doubt = False
-                self.reward, self.done = step.reward, step.done
+                self.reward, self.done = row.success.counts(self.reward, step.reward), step.done
                 self.upstream = step.reward if step.upstream is None else step.upstream
                 turn["observation"], turn["reward"] = step.observation, step.reward
             messages += [{

@@ -39,6 +39,11 @@ class Success(Table):
     """The reward with which an episode counts as solved."""
     at_least: float | None = None
     above: float | None = None
+    best: bool = False
+
+    def counts(self, before: float, reward: float) -> float:
+        """Return the episode's reward after a step that gave `reward`, where it was `before` until then."""
+        return max(before, reward) if self.best else reward
 
     def holds(self, reward: float) -> bool:
         """Tell whether `reward`, as the server gives it, solves the item."""

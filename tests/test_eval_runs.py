@@ -143,6 +143,21 @@ def test_rounds_end_an_episode_and_a_token_limit_does(tmp_path):
     assert [(one["outcome"], one["rounds"]) for one in attempts(tmp_path / "tokens")] == [("token_limit", 2)]
 
 
+@pytest.mark.parametrize("words, upstream", [
+    (["late", "add", "add", "add"], 0.3),
+    (["late", "jump", "add", "add"], 0.6),
+    (["add", "late", "late", "add"], 0.6),
+], ids=["then actions", "then an action that is none", "twice"])
+def test_a_late_win_that_does_not_end_the_episode_counts_once(words, upstream, tmp_path):
+    row = rows()["form-babyai"]
+    with running(row, tmp_path) as client, endpoint(lambda messages, body: words[len(messages) // 2 - 1]) as model:
+        assert run(tmp_path / "out", client.base, model.base_url, "--items", "3", "--max-round", "4", env=row.name) == 0
+    record, = attempts(tmp_path / "out")
+    assert (record["outcome"], record["success"], record["reward"], record["rounds"]) == ("success", True, 0.3, 4)
+    # AgentGym's own client takes the last `score`, in which the same reward was added up.
+    assert record["upstream_reward"] == pytest.approx(upstream)
+
+
 # Faults of the environment.
 
 

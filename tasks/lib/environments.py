@@ -43,6 +43,7 @@ class Success(Row):
     """The reward with which an episode counts as solved."""
     at_least: float | None = None
     above: float | None = None
+    best: bool = False
 
     @model_validator(mode="after")
     def exactly_one(self) -> "Success":
