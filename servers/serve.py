@@ -12,7 +12,8 @@ a line for every step. Around it:
   replica, so a proxy routes by arithmetic, and a client that outlives a restart gets an error, never another
   session's state.
 - A session that nobody used for --session-ttl seconds is closed. Where the server has no close, the session goes to
-  a pool: the next create takes it, and nothing but a reset is let through to it first.
+  a pool: the next create takes it. Its first step must follow a reset; whoever looks at it before that (AgentGym's
+  client of wordle reads the vocabulary first) sees it as a reset to the row's first item leaves it.
 - GET /_sessions tells how many sessions are live and how much memory the server has.
 
 It runs with every environment's own Python and uvicorn, so: Python 3.8, no other dependency.
@@ -69,12 +70,14 @@ class Sessions:
                  limit: Optional[int] = None,
                  replica: int = 0,
                  replicas: int = 1,
+                 first_item: int = 0,
                  after_tending: Optional[Callable[[], None]] = None) -> None:
         self.app = app
         self.prefix = protocol.get("prefix", "")
         self.key = protocol["id"]
         self.id_reply = protocol["id_reply"]
         self.has_close = protocol["close"]
+        self.first_reset = {protocol["item"]: first_item, **protocol.get("reset", {})}
         self.ttl, self.limit, self.replica, self.replicas = ttl, limit, replica, replicas
         self.after_tending = after_tending
         self.live: Dict[int, Session] = {}
@@ -147,8 +150,7 @@ class Sessions:
             if resets:
                 status, headers, body = await collect(self.app, scope, replay(body, receive))
                 reply = parsed(body)
-                if status == 200 and not (isinstance(reply, dict) and reply.get("error") is not None):
-                    session.pristine = True
+                session.pristine = session.pristine or succeeded(status, reply)
                 if isinstance(reply, dict) and self.id_reply in reply:
                     body = json.dumps({**reply, self.id_reply: public}).encode()
                 await relay(send, status, with_length(headers, len(body)), body)
@@ -170,11 +172,13 @@ class Sessions:
         session = self._find(int(asked) if asked.isdigit() else None)
         if session is None:
             return await answer(send, 404, {"error": f"no session {asked} here"})
-        if not session.pristine:
-            return await answer(send, 409, {"error": f"session {asked} was not reset yet"})
         query[self.key] = str(session.local)
         session.busy += 1
         try:
+            if not session.pristine:
+                status, body = await self._post_inside("/reset", {self.key: session.local, **self.first_reset})
+                if not succeeded(status, parsed(body)):
+                    return await answer(send, 409, {"error": f"session {asked} was not reset yet"})
             await self.app({**scope, "query_string": urlencode(query).encode()}, receive, send)
         finally:
             self._leave(session)
@@ -231,14 +235,15 @@ class Sessions:
             if session is None or session.busy or session.used >= oldest:  # used while we closed others
                 continue
             if self.has_close:
-                await self._close_inside(self._drop(public).local)
+                await self._post_inside("/close", {self.key: self._drop(public).local})
             else:
                 self._forget(public)
         return len(idle)
 
-    async def _close_inside(self, local: int) -> None:
-        body = json.dumps({self.key: local}).encode()
-        path = self.prefix + "/close"
+    async def _post_inside(self, route: str, request: Dict[str, Any]) -> Tuple[int, bytes]:
+        """Send the environment's own application a request of ours; return status and body of its answer."""
+        body = json.dumps(request).encode()
+        path = self.prefix + route
         scope = {
             "type": "http",
             "asgi": {
@@ -260,7 +265,8 @@ class Sessions:
         async def receive() -> Message:
             return {"type": "http.disconnect"}
 
-        await collect(self.app, scope, replay(body, receive))
+        status, _, reply = await collect(self.app, scope, replay(body, receive))
+        return status, reply
 
 
 async def read(receive: Receive) -> bytes:
@@ -326,6 +332,11 @@ def parsed(body: bytes) -> Any:
         return json.loads(body)
     except ValueError:
         return None
+
+
+def succeeded(status: int, reply: Any) -> bool:
+    """Tell whether a reply is no error; some servers put theirs inside a 200."""
+    return status == 200 and not (isinstance(reply, dict) and reply.get("error") is not None)
 
 
 def memory_mb() -> float:
@@ -505,7 +516,7 @@ def main() -> None:
 
     recycled = {"now": False}
     sessions = Sessions(app, row["protocol"], options.session_ttl, row.get("max_sessions"), options.replica,
-                        options.replicas, recycle if options.recycle else None)
+                        options.replicas, row["check"]["items"][0], recycle if options.recycle else None)
     if row.get("request_seconds"):
         give_up_when_stuck(sessions, row["request_seconds"])
     # Idle connections outlive those that a proxy keeps, so that it never sends a request into a closing one.

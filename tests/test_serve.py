@@ -90,6 +90,25 @@ def test_a_session_of_a_server_without_close_is_used_again_but_never_seen_again(
         assert client.step(second, "add").observation == "count 3"
 
 
+@pytest.mark.parametrize("name", ["form-webshop", "form-alfworld", "form-maze"])
+def test_a_session_used_again_can_be_looked_at_before_its_reset_and_shows_nothing_of_its_last_user(name, tmp_path):
+    # AgentGym's own clients read before they reset: wordle's asks for the vocabulary as it is created.
+    row = rows()[name]
+    with running(row, tmp_path) as client:
+        first = client.create()
+        client.reset(first, 7)
+        client.step(first, "add")
+        assert client.close(first)
+        second = client.create()
+        look = f"/observation?{row.protocol.id}={second}"
+        assert get(client, look) == f"count {row.check.items[0]}"
+        with pytest.raises(ServerError, match="was not reset yet"):
+            client.step(second, "add")
+        client.reset(second, 3)
+        client.step(second, "add")
+        assert get(client, look) == "count 4"
+
+
 def test_one_session_more_than_the_limit_is_refused(tmp_path):
     row = rows()["form-sqlgym"]
     with running(row, tmp_path) as client:
