@@ -203,6 +203,11 @@ def test_replicas_behind_the_proxy_survive_the_death_of_one(up):
         client._call("/step", {"action": "add"})
 
 
+def test_a_python_that_is_nowhere_is_named_with_the_remedy(tmp_path):
+    with pytest.raises(env_local.LocalError, match=r"no Python 3\.99 on PATH.* --runner docker"):
+        env_local.ensure_venv(rows()["form-textcraft"].model_copy(update={"python": "3.99"}), tmp_path)
+
+
 def test_without_haproxy_replicas_are_refused_with_the_remedy(monkeypatch, tmp_path):
     monkeypatch.setattr(env_local.shutil, "which", lambda *_, **__: None)
     options = env_local.Options(port=1, replicas=2)

@@ -56,7 +56,7 @@ def ensure_venv(row: Environment, folder: Path) -> Path:
     venv, stamp = folder / "venv", folder / "venv" / ".made-from"
     if not stamp.is_file() or stamp.read_text() != wanted:
         _quietly([uv(), "venv", "--quiet", "--clear", "--python", row.python,
-                  str(venv)], f"making a Python {row.python}")
+                  str(venv)], f"no Python {row.python} on PATH that works (install it, or use --runner docker); fetching one")
         # --no-deps: the file is a whole freeze that ran, and some packages' own requirements contradict it.
         _quietly([
             uv(), "pip", "install", "--quiet", "--no-deps", "--python",
