@@ -144,18 +144,21 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     else with-secrets pip install --quiet --no-deps "${SPACY_MODEL}"; fi
 COPY --from=agentgym agentenv-webshop /srv/agentenv-webshop
 
-# WEBARENA_BROWSER set but empty: skipped, said aloud (the browser comes from Playwright's own site).
+# Debian's Chromium where Playwright 1.32 looks for its own: that one's packages are Ubuntu 20.04's, which Debian 12 lacks
+# (`playwright install --with-deps` fails), and Debian's gets its security updates.
 FROM python:3.10-slim AS webarena
+RUN apt-get update -qq \
+ && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-liberation fonts-noto-color-emoji \
+ && rm -rf /var/lib/apt/lists/*
 COPY --chmod=755 docker/with-secrets /usr/local/bin/with-secrets
 RUN --mount=type=bind,source=docker/constraints/env-webarena.txt,target=/run/pins.txt \
     --mount=type=cache,target=/root/.cache/pip \
     --mount=type=secret,id=package_index --mount=type=secret,id=ca_bundle \
     with-secrets pip install --quiet --no-deps -r /run/pins.txt
 ENV PLAYWRIGHT_BROWSERS_PATH=/opt/playwright
-ARG WEBARENA_BROWSER=chromium
-RUN --mount=type=secret,id=ca_bundle \
-    if [ -z "${WEBARENA_BROWSER}" ]; then echo "webarena: no browser, WEBARENA_BROWSER is empty; no session can be created"; \
-    else with-secrets playwright install --with-deps "${WEBARENA_BROWSER}" && rm -rf /var/lib/apt/lists/*; fi
+RUN browser=$(python -c "from playwright.sync_api import sync_playwright; \
+      player = sync_playwright().start(); print(player.chromium.executable_path); player.stop()") \
+ && mkdir -p "$(dirname "${browser}")" && ln -s /usr/bin/chromium "${browser}"
 COPY --from=agentgym agentenv-webarena /srv/agentenv-webarena
 # It writes its tasks and its logins beside its code when it starts.
 RUN mkdir -p /srv/agentenv-webarena/webarena/.auth && chmod -R a+rwX /srv/agentenv-webarena

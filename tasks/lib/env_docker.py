@@ -71,7 +71,6 @@ def build_section(row: Environment, root: Path, gym: str, rows_file: str) -> dic
         "ENVIRONMENTS": rows_file,
         # No colon: set but empty means to do without.
         "SPACY_MODEL": "${SPACY_MODEL-" + SETTINGS["SPACY_MODEL"].default + "}",
-        "WEBARENA_BROWSER": "${WEBARENA_BROWSER-" + SETTINGS["WEBARENA_BROWSER"].default + "}",
         "REVISION": "${REVISION:-unknown}",
         "SOURCE_URL": "${SOURCE_URL:-unknown}",
         "AGENTGYM_REVISION": "${AGENTGYM_REVISION:-unknown}",

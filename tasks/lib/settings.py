@@ -105,8 +105,6 @@ SETTINGS: dict[str, Setting] = {
     Setting("true", "Read-only root of plain `docker compose --profile env`; webarena needs false."),
     "SPACY_MODEL":
     Setting(SPACY_MODEL, "webshop's language model, a wheel. Set but empty: skipped, and webshop does not start."),
-    "WEBARENA_BROWSER":
-    Setting("chromium", "Playwright's browser for webarena. Set but empty: skipped, and no session can be created."),
     "MOVIE_KEY":
     Setting("", "The Movie Database's API read access token, for the environment movie.", secret=True),
     "TODO_KEY":
