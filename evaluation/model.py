@@ -1,10 +1,12 @@
 """The model: an OpenAI-compatible chat endpoint, or a scripted player that needs none."""
+import ipaddress
 import random
 import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import urlsplit
 
 from evaluation.problems import ContextOverflow, Misuse, ModelFault
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 RETRIED = (408, 409, 429)
 HOPELESS = {
     401: "the key is not accepted; check OPENAI_API_KEY",
+    402: "the account has nothing left to pay with; fill it up, or check OPENAI_API_KEY",
     403: "the key may not use this model; check OPENAI_API_KEY and MODEL",
     404: "there is no such model or address; check MODEL and OPENAI_BASE_URL",
 }
@@ -22,7 +25,7 @@ LONGEST_WAIT = 60.0
 # What OpenAI, vLLM, llama.cpp, TGI, Anthropic's and others' endpoints say of a conversation that is too long.
 _OVERFLOW = re.compile(
     r"context[_ ](length|window|size)|maximum (context|model|sequence|input|prompt)|(prompt|input|message)s? (is |are )?too long|"
-    r"reduce the length|too many (input |prompt )?tokens|exceeds? the (available|maximum)|max_model_len", re.IGNORECASE)
+    r"reduce the length|too many (input |prompt )?tokens|input token count|max_model_len", re.IGNORECASE)
 
 Message = dict[str, str]
 
@@ -120,26 +123,61 @@ def retry_after(headers: Mapping[str, str], now: float) -> float | None:
         return None
 
 
+def loopback(url: str) -> bool:
+    """Tell whether `url` leads to this machine."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def content_text(content: Any) -> str:
+    """Return the text of a message's content: null, a text, or a list of parts, of which thoughts are no text.
+
+    Raises:
+        ValueError: it is something else. It must not pass for an empty answer, which has a score.
+    """
+    if content is None or isinstance(content, str):
+        return content or ""
+    parts = content if isinstance(content, list) and all(isinstance(part, dict) for part in content) else [{}]
+    texts = [part.get("text") for part in parts if part.get("type") not in ("thinking", "reasoning")]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("its content is no text")
+    return "".join(texts)
+
+
+def usage_of(used: Any) -> Usage:
+    """Return the tokens that an answer's `usage` tells."""
+
+    def count(group: Any, key: str) -> int | None:
+        value = getattr(group, key, None)
+        return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+    prompt, completion = count(used, "prompt_tokens"), count(used, "completion_tokens")
+    if prompt is None or completion is None:
+        return Usage(unknown=1)
+    return Usage(prompt, completion,
+                 count(getattr(used, "prompt_tokens_details", None), "cached_tokens") or 0,
+                 count(getattr(used, "completion_tokens_details", None), "reasoning_tokens") or 0)
+
+
 def completion_of(answer: "ChatCompletion", seconds: float, retries: int) -> Completion:
     """Return what a well-formed answer says.
 
     Raises:
-        ValueError: it has no choice or no message.
+        ValueError: it has no choice, no message or no text, or says itself that it failed.
     """
     choices = getattr(answer, "choices", None)
-    if not choices or getattr(choices[0], "message", None) is None:
-        raise ValueError("no choices")
-    message, used = choices[0].message, answer.usage
+    if not isinstance(choices, list) or not choices or getattr(choices[0], "message", None) is None:
+        raise ValueError("it has no choices")
+    message, finish = choices[0].message, choices[0].finish_reason or ""
+    if finish == "error":  # OpenRouter's word for a provider that failed half-way
+        raise ValueError("its finish_reason is error")
     extra = message.model_extra or {}
     reasoning = extra.get("reasoning_content") or extra.get("reasoning") or ""
-    usage = Usage(unknown=1)
-    if used is not None and used.prompt_tokens is not None and used.completion_tokens is not None:
-        inside, outside = used.prompt_tokens_details, used.completion_tokens_details
-        usage = Usage(used.prompt_tokens, used.completion_tokens, (inside and inside.cached_tokens) or 0,
-                      (outside and outside.reasoning_tokens) or 0)
-    text = message.content
-    return Completion(text if isinstance(text, str) else "", reasoning if isinstance(reasoning, str) else "",
-                      choices[0].finish_reason or "", usage, seconds, retries)
+    return Completion(content_text(message.content), reasoning if isinstance(reasoning, str) else "", finish,
+                      usage_of(answer.usage), seconds, retries)
 
 
 class ChatModel:
@@ -159,13 +197,15 @@ class ChatModel:
                  concurrency: int = 64) -> None:
         import openai
         self.name, self.sampling, self.tries, self.key = name, sampling, tries, key
-        limits = openai.DefaultAsyncHttpxClient(limits=_limits(concurrency))
         # base_url="" must not reach the client: it would take OPENAI_BASE_URL, which may be set but empty.
+        base_url = base_url or "https://api.openai.com/v1"
+        # A proxy cannot reach this machine as we do, and would be shown the key.
+        http = openai.DefaultAsyncHttpxClient(limits=_limits(concurrency), trust_env=not loopback(base_url))
         self.client = openai.AsyncOpenAI(api_key=key,
-                                         base_url=base_url or "https://api.openai.com/v1",
+                                         base_url=base_url,
                                          max_retries=0,
                                          timeout=timeout,
-                                         http_client=limits)
+                                         http_client=http)
         self.answered = False
 
     def player(self, item: int, sample: int, seed: int | None) -> "ChatPlayer":
@@ -194,7 +234,8 @@ class ChatModel:
         Raises:
             ContextOverflow: the conversation is too long.
             ModelFault: the tries are used up, or the request is refused for good.
-            Misuse: every further request would be refused: the key, the model's name, a parameter.
+            Misuse: every further request would be refused: the key, the model's name, a parameter, a first request
+                that is too long already.
         """
         import openai
         import tenacity
@@ -223,7 +264,7 @@ class ChatModel:
         except openai.APIStatusError as error:
             raise self._refused(error, retries) from None
         except (openai.APIError, ValueError, AttributeError) as error:
-            said = str(error) if isinstance(error, openai.APIError) else "the answer is no chat completion"
+            said = str(error) if isinstance(error, openai.APIError) else f"the answer is no chat completion: {error}"
             if isinstance(error, openai.APIConnectionError) and not isinstance(error, openai.APITimeoutError):
                 said = f"cannot reach {redacted_url(str(self.client.base_url))}: {error.__cause__ or error}"
             raise ModelFault(self._clean(f"{said} (after {retries + 1} tries)"), retries) from None
@@ -236,9 +277,13 @@ class ChatModel:
     def _refused(self, error: "openai.APIStatusError", retries: int) -> Exception:
         status, body = error.status_code, error.body if isinstance(error.body, dict) else {}
         message = str(body.get("message") or error.message)
-        if overflowed(status, message, str(body.get("code") or "")):
-            return ContextOverflow(self._clean(message))
         line = self._clean(" ".join(message.split())[:300])
+        if overflowed(status, message, str(body.get("code") or "")):
+            if self.answered:
+                return ContextOverflow(self._clean(message))
+            # No conversation has grown yet, so what is asked for is too much: a score of 0 would be ours, not the model's.
+            return Misuse(f"model {self.name}: HTTP {status}: {line}; the first request does not fit into the model's "
+                          f"context: lower --max-tokens ({self.sampling.max_tokens} now, 0 leaves it out)")
         if status in HOPELESS:
             return Misuse(f"model {self.name}: HTTP {status}, {HOPELESS[status]} ({line})")
         if 400 <= status < 500 and status not in RETRIED and not self.answered:

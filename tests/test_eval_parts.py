@@ -14,7 +14,7 @@ from evaluation.__main__ import main
 from evaluation.actions import parse, phrase
 from evaluation.episodes import derived_seed, first_message, judge, opening
 from evaluation.items import choose, item_of, trial_numbers
-from evaluation.model import overflowed, redacted_url, retry_after
+from evaluation.model import loopback, overflowed, redacted_url, retry_after
 from evaluation.problems import EnvironmentFault, Misuse, Stopped
 from evaluation.prompts import Prompt
 from evaluation.protocol import First, first_in, session_in, step_in
@@ -274,10 +274,20 @@ def test_the_first_observation_is_found_in_each_form():
 @pytest.mark.parametrize("status,message,code,is_one", [
     (400, "This model's maximum context length is 8192 tokens.", "", True), (400, "x", "context_length_exceeded", True),
     (400, "Input is too long for requested model", "", True), (413, "", "", True), (400, "temperature must be 1", "", False),
+    (400, "temperature exceeds the maximum of 1", "", False), (400, "max_tokens 4096 exceeds the maximum output tokens of 2048", "", False),
+    (400, "The input token count (9) exceeds the maximum number of tokens allowed (8).", "", True),
+    (400, "the request exceeds the available context size", "", True), (400, "This model's maximum prompt length is 9", "", True),
     (500, "maximum context length", "", False), (422, "`inputs` tokens + `max_new_tokens` must be <= 4096; reduce the length", "", True),
 ])
 def test_an_overflow_is_told_from_other_refusals(status, message, code, is_one):
     assert overflowed(status, message, code) is is_one
+
+
+@pytest.mark.parametrize("url,is_one", [("http://127.0.0.1:8/v1", True), ("http://127.9.9.9/v1", True), ("http://[::1]:8/v1", True),
+                                        ("http://LOCALHOST:8", True), ("http://user:pw@localhost/v1", True), ("https://api.openai.com/v1", False),
+                                        ("http://10.0.0.1", False), ("http://127.0.0.1.example", False)])
+def test_addresses_of_this_machine_are_known(url, is_one):
+    assert loopback(url) is is_one
 
 
 @pytest.mark.parametrize("headers,seconds", [({"retry-after": "2"}, 2.0), ({"retry-after-ms": "1500"}, 1.5), ({}, None),

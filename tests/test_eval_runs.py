@@ -11,7 +11,7 @@ import pytest
 
 from evaluation.__main__ import main
 from tests.fixtures.servers import FIXTURE_ROWS, ROOT, free_port, rows, running
-from tests.fixtures.standins import Answer, completion, counter_player, endpoint, environment, failure
+from tests.fixtures.standins import Answer, completion, counter_player, endpoint, environment, failure, serving
 
 FORMS = sorted(name for name in rows() if name.startswith("form-"))
 KEY = "sk-secret-of-the-test"
@@ -320,7 +320,7 @@ def test_a_lasting_fault_of_the_endpoint_is_a_model_error(answer, tmp_path):
     assert set(outcomes(tmp_path / "out").values()) == {"model_error"} and summary(tmp_path / "out")["items"] == 0
 
 
-@pytest.mark.parametrize("status", [401, 403, 404, 400])
+@pytest.mark.parametrize("status", [401, 402, 403, 404, 400])
 def test_a_request_that_is_refused_for_good_ends_the_run_at_once(status, tmp_path, capsys):
     begun = time.monotonic()
     with environment() as env, endpoint(lambda messages, body: failure(status, "no, thank you")) as model:
@@ -329,6 +329,7 @@ def test_a_request_that_is_refused_for_good_ends_the_run_at_once(status, tmp_pat
     assert time.monotonic() - begun < 5 and len(model.requests) <= 4  # one for each that plays at once
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and f"HTTP {status}" in error and "no, thank you" in error
+    assert ("--temperature" in error) == (status == 400)  # nothing that is sent makes a key or an account valid
 
 
 def test_a_context_that_is_full_is_an_outcome_of_its_own_and_counts(tmp_path):
@@ -342,6 +343,70 @@ def test_a_context_that_is_full_is_an_outcome_of_its_own_and_counts(tmp_path):
         assert env.sessions == {}
     assert outcomes(tmp_path / "out") == {"0": "success", "1": "context_overflow", "2": "success"}
     assert summary(tmp_path / "out")["success"]["mean"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("message, told", [
+    ("This model's maximum context length is 2048 tokens. However, you requested 4176 tokens", "--max-tokens (4096"),
+    ("temperature exceeds the maximum of 1", "--temperature"),
+], ids=["a context that the first request does not fit in", "a parameter"])
+def test_a_first_request_that_does_not_fit_the_endpoint_is_misuse_and_no_score(message, told, tmp_path, capsys):
+    with environment() as env, endpoint(lambda messages, body: failure(400, message)) as model:
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0-9") == 2
+        assert env.sessions == {}
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error and told in error
+    assert attempts(tmp_path / "out") == []
+
+
+def said(content, finish="stop", **more):
+    body = {**completion("x"), **more}
+    body["choices"] = [{"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": content}}]
+    return body
+
+
+def test_an_answer_in_parts_is_read_whole(tmp_path):
+    parts = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "w"}, {"type": "text", "text": "in"}]
+    with environment() as env, endpoint(lambda messages, body: said(parts)) as model:
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0") == 0
+    record, = attempts(tmp_path / "out")
+    assert (record["outcome"], record["turns"][0]["completion"]) == ("success", "win")
+
+
+@pytest.mark.parametrize("body", [
+    said("", "error"), said(None, "error"), said({"text": "win"}), said([{"type": "image_url"}]), said(["win"]), said(7),
+    {"choices": {"a": 1}}, {"choices": [None]}, {"choices": ["x"]}, {"choices": [{"message": "hi"}]}, [1, 2], "str", None,
+], ids=json.dumps)
+def test_what_is_no_answer_is_the_endpoints_fault_and_never_a_score(body, tmp_path):
+    with environment() as env, endpoint(lambda messages, _: Answer(body)) as model:
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0", "--model-tries", "2") == 1
+        assert len(model.requests) == 2
+    record, = attempts(tmp_path / "out")
+    assert (record["outcome"], record["reward"]) == ("model_error", None) and record["error"].count("\n") == 0
+
+
+@pytest.mark.parametrize("usage", [None, [], "x", {"total_tokens": 5}, {"prompt_tokens": "12", "completion_tokens": "3"},
+                                   {"prompt_tokens": 1.5, "completion_tokens": 2}, {"prompt_tokens": 5}], ids=json.dumps)
+def test_tokens_that_are_no_numbers_are_unknown(usage, tmp_path):
+    with environment() as env, endpoint(lambda messages, _: said("win", usage=usage)) as model:
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0") == 0
+    record, = attempts(tmp_path / "out")
+    assert record["usage"] == {"prompt": 0, "completion": 0, "cached": 0, "reasoning": 0, "unknown": 1}
+
+
+def test_a_proxy_is_not_asked_for_an_endpoint_on_this_machine(tmp_path, monkeypatch):
+    seen = []
+
+    def proxy(method, path, headers, body):
+        seen.append(path)
+        return Answer({"error": "proxy"}, 502)
+
+    with environment() as env, endpoint(counter_player) as model, serving(proxy) as url:
+        for name in ("HTTP_PROXY", "http_proxy"):
+            monkeypatch.setenv(name, url)
+        for name in ("NO_PROXY", "no_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0", "--model-tries", "1") == 0
+    assert seen == []
 
 
 def test_empty_content_is_an_invalid_action_and_reasoning_is_kept_but_not_sent(tmp_path):
