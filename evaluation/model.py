@@ -326,7 +326,7 @@ def _wait(state: Any) -> float:
 
 def redacted_url(url: str) -> str:
     """Return `url` without a login in it."""
-    return re.sub(r"(\w+://)[^/\s@]+@", r"\1***@", url)
+    return re.sub(r"(\w+://)[^/\s]*@", r"\1***@", url)
 
 
 class ChatPlayer:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import aiohttp
 
+from evaluation.model import redacted_url
 from evaluation.problems import EnvironmentFault
 from evaluation.rows import Protocol
 
@@ -106,6 +107,7 @@ class Server:
     Servers without a close keep every session for ever: their sessions go to a pool, and are reset for the next item.
 
     Attributes:
+        shown: its address without a login, for messages and files.
         opened, closed: how many sessions were created, and closed or given back.
         lost: sessions that could not be closed.
     """
@@ -117,6 +119,7 @@ class Server:
                  on_open: Callable[[int], None] = lambda session: None,
                  on_close: Callable[[int], None] = lambda session: None) -> None:
         self.root = url.rstrip("/")
+        self.shown = redacted_url(self.root)
         self.base = self.root + protocol.prefix
         self.protocol = protocol
         self.timeout = timeout
@@ -144,12 +147,12 @@ class Server:
                 body = await answer.read()
                 status = answer.status
         except aiohttp.ClientConnectorError as error:
-            raise EnvironmentFault(f"{what}: cannot connect to {self.root} ({error.os_error.strerror or error})",
+            raise EnvironmentFault(f"{what}: cannot connect to {self.shown} ({error.os_error.strerror or error})",
                                    sent=False) from None
         except TimeoutError:
             raise EnvironmentFault(f"{what}: no answer within {self.timeout:g} s") from None
         except (aiohttp.ClientError, OSError) as error:
-            raise EnvironmentFault(f"{what}: {error or type(error).__name__}") from None
+            raise EnvironmentFault(redacted_url(f"{what}: {error or type(error).__name__}")) from None
         if status != 200:
             raise EnvironmentFault(f"{what}: HTTP {status} {short(body.decode(errors='replace'))}", status)
         try:

@@ -71,10 +71,10 @@ async def wait_for(server: Server, name: str, seconds: float, say: Callable[[str
     end, told = time.monotonic() + seconds, False
     while not await server.answers():
         if time.monotonic() > end:
-            raise Misuse(f"no environment server at {server.root}; start it with `invoke env.up --env {name}`, or name "
+            raise Misuse(f"no environment server at {server.shown}; start it with `invoke env.up --env {name}`, or name "
                          "its address with --server")
         if not told:
-            say(f"waiting for the environment server at {server.root}")
+            say(f"waiting for the environment server at {server.shown}")
             told = True
         await asyncio.sleep(0.3)
 
@@ -85,7 +85,7 @@ async def close_leftovers(server: Server, folder: RunFolder, say: Callable[[str]
     Only where the project's own wrapper keeps the server, whose ids are never used twice: on a bare server the same
     number may be somebody else's session by now.
     """
-    left = folder.leftover.pop(server.root, [])
+    left = folder.leftover.pop(server.shown, [])
     if not left or await server.keeper() is None:
         return
     before = server.closed
@@ -147,7 +147,7 @@ async def evaluate(settings: Settings, folder: RunFolder, model: Model, watch: W
     begun, started, before = time.perf_counter(), datetime.now(UTC), len(folder.records)
 
     def journal(what: str) -> Callable[[int], None]:
-        return lambda session: folder.sessions.add({what: session, "server": server.root})
+        return lambda session: folder.sessions.add({what: session, "server": server.shown})
 
     server = Server(settings.server, settings.row.protocol, settings.env_timeout, journal("open"), journal("close"))
     try:
@@ -167,7 +167,7 @@ async def evaluate(settings: Settings, folder: RunFolder, model: Model, watch: W
                 "started": started.isoformat(timespec="seconds"),
                 "seconds": round(time.perf_counter() - begun, 3),
                 "attempts": len(folder.records) - before,
-                "server": server.root,
+                "server": server.shown,
                 "concurrency": settings.concurrency,
                 "sessions": {
                     "opened": server.opened,

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from evaluation.episodes import Limits
 from evaluation.items import Item, choose
@@ -68,7 +69,7 @@ def api_key(base_url: str, environ: Mapping[str, str] | None = None) -> str:
     """Return OPENAI_API_KEY, or what the file OPENAI_API_KEY_FILE holds; an endpoint of one's own may need none.
 
     Raises:
-        Misuse: OpenAI's endpoint does.
+        Misuse: OpenAI's endpoint does; or it is no key. The key is not in the message.
     """
     environ = os.environ if environ is None else environ
     key, file = environ.get("OPENAI_API_KEY", "").strip(), environ.get("OPENAI_API_KEY_FILE", "")
@@ -80,8 +81,10 @@ def api_key(base_url: str, environ: Mapping[str, str] | None = None) -> str:
     if not key and (not base_url or "api.openai.com" in base_url):
         raise Misuse("no OPENAI_API_KEY in the environment; set it there or in .env, or name another endpoint with "
                      "--base-url (or --model expert, where the environment has one)")
-    if not key.isascii():
-        raise Misuse("OPENAI_API_KEY has characters that no key has; copy it again")
+    # A header cannot carry such a key, and the client's error would show it.
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        name = "OPENAI_API_KEY" if environ.get("OPENAI_API_KEY", "").strip() else f"OPENAI_API_KEY_FILE {file}"
+        raise Misuse(f"{name} has characters that no key has (white space, control or accented ones); copy it again")
     return key or "none"
 
 
@@ -142,8 +145,16 @@ def check_url(name: str, url: str) -> str:
     Raises:
         Misuse: it is no address of a server.
     """
-    if not re.match(r"https?://[^/\s]+", url):
-        raise Misuse(f"{name} {url!r} is no address; write it like http://127.0.0.1:36001")
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname or "", parts.port
+        host.encode("idna")
+        if parts.scheme not in ("http", "https") or not host or re.search(r"\s", url):
+            raise ValueError
+    except ValueError:
+        # What a login is in such an address is not sure, so all before the last @ is left out.
+        shown = "***@" + url.rpartition("@")[2] if "@" in url else url
+        raise Misuse(f"{name} {shown!r} is no address; write it like http://127.0.0.1:36001") from None
     return url.rstrip("/")
 
 

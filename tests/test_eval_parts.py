@@ -472,8 +472,22 @@ def test_a_key_may_lie_in_a_file(tmp_path):
         api_key("", {"OPENAI_API_KEY_FILE": str(tmp_path / "none")})
 
 
-def test_logins_in_addresses_are_hidden():
-    assert redacted_url("https://me:pw@host/v1") == "https://***@host/v1"
+@pytest.mark.parametrize("key", ["sk-secret\nsecond", "sk-secret second", "sk-sec\x01ret", "sk-secr\u00e9t", "sk-secret\x7f"], ids=ascii)
+def test_a_key_that_no_header_can_carry_is_refused_without_being_shown(key, tmp_path):
+    file = tmp_path / "key"
+    file.write_text(key + "\n")
+    for name, value in (("OPENAI_API_KEY", key), ("OPENAI_API_KEY_FILE", str(file))):
+        with pytest.raises(Misuse, match=name) as caught:
+            api_key("", {name: value})
+        assert "sk-" not in str(caught.value) and "second" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url,shown", [
+    ("https://me:pw@host/v1", "https://***@host/v1"), ("http://user:p@ss@host:8/v1", "http://***@host:8/v1"),
+    ("http://user@host", "http://***@host"), ("http://host/a@b", "http://host/a@b"), ("cannot reach http://a:b@c d@e", "cannot reach http://***@c d@e"),
+])
+def test_logins_in_addresses_are_hidden(url, shown):
+    assert redacted_url(url) == shown
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "3"])
@@ -482,9 +496,19 @@ def test_an_extra_body_that_is_no_object_is_refused(text):
         extra_body(text)
 
 
-def test_an_address_without_scheme_is_refused():
-    with pytest.raises(Misuse, match="no address"):
-        check_url("--server", "localhost:8000")
+@pytest.mark.parametrize("url", [
+    "localhost:8000", "http://127.0.0.1:x/v1", "http://127.0.0.1:99999/v1", "http://[::1", "http://a..b:1", "http://:80", "http://",
+    "http://joe:hunter2@127.0.0.1:x", "http://joe:hun/ter2@host", "http://joe:hunter2@a..b", "http://a b", "joe:hunter2@host",
+])
+def test_what_is_no_address_is_refused_without_its_login(url):
+    with pytest.raises(Misuse, match="no address") as caught:
+        check_url("--server", url)
+    assert "joe" not in str(caught.value) and "ter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:8000", "http://[::1]:80/v1", "http://my_server:8000", "https://me:p@ss@host/v1", "http://bücher.example", "https://host/@me/v1"])
+def test_an_address_is_taken_as_it_is(url):
+    assert check_url("--server", url + "/") == url
 
 
 @pytest.mark.parametrize("argv,told", [

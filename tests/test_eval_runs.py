@@ -10,6 +10,8 @@ from statistics import fmean
 import pytest
 
 from evaluation.__main__ import main
+from evaluation.problems import EnvironmentFault
+from evaluation.protocol import Server
 from tests.fixtures.servers import FIXTURE_ROWS, ROOT, free_port, rows, running
 from tests.fixtures.standins import Answer, completion, counter_player, endpoint, environment, failure, serving
 
@@ -111,6 +113,29 @@ def test_no_file_and_no_output_has_the_key(tmp_path, capsys):
     for text in (shown, *(path.read_text() for path in (tmp_path / "out").iterdir() if path.is_file())):
         assert KEY not in text and "user:pass" not in text
     assert "***" in attempts(tmp_path / "out")[3]["error"]
+
+
+def test_no_file_and_no_output_has_the_servers_login(tmp_path, capsys):
+    with environment() as env, endpoint(counter_player) as model:
+        server = env.url.replace("http://", "http://joe:hunter2@")
+        assert run(tmp_path / "out", server, model.base_url, "--items", "0-1") == 0
+        assert json.loads((tmp_path / "out" / "run.json").read_text())["work"][0]["server"] == env.url.replace("http://", "http://***@")
+    assert run(tmp_path / "away", "http://joe:hunter2@127.0.0.1:9", model.base_url, "--items", "0", "--env-wait", "0.1") == 2
+    shown = "".join(capsys.readouterr())
+    assert "no environment server at http://***@127.0.0.1:9" in shown
+    for text in (shown, *(path.read_text() for path in tmp_path.glob("*/*") if path.is_file())):
+        assert "joe" not in text and "hunter2" not in text
+
+
+def test_a_lost_servers_login_is_not_in_a_record(tmp_path):
+    import asyncio
+
+    async def create():
+        async with Server("http://joe:hunter2@127.0.0.1:9", rows()["form-textcraft"].protocol) as server:
+            await server.create()
+
+    with pytest.raises(EnvironmentFault, match=r"http://\*\*\*@127.0.0.1:9"):
+        asyncio.run(create())
 
 
 def test_samples_differ_in_seed_and_are_told_apart(tmp_path):
