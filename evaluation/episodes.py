@@ -11,9 +11,9 @@ from typing import Any
 from evaluation.actions import parse
 from evaluation.items import Item
 from evaluation.model import Message, Model, Usage
-from evaluation.problems import ContextOverflow, EnvironmentFault, ModelFault
+from evaluation.problems import ContextOverflow, EnvironmentFault, ModelFault, Stopped
 from evaluation.prompts import VOCABULARY, Prompt
-from evaluation.protocol import NOT_CREATED, First, Server
+from evaluation.protocol import CLOSE_SECONDS, NOT_CREATED, First, Server
 from evaluation.rows import Row
 
 SCORED = ("success", "failure", "max_rounds", "token_limit", "context_overflow")
@@ -148,13 +148,31 @@ async def open_session(server: Server, wait: float) -> int:
     end, delay = time.monotonic() + wait, 0.2
     while True:
         try:
-            return await server.create()
+            return await _create(server)
         except EnvironmentFault as fault:
             refused = not fault.sent or fault.status in NOT_CREATED
             if not refused or time.monotonic() + delay > end:
                 raise
         await asyncio.sleep(delay * random.uniform(0.5, 1.0))
         delay = min(5.0, 1.7 * delay)
+
+
+async def _create(server: Server) -> int:
+    """Create a session; where this task is cancelled meanwhile, wait for it a little and give it back."""
+    creating = asyncio.ensure_future(server.create())
+    try:
+        return await asyncio.shield(creating)
+    except asyncio.CancelledError:
+        try:
+            async with asyncio.timeout(CLOSE_SECONDS):
+                session = await creating
+        except TimeoutError:
+            server.lost += 1
+        except (EnvironmentFault, Stopped):
+            pass
+        else:
+            await server.give_back(session, clean=True)
+        raise
 
 
 async def _give_back(server: Server, session: int, clean: bool) -> None:

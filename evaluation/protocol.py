@@ -5,13 +5,14 @@ aiohttp and not httpx: a step of a text game costs its server half a millisecond
 import asyncio
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import aiohttp
 
 from evaluation.model import redacted_url
-from evaluation.problems import EnvironmentFault
+from evaluation.problems import EnvironmentFault, Stopped
 from evaluation.rows import Protocol
 
 # Below uvicorn's five seconds: a connection that the server closes just as we send leaves us in doubt about the step.
@@ -108,7 +109,7 @@ class Server:
 
     Attributes:
         shown: its address without a login, for messages and files.
-        opened, closed: how many sessions were created, and closed or given back.
+        opened, closed: how many sessions were created, and closed.
         lost: sessions that could not be closed.
     """
 
@@ -128,6 +129,11 @@ class Server:
         self._pool: list[int] = []
         self._closes = True  # until the server says that it has no such route
         self._http: aiohttp.ClientSession | None = None
+
+    @property
+    def pooled(self) -> int:
+        """How many sessions wait in the pool; at the end they stay open, since the server cannot close them."""
+        return len(self._pool)
 
     async def __aenter__(self) -> "Server":
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE)
@@ -169,7 +175,12 @@ class Server:
         return await self._call("POST", self.base + route, "POST " + route, json=body)
 
     async def create(self) -> int:
-        """Open a session, or take one from the pool, and return its id."""
+        """Open a session, or take one from the pool, and return its id.
+
+        Raises:
+            EnvironmentFault: the server did not create one.
+            Stopped: it cannot be noted; it is closed again.
+        """
         if self._pool:
             return self._pool.pop()
         create = self.protocol.create
@@ -179,7 +190,11 @@ class Server:
                                  }))
         session = session_in(reply, self.protocol.id_reply)
         self.opened += 1
-        self.on_open(session)
+        try:
+            self.on_open(session)
+        except Stopped:  # a session that nobody knows of would stay open
+            await self.give_back(session, clean=True)
+            raise
         return session
 
     async def reset(self, session: int, item: int) -> First:
@@ -208,7 +223,8 @@ class Server:
                 async with asyncio.timeout(CLOSE_SECONDS):
                     await self._post("/close", {self.protocol.id: session})
                 self.closed += 1
-                self.on_close(session)
+                with suppress(Stopped):  # the record, which comes next, finds the disk full too
+                    self.on_close(session)
                 return
             except EnvironmentFault as fault:
                 if fault.status not in UNCHANGED or self.protocol.close:
@@ -223,7 +239,6 @@ class Server:
             self.lost += 1
         elif clean:
             self._pool.append(session)
-            self.closed += 1
         else:
             self.lost += 1
 

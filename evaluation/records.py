@@ -201,6 +201,7 @@ class RunFolder:
         """
         run = self.folder / RUN
         resumed = run.exists()
+        self.leftover = open_sessions(read_lines(self.folder / SESSIONS, repair=True))
         if resumed:
             told = read_run(self.folder)
             differing = differences(told.get("config", {}), config)
@@ -209,7 +210,6 @@ class RunFolder:
                              "choose another --out, or start anew with --fresh")
             records = read_lines(self.folder / ATTEMPTS, repair=True)
             self._set_aside(records)
-            self.leftover = open_sessions(read_lines(self.folder / SESSIONS, repair=True))
         else:
             write_whole(run, json.dumps({"config": config, **facts, "work": []}, indent=1))
         self.attempts, self.sessions = Lines(self.folder / ATTEMPTS), Lines(self.folder / SESSIONS)

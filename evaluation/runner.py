@@ -157,7 +157,7 @@ async def evaluate(settings: Settings, folder: RunFolder, model: Model, watch: W
                 await close_leftovers(server, folder, say)
                 await play_all(settings, folder, server, model, watch)
             finally:
-                if server.opened == server.closed and not server.lost and not folder.leftover:
+                if server.opened == server.closed + server.pooled and not server.lost and not folder.leftover:
                     folder.forget_sessions()
     finally:
         with suppress(OSError, EnvironmentFault):
@@ -172,6 +172,7 @@ async def evaluate(settings: Settings, folder: RunFolder, model: Model, watch: W
                 "sessions": {
                     "opened": server.opened,
                     "closed": server.closed,
+                    "pooled": server.pooled,
                     "lost": server.lost
                 },
                 "versions": versions(),

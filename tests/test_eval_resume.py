@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from evaluation import records
 from evaluation.__main__ import main
+from evaluation.problems import Stopped
+from evaluation.protocol import Server
 from tests.fixtures.servers import FIXTURE_ROWS, ROOT, rows, running
 from tests.fixtures.standins import Answer, completion, counter_player, endpoint, environment
 
@@ -96,6 +99,79 @@ def test_a_run_killed_at_twenty_moments_ends_as_if_it_never_was(tmp_path):
     assert kills == 20
     assert by_key(tmp_path / "killed") == by_key(tmp_path / "whole")
     assert len(attempts(tmp_path / "killed")) == ITEMS * SAMPLES
+
+
+@pytest.mark.parametrize("flags", [[], ["--fresh"]], ids=["resumed", "begun anew"])
+def test_the_sessions_of_a_killed_run_are_closed_by_the_next_one(flags, tmp_path):
+    import urllib.request
+    slowly = lambda messages, body: Answer(completion(counter_player(messages, body)), delay=0.3)  # noqa: E731
+    with running(rows()["form-textcraft"], tmp_path) as client, endpoint(slowly) as model:
+
+        def opened() -> int:
+            with urllib.request.urlopen(client.base + "/opened") as answer:
+                return json.loads(answer.read())
+
+        argv = words(tmp_path / "out", client.base, model.base_url, "--items", "0-9")
+        before = opened()
+        run = process(*argv)
+        while len(model.requests) < 6:  # four play at once, so each has its session by now
+            time.sleep(0.02)
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        assert opened() > before
+        assert main([*argv, *flags]) == 0
+        assert opened() == before
+
+
+def test_a_session_that_is_being_created_when_a_run_is_stopped_is_given_back(tmp_path):
+    with environment(lambda path, number, body: Answer(delay=1.0) if path == "/create" else None) as env, \
+            endpoint(counter_player) as model:
+        run = process(*words(tmp_path / "out", env.url, model.base_url, "--items", "0-9"))
+        while env.created < 4:
+            time.sleep(0.02)
+        time.sleep(0.1)
+        run.send_signal(signal.SIGINT)
+        said = run.communicate(timeout=20)[0]
+        assert run.returncode == 130 and env.sessions == {} and "Traceback" not in said
+    sessions = json.loads((tmp_path / "out" / "run.json").read_text())["work"][0]["sessions"]
+    assert (sessions["opened"], sessions["closed"], sessions["lost"]) == (4, 4, 0)
+
+
+def test_a_create_that_hangs_does_not_hold_up_a_run_that_is_stopped(tmp_path, monkeypatch):
+    import asyncio
+
+    from evaluation import episodes
+    monkeypatch.setattr(episodes, "CLOSE_SECONDS", 0.2)
+
+    async def stop() -> int:
+        async with Server(env.url, rows()["form-textcraft"].protocol) as server:
+            opening = asyncio.create_task(episodes.open_session(server, 60))
+            await asyncio.sleep(0.1)
+            opening.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await opening
+            return server.lost
+
+    with environment(lambda path, number, body: Answer(delay=30) if path == "/create" else None) as env:
+        begun = time.monotonic()
+        assert asyncio.run(stop()) == 1
+        assert time.monotonic() - begun < 10
+
+
+def test_a_session_that_cannot_be_noted_is_closed_again(tmp_path, monkeypatch, capsys):
+    add, noted = records.Lines.add, []
+
+    def full(self, value):
+        noted.append(value)
+        if self.path.name == records.SESSIONS and sum("open" in one for one in noted) >= 3:
+            raise Stopped("the disk is full")
+        add(self, value)
+
+    monkeypatch.setattr(records.Lines, "add", full)
+    with environment() as env, endpoint(counter_player) as model:
+        assert main(words(tmp_path / "out", env.url, model.base_url, "--items", "0-9")) == 1
+        assert env.created >= 3 and env.sessions == {}
+    assert "the disk is full" in capsys.readouterr().err
 
 
 def test_only_what_is_missing_or_spoilt_is_played_again(tmp_path):

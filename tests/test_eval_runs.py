@@ -59,7 +59,9 @@ def test_a_server_of_this_form_is_played_through(name, wrapped, tmp_path):
         assert record["rounds"] == 3 and record["scaled"] == float(record["success"])
         assert record["reward"] == record["scaled"] * rows()[name].reward_range[1]
         assert [turn["action"] for turn in record["turns"]][:2] == ["add", "add"]
-    assert (work["sessions"]["lost"] == 0 and work["sessions"]["opened"] == work["sessions"]["closed"]) or not rows()[name].protocol.close
+    sessions, closes = work["sessions"], wrapped or rows()[name].protocol.close
+    assert sessions["lost"] == 0 and 0 < sessions["opened"] == sessions["closed" if closes else "pooled"]
+    assert sessions["pooled" if closes else "closed"] == 0 and (tmp_path / "out" / "sessions.jsonl").read_bytes() == b""
     if rows()[name].protocol.close:
         assert after == before
     else:  # no more sessions than were played at once: they are used again
