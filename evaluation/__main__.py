@@ -201,7 +201,7 @@ def run_command(options: argparse.Namespace) -> int:
                 asyncio.run(evaluate(settings, folder, model, watch, say))
         except (KeyboardInterrupt, asyncio.CancelledError):
             code = INTERRUPTED
-        records = list(folder.records.values())
+        records = folder.latest()
         wall = sum(work["seconds"] for work in read_run(settings.out)["work"])
         summary = conclude(settings.out, records, settings.samples, total, price, wall)
     if options.quiet:

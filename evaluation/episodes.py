@@ -41,9 +41,12 @@ class Limits:
 
 def judge(row: Row, reward: float, done: bool) -> str:
     """Return the outcome of an episode that was played: success, failure, or max_rounds where it never ended."""
-    if row.success.holds(reward):
-        return "success"
-    return "failure" if done else "max_rounds"
+    return ended(row, reward, "failure" if done else "max_rounds")
+
+
+def ended(row: Row, reward: float, how: str) -> str:
+    """Return the outcome of an episode that ended as `how` says: what was won before that stays won."""
+    return "success" if row.success.holds(reward) else how
 
 
 def derived_seed(seed: int, index: int, sample: int) -> int:
@@ -100,7 +103,7 @@ class Episode:
         messages = opening(prompt, self.first)
         while not self.done and len(self.turns) < limits.rounds:
             if limits.tokens and self.usage.prompt + self.usage.completion >= limits.tokens:
-                self.outcome = "success" if row.success.holds(self.reward) else "token_limit"
+                self.outcome = ended(row, self.reward, "token_limit")
                 return
             completion = await player.reply(messages)
             self.usage.add(completion.usage)
@@ -201,7 +204,9 @@ async def _one_try(server: Server, row: Row, prompt: Prompt, item: Item, player:
         episode.outcome, episode.error = "model_error", str(fault)
         episode.retries += fault.retries
     except ContextOverflow as overflow:
-        episode.outcome, episode.error = "context_overflow", str(overflow)
+        episode.outcome, episode.error = ended(row, episode.reward, "context_overflow"), str(overflow)
+        if overflow.usage is not None:
+            episode.usage.add(overflow.usage)
     except TimeoutError:
         episode.outcome, episode.error = "timeout", f"the episode took longer than {limits.seconds:g} s"
     finally:
@@ -210,11 +215,11 @@ async def _one_try(server: Server, row: Row, prompt: Prompt, item: Item, player:
 
 
 async def attempt(server: Server, model: Model, row: Row, prompt: Prompt, item: Item, sample: int, seed: int | None,
-                  limits: Limits, before: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+                  limits: Limits, before: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Play an item until it has a result, or the environment has failed too often; return its record.
 
     Args:
-        before: earlier tries, of this run or of one that it resumes: outcome and error of each.
+        before: earlier tries, of this run or of one that it resumes: outcome, error and usage of each.
 
     Raises:
         Misuse: the model's endpoint refuses every request.
@@ -226,7 +231,7 @@ async def attempt(server: Server, model: Model, row: Row, prompt: Prompt, item: 
         episode = await _one_try(server, row, prompt, item, model.player(item.number, sample, seed), limits)
         if episode.outcome != "env_error" or number == limits.tries - 1:
             break
-        tries.append({"outcome": episode.outcome, "error": episode.error})
+        tries.append({"outcome": episode.outcome, "error": episode.error, "usage": asdict(episode.usage)})
     scored = episode.outcome in SCORED
     return {
         "item": item.id,

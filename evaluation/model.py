@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
+from evaluation import surrogates
 from evaluation.problems import ContextOverflow, Misuse, ModelFault
 
 if TYPE_CHECKING:
@@ -92,7 +93,13 @@ class Player(Protocol):
 
 
 class Model(Protocol):
-    """Makes a player for each attempt."""
+    """Makes a player for each attempt.
+
+    Attributes:
+        answered: whether it ever gave a completion, in this run or in what the run resumes: what it refuses after
+            that is the item's trouble, and before that the configuration's.
+    """
+    answered: bool
 
     def player(self, item: int, sample: int, seed: int | None) -> Player:
         """Return the player of one attempt; `seed` makes its draws repeatable."""
@@ -176,7 +183,8 @@ def completion_of(answer: "ChatCompletion", seconds: float, retries: int) -> Com
         raise ValueError("its finish_reason is error")
     extra = message.model_extra or {}
     reasoning = extra.get("reasoning_content") or extra.get("reasoning") or ""
-    return Completion(content_text(message.content), reasoning if isinstance(reasoning, str) else "", finish,
+    return Completion(surrogates.replaced(content_text(message.content)),
+                      surrogates.replaced(reasoning) if isinstance(reasoning, str) else "", surrogates.replaced(finish),
                       usage_of(answer.usage), seconds, retries)
 
 
@@ -271,7 +279,8 @@ class ChatModel:
         self.answered = True
         used = completion.usage.prompt + completion.usage.completion
         if self.sampling.context and used > self.sampling.context:
-            raise ContextOverflow(f"{used} tokens, and the model's context has {self.sampling.context}")
+            raise ContextOverflow(f"{used} tokens, and the model's context has {self.sampling.context}",
+                                  completion.usage)
         return completion
 
     def _refused(self, error: "openai.APIStatusError", retries: int) -> Exception:
@@ -294,6 +303,7 @@ class ChatModel:
 
     def _clean(self, text: str) -> str:
         """Return `text` without the key, which some endpoints repeat in their errors."""
+        text = surrogates.replaced(text)
         return text.replace(self.key, "***") if len(self.key) > 3 else text
 
 

@@ -6,7 +6,7 @@ attempts.
 """
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import NormalDist, fmean
 from typing import Any
 
@@ -109,6 +109,12 @@ def scores(records: Sequence[Record], samples: int) -> dict[str, Any]:
     return found
 
 
+def usage_sum(usages: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Return the sum of token counts."""
+    counted = list(usages)
+    return {key: sum(one[key] for one in counted) for key in ("prompt", "completion", "cached", "reasoning", "unknown")}
+
+
 def cost(usage: Mapping[str, int], price: Mapping[str, float] | None) -> float | None:
     """Return the cost of `usage` in the price's currency; None without a price or where tokens are unknown."""
     if price is None or usage.get("unknown"):
@@ -150,6 +156,9 @@ def summarize(records: Sequence[Record],
               wall: float | None = None) -> dict[str, Any]:
     """Return all numbers of a run.
 
+    `usage` and `cost` are of all tries; `usage_before` is the part of tries that the infrastructure spoilt and that
+    were played again.
+
     Args:
         records: its attempts.
         samples: a run's `--samples`.
@@ -159,10 +168,10 @@ def summarize(records: Sequence[Record],
     """
     outcomes = Counter(record["outcome"] for record in records)
     errors = sum(outcomes[name] for name in ERRORS)
-    usage = {
-        key: sum(record["usage"][key] for record in records)
-        for key in ("prompt", "completion", "cached", "reasoning", "unknown")
-    }
+    # Tokens of tries that were played again are in no attempt's own usage, but they were paid for.
+    before = usage_sum(one["usage"] for record in records for one in record["tries_before"] if "usage" in one)
+    own = usage_sum(record["usage"] for record in records)
+    usage = {key: own[key] + before[key] for key in own}
     scored = [record for record in records if record["outcome"] in SCORED]
     categories = sorted({record["category"] for record in records if record["category"]})
     return {
@@ -187,6 +196,7 @@ def summarize(records: Sequence[Record],
         "model_retries": sum(record["model_retries"] for record in records),
         "tries_before": sum(len(record["tries_before"]) for record in records),
         "usage": usage,
+        "usage_before": before,
         "cost": cost(usage, price),
         "seconds": {
             "wall": wall,

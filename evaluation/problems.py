@@ -1,4 +1,8 @@
 """What can go wrong, told apart by who can mend it."""
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from evaluation.model import Usage
 
 
 class Misuse(Exception):
@@ -36,4 +40,12 @@ class ModelFault(Exception):
 
 
 class ContextOverflow(Exception):
-    """The conversation no longer fits into the model's context."""
+    """The conversation no longer fits into the model's context.
+
+    Attributes:
+        usage: tokens of the answer that was too long, where there was one.
+    """
+
+    def __init__(self, message: str, usage: "Usage | None" = None) -> None:
+        super().__init__(message)
+        self.usage = usage

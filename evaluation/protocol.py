@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import aiohttp
 
+from evaluation import surrogates
 from evaluation.model import redacted_url
 from evaluation.problems import EnvironmentFault, Stopped
 from evaluation.rows import Protocol
@@ -162,7 +163,7 @@ class Server:
         if status != 200:
             raise EnvironmentFault(f"{what}: HTTP {status} {short(body.decode(errors='replace'))}", status)
         try:
-            reply = json.loads(body)
+            reply = surrogates.loads(body)
         except ValueError:
             raise EnvironmentFault(f"{what}: the answer is no JSON: {short(body.decode(errors='replace'))}",
                                    200) from None

@@ -1,6 +1,7 @@
 """A run's folder: one JSON line an attempt, the configuration, and the sessions that are open.
 
-    attempts.jsonl   one line an attempt, written and flushed as it ends; each item and sample once
+    attempts.jsonl   one line an attempt, written and flushed as it ends; each item and sample once, but for an
+                     attempt that was played again since the run was last taken up: there the later line stands
     superseded.jsonl attempts that the infrastructure spoilt and that were played again
     run.json         configuration, its hash, row, prompt, versions, and when the run was worked on
     sessions.jsonl   sessions that were opened and closed, so that a run that was killed leaves none behind
@@ -9,17 +10,22 @@
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from evaluation import surrogates
 from evaluation.episodes import ERRORS
 from evaluation.problems import Misuse, Stopped
 
 ATTEMPTS, SUPERSEDED, RUN, SESSIONS = "attempts.jsonl", "superseded.jsonl", "run.json", "sessions.jsonl"
 SUMMARY, REPORT, LOCK = "summary.json", "report.html", ".lock"
 Key = tuple[str, int]
+FIELDS = ("item", "index", "category", "sample", "seed", "outcome", "success", "reward", "scaled", "upstream_reward",
+          "rounds", "invalid_actions", "usage", "seconds", "model_seconds", "env_seconds", "model_retries", "error",
+          "tries_before", "started", "task", "first", "turns")
 
 
 def key_of(record: Mapping[str, Any]) -> Key:
@@ -48,7 +54,7 @@ def whole_lines(data: bytes) -> tuple[list[Any], int]:
     lines = data.splitlines(keepends=True)
     for number, line in enumerate(lines):
         try:
-            value = json.loads(line)
+            value = surrogates.loads(line)
             if not line.endswith(b"\n"):
                 raise ValueError("no end of line")
         except ValueError:
@@ -60,11 +66,18 @@ def whole_lines(data: bytes) -> tuple[list[Any], int]:
     return values, size
 
 
-def read_lines(path: Path, repair: bool = False) -> list[Any]:
-    """Return the values in a file of JSON lines; an absent one has none. `repair` cuts a torn last line off.
+def read_lines(path: Path,
+               repair: bool = False,
+               fields: Sequence[str] = (),
+               remedy: str = "restore the file, or start anew with --fresh") -> list[Any]:
+    """Return the objects in a file of JSON lines; an absent one has none. `repair` cuts a torn last line off.
+
+    Args:
+        fields: what each must have.
+        remedy: for a file that is damaged.
 
     Raises:
-        Misuse: the file is damaged in its middle.
+        Misuse: the file is damaged in its middle, or was written by something else.
     """
     try:
         data = path.read_bytes()
@@ -74,11 +87,29 @@ def read_lines(path: Path, repair: bool = False) -> list[Any]:
         raise Misuse(f"{path} cannot be read: {error.strerror}") from None
     try:
         values, size = whole_lines(data)
+        for number, value in enumerate(values, 1):
+            if not isinstance(value, dict):
+                raise ValueError(f"line {number} is no JSON object")
+            missing = [field for field in fields if field not in value]
+            if missing:
+                raise ValueError(f"line {number} has no {missing[0]}")
     except ValueError as error:
-        raise Misuse(f"{path}: {error}; restore the file, or start anew with --fresh") from None
+        raise Misuse(f"{path}: {error}; {remedy}") from None
     if repair and size < len(data):
         os.truncate(path, size)
     return values
+
+
+def is_run(told: Any) -> bool:
+    """Tell whether a value has the form of run.json."""
+    if not isinstance(told, dict) or not isinstance(told.get("work"), list):
+        return False
+    if not all(isinstance(told.get(key), dict) for key in ("config", "row", "prompt")):
+        return False
+    config = told["config"]
+    return (all(isinstance(config.get(key), str) for key in ("env", "model")) and isinstance(config.get("items"), list)
+            and isinstance(config.get("samples"), int)
+            and all(isinstance(work, dict) and isinstance(work.get("seconds"), int | float) for work in told["work"]))
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -88,21 +119,32 @@ def read_run(folder: Path) -> dict[str, Any]:
         Misuse: there is none, or it is damaged.
     """
     try:
-        return json.loads((folder / RUN).read_text())
+        told = json.loads((folder / RUN).read_text(encoding="utf-8"))
     except OSError:
         raise Misuse(f"no run in {folder}: it has no {RUN}; `python -m evaluation list` shows the runs") from None
     except ValueError:
         raise Misuse(f"{folder / RUN} is no JSON; restore it, or start anew with --fresh") from None
+    if not is_run(told):
+        raise Misuse(f"{folder / RUN} tells of no run; restore it, or start anew with --fresh")
+    return told
+
+
+def latest_of(records: Iterable[dict[str, Any]], config: Mapping[str, Any]) -> dict[Key, dict[str, Any]]:
+    """Return the records of a run by what they are known by, the later of two; others' items are left out."""
+    items = set(config["items"])
+    return {
+        key_of(record): record
+        for record in records if record["item"] in items and record["sample"] < config["samples"]
+    }
 
 
 def read_attempts(folder: Path) -> list[dict[str, Any]]:
     """Return the attempts of a run's folder, without a torn last one; a later line stands for an earlier one.
 
     Raises:
-        Misuse: the file is damaged.
+        Misuse: a file is damaged.
     """
-    records = read_lines(folder / ATTEMPTS)
-    return list({key_of(record): record for record in records}.values())
+    return list(latest_of(read_lines(folder / ATTEMPTS, fields=FIELDS), read_run(folder)["config"]).values())
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
@@ -158,7 +200,8 @@ class RunFolder:
         self.folder = folder
         self.records: dict[Key, dict[str, Any]] = {}
         self.leftover: dict[str, list[int]] = {}
-        self.earlier: dict[Key, list[dict[str, str]]] = {}
+        self.spoilt: dict[Key, dict[str, Any]] = {}  # by the infrastructure, before this stretch of work
+        self.earlier: dict[Key, list[dict[str, Any]]] = {}
 
     def __enter__(self) -> "RunFolder":
         try:
@@ -180,6 +223,10 @@ class RunFolder:
         for name in ("attempts", "sessions"):
             if hasattr(self, name):
                 getattr(self, name).close()
+        if self.spoilt.keys() & self.records.keys():
+            with suppress(OSError, Stopped, Misuse):  # what does not succeed now is done when the run is taken up again
+                lines = read_lines(self.folder / ATTEMPTS, True, FIELDS)
+                self._set_aside(lines, {key_of(record): record for record in lines})
         self._lock.close()
 
     def clear(self) -> None:
@@ -190,7 +237,7 @@ class RunFolder:
     def begin(self, config: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
         """Take up the run, or begin it; return whether there was one.
 
-        Attempts that the infrastructure spoilt are moved away, to be played again; a torn last line is cut off.
+        Attempts that the infrastructure spoilt stay until they have been played again; a torn last line is cut off.
 
         Args:
             config: what must be the same for a run to be resumed.
@@ -198,46 +245,68 @@ class RunFolder:
 
         Raises:
             Misuse: the folder has a run with another configuration; the differences are in the message.
+            Stopped: the folder cannot be written.
         """
         run = self.folder / RUN
         resumed = run.exists()
-        self.leftover = open_sessions(read_lines(self.folder / SESSIONS, repair=True))
         if resumed:
-            told = read_run(self.folder)
-            differing = differences(told.get("config", {}), config)
+            differing = differences(read_run(self.folder)["config"], config)
             if differing:
                 raise Misuse(f"{self.folder} has a run with another configuration ({'; '.join(differing)}); "
                              "choose another --out, or start anew with --fresh")
-            records = read_lines(self.folder / ATTEMPTS, repair=True)
-            self._set_aside(records)
-        else:
-            write_whole(run, json.dumps({"config": config, **facts, "work": []}, indent=1))
-        self.attempts, self.sessions = Lines(self.folder / ATTEMPTS), Lines(self.folder / SESSIONS)
+        self.leftover = open_sessions(
+            read_lines(self.folder / SESSIONS, True, ("server", ), "remove it; sessions may stay open"))
+        lines = read_lines(self.folder / ATTEMPTS, True, FIELDS)
+        # Without run.json nobody knows what the attempts are of.
+        latest = latest_of(lines, config) if resumed else {}
+        try:
+            self._set_aside(lines, latest)
+            if not resumed:
+                write_whole(run, json.dumps({"config": config, **facts, "work": []}, indent=1))
+            self.attempts, self.sessions = Lines(self.folder / ATTEMPTS), Lines(self.folder / SESSIONS)
+        except OSError as error:
+            raise Stopped(f"{run} cannot be written: {error.strerror}; make room and run the same command again") from None
+        self.spoilt = {key: record for key, record in latest.items() if record["outcome"] in ERRORS}
+        self.records = {key: record for key, record in latest.items() if key not in self.spoilt}
+        self.earlier = {
+            key: [*record["tries_before"], {name: record[name]
+                                            for name in ("outcome", "error", "usage")}]
+            for key, record in self.spoilt.items()
+        }
         return resumed
 
-    def _set_aside(self, records: Iterable[dict[str, Any]]) -> None:
-        latest = {key_of(record): record for record in records}
-        spoilt = {key: record for key, record in latest.items() if record["outcome"] in ERRORS}
-        self.records = {key: record for key, record in latest.items() if key not in spoilt}
-        self.earlier = {
-            key: [*record.get("tries_before", []), {
-                "outcome": record["outcome"],
-                "error": record["error"]
-            }]
-            for key, record in spoilt.items()
-        }
-        if spoilt:
-            away = Lines(self.folder / SUPERSEDED)
-            for record in spoilt.values():
-                away.add(record)
-            away.close()
-            write_whole(self.folder / ATTEMPTS,
-                        "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in self.records.values()))
+    def _set_aside(self, lines: Sequence[dict[str, Any]], latest: Mapping[Key, dict[str, Any]]) -> None:
+        """Move those of the attempts that do not stand any more from attempts.jsonl to superseded.jsonl.
+
+        Killed on the way, it has written some there already: the next time it writes the rest.
+        """
+        away = [record for record in lines if latest.get(key_of(record)) is not record]
+        if not away:
+            return
+        path = self.folder / SUPERSEDED
+        there = {(one.get("item"), one.get("sample"), one.get("started")) for one in read_lines(path, repair=True)}
+        superseded = Lines(path)
+        try:
+            for record in away:
+                if (*key_of(record), record["started"]) not in there:
+                    superseded.add(record)
+        finally:
+            superseded.close()
+        write_whole(self.folder / ATTEMPTS,
+                    "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in latest.values()))
 
     def add(self, record: dict[str, Any]) -> None:
         """Keep the record of an attempt that ended."""
         self.attempts.add(record)
         self.records[key_of(record)] = record
+
+    def latest(self) -> list[dict[str, Any]]:
+        """Return the record of each attempt, those included that are still to be played again."""
+        return list({**self.spoilt, **self.records}.values())
+
+    def answered(self) -> bool:
+        """Tell whether the model has ever answered in this run."""
+        return any(record["turns"] for record in self.latest())
 
     def note_work(self, work: Mapping[str, Any]) -> None:
         """Note in run.json one stretch of work on the run."""
@@ -258,5 +327,5 @@ def open_sessions(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[int]]:
         if "open" in line:
             sessions[line["open"]] = None
         else:
-            sessions.pop(line["close"], None)
+            sessions.pop(line.get("close"), None)
     return {server: list(sessions) for server, sessions in found.items() if sessions}

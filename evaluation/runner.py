@@ -149,6 +149,7 @@ async def evaluate(settings: Settings, folder: RunFolder, model: Model, watch: W
     def journal(what: str) -> Callable[[int], None]:
         return lambda session: folder.sessions.add({what: session, "server": server.shown})
 
+    model.answered = model.answered or folder.answered()
     server = Server(settings.server, settings.row.protocol, settings.env_timeout, journal("open"), journal("close"))
     try:
         async with server:

@@ -15,10 +15,15 @@ from evaluation.__main__ import main
 from evaluation.problems import Stopped
 from evaluation.protocol import Server
 from tests.fixtures.servers import FIXTURE_ROWS, ROOT, rows, running
-from tests.fixtures.standins import Answer, completion, counter_player, endpoint, environment
+from tests.fixtures.standins import Answer, completion, counter_player, endpoint, environment, failure
 
 ITEMS = 10
 SAMPLES = 4
+RECORD = {
+    "item": "a", "index": 0, "category": "", "sample": 0, "seed": None, "outcome": "success", "success": True, "reward": 1.0, "scaled": 1.0,
+    "upstream_reward": 1.0, "rounds": 0, "invalid_actions": 0, "usage": {}, "seconds": 0.0, "model_seconds": 0.0, "env_seconds": 0.0,
+    "model_retries": 0, "error": "", "tries_before": [], "started": "", "task": "", "first": "", "turns": []
+}
 
 
 @pytest.fixture(autouse=True)
@@ -194,6 +199,155 @@ def test_only_what_is_missing_or_spoilt_is_played_again(tmp_path):
     record = next(one for one in attempts(tmp_path / "out") if one["item"] == "form-textcraft_2")
     assert [one["outcome"] for one in record["tries_before"]] == ["env_error"] * 3
     assert "broken" in (tmp_path / "out" / "superseded.jsonl").read_text()
+
+
+def test_a_resume_that_does_not_start_loses_nothing(tmp_path):
+    broken = [True]
+
+    def fault(path, number, body):
+        return Answer({"error": "broken"}) if broken and path == "/reset" and body["data_idx"] == 1 else None
+
+    with environment(fault) as env, endpoint(counter_player) as model:
+        argv = words(tmp_path / "out", env.url, model.base_url, "--items", "0-3", "--tries", "1")
+        assert main(argv) == 1
+        before = (tmp_path / "out" / "attempts.jsonl").read_bytes()
+        assert main([*argv, "--server", "http://127.0.0.1:9", "--env-wait", "0.1"]) == 2
+        assert (tmp_path / "out" / "attempts.jsonl").read_bytes() == before
+        broken.clear()
+        assert main(argv) == 0
+    record = next(one for one in attempts(tmp_path / "out") if one["item"] == "form-textcraft_1")
+    assert [one["outcome"] for one in record["tries_before"]] == ["env_error"]
+    assert len(by_key(tmp_path / "out")) == 4
+    assert [one["outcome"] for one in records.read_lines(tmp_path / "out" / "superseded.jsonl")] == ["env_error"]
+
+
+def test_a_kill_between_a_new_record_and_the_end_of_the_run_doubles_nothing(tmp_path):
+    old = {**RECORD, "outcome": "env_error", "error": "broken", "started": "1"}
+    new = {**RECORD, "started": "2"}
+    config = {"env": "x", "model": "m", "samples": 1, "items": ["a"]}
+    with records.RunFolder(tmp_path) as folder:
+        folder.begin(config, {"row": {}, "prompt": {}})
+    for name, lines in ((records.ATTEMPTS, [old, new]), (records.SUPERSEDED, [old])):
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with records.RunFolder(tmp_path) as folder:
+        folder.begin(config, {"row": {}, "prompt": {}})
+        assert list(folder.records.values()) == [new] and folder.earlier == {}
+    assert records.read_lines(tmp_path / records.ATTEMPTS) == [new]
+    assert records.read_lines(tmp_path / records.SUPERSEDED) == [old]
+
+
+def test_an_item_that_the_endpoint_always_refuses_is_an_error_however_often_it_is_tried(tmp_path):
+    def say(messages, body):
+        return failure(400, "content policy") if messages[2]["content"] == "count 3" else counter_player(messages, body)
+
+    with environment() as env, endpoint(say) as model:
+        for _ in range(3):
+            assert main(words(tmp_path / "out", env.url, model.base_url, "--items", "0-3", "--concurrency", "1", "--max-error-rate", "0.5")) == 0
+            assert by_key(tmp_path / "out")[("form-textcraft_3", 0)]["outcome"] == "model_error"
+
+
+def test_tokens_of_every_try_are_in_the_total(tmp_path):
+    broken = [True]
+
+    def fault(path, number, body):  # the third step of the first try, and then the endpoint
+        return Answer({"error": "broken"}) if path == "/step" and number == 2 else None
+
+    def say(messages, body):
+        return failure(503, "down") if broken and len(model.requests) > 5 else counter_player(messages, body)
+
+    def summary() -> dict:
+        return json.loads((tmp_path / "out" / "summary.json").read_text())
+
+    with environment(fault) as env, endpoint(say) as model:
+        argv = words(tmp_path / "out", env.url, model.base_url, "--items", "0", "--model-tries", "1")
+        assert main(argv) == 1
+        assert (summary()["usage"]["prompt"], summary()["usage"]["completion"]) == (50, 10)
+        broken.clear()
+        assert main(argv) == 0
+    assert (summary()["usage"]["prompt"], summary()["usage"]["completion"]) == (80, 16)
+    assert (summary()["usage_before"]["prompt"], summary()["usage_before"]["completion"]) == (50, 10)
+    record, = attempts(tmp_path / "out")
+    assert record["usage"]["prompt"] == 30 and [one["usage"]["prompt"] for one in record["tries_before"]] == [30, 20]
+
+
+def test_records_of_items_that_the_run_does_not_have_count_nothing(tmp_path, capsys):
+    with environment() as env, endpoint(counter_player) as model:
+        assert main(words(tmp_path / "out", env.url, model.base_url, "--items", "0-4")) == 0
+        (tmp_path / "out" / "run.json").unlink()
+        assert main(words(tmp_path / "out", env.url, model.base_url, "--items", "4-5")) == 0
+    assert sorted(one["item"] for one in attempts(tmp_path / "out")) == ["form-textcraft_4", "form-textcraft_5"]
+    with (tmp_path / "out" / "attempts.jsonl").open("a") as file:  # as an older version left them
+        file.write(json.dumps({**attempts(tmp_path / "out")[0], "item": "form-textcraft_9"}) + "\n")
+    assert main(["rescore", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["attempts"] == 2
+
+
+def test_a_run_that_was_stopped_tells_of_what_was_not_played_again(tmp_path):
+    def fault(path, number, body):
+        return Answer({"error": "broken"}) if path == "/reset" and body["data_idx"] in (1, 2) else None
+
+    with environment(fault) as env, endpoint(counter_player) as model:
+        argv = words(tmp_path / "out", env.url, model.base_url, "--items", "0-3", "--tries", "1")
+        assert main(argv) == 1
+        env.fault = lambda path, number, body: Answer(delay=20) if path == "/reset" else None
+        before = env.seen["/reset"]
+        run = process(*argv)
+        while env.seen["/reset"] == before:
+            time.sleep(0.02)
+        run.send_signal(signal.SIGINT)
+        assert run.wait(20) == 130
+    found = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (found["attempts"], found["errors"]) == (4, 2)
+
+
+@pytest.mark.parametrize("line,told", [("{}", "line 2 has no item"), ("5", "line 2 is no JSON object"), ('{"item": "a"}', "line 2 has no index"),
+                                       ("null", "line 2 is no JSON object")])
+def test_a_line_that_is_no_attempt_is_told_and_no_traceback(line, told, tmp_path, capsys):
+    with environment() as env, endpoint(counter_player) as model:
+        argv = words(tmp_path / "out", env.url, model.base_url, "--items", "0")
+        assert main(argv) == 0
+        with (tmp_path / "out" / "attempts.jsonl").open("a") as file:
+            file.write(line + "\n")
+        for command in (argv, ["rescore", str(tmp_path / "out")]):
+            capsys.readouterr()
+            assert main(command) == 2
+            error = capsys.readouterr().err
+            assert told in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"config": 5}', "5", '{"config": {"env": "x"}, "work": []}', "\xff",
+                                  '{"config": {"env": "x", "model": "m", "items": [], "samples": 1}, "work": []}'])
+def test_a_run_file_of_another_form_is_told_and_no_traceback(text, tmp_path, capsys):
+    with environment() as env, endpoint(counter_player) as model:
+        argv = words(tmp_path / "out", env.url, model.base_url, "--items", "0")
+        assert main(argv) == 0
+        (tmp_path / "out" / "run.json").write_bytes(text.encode("latin-1"))
+        for command in (argv, ["rescore", str(tmp_path / "out")], ["conversations", str(tmp_path / "out"), "--out", str(tmp_path / "talks")]):
+            capsys.readouterr()
+            assert main(command) == 2
+            error = capsys.readouterr().err
+            assert "run.json" in error and "--fresh" in error and error.count("\n") == 1
+        assert main([*argv, "--fresh"]) == 0
+
+
+def test_a_disk_that_is_full_from_the_start_is_one_line(tmp_path):
+    import resource
+
+    def small_files() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+
+    with environment() as env, endpoint(counter_player) as model:
+        run = process(*words(tmp_path / "out", env.url, model.base_url, "--items", "0"), preexec_fn=small_files)
+        said = run.communicate(timeout=60)[0]
+        assert run.returncode == 1 and "run.json cannot be written" in said and "Traceback" not in said, said
+        assert main(words(tmp_path / "out", env.url, model.base_url, "--items", "0")) == 0
+
+
+def test_the_fields_that_a_record_must_have_are_those_that_it_has(tmp_path):
+    with environment() as env, endpoint(counter_player) as model:
+        assert main(words(tmp_path / "out", env.url, model.base_url, "--items", "0")) == 0
+    assert set(records.FIELDS) == set(attempts(tmp_path / "out")[0]) == set(RECORD)
 
 
 @pytest.mark.parametrize("flags,told", [(("--temperature", "0.5"), "sampling.temperature: was 1.0, is 0.5"),

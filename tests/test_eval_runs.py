@@ -185,6 +185,55 @@ def test_a_late_win_that_does_not_end_the_episode_counts_once(words, upstream, t
     assert record["upstream_reward"] == pytest.approx(upstream)
 
 
+@pytest.mark.parametrize("flags", [(), ("--token-limit", "24")], ids=["the context is full", "the tokens are used up"])
+def test_an_item_that_was_won_is_a_success_however_it_ended(flags, tmp_path):
+    def say(messages, body):
+        if len(messages) > 6 and not flags:
+            return failure(400, "maximum context length", "context_length_exceeded")
+        return ["late", "add", "add", "add"][len(messages) // 2 - 1]
+
+    row = rows()["form-babyai"]
+    with running(row, tmp_path) as client, endpoint(say) as model:
+        assert run(tmp_path / "out", client.base, model.base_url, "--items", "3", "--max-round", "4", *flags, env=row.name) == 0
+    record, = attempts(tmp_path / "out")
+    assert (record["outcome"], record["success"], record["reward"], record["rounds"]) == ("success", True, 0.3, 2)
+
+
+def test_the_answer_that_overflowed_is_paid_for_too(tmp_path):
+    with environment() as env, endpoint(lambda messages, body: completion("add", 95, 6)) as model:
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0", "--context-length", "100") == 0
+    record, = attempts(tmp_path / "out")
+    assert record["outcome"] == "context_overflow" and (record["usage"]["prompt"], record["usage"]["completion"]) == (95, 6)
+
+
+def test_half_a_character_is_replaced_wherever_it_comes_from(tmp_path, capsys):
+    half = "\ud83d"
+
+    def fault(path, number, body):
+        if path == "/reset":
+            return Answer({"error": half}) if number == 0 else Answer({"observation": f"count 2 {half}"})
+        return Answer({"observation": f"count 2 {half}", "reward": 1.0, "done": True}) if path == "/step" else None
+
+    def say(messages, body):
+        return failure(503, half) if len(model.requests) == 1 else completion(f"win {half}", reasoning_content=half)
+
+    with environment(fault) as env, endpoint(say) as model:
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0") == 0
+        record, = attempts(tmp_path / "out")
+        # A record of an older version, which has it still.
+        (tmp_path / "old").mkdir()
+        (tmp_path / "old" / "run.json").write_bytes((tmp_path / "out" / "run.json").read_bytes())
+        (tmp_path / "old" / "attempts.jsonl").write_text(json.dumps({**record, "first": half, "outcome": "env_error", "started": half}) + "\n")
+        assert main(["report", str(tmp_path / "old")]) == 0
+        assert run(tmp_path / "old", env.url, model.base_url, "--items", "0") == 0
+    turn, = record["turns"]
+    assert (record["first"], turn["completion"], turn["reasoning"]) == ("count 2 \ufffd", "win \ufffd", "\ufffd")
+    assert turn["observation"] == "count 2 \ufffd" and record["tries_before"][0]["error"].endswith("\ufffd")
+    for name in ("out", "old"):
+        assert attempts(tmp_path / name)[0]["outcome"] == "success"
+        assert main(["conversations", str(tmp_path / name), "--out", str(tmp_path / "talks")]) == 0
+
+
 # Faults of the environment.
 
 
