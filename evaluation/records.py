@@ -326,6 +326,6 @@ def open_sessions(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[int]]:
         sessions = found.setdefault(line["server"], {})
         if "open" in line:
             sessions[line["open"]] = None
-        else:
-            sessions.pop(line.get("close"), None)
+        elif "close" in line:
+            sessions.pop(line["close"], None)
     return {server: list(sessions) for server, sessions in found.items() if sessions}
