@@ -3,6 +3,7 @@ import argparse
 import asyncio
 import json
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -115,6 +116,7 @@ def parser() -> argparse.ArgumentParser:
     add("--environments", default="", help="file with the rows (default: $ENVIRONMENTS, then environments.toml)")
     add("--root", default=".", help="folder with AgentEval, AgentItemId and saves (default: .)")
     add("--quiet", action="store_true", help="one line with the numbers, and faults")
+    add("--check", action="store_true", help="play nothing, and only say what is wrong with these words")
     _numbers_flags(run)
 
     rescore = commands.add_parser("rescore", help="compute the numbers of runs again, from their records")
@@ -176,6 +178,8 @@ def run_command(options: argparse.Namespace) -> int:
     if options.resume and not (settings.out / RUN).exists():
         raise Misuse(f"--resume: no run in {settings.out}; leave --resume out, or name the run's folder with --out")
     model = settings.make_model()
+    if options.check:
+        return 0
     console = show.console()
 
     def say(line: str) -> None:
@@ -414,4 +418,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # SIGTERM, from a cluster's scheduler or `docker stop`, is answered like Ctrl-C: sessions are closed, numbers written.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda signum, frame: signal.raise_signal(signal.SIGINT))
     sys.exit(main())

@@ -41,7 +41,7 @@ def up(c: Context,
        runner: str = "auto",
        i_understand: bool = False) -> None:
     """Start an environment server and wait until ready."""
-    from tasks.lib import env_runs
+    from tasks.lib import env_runs, env_users
     from tasks.lib.env_plan import Options
     from tasks.lib.settings import resolve
     row = env_runs.find_row("env.up", env)
@@ -51,6 +51,7 @@ def up(c: Context,
     chosen = env_runs.choose_runner("env.up", runner)
     others = {} if c.config.run.dry else env_runs.running()
     if row.name in others:
+        env_users.keep(row.name)  # also where an evaluation started it
         print(
             f"{row.name} is up already: {others[row.name][0].url} (`invoke env.restart --env {row.name}` starts anew)")
         return

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from invoke.context import Context
 from invoke.exceptions import Exit
 
-from tasks.lib import docker, env_docker, env_local
+from tasks.lib import docker, env_docker, env_local, env_users
 from tasks.lib.env_plan import Options, choose_port, refusal, service_name
 from tasks.lib.environments import Environment, environment, environments
 from tasks.lib.settings import ROOT, read_dotenv, resolve
@@ -246,6 +246,7 @@ def recall(row: Environment) -> tuple[Options, str] | None:
 
 def stop(c: Context, name: str) -> bool:
     """Stop the environment's server, whichever runner it has; False where none was up."""
+    env_users.keep(name)
     local = env_local.down(name)
     try:
         return env_docker.down(c, name) or local
