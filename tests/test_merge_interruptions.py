@@ -349,3 +349,21 @@ def test_no_write_permission_is_refused(what: str, bound: Callable[[Path, int], 
                       preexec_fn=obey_permissions)
     assert str(tmp_path / "saves") in run.refusal and "Permission denied" in run.err
     assert listing(tmp_path / "saves") == {}
+
+
+def test_a_read_only_file_in_the_checkpoint_s_folder_is_no_hindrance(bound: Callable[[Path, int], None],
+                                                                     spoil: Callable[..., Sample],
+                                                                     tmp_path: Path) -> None:
+    sample = spoil("FSDP1, 4 ranks")
+    (sample.huggingface / "code").mkdir()
+    (sample.huggingface / "code/a.py").touch()
+    bound(sample.huggingface / "code/a.py", 0o444)
+    for _ in range(2):
+        run = run_program("--local-dir",
+                          sample.actor,
+                          "--save-dir",
+                          tmp_path / "out",
+                          "--force",
+                          program=unchecked(),
+                          preexec_fn=obey_permissions)
+        assert run.code == 0, run.err

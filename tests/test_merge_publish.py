@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from merger import MergeError, publish
-from merging import listing
+from merging import listing, untouched
 
 
 @pytest.mark.parametrize("name", [
@@ -122,24 +122,67 @@ def test_a_target_that_holds_the_checkpoint_is_refused(tmp_path: Path) -> None:
 
 def test_companions_are_copied_and_weights_are_not(tmp_path: Path) -> None:
     source = folder(tmp_path / "source", **{"config.json": "{}", "model.safetensors": "w", "merge.json": "{}",
-                                             ".hidden": "", "tokenizer.json": "t"})  # yapf: disable
+                                             "adapter_config.json": "{}", ".hidden": "", "tokenizer.json": "t"})  # yapf: disable
     folder(source / "code", **{"a.py": "a"})
     folder(source / "code/__pycache__", **{"a.pyc": "a"})
+    (source / "code").chmod(0o550)
     (source / "link.txt").symlink_to(source / "tokenizer.json")
     os.chmod(source / "tokenizer.json", 0o640)
     staging = folder(tmp_path / "staging")
-    publish.copy_companions(source, staging)
+    publish.copy_companions(source, staging, tmp_path / "out")
     assert listing(staging) == {"config.json": b"{}", "tokenizer.json": b"t", "link.txt": b"t", "code": None,
                                 "code/a.py": b"a"}  # yapf: disable
     assert not (staging / "link.txt").is_symlink()
     assert stat.S_IMODE((staging / "tokenizer.json").stat().st_mode) == 0o640
+    assert stat.S_IMODE((staging / "code").stat().st_mode) == 0o550
+
+
+def test_from_beside_the_ranks_files_only_plain_files_are_copied(tmp_path: Path) -> None:
+    actor = folder(tmp_path / "actor", **{
+        "model_world_size_1_rank_0.pt": "", "optim_world_size_1_rank_0.pt": "", "extra_state_world_size_1_rank_0.pt": "",
+        "config.json": "{}", "tokenizer.json": "t"})  # yapf: disable
+    folder(actor / "huggingface", **{"vocab.json": "{}"})
+    staging = folder(tmp_path / "staging")
+    publish.copy_companions(actor, staging, actor / "huggingface")
+    assert listing(staging) == {"config.json": b"{}", "tokenizer.json": b"t"}
+
+
+@pytest.mark.parametrize("target", ["bf16", "merged/bf16"])
+def test_a_target_inside_the_companions_is_not_copied_into_itself(target: str, tmp_path: Path) -> None:
+    source = folder(tmp_path / "huggingface", **{"config.json": "{}"})
+    folder(source / target, **{"model.safetensors": "w"})
+    folder(source / "code", **{"a.py": "a"})
+    (source / "again").symlink_to(source / target)
+    staging = folder(tmp_path / "staging")
+    publish.copy_companions(source, staging, source / target)
+    assert listing(staging) == {"config.json": b"{}", "code": None, "code/a.py": b"a"}
+
+
+def test_a_target_that_is_the_companions_folder_needs_no_copy(tmp_path: Path) -> None:
+    source = folder(tmp_path / "huggingface", **{"config.json": "{}"})
+    (tmp_path / "link").symlink_to(source)
+    assert list(publish.companions(source, tmp_path / "link")) == []
 
 
 def test_what_lies_in_the_target_is_kept_and_never_written_through(tmp_path: Path) -> None:
     target = folder(tmp_path / "out", **{"config.json": "old", "notes.md": "mine", "model.safetensors": "w"})
-    folder(target / "runs", log="events")
+    (target / "adapter_config.json").write_text("of an adapter that goes")
+    folder(target / "runs", log="events").chmod(0o550)
     staging = folder(tmp_path / "staging")
     publish.keep_companions(target, staging)
     assert listing(staging) == {"config.json": b"old", "notes.md": b"mine", "runs": None, "runs/log": b"events"}
     publish.write_file(staging / "config.json", b"new")
     assert (target / "config.json").read_text() == "old" and (staging / "config.json").read_text() == "new"
+
+
+def test_what_is_in_the_staging_already_is_not_taken_from_the_target(tmp_path: Path) -> None:
+    elsewhere = folder(tmp_path / "elsewhere", a="theirs")
+    target, staging = folder(tmp_path / "out", x="old"), folder(tmp_path / "staging", x="new")
+    folder(target / "code", a="old", b="old")
+    folder(staging / "code", a="new")
+    folder(staging / "tools", a="new")
+    (target / "tools").symlink_to(elsewhere)
+    with untouched(target, elsewhere):
+        publish.keep_companions(target, staging)
+    assert listing(staging) == {"x": b"new", "code": None, "code/a": b"new", "code/b": b"old", "tools": None,
+                                "tools/a": b"new"}  # yapf: disable

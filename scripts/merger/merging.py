@@ -48,9 +48,8 @@ def carry_out(job: Job, options: Options, began: float) -> dict[str, Any]:
     threads = options.threads or THREADS
     converter = HostConverter if job.device == "cpu" else partial(TorchConverter, device=job.device)
     with publish.Staging(job.target) as staging:
+        publish.copy_companions(job.config_dir, staging.folder, job.target)
         publish.keep_companions(job.target, staging.folder)
-        if job.config_dir != job.target:
-            publish.copy_companions(job.config_dir, staging.folder)
         with show.progress("merging", job.nbytes, options.quiet) as step:
             tally = write_files(job.checkpoint, job.files, staging.folder, threads, step, converter)
         _check_finite(options, tally)

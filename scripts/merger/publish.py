@@ -10,10 +10,11 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from merger import MergeError
+from merger.discover import RANK_FILE
 
 try:
     import fcntl
@@ -37,6 +38,11 @@ def is_weight(name: str) -> bool:
     [True, True, False, False]
     """
     return WEIGHT.fullmatch(name) is not None
+
+
+def is_replaced(name: str) -> bool:
+    """Tell whether a merge replaces or removes a file of its target: weights, and what says how to load those."""
+    return is_weight(name) or name in (RECORD_NAME, "adapter_config.json")
 
 
 def weights_in(folder: Path) -> list[str]:
@@ -196,43 +202,92 @@ def _sync_directory(folder: Path) -> None:
 
 
 def keep_companions(target: Path, staging: Path) -> None:
-    """Take over everything but weights from `target` into `staging`, as hard links: subfolders may be large."""
-    if not target.is_dir():
+    """Take over from `target` what `staging` lacks, but for weights, as hard links: subfolders may be large."""
+    if target.is_dir():
+        for path, place in _missing_companions(target, staging):
+            _link(path, place)
+
+
+def _missing_companions(old: Path, new: Path) -> Iterator[tuple[Path, Path]]:
+    for path in sorted(old.iterdir()):
+        if not is_replaced(path.name):
+            yield from _missing(path, new / path.name)
+
+
+def _missing(old: Path, new: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield `old` and its place `new` where nothing is there; a folder that is in both places is looked into."""
+    if not os.path.lexists(new):
+        yield old, new
+    elif _is_folder(old) and _is_folder(new):
+        for path in sorted(old.iterdir()):
+            yield from _missing(path, new / path.name)
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _link(source: Path, place: Path) -> None:
+    """Make `place` a hard link to `source`; of a folder, a folder with links to its files."""
+    if _is_folder(source):
+        place.mkdir()
+        for path in source.iterdir():
+            _link(path, place / path.name)
+        shutil.copystat(source, place)
         return
-    for path in sorted(target.iterdir()):
-        if is_weight(path.name) or path.name == RECORD_NAME:
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.copytree(path, staging / path.name, symlinks=True, copy_function=_link)
-        else:
-            _link(path, staging / path.name)
+    try:
+        os.link(source, place, follow_symlinks=False)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, place, follow_symlinks=False)
 
 
-def copy_companions(source: Path, staging: Path) -> None:
-    """Copy config, tokenizer, processor and custom code from `source` to `staging`, byte for byte.
+def companions(source: Path, target: Path) -> Iterator[Path]:
+    """Yield the files and folders of `source` that a model takes along: config, tokenizer, processor and custom code.
 
-    Links are followed (hub snapshots are made of them); file modes stay.
+    From beside the ranks' files only other files are taken, and no `.pt`. The target, whose files are kept anyway, and
+    folders that hold it are left out.
     """
-    if not source.is_dir():
+    if not source.is_dir() or os.path.realpath(source) == os.path.realpath(target):
         return
-    for path in sorted(source.iterdir()):
-        if path.name == RECORD_NAME or is_weight(path.name) or path.name.startswith("."):
-            continue
+    found = [path for path in sorted(source.iterdir()) if not path.name.startswith(".") and not is_replaced(path.name)]
+    if any(RANK_FILE.fullmatch(path.name) for path in found):
+        found = [path for path in found if not path.is_dir() and path.suffix != ".pt"]
+    for path in found:
+        yield from _tree(path, target)
+
+
+def _tree(path: Path, target: Path) -> Iterator[Path]:
+    """Yield `path` and all below it, folders first."""
+    if not path.is_dir():
+        yield path
+    elif path.name != "__pycache__" and not _holds(path, target):
+        yield path
+        for below in sorted(path.iterdir()):
+            yield from _tree(below, target)
+
+
+def _holds(folder: Path, path: Path) -> bool:
+    """Tell whether `path` is `folder` or lies in it, links followed."""
+    inner, outer = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    return inner == outer or outer in inner.parents
+
+
+def copy_companions(source: Path, staging: Path, target: Path) -> None:
+    """Copy the companions of a model that goes to `target` from `source` to `staging`, an empty folder, byte for byte.
+
+    Links are followed (hub snapshots are made of them); modes stay.
+    """
+    pairs = [(path, staging / path.relative_to(source)) for path in companions(source, target)]
+    for path, place in pairs:
         if path.is_dir():
-            shutil.copytree(path, staging / path.name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+            place.mkdir()
         else:
-            write_file(staging / path.name, path.read_bytes())
-            shutil.copystat(path, staging / path.name)
+            shutil.copyfile(path, place)
+    for path, place in reversed(pairs):  # a folder's mode may forbid to write in it
+        shutil.copystat(path, place)
 
 
 def write_file(path: Path, data: bytes) -> None:
     """Write `data` to a new file at `path`; a hard link there is replaced, never written through."""
     path.unlink(missing_ok=True)
     path.write_bytes(data)
-
-
-def _link(source: str | Path, target: str | Path) -> None:
-    try:
-        os.link(source, target, follow_symlinks=False)
-    except OSError:  # a file system without hard links
-        shutil.copy2(source, target, follow_symlinks=False)
