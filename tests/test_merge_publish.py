@@ -1,9 +1,11 @@
 """Putting a finished folder in place: which files are weights, the exchange, and what stays beside them."""
 import os
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
+from fsdp_samples import skip_or_fail
 from merger import MergeError, publish
 from merging import listing, untouched
 
@@ -118,6 +120,51 @@ def test_a_target_that_holds_the_checkpoint_is_refused(tmp_path: Path) -> None:
             publish.check_target(target, [actor])
     publish.check_target(actor / "huggingface", [actor])
     publish.check_target(tmp_path / "step/actor2", [actor])
+
+
+@pytest.mark.parametrize("below", ["out", "out/deep/er disk"])
+def test_a_target_with_a_mount_point_is_refused(below: str, tmp_path: Path) -> None:
+    out, point = tmp_path / "out", tmp_path / below
+    point.mkdir(parents=True)
+    folder(tmp_path / "elsewhere", x="")
+    bind = subprocess.run(["mount", "--bind", tmp_path / "elsewhere", point], capture_output=True, text=True)
+    if bind.returncode:
+        skip_or_fail(f"nothing can be mounted here (it takes root): {bind.stderr.strip()}")
+    try:
+        (tmp_path / "link").symlink_to(out)
+        for target in (out, tmp_path / "link"):
+            with pytest.raises(MergeError, match=f"{target} (is a mount|has the mount point {point} in it)"):
+                publish.check_replaceable(target)
+        publish.check_replaceable(tmp_path / "out2")
+    finally:
+        subprocess.run(["umount", point], check=True)
+    publish.check_replaceable(out)
+
+
+def test_mount_points_are_found_without_a_table_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder(tmp_path / "out/a/disk")
+
+    def no_table(_: Path) -> bytes:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_bytes", no_table)
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "disk")
+    with pytest.raises(MergeError, match="out/a/disk"):
+        publish.check_replaceable(tmp_path / "out")
+
+
+def test_a_target_that_holds_the_current_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = folder(tmp_path / "out/deep")
+    folder(tmp_path / "gone")
+    monkeypatch.chdir(here)
+    for target in (Path("."), here, Path(".."), tmp_path / "out"):
+        with pytest.raises(MergeError, match="holds the current folder"):
+            publish.check_replaceable(target)
+    for target in (Path("below"), tmp_path / "out2", here / "below"):
+        publish.check_replaceable(target)
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    publish.check_replaceable(tmp_path / "out")
 
 
 def test_companions_are_copied_and_weights_are_not(tmp_path: Path) -> None:

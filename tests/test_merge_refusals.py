@@ -506,6 +506,23 @@ def test_the_same_rank_in_two_folders_is_refused(spoil: Callable[..., Sample], t
     assert "rank 1 is there twice" in refusal
 
 
+@pytest.mark.parametrize("mode", [[], ["--dry-run"]], ids=["a merge", "a plan"])
+def test_the_current_folder_is_refused_as_a_target(mode: list[str], spoil: Callable[..., Sample],
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = spoil()
+    monkeypatch.chdir(sample.huggingface)
+    with untouched(sample.actor):
+        assert "holds the current folder" in merge("--local-dir", "..", "--save-dir", ".", *mode).refusal
+
+
+def test_from_within_a_merged_folder_it_can_be_verified(spoil: Callable[..., Sample],
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = spoil()
+    merge("--local-dir", sample.actor, "--json").record()
+    monkeypatch.chdir(sample.huggingface)
+    assert merge("--local-dir", sample.actor, "--save-dir", ".", "--verify-only", "--json").record()["verified"]
+
+
 def test_a_mount_point_is_refused_as_a_target(samples: dict[str, Sample]) -> None:
     if not os.path.ismount("/proc"):
         pytest.skip("no /proc here")

@@ -30,6 +30,7 @@ def merge(options: Options) -> dict[str, Any]:
     # An upload that broke off left a finished merge behind.
     record = same_merge(options, files, target) if api is not None and not options.force else None
     if record is None:
+        publish.check_replaceable(target)
         job = prepare(options)
         for note in job.notes:
             if not options.quiet:
@@ -116,6 +117,7 @@ def verify_only(options: Options) -> dict[str, Any]:
 def plan_only(options: Options) -> dict[str, Any]:
     """Return what `merge` would do: files, sizes, memory and space."""
     began = time.monotonic()
+    publish.check_replaceable(target_folder(options, find_checkpoint(options.local_dirs)))
     job = prepare(options)
     return {
         "folder": str(job.target),

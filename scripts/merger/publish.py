@@ -11,6 +11,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from merger import MergeError
@@ -120,19 +121,15 @@ def _remove_leftovers(target: Path) -> None:
 
 
 def check_target(target: Path, sources: Sequence[Path]) -> None:
-    """Refuse a target that could not be replaced in one step, or that holds the checkpoint itself.
+    """Refuse a target that is no folder, or that holds the checkpoint itself.
 
     Raises:
         MergeError: naming it.
     """
     if target.exists() and not target.is_dir():
         raise MergeError(f"--save-dir {target} is a file; name a folder")
-    real = Path(os.path.realpath(target))
-    if os.path.ismount(real):
-        raise MergeError(f"--save-dir {target} is a mount point, which cannot be replaced in one step; "
-                         "name a folder inside it")
     for source in sources:
-        if real == (folder := Path(os.path.realpath(source))) or real in folder.parents:
+        if _holds(target, source):
             raise MergeError(
                 f"--save-dir {target} holds the checkpoint itself; name a folder for the merged model, such "
                 f"as {source / 'huggingface'}")
@@ -149,6 +146,39 @@ def _try_lock(fd: int) -> bool:
     except OSError:  # a file system without locks
         return True
     return True
+
+
+def check_replaceable(target: Path) -> None:
+    """Refuse a target that another folder cannot take the place of.
+
+    Raises:
+        MergeError: it is a mount point or has one in it, or this process runs in it.
+    """
+    real = Path(os.path.realpath(target))
+    for point in _mounts(real):
+        if point == real:
+            raise MergeError(f"--save-dir {target} is a mount point, which cannot be replaced in one step; "
+                             "name a folder inside it")
+        raise MergeError(f"--save-dir {target} has the mount point {point} in it, which cannot move to another folder; "
+                         "unmount it or choose another --save-dir")
+    with suppress(FileNotFoundError):  # the current folder is gone already
+        if _holds(target, Path.cwd()):
+            raise MergeError(f"--save-dir {target} holds the current folder, which would be replaced by another; "
+                             "change to a folder outside it first")
+
+
+def _mounts(folder: Path) -> list[Path]:
+    """Return the mount points at and below `folder`, in order."""
+    try:
+        table = Path("/proc/self/mountinfo").read_bytes()  # knows bind mounts too; see proc_pid_mountinfo(5)
+    except OSError:  # macOS
+        found = [folder, *(Path(parent, name) for parent, names, _ in os.walk(folder) for name in names)]
+        return sorted(path for path in found if os.path.ismount(path))
+    names = [line.split()[4] for line in table.splitlines()]
+    points = [
+        Path(os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda code: bytes([int(code[1], 8)]), name))) for name in names
+    ]
+    return sorted(point for point in points if point == folder or folder in point.parents)
 
 
 def exchange(a: Path, b: Path) -> None:
