@@ -1,4 +1,5 @@
 """Putting a finished folder in place: which files are weights, the exchange, and what stays beside them."""
+import errno
 import os
 import stat
 import subprocess
@@ -33,21 +34,26 @@ def folder(path: Path, **files: str) -> Path:
     return path
 
 
-def test_two_folders_change_places(tmp_path: Path) -> None:
-    a, b = folder(tmp_path / "a", x="1", only_a=""), folder(tmp_path / "b", x="2")
-    publish.exchange(a, b)
-    assert listing(a) == {"x": b"2"} and listing(b) == {"x": b"1", "only_a": b""}
-
-
-def test_they_do_where_the_system_has_no_such_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    a, b = folder(tmp_path / "a", x="1"), folder(tmp_path / "b", x="2")
+@pytest.fixture
+def no_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system, or the file system, cannot exchange two folders."""
 
     def no_library(*_: object, **__: object) -> None:
         raise OSError("no C library")
 
     monkeypatch.setattr(publish.ctypes, "CDLL", no_library)
-    publish.exchange(a, b)
-    assert listing(tmp_path) == {"a": None, "a/x": b"2", "b": None, "b/x": b"1"}
+
+
+def test_two_folders_change_places(tmp_path: Path) -> None:
+    a, b = folder(tmp_path / "a", x="1", only_a=""), folder(tmp_path / "b", x="2")
+    assert publish.exchange(a, b)
+    assert listing(a) == {"x": b"2"} and listing(b) == {"x": b"1", "only_a": b""}
+
+
+def test_a_system_that_cannot_exchange_says_so(tmp_path: Path, no_exchange: None) -> None:
+    a, b = folder(tmp_path / "a", x="1"), folder(tmp_path / "b", x="2")
+    assert not publish.exchange(a, b)
+    assert listing(tmp_path) == {"a": None, "a/x": b"1", "b": None, "b/x": b"2"}
 
 
 def test_an_exchange_that_fails_changes_nothing(tmp_path: Path) -> None:
@@ -55,6 +61,30 @@ def test_an_exchange_that_fails_changes_nothing(tmp_path: Path) -> None:
     with pytest.raises(OSError):
         publish.exchange(a, tmp_path / "nowhere")
     assert listing(tmp_path) == {"a": None, "a/x": b"1"}
+
+
+@pytest.mark.parametrize("way", ["in one step", "in two renames"])
+def test_a_folder_takes_the_place_of_another(way: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if way == "in two renames":
+        request.getfixturevalue("no_exchange")
+    publish.replace(folder(tmp_path / "new", x="new"), folder(tmp_path / "out", x="old"), tmp_path / "aside")
+    assert listing(tmp_path) == {"out": None, "out/x": b"new", "aside": None, "aside/x": b"old"}
+
+
+@pytest.mark.parametrize("fault", [OSError(5, "Input/output error"), KeyboardInterrupt()], ids=["a fault", "Ctrl-C"])
+def test_the_first_of_two_renames_is_undone_where_the_second_fails(fault: BaseException, tmp_path: Path,
+                                                                   no_exchange: None,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    new, out, rename = folder(tmp_path / "new", x="new"), folder(tmp_path / "out", x="old"), os.rename
+
+    def fail(source: Path, place: Path) -> None:
+        if source == new:
+            raise fault
+        rename(source, place)
+
+    monkeypatch.setattr(os, "rename", fail)
+    with untouched(tmp_path), pytest.raises(type(fault)):
+        publish.replace(new, out, tmp_path / "aside")
 
 
 def test_a_staged_folder_becomes_the_target(tmp_path: Path) -> None:
@@ -65,8 +95,17 @@ def test_a_staged_folder_becomes_the_target(tmp_path: Path) -> None:
     assert listing(tmp_path / "deep/er") == {"out": None, "out/x": b"new"}
 
 
+def test_folders_made_for_a_target_that_is_never_published_go_again(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    with pytest.raises(ValueError), publish.Staging(tmp_path / "deep/er/still/out"):
+        raise ValueError
+    with pytest.raises(MergeError, match="cannot write"), publish.Staging(tmp_path / "deep/er" / ("n" * 250)):
+        pass
+    assert listing(tmp_path) == {"deep": None}
+
+
 def test_a_staged_folder_replaces_the_target_and_keeps_its_mode(tmp_path: Path) -> None:
-    folder(tmp_path / "out", x="old", stale="").chmod(0o2750)
+    folder(tmp_path / "out", **{"x": "old", "pytorch_model.bin": ""}).chmod(0o2750)
     with publish.Staging(tmp_path / "out") as staging:
         (staging.folder / "x").write_text("new")
         staging.publish()
@@ -94,13 +133,96 @@ def test_a_second_staging_is_refused_while_the_first_lives(tmp_path: Path) -> No
         pass
 
 
-def test_leftovers_of_dead_merges_go_and_others_stay(tmp_path: Path) -> None:
-    folder(tmp_path / ".out.merging-4000001", x="")
+@pytest.mark.parametrize("name", ["out", "out[1]", "*"])
+def test_leftovers_of_dead_merges_go_and_others_stay(name: str, tmp_path: Path) -> None:
+    folder(tmp_path / f".{name}.merging-4000001", x="")
     folder(tmp_path / ".out2.merging-4000001", x="")
     folder(tmp_path / ".out.mine", x="")
-    with publish.Staging(tmp_path / "out"):
+    with publish.Staging(tmp_path / name):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.mine", ".out2.merging-4000001"]
+
+
+def test_a_leftover_stays_where_it_cannot_be_told_whether_a_merge_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                        capsys: pytest.CaptureFixture[str]) -> None:
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr(publish.fcntl, "flock", no_locks)
+    theirs = folder(tmp_path / f".out.merging-{os.getpid()}", x="half a model")  # numbers repeat between containers
+    with publish.Staging(tmp_path / "out") as staging:
+        (staging.folder / "x").write_text("new")
+        staging.publish()
+    assert listing(tmp_path) == {theirs.name: None, f"{theirs.name}/x": b"half a model", "out": None, "out/x": b"new"}
+    assert f"left {theirs}" in capsys.readouterr().err
+
+
+def test_a_folder_that_a_dead_merge_moved_aside_comes_back(tmp_path: Path) -> None:
+    folder(tmp_path / ".out.merging-4000001.old", x="old")
+    folder(tmp_path / ".out.merging-4000001", x="half a model")
+    publish.restore(tmp_path / "out")
+    assert (tmp_path / "out/x").read_text() == "old"
+    with publish.Staging(tmp_path / "out"):
+        pass
+    assert listing(tmp_path) == {"out": None, "out/x": b"old"}
+
+
+def test_a_folder_that_a_live_merge_moved_aside_stays_there(tmp_path: Path) -> None:
+    aside = folder(tmp_path / ".out.merging-4000001.old", x="old")
+    lock = os.open(aside, os.O_RDONLY)
+    publish.fcntl.flock(lock, publish.fcntl.LOCK_EX)
+    with untouched(tmp_path):
+        publish.restore(tmp_path / "out")
+        with pytest.raises(MergeError, match=r"another merge is writing .*/out \(process 4000001\)"):
+            publish.Staging(tmp_path / "out").__enter__()
+    os.close(lock)
+
+
+@pytest.mark.parametrize("way", ["in one step", "in two renames", "with the end left to the next merge"])
+def test_what_comes_to_the_target_while_a_merge_runs_stays(way: str, tmp_path: Path, request: pytest.FixtureRequest,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    if way == "in two renames":
+        request.getfixturevalue("no_exchange")
+    out = folder(tmp_path / "out", **{"model.safetensors": "old", "config.json": "old", "mine": "1"})
+    folder(out / "runs", first="1")
+    with monkeypatch.context() as patch, publish.Staging(out) as staging:
+        if way == "with the end left to the next merge":
+            patch.setattr(publish, "_retire", lambda *_: None)
+        (staging.folder / "config.json").write_text("new")
+        (staging.folder / "model-00001-of-00001.safetensors").write_text("new")
+        publish.keep_companions(out, staging.folder)
+        (out / "note.txt").write_text("2")
+        (out / "runs/second").write_text("2")
+        folder(out / "other", **{"model.safetensors": "another merge's"})
+        for name in ("pytorch_model.bin", "merge.json", "adapter_config.json"):
+            (out / name).write_text("of what is replaced")
+        staging.publish()
+    if way == "with the end left to the next merge":
+        with publish.Staging(out):
+            pass
+    assert listing(tmp_path) == {
+        "out": None, "out/model-00001-of-00001.safetensors": b"new", "out/config.json": b"new", "out/mine": b"1",
+        "out/runs": None, "out/runs/first": b"1", "out/runs/second": b"2", "out/note.txt": b"2", "out/other": None,
+        "out/other/model.safetensors": b"another merge's"}  # yapf: disable
+
+
+def test_what_cannot_be_moved_to_the_target_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                           capsys: pytest.CaptureFixture[str]) -> None:
+    out, rename = folder(tmp_path / "out", x="old"), os.rename
+
+    def refuse(source: Path, place: Path) -> None:
+        if source.name == "note.txt":
+            raise PermissionError(errno.EACCES, "Permission denied", str(source))
+        rename(source, place)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with publish.Staging(out) as staging:
+        (out / "note.txt").write_text("mine")
+        staging.publish()
+    assert (staging.aside / "note.txt").read_text() == "mine"
+    (line, ) = capsys.readouterr().err.splitlines()
+    assert f"left {staging.aside}" in line and "Permission denied" in line
 
 
 def test_a_target_may_be_a_link_to_a_folder(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ def merge(options: Options) -> dict[str, Any]:
     api = hub.log_in(options.hf_upload_path) if options.hf_upload_path else None
     files = find_checkpoint(options.local_dirs)
     target = target_folder(options, files)
+    publish.restore(target)  # by default it holds the checkpoint's config
     # An upload that broke off left a finished merge behind.
     record = same_merge(options, files, target) if api is not None and not options.force else None
     if record is None:

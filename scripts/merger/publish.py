@@ -2,30 +2,29 @@
 
 The output is staged in a hidden folder beside the target. `renameat2(RENAME_EXCHANGE)` swaps the two in one step
 (Linux 3.15; macOS has `renamex_np`); so whoever looks, also after a kill -9, sees the old folder or the new one.
+Some file systems cannot (NFS): there the old folder is moved aside, and put back by the next merge after a kill.
 A lock on the staging folder, which dies with its process, tells a merge that runs from the leftovers of one that died.
 """
 import ctypes
 import errno
+import fcntl
+import glob
 import os
 import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from merger import MergeError
+from merger import MergeError, show
 from merger.discover import RANK_FILE
-
-try:
-    import fcntl
-except ImportError:  # Windows: no locks, so leftovers are not recognised
-    fcntl = None  # type: ignore[assignment]
 
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2  # linux/fs.h
 RENAME_SWAP = 2  # macOS stdio.h
 RECORD_NAME = "merge.json"
+ASIDE = ".old"  # ends the name of a folder that was replaced, until it is removed
 # The names that transformers and PEFT load weights by; a merge replaces these and leaves every other file alone.
 WEIGHT = re.compile(
     r"(model|pytorch_model|tf_model|flax_model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin|h5|msgpack)"
@@ -60,18 +59,25 @@ class Staging:
 
     def __init__(self, target: Path) -> None:
         self.target = Path(os.path.realpath(target))  # a link keeps pointing at the folder that is replaced
-        self.folder = self.target.with_name(f".{self.target.name}.merging-{os.getpid()}")
-        self._lock = -1
+        # In containers that share a disk the same process number comes again and again.
+        self.folder = self.target.with_name(f"{_prefix(self.target)}{os.getpid()}.{os.urandom(4).hex()}")
+        self.aside = self.folder.with_name(self.folder.name + ASIDE)
+        self._locks: list[int] = []
+        self._parents: list[Path] = []
 
     def __enter__(self) -> "Staging":
         try:
+            self._parents = [parent for parent in self.target.parents if not parent.exists()]
             self.target.parent.mkdir(parents=True, exist_ok=True)
-            _remove_leftovers(self.target)
+            _clear_leftovers(self.target)
             while not self._claim():
                 pass
             if self.target.is_dir():
                 shutil.copymode(self.target, self.folder)
-        except OSError as error:
+        except BaseException as error:
+            self.__exit__()
+            if not isinstance(error, OSError):
+                raise
             raise MergeError(
                 f"cannot write in {self.target.parent}: {error.strerror}; choose another --save-dir") from error
         return self
@@ -79,45 +85,107 @@ class Staging:
     def _claim(self) -> bool:
         """Make and lock the folder; False where a merge that starts beside this one took it for a leftover meanwhile."""
         os.mkdir(self.folder)
-        self._lock = os.open(self.folder, os.O_RDONLY)
-        if _try_lock(self._lock) and self.folder.exists() and os.path.samestat(os.fstat(self._lock),
-                                                                               self.folder.stat()):
+        lock = os.open(self.folder, os.O_RDONLY)
+        if _lock(lock) is not False and self.folder.exists() and os.path.samestat(os.fstat(lock), self.folder.stat()):
+            self._locks.append(lock)
             return True
-        os.close(self._lock)
-        self._lock = -1
+        os.close(lock)
         shutil.rmtree(self.folder, ignore_errors=True)
         return False
 
     def __exit__(self, *_: object) -> None:
-        # Before publishing this removes what was staged; after an exchange, the folder that was replaced.
-        shutil.rmtree(self.folder, ignore_errors=True)
-        if self._lock >= 0:
-            os.close(self._lock)
+        try:
+            _retire(self.aside, self.target)
+            _remove(self.folder)
+            for parent in self._parents:
+                with suppress(OSError):  # it holds something: the target, where that was published
+                    parent.rmdir()
+        finally:
+            for lock in self._locks:
+                os.close(lock)
 
     def publish(self) -> None:
-        """Make the staged folder the target, in one step, and flush that to disk."""
+        """Make the staged folder the target, in one step where the system can, and flush that to disk."""
         sync_folder(self.folder)
         if self.target.is_dir():
-            exchange(self.folder, self.target)
+            self._locks.append(os.open(self.target, os.O_RDONLY))
+            _lock(self._locks[-1])  # a merge that starts now shall not take what is put aside for a leftover
+            replace(self.folder, self.target, self.aside)
         else:
             os.rename(self.folder, self.target)
         _sync_directory(self.target.parent)
 
 
-def _remove_leftovers(target: Path) -> None:
+def restore(target: Path) -> None:
+    """Put `target` back where a merge died after moving it aside; for file systems that cannot exchange two folders."""
+    target = Path(os.path.realpath(target))
+    for path in _leftovers(target):
+        if path.name.endswith(ASIDE) and not target.exists():
+            with _locked(path) as locked:
+                if locked is not False:  # where a merge without locks runs after all, it fails, and nothing is lost
+                    os.rename(path, target)
+                    show.say(f"put {target} back, which a merge that died had moved aside")
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name}.merging-"
+
+
+def _leftovers(target: Path) -> list[Path]:
+    return sorted(path for path in target.parent.glob(f"{glob.escape(_prefix(target))}*") if path.is_dir())
+
+
+def _clear_leftovers(target: Path) -> None:
     """Remove staging folders of merges that died; refuse where one lives."""
-    for path in target.parent.glob(f".{target.name}.merging-*"):
+    restore(target)
+    for path in _leftovers(target):
         try:
-            lock = os.open(path, os.O_RDONLY)
+            with _locked(path) as locked:
+                if locked is False:
+                    process = path.name.removeprefix(_prefix(target)).partition(".")[0]
+                    raise MergeError(f"another merge is writing {target} (process {process}); "
+                                     "wait for it or choose another --save-dir")
+                if path.name.endswith(ASIDE):
+                    _retire(path, target)
+                elif locked:
+                    _remove(path)
+                else:
+                    show.say(f"left {path}: this file system does not tell whether a merge still writes there; "
+                             "remove it if none does")
         except FileNotFoundError:  # its merge has just ended
             continue
-        try:
-            if not _try_lock(lock):
-                raise MergeError(f"another merge is writing {target} (process {path.name.rpartition('-')[2]}); "
-                                 "wait for it or choose another --save-dir")
-            shutil.rmtree(path, ignore_errors=True)
-        finally:
-            os.close(lock)
+
+
+def _retire(aside: Path, target: Path) -> None:
+    """Remove the folder that `target` replaced; what appeared in it while the merge ran moves to `target`."""
+    if not os.path.isdir(aside) or not os.path.isdir(target):
+        return
+    try:
+        for path, place in _missing_companions(aside, target):
+            os.rename(path, place)
+    except OSError as error:
+        show.say(f"left {aside}: {error.filename} came there while the merge ran and cannot be moved to {target} "
+                 f"({error.strerror}); move it and remove the folder")
+        return
+    _remove(aside)
+
+
+def _remove(folder: Path) -> None:
+    """Remove `folder` with read-only folders in it, or say that it stays."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if os.path.isdir(folder):
+        _make_writable(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+    if os.path.isdir(folder):
+        show.say(f"left {folder}: something in it cannot be removed; mend the permissions and remove it")
+
+
+def _make_writable(folder: Path) -> None:
+    with suppress(OSError):  # another user's
+        folder.chmod(0o700)
+        for path in folder.iterdir():
+            if _is_folder(path):
+                _make_writable(path)
 
 
 def check_target(target: Path, sources: Sequence[Path]) -> None:
@@ -133,19 +201,6 @@ def check_target(target: Path, sources: Sequence[Path]) -> None:
             raise MergeError(
                 f"--save-dir {target} holds the checkpoint itself; name a folder for the merged model, such "
                 f"as {source / 'huggingface'}")
-
-
-def _try_lock(fd: int) -> bool:
-    """Lock `fd` and return True, or return False where another process holds it."""
-    if fcntl is None:
-        return True
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
-    return True
 
 
 def check_replaceable(target: Path) -> None:
@@ -181,8 +236,49 @@ def _mounts(folder: Path) -> list[Path]:
     return sorted(point for point in points if point == folder or folder in point.parents)
 
 
-def exchange(a: Path, b: Path) -> None:
-    """Swap two folders in one step; where the system cannot, in three renames.
+def _lock(fd: int) -> bool | None:
+    """Lock a folder; return False where another process holds it, None where the file system does not tell.
+
+    NFS does not: it locks only what is open for writing, which a folder never is (flock(2)).
+    """
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool | None]:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        yield _lock(fd)
+    finally:
+        os.close(fd)
+
+
+def replace(staging: Path, target: Path, aside: Path) -> None:
+    """Make `staging` the target, and the target `aside`.
+
+    Raises:
+        OSError: `staging` and `target` are as they were.
+    """
+    if exchange(staging, target):
+        os.rename(staging, aside)
+        return
+    try:
+        os.rename(target, aside)
+        os.rename(staging, target)  # a process killed just here leaves no target; see `restore`
+    except BaseException:
+        if aside.exists() and not target.exists():
+            os.rename(aside, target)
+        raise
+
+
+def exchange(a: Path, b: Path) -> bool:
+    """Swap two folders in one step; return False where the system cannot.
 
     Raises:
         OSError: the swap failed; both folders are as they were.
@@ -193,18 +289,14 @@ def exchange(a: Path, b: Path) -> None:
             code = libc.renamex_np(os.fsencode(a), os.fsencode(b), RENAME_SWAP)
         else:
             code = libc.renameat2(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE)
-    except (AttributeError, TypeError, OSError):  # an older C library, Windows
-        code = -1
-        ctypes.set_errno(errno.ENOSYS)
+    except (AttributeError, OSError):  # an older C library
+        return False
     if code == 0:
-        return
+        return True
     fault = ctypes.get_errno()
-    if fault not in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM):
-        raise OSError(fault, os.strerror(fault), str(b))
-    aside = a.with_name(a.name + ".old")
-    os.rename(b, aside)
-    os.rename(a, b)
-    os.rename(aside, a)
+    if fault in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM):
+        return False
+    raise OSError(fault, os.strerror(fault), str(b))
 
 
 def sync_folder(folder: Path) -> None:
