@@ -211,6 +211,59 @@ def test_a_run_cleans_up_after_a_killed_one(checkpoint: Path, tmp_path: Path,
     assert hidden(tmp_path) == [] and len(weights(tmp_path / "out")) == TENSORS
 
 
+# Two renames in place of an exchange, as on NFS; the second does what {what} says.
+TWO_RENAMES = """
+import os, signal
+from merger import publish
+publish.exchange = lambda a, b: False
+rename, kill = os.rename, lambda: os.kill(os.getpid(), signal.SIGKILL)
+def fault(): raise OSError(5, "Input/output error", "the disk")
+os.rename = lambda a, b: {what}() if not str(a).endswith(".old") and str(b) == {target!r} else rename(a, b)
+"""
+
+
+@pytest.mark.parametrize("default", [True, False], ids=["the default target", "another target"])
+def test_a_folder_lost_to_a_kill_between_two_renames_comes_back(default: bool, checkpoint: Path,
+                                                                tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "actor")
+    target = tmp_path / ("actor/huggingface" if default else "out")
+    args = ["--local-dir", tmp_path / "actor", "--save-dir", target, "--force"]
+    assert run_program(*args, "--dtype", "float16", program=unchecked()).code == 0
+    (target / "note.txt").write_text("mine")
+    old = state_of(target)
+    killed = run_program(*args, program=unchecked(TWO_RENAMES.format(what="kill", target=str(target))))
+    assert killed.code == -signal.SIGKILL and not target.exists()
+    again = run_program(*args, "--dtype", "none", program=unchecked())
+    assert again.code == 2 and not target.exists()  # what is no merge at all puts nothing back
+    refused = run_program(*[arg for arg in args if arg != "--force"], program=unchecked())
+    assert refused.code == 2 and "--force" in refused.err and state_of(target) == old
+    assert run_program(*args, program=unchecked()).code == 0
+    assert hidden(target.parent) == [] and (target / "note.txt").read_text() == "mine"
+    assert {tensor.dtype for tensor in weights(target).values()} == {torch.bfloat16}
+
+
+def test_a_fault_between_two_renames_changes_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    args = ["--local-dir", checkpoint, "--save-dir", tmp_path / "out", "--force"]
+    assert run_program(*args, "--dtype", "float16", program=unchecked()).code == 0
+    with untouched(tmp_path):
+        run = run_program(*args, program=unchecked(TWO_RENAMES.format(what="fault", target=str(tmp_path / "out"))))
+        assert "Input/output error" in run.refusal
+
+
+def test_what_comes_to_the_target_while_a_merge_runs_stays(checkpoint: Path, tmp_path: Path,
+                                                           started: list[subprocess.Popen[str]]) -> None:
+    models = tmp_path / "models"
+    args = ["--local-dir", checkpoint, "--force", "--save-dir"]
+    assert run_program(*args, models, "--dtype", "float16", program=unchecked()).code == 0
+    slow = start(started, *args, models, program=unchecked(SLOW_WRITES))
+    wait_for_staging(tmp_path, slow)
+    assert run_program(*args, models / "other", program=unchecked()).code == 0
+    (models / "note.txt").write_text("mine")
+    assert slow.wait(timeout=60) == 0
+    assert (models / "note.txt").read_text() == "mine"
+    assert differences(weights(models), weights(models / "other")) == [] and hidden(tmp_path) == []
+
+
 # A full disk
 
 
@@ -349,3 +402,40 @@ def test_no_write_permission_is_refused(what: str, bound: Callable[[Path, int], 
                       preexec_fn=obey_permissions)
     assert str(tmp_path / "saves") in run.refusal and "Permission denied" in run.err
     assert listing(tmp_path / "saves") == {}
+
+
+def test_a_read_only_folder_in_the_target_leaves_nothing_behind(bound: Callable[[Path, int], None],
+                                                                samples: dict[str, Sample], tmp_path: Path) -> None:
+    (tmp_path / "out/runs/deep").mkdir(parents=True)
+    (tmp_path / "out/runs/deep/log").touch(0o444)
+    bound(tmp_path / "out/runs/deep", 0o555)
+    bound(tmp_path / "out/runs", 0o555)
+    for _ in range(2):
+        run = run_program("--local-dir",
+                          samples["FSDP1, 4 ranks"].actor,
+                          "--save-dir",
+                          tmp_path / "out",
+                          "--force",
+                          program=unchecked(),
+                          preexec_fn=obey_permissions)
+        assert run.code == 0, run.err
+        assert hidden(tmp_path) == [] and (tmp_path / "out/runs/deep/log").is_file()
+        assert (tmp_path / "out/runs").stat().st_mode & 0o777 == 0o555
+
+
+def test_a_read_only_file_in_the_checkpoint_s_folder_is_no_hindrance(bound: Callable[[Path, int], None],
+                                                                     spoil: Callable[..., Sample],
+                                                                     tmp_path: Path) -> None:
+    sample = spoil("FSDP1, 4 ranks")
+    (sample.huggingface / "code").mkdir()
+    (sample.huggingface / "code/a.py").touch()
+    bound(sample.huggingface / "code/a.py", 0o444)
+    for _ in range(2):
+        run = run_program("--local-dir",
+                          sample.actor,
+                          "--save-dir",
+                          tmp_path / "out",
+                          "--force",
+                          program=unchecked(),
+                          preexec_fn=obey_permissions)
+        assert run.code == 0, run.err

@@ -1,6 +1,6 @@
 """What a merge is asked for, and every check and decision that comes before the first byte is written."""
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,7 @@ def prepare(options: Options, checkpoint: Checkpoint | None = None) -> Job:
     written = {output.dtype for output in outputs if output.dtype in CONVERTED}
     config = with_dtype(config, written.pop() if len(written) == 1 else None)
     files_out = split_files(outputs, options.max_shard_size)
-    _check_space(target, files_out)
+    _check_space(target, files_out, publish.companions(config_dir, target))
     return Job(checkpoint, files_out, target, config_dir, MODEL_STEM, device, {CONFIG_NAME: dump_json(config)},
                sorted(dropped), verdict,
                config.get("_name_or_path") or None, notes)
@@ -129,7 +129,7 @@ def _prepare_adapter(options: Options, checkpoint: Checkpoint, target: Path, dev
         Output(name, tensor, output_dtype(tensor.dtype, options.dtype)) for name, tensor in lora.adapter(found).items()
     ]
     files_out = split_files(outputs, sum(output.nbytes for output in outputs), lora.ADAPTER_STEM)
-    _check_space(target, files_out)
+    _check_space(target, files_out, ())
     config_dir = next((folder / MERGED for folder in checkpoint.files.folders if (folder / MERGED).is_dir()), target)
     base = read_config(config_dir).get("_name_or_path") if (config_dir / CONFIG_NAME).is_file() else None
     texts = {"adapter_config.json": dump_json(lora.adapter_config(found, checkpoint.tensors, base or None))}
@@ -197,8 +197,9 @@ def target_folder(options: Options, files: RankFiles) -> Path:
     return files.folders[0] / (ADAPTER_FOLDER if options.lora == "adapter" else MERGED)
 
 
-def _check_space(target: Path, files: Sequence[OutputFile]) -> None:
-    needed, free = sum(file.size for file in files), free_bytes(target)
+def _check_space(target: Path, files: Sequence[OutputFile], companions: Iterable[Path]) -> None:
+    needed = sum(file.size for file in files) + sum(path.stat().st_size for path in companions)
+    free = free_bytes(target)
     if needed > free:
         raise MergeError(f"{size_text(needed)} are needed for {target}, {size_text(free)} are free; "
                          "free space or choose another --save-dir")

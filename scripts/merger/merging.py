@@ -27,9 +27,11 @@ def merge(options: Options) -> dict[str, Any]:
     api = hub.log_in(options.hf_upload_path) if options.hf_upload_path else None
     files = find_checkpoint(options.local_dirs)
     target = target_folder(options, files)
+    publish.restore(target)  # by default it holds the checkpoint's config
     # An upload that broke off left a finished merge behind.
     record = same_merge(options, files, target) if api is not None and not options.force else None
     if record is None:
+        publish.check_replaceable(target)
         job = prepare(options)
         for note in job.notes:
             if not options.quiet:
@@ -48,9 +50,8 @@ def carry_out(job: Job, options: Options, began: float) -> dict[str, Any]:
     threads = options.threads or THREADS
     converter = HostConverter if job.device == "cpu" else partial(TorchConverter, device=job.device)
     with publish.Staging(job.target) as staging:
+        publish.copy_companions(job.config_dir, staging.folder, job.target)
         publish.keep_companions(job.target, staging.folder)
-        if job.config_dir != job.target:
-            publish.copy_companions(job.config_dir, staging.folder)
         with show.progress("merging", job.nbytes, options.quiet) as step:
             tally = write_files(job.checkpoint, job.files, staging.folder, threads, step, converter)
         _check_finite(options, tally)
@@ -117,6 +118,7 @@ def verify_only(options: Options) -> dict[str, Any]:
 def plan_only(options: Options) -> dict[str, Any]:
     """Return what `merge` would do: files, sizes, memory and space."""
     began = time.monotonic()
+    publish.check_replaceable(target_folder(options, find_checkpoint(options.local_dirs)))
     job = prepare(options)
     return {
         "folder": str(job.target),
