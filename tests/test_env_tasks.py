@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import zipfile
+from pathlib import Path
 from typing import ClassVar
 
 import psutil
@@ -173,6 +174,24 @@ def test_logs_show_what_the_server_said(up):
     (STATES / "form-maze" / "server-0.log").open("a").write("a line of the log\n")
     shown = invoke("env.logs", "--env", "form-maze")
     assert "a line of the log" in shown.stdout and psutil.pid_exists(pid)
+
+
+@pytest.mark.parametrize("linked", ["data", "data/tool"])
+def test_data_is_linked_into_the_copy_and_never_through_a_link_out_of_it(linked, tmp_path):
+    disk, package = tmp_path / "disk", tmp_path / "gym" / "server"
+    raw = disk.joinpath(*["tool"][:linked == "data"], "raw")
+    raw.mkdir(parents=True)
+    (raw / "mine.pkl").write_text("precious")
+    (disk / "beside").write_text("beside")
+    (package / linked).parent.mkdir(parents=True)
+    (package / linked).symlink_to(disk)
+    (tmp_path / "have").mkdir()
+    row = rows()["form-textcraft"].model_copy(update={"folder": "server", "links": {".": "{folder}/data/tool/raw"}})
+    for _ in range(2):
+        *_, copy = env_local.prepare(row, tmp_path / "gym", tmp_path / "have", tmp_path / "run", Path(sys.executable))
+        assert (copy / "server/data/tool/raw").readlink() == tmp_path / "have"
+        assert (copy / "server" / linked / "beside").read_text() == "beside"
+        assert not raw.is_symlink() and (raw / "mine.pkl").read_text() == "precious"
 
 
 HAPROXY = shutil.which("haproxy", path=os.environ["PATH"] + ":/usr/sbin")
