@@ -30,6 +30,19 @@ def test_a_server_of_this_form_conforms(name, wrapped, tmp_path):
     assert [finding.check for finding in findings if finding.holds is None] == (["close"] if lacking else [])
 
 
+@pytest.mark.parametrize("limit,left_out", [(1, ["same item twice the same", "two sessions apart"]),
+                                            (2, ["two sessions apart"]), (3, [])])
+def test_a_check_that_needs_more_sessions_than_the_server_allows_is_left_out(limit, left_out, tmp_path):
+    row = rows()["form-weather"].model_copy(update={"max_sessions": limit})  # as todo and sheet are
+    with running(row, tmp_path) as client:
+        findings = Conformance(row, client).run()
+    assert [finding for finding in findings if finding.holds is False] == []
+    assert [finding.check for finding in findings if finding.holds is None] == left_out
+    assert {finding.detail for finding in findings if finding.holds is None} <= {
+        f"needs {number} sessions, the server allows {limit}" for number in (2, 3)
+    }
+
+
 @pytest.mark.parametrize("fault,check", [("shared", "two sessions apart"), ("unsteady", "same item twice the same"),
                                          ("anyid", "bad id is an error"), ("sticky", "close")])
 def test_a_broken_server_is_found_out(fault, check, tmp_path):
