@@ -32,6 +32,7 @@ class Protocol(Table):
     done: str = "done"
     reward_when_done: bool = False
     faults: tuple[str, ...] = ()
+    fault_starts: tuple[str, ...] = ()
     close: bool
 
 

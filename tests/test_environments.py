@@ -137,6 +137,22 @@ def test_a_quick_babyai_win_and_nothing_less_than_a_full_sciworld_count():
     assert not environment("sciworld").success.holds(83.0)
 
 
+def test_webshops_index_is_linked_where_a_server_of_a_thousand_products_opens_it():
+    assert environment("webshop").links["indexes_1k"] == "{folder}/webshop/search_engine/indexes_1k"
+
+
+def test_textcrafts_resets_take_turns():
+    assert [name for name, row in environments().items() if row.serial_reset] == ["textcraft"]
+
+
+def test_an_optional_key_is_passed_on_by_name_and_not_asked_for():
+    row = environment("webarena")
+    must = {key.name: "x" for key in row.keys if key.name != "OPENAI_BASE_URL"}
+    assert row.missing_keys(must) == [] and refusal(row, Path("/nowhere"), must, False) is None
+    served = compose_model(row, Options(port=4000), "i", Path("/home"), Path("/nowhere"), {"context": "."})
+    assert served["services"]["env-webarena"]["environment"]["OPENAI_BASE_URL"] is None
+
+
 def test_the_port_is_the_first_free_one():
     assert choose_port(100, lambda port: port >= 103) == 103
     with pytest.raises(ValueError, match="no port from 100 to 199"):
