@@ -97,6 +97,33 @@ def test_two_rows_with_one_port_are_refused():
         parse({"demo": TABLE["demo"], "other": TABLE["demo"]})
 
 
+@pytest.mark.parametrize("tables,message", [
+    ({
+        "x": 1,
+        "demo": TABLE["demo"]
+    }, r"environments.toml: x is no table; a row begins with \[x\]"),
+    ({
+        "demo": {
+            **TABLE["demo"], "name": "mine"
+        }
+    }, r"environments.toml: demo.name: the table's own name is the row's; leave the key out"),
+])
+def test_what_is_no_row_is_named_in_one_line(tables, message, tmp_path):
+    with pytest.raises(ValueError, match=message) as caught:
+        parse(tables)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("make,message", [
+    (lambda path: path.mkdir(), "rows.toml: Is a directory; ENVIRONMENTS must name a file with rows"),
+    (lambda path: path.write_bytes(b"[demo]\xff"), "^rows.toml: 'utf-8' codec can't decode"),
+])
+def test_a_file_that_cannot_be_read_is_named(make, message, tmp_path):
+    make(tmp_path / "rows.toml")
+    with pytest.raises(ValueError, match=message):
+        environments(tmp_path / "rows.toml")
+
+
 def test_a_file_that_is_no_toml_is_named(tmp_path):
     broken = tmp_path / "rows.toml"
     broken.write_text("[demo\n")

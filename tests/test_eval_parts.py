@@ -243,6 +243,17 @@ def test_a_step_that_could_not_reach_the_internet_is_the_environments_fault(name
     assert step_in(reply, row("textcraft").protocol).observation == text
 
 
+@pytest.mark.parametrize("rows,message", [
+    (b"demo = 1", r"rows.toml: demo is no table; a row begins with \[demo\]"),
+    (b"[demo]\nname = 'mine'", r"rows.toml: demo.name: the table's own name is the row's; leave the key out"),
+    (b"[demo]\xff", "rows.toml: 'utf-8' codec can't decode"),
+])
+def test_what_is_no_row_is_named_in_one_line(rows, message, tmp_path):
+    (tmp_path / "rows.toml").write_bytes(rows)
+    with pytest.raises(Misuse, match=message):
+        read_row("demo", tmp_path / "rows.toml")
+
+
 @pytest.mark.parametrize("text", [
     "Error: Env 3 is dead", "Target crashed", "Timeout 30000ms exceeded.", "Error code: 401 - {'error': 'no such key'}",
     "Connection error.", "net::ERR_CONNECTION_REFUSED at http://shop.example"

@@ -172,6 +172,10 @@ def parse(tables: Mapping[str, Any]) -> dict[str, Environment]:
     """
     found = {}
     for name, table in tables.items():
+        if not isinstance(table, Mapping):
+            raise ValueError(f"environments.toml: {name} is no table; a row begins with [{name}]")
+        if "name" in table:
+            raise ValueError(f"environments.toml: {name}.name: the table's own name is the row's; leave the key out")
         try:
             found[name] = Environment(name=name, **table)
         except ValidationError as error:
@@ -192,12 +196,17 @@ def environments(path: Path = ROWS) -> dict[str, Environment]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is no TOML, or a row does not fit.
+        ValueError: it cannot be read, is no TOML, or a row does not fit.
     """
     try:
-        return parse(tomllib.loads(path.read_text()))
-    except tomllib.TOMLDecodeError as error:
+        tables = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; ENVIRONMENTS must name a file with rows") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path.name}: {error}") from None
+    return parse(tables)
 
 
 def environment(name: str, path: Path = ROWS) -> Environment:
