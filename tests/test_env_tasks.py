@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from servers.protocol import Client, ServerError
-from tasks.lib import env_data, env_local
+from tasks.lib import env_data, env_local, env_runs
 from tasks.lib.environments import Environment, environments
 from tests.fixtures.servers import FIXTURE_ROWS, ROOT, rows
 
@@ -100,6 +100,44 @@ def test_down_leaves_a_stranger_alone_that_has_the_old_id(tmp_path):
         assert bystander.poll() is None
     finally:
         bystander.kill()
+
+
+@pytest.mark.parametrize("torn", ["", '{"processes": [', "{}", "[]", '{"port": 1, "processes": [{"pid": 1}]}'])
+def test_a_torn_state_is_passed_over_and_what_runs_is_stopped(torn, tmp_path):
+    home = tmp_path / "broken"
+    home.mkdir()
+    argv = [sys.executable, "-c", "import time; time.sleep(60)", str(home / "row.json")]
+    server = subprocess.Popen(argv, start_new_session=True)
+    follower = subprocess.Popen([*argv[:-1], str(home / "server-0.log")], start_new_session=True)
+    try:
+        (home / "state.json").write_text(torn)
+        assert env_local.states(tmp_path) == {}
+        threading.Thread(target=server.wait).start()
+        assert env_local.down("broken", tmp_path) and not (home / "state.json").exists()
+        assert server.wait(10) and follower.poll() is None
+    finally:
+        server.kill()
+        follower.kill()
+
+
+@pytest.mark.parametrize("torn", ["", "{}", '{"runner": "local", "prt": 3}', "[]"])
+def test_torn_options_are_no_options(torn, tmp_path, monkeypatch):
+    monkeypatch.setattr(env_local, "RUN", tmp_path)
+    (tmp_path / "form-maze").mkdir()
+    (tmp_path / "form-maze" / "options.json").write_text(torn)
+    assert env_runs.recall(rows()["form-maze"]) is None
+
+
+def test_what_runs_before_the_server_has_its_python(tmp_path):
+    python, seen = tmp_path / "bin" / "python", tmp_path / "seen"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    before = (("sh", "-c", f"command -v python > {seen}"), )
+    row = rows()["form-textcraft"].model_copy(update={"before": before})
+    options = env_local.Options(port=env_local.choose_port(36500, env_local.port_is_free))
+    env_local.up(row, options, ROOT, tmp_path, dict(os.environ), 60, tmp_path / "run", python)
+    assert env_local.down(row.name, tmp_path / "run") and seen.read_text() == f"{python}\n"
 
 
 def test_children_that_outlive_the_server_are_stopped_too(tmp_path):
