@@ -32,6 +32,7 @@ class Protocol(Table):
     done: str = "done"
     reward_when_done: bool = False
     faults: tuple[str, ...] = ()
+    fault_starts: tuple[str, ...] = ()
     close: bool
 
 
@@ -109,7 +110,7 @@ def read_row(name: str, path: Path) -> Row:
         tables = tomllib.loads(path.read_text())
     except OSError as error:
         raise Misuse(f"no rows in {path}: {error.strerror}; name the file with --environments") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise Misuse(f"{path}: {error}") from None
     # AgentGym's item lists say lmrlgym_maze where the row is called maze.
     table = tables.get(name) or tables.get(name.removeprefix("lmrlgym_"))
@@ -117,8 +118,12 @@ def read_row(name: str, path: Path) -> Row:
         near = difflib.get_close_matches(name.lower(), tables, n=2, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(tables)}"
         raise Misuse(f"no environment {name!r} in {path.name}; {hint}")
+    if not isinstance(table, dict):
+        raise Misuse(f"{path.name}: {name} is no table; a row begins with [{name}]")
+    if "name" in table:
+        raise Misuse(f"{path.name}: {name}.name: the table's own name is the row's; leave the key out")
     try:
         return Row(name=name if name in tables else name.removeprefix("lmrlgym_"), **table)
-    except (ValidationError, TypeError) as error:
-        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": "is no table"}
+    except ValidationError as error:
+        first = error.errors()[0]
         raise Misuse(f"{path.name}: {'.'.join(map(str, (name, *first['loc'])))}: {first['msg']}") from None

@@ -243,6 +243,32 @@ def test_a_step_that_could_not_reach_the_internet_is_the_environments_fault(name
     assert step_in(reply, row("textcraft").protocol).observation == text
 
 
+@pytest.mark.parametrize("rows,message", [
+    (b"demo = 1", r"rows.toml: demo is no table; a row begins with \[demo\]"),
+    (b"[demo]\nname = 'mine'", r"rows.toml: demo.name: the table's own name is the row's; leave the key out"),
+    (b"[demo]\xff", "rows.toml: 'utf-8' codec can't decode"),
+])
+def test_what_is_no_row_is_named_in_one_line(rows, message, tmp_path):
+    (tmp_path / "rows.toml").write_bytes(rows)
+    with pytest.raises(Misuse, match=message):
+        read_row("demo", tmp_path / "rows.toml")
+
+
+@pytest.mark.parametrize("text", [
+    "Error: Env 3 is dead", "Target crashed", "Timeout 30000ms exceeded.", "Error code: 401 - {'error': 'no such key'}",
+    "Connection error.", "net::ERR_CONNECTION_REFUSED at http://shop.example"
+])
+def test_a_browser_or_a_judge_that_fails_is_the_environments_fault_and_a_page_about_one_is_not(text):
+    protocol = row("webarena").protocol
+    reply = {"observation": text, "reward": 0, "terminated": False, "truncated": False, "info": None}
+    with pytest.raises(EnvironmentFault, match="POST /step: "):
+        step_in(reply, protocol)
+    page = f"OBSERVATION:\n[1] StaticText '{text}'\nURL: http://forum.example"
+    assert step_in({**reply, "observation": page}, protocol).observation == page
+    refused = "Cannot parse action from response click [3]"  # the model's own
+    assert step_in({**reply, "observation": refused}, protocol).observation == refused
+
+
 @pytest.mark.parametrize("reply", [None, True, "3", {}, {"id": "3"}, [1]])
 def test_what_is_no_session_is_a_fault(reply):
     with pytest.raises(EnvironmentFault, match="no session id"):

@@ -5,6 +5,7 @@ import json
 import os
 import urllib.request
 from dataclasses import asdict, dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +15,12 @@ from invoke.exceptions import Exit
 from tasks.lib import docker, env_docker, env_local, env_users
 from tasks.lib.env_plan import Options, choose_port, refusal, service_name
 from tasks.lib.environments import Environment, environment, environments
+from tasks.lib.programs import RUNNERS
 from tasks.lib.settings import ROOT, read_dotenv, resolve
 from tasks.lib.sources import GYM, choose_sources, is_url
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-RUNNERS = ("auto", "docker", "local")
 
 
 @dataclass(frozen=True)
@@ -235,13 +235,16 @@ def remember(row: Environment, options: Options, runner: str) -> None:
 
 
 def recall(row: Environment) -> tuple[Options, str] | None:
-    """Return how the row was last started, and with which runner."""
+    """Return how the row was last started, and with which runner; None where that was not noted, or is torn."""
     path = env_local.RUN / row.name / "options.json"
     if not path.is_file():
         return None
-    noted = json.loads(path.read_text())
-    runner = noted.pop("runner")
-    return Options(**noted), runner
+    try:
+        noted = json.loads(path.read_text())
+        runner = noted.pop("runner")
+        return Options(**noted), runner
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def stop(c: Context, name: str) -> bool:
@@ -265,7 +268,7 @@ def sessions(found: Running) -> Mapping[str, Any] | None:
             with opener.open(f"{found.url}/_sessions?replica={number}", timeout=2) as reply:
                 for key, value in json.loads(reply.read()).items():
                     total[key] += value
-        except (OSError, ValueError):
+        except (OSError, ValueError, HTTPException):
             return None
     return total if found.servers else None
 
