@@ -7,7 +7,9 @@ import pytest
 
 from tasks.lib import checks
 from tasks.lib.docker import caller_variables, command_line, compose_files, redact, remedy
-from tasks.lib.gpus import NO_RUNTIME, GpuChoice, choose_gpus
+from tasks.lib.env_plan import Options, compose_model
+from tasks.lib.environments import environment
+from tasks.lib.gpus import NO_RUNTIME, GpuChoice, choose_gpus, refusal
 from tasks.lib.images import human_age, human_size
 from tasks.lib.leftovers import bytecode_folders
 from tasks.lib.mounts import Translation, ensure_folders
@@ -51,6 +53,24 @@ def test_gpus(flag: str, setting: str, nvidia: bool, expected: GpuChoice) -> Non
 def test_gpus_that_cannot_be(flag: str, setting: str, nvidia: bool, said: str) -> None:
     with pytest.raises(ValueError, match=re.escape(said)):
         choose_gpus(flag, setting, nvidia)
+
+
+@pytest.mark.parametrize("setting, nvidia, said", [("all", True, None), ("0,1", True, None),
+                                                   ("all", False, "no NVIDIA runtime"), ("none", True, "GPUS=none")])
+def test_an_environment_that_needs_a_gpu_gets_one_or_is_refused(setting: str, nvidia: bool, said: str | None) -> None:
+    found = refusal("searchqa", setting, nvidia)
+    assert found is None if said is None else said in (found or "")
+
+
+@pytest.mark.parametrize("name, replicas, reserved", [("searchqa", 1, True), ("searchqa", 2, True), ("demo", 1, False)])
+def test_every_server_that_needs_a_gpu_reserves_what_the_setting_says(name: str, replicas: int, reserved: bool) -> None:
+    options = Options(port=1, replicas=replicas)
+    services = compose_model(environment(name), options, f"env-{name}:t", Path("/home"), Path("/nowhere"), {})["services"]
+    servers = [one for one in services.values() if one["labels"]["org.agentgym-rl.env.role"] == "server"]
+    assert len(servers) == replicas and all(("deploy" in one) == reserved for one in servers)
+    if reserved:
+        device = servers[0]["deploy"]["resources"]["reservations"]["devices"][0]
+        assert device == {"driver": "nvidia", "device_ids": ["${GPUS:-all}"], "capabilities": ["gpu"]}
 
 
 @pytest.mark.parametrize("host, inside, volumes", [

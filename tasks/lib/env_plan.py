@@ -199,6 +199,9 @@ def compose_model(row: Environment, options: Options, image: str, home: Path, da
                 }
             },
         }
+        if row.gpu:  # as x-gpus of docker-compose.yml: device_ids and not count, so that GPUS says "all" or "0,1"
+            device = {"driver": "nvidia", "device_ids": ["${GPUS:-all}"], "capabilities": ["gpu"]}
+            service["deploy"] = {"resources": {"reservations": {"devices": [device]}}}
         if data.is_dir():
             service["volumes"] = [{
                 "type": "bind",

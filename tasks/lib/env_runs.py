@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from invoke.context import Context
 from invoke.exceptions import Exit
 
-from tasks.lib import docker, env_docker, env_local
+from tasks.lib import docker, env_docker, env_local, gpus
 from tasks.lib.env_plan import Options, choose_port, refusal, service_name
 from tasks.lib.environments import Environment, environment, environments
 from tasks.lib.settings import ROOT, read_dotenv, resolve
@@ -207,11 +207,28 @@ def start(c: Context, task: str, row: Environment, options: Options, runner: str
             raise Exit(f"{task}: {error}", code=1) from None
     from tasks.build import build_variables
     docker.require_engine(c)
+    require_gpu(c, task, row)
     variables = build_variables("")
     file = model(task, row, options)
     if build or not (c.config.run.dry or images_exist(row, options)):
         env_docker.build(c, row, options, file, variables)
     return env_docker.up(c, row, options, file, wait, variables)
+
+
+def require_gpu(c: Context, task: str, row: Environment) -> None:
+    """Stop with one line where `row` needs a GPU that the engine cannot give. `--dry` asks the engine nothing.
+
+    Raises:
+        Exit: see above; also where GPUS is no choice.
+    """
+    if not row.gpu:
+        return
+    try:
+        reason = gpus.refusal(row.name, resolve("GPUS"), c.config.run.dry or docker.has_nvidia_runtime())
+    except ValueError as error:
+        raise Exit(f"{task}: {error}", code=2) from None
+    if reason:
+        raise Exit(f"{task}: {reason}", code=2)
 
 
 def images_exist(row: Environment, options: Options) -> bool:

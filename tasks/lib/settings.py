@@ -68,7 +68,9 @@ SETTINGS: dict[str, Setting] = {
     "HOST_GID":
     Setting("1000", "Group id in the containers. The tasks pass yours; set it for plain docker compose."),
     "GPUS":
-    Setting("all", "GPUs of train, scripts, model-merger and serve: all, none (tasks only), or indices such as 0,1."),
+    Setting(
+        "all",
+        "GPUs of train, scripts, model-merger, serve and searchqa: all, none (tasks only), or indices such as 0,1."),
     "SHM_SIZE":
     Setting("32g", "Shared memory of the containers train and serve."),
     "IPC_MODE":

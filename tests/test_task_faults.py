@@ -1,0 +1,86 @@
+"""What the tasks say about bad input, and what they ask of Docker: a copy of the project, and a docker that records."""
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.fixtures.project import ROOT, copy_project
+
+# Answers what the tasks ask an engine and notes every command line; ANSWERS has a file for some of the questions.
+FAKE = """#!/bin/sh
+echo "$*" >>"$ANSWERS/log"
+case "$*" in
+    *"container list"*) cat "$ANSWERS/ids" 2>/dev/null ;;
+    *"container inspect"*) cat "$ANSWERS/containers" ;;
+    *"image inspect"*) cat "$ANSWERS/images" 2>/dev/null || { echo "Error: No such image: x" >&2; exit 1; } ;;
+    *"image list"*) cat "$ANSWERS/image-ids" 2>/dev/null ;;
+    *"system info"*) echo '{"Runtimes": {}}' ;;
+    version*) cat "$ANSWERS/version" 2>/dev/null ||
+        echo '{"Client": {"Version": "26.1.5"}, "Server": {"Version": "26.1.5"}}' ;;
+esac
+"""
+
+
+@dataclass
+class Project:
+    """A copy of the project with a docker of its own; `answers` is the folder of what that one says."""
+    root: Path
+    answers: Path
+
+    def invoke(self, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Run `invoke`; a variable set to "" is unset."""
+        environ = {**os.environ, "ANSWERS": str(self.answers), "PATH": f"{self.answers}:{os.environ['PATH']}", **variables}
+        return subprocess.run([sys.executable, "-m", "invoke", *words],
+                              cwd=self.root,
+                              env={name: value for name, value in environ.items() if value},
+                              capture_output=True,
+                              text=True,
+                              timeout=120,
+                              check=False)
+
+    def asked(self) -> list[str]:
+        """Return docker's command lines so far."""
+        log = self.answers / "log"
+        return log.read_text().splitlines() if log.exists() else []
+
+    def write(self, name: str, text: str) -> None:
+        """Write a file of the project."""
+        (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+        (self.root / name).write_text(text)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Iterator[Project]:
+    answers = tmp_path / "docker"
+    answers.mkdir()
+    (answers / "docker").write_text(FAKE)
+    (answers / "docker").chmod(0o755)
+    yield Project(copy_project(tmp_path / "project"), answers)
+
+
+def fault(done: subprocess.CompletedProcess[str], code: int, line: str) -> None:
+    """Check that the whole of standard error is one line, which has `line` in it."""
+    assert (done.returncode, done.stderr.count("\n")) == (code, 1) and line in done.stderr, done.stdout + done.stderr
+
+
+def own_rows(**changes: object) -> str:
+    """Return a rows file: the table of demo with `changes`."""
+    table = (ROOT / "environments.toml").read_text().partition("[demo]\n")[2].split("\n[", 1)
+    first = "".join(f"{key} = {json.dumps(value)}\n" for key, value in changes.items())
+    kept = [line for line in table[0].splitlines() if line.split(" = ")[0] not in changes]
+    return "[demo]\n" + first + "\n".join(kept) + "\n[" + table[1]
+
+
+# GPUs
+
+
+def test_without_the_nvidia_runtime_an_environment_that_needs_a_gpu_is_refused(project: Project) -> None:
+    project.write("own.toml", own_rows(gpu=True))
+    done = project.invoke("env.up", "--env", "demo", "--runner", "docker", ENVIRONMENTS="own.toml")
+    fault(done, 2, "env.up: demo needs an NVIDIA GPU: the engine has no NVIDIA runtime")
+    assert not [line for line in project.asked() if line.startswith("compose")]
