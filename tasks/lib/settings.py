@@ -105,6 +105,10 @@ SETTINGS: dict[str, Setting] = {
     Setting("16g", "Memory limit of plain `docker compose --profile env`; the tasks take each environment's own."),
     "ENV_READ_ONLY":
     Setting("true", "Read-only root of plain `docker compose --profile env`; webarena needs false."),
+    "ENV_STAGE":
+    Setting("", "Build stage of plain `docker compose --profile env`, where it is not called like the environment."),
+    "ENV_FOLDER":
+    Setting("demo", "Folder that the stage demo copies in plain `docker compose --profile env`: environments/mine."),
     "SPACY_MODEL":
     Setting(SPACY_MODEL, "webshop's language model, a wheel. Set but empty: skipped, and webshop does not start."),
     "WEBARENA_BROWSER":

@@ -194,6 +194,25 @@ def test_the_raw_compose_command_works(servers: Workbench) -> None:
     assert "demo is down" in servers.invoke("env.down", "--env", "demo").stdout
 
 
+def test_an_environment_of_one_s_own_as_the_guide_adds_it(servers: Workbench) -> None:
+    shutil.copytree(ROOT / "demo", servers.root / "environments/mine", ignore=shutil.ignore_patterns("__pycache__"))
+    table = (ROOT / "environments.toml").read_text().partition("[demo]\n")[2]
+    row = ("[mine]\n" + table).replace("[demo.", "[mine.").replace('folder = "demo"', 'folder = "environments/mine"\nstage = "demo"')
+    rows = servers.root / "environments/own.toml"
+    rows.write_text(row.replace("port = 36016", "port = 36777"))
+    own = {"ENVIRONMENTS": "environments/own.toml"}
+    done = servers.invoke("env.up", "--env", "mine", "--runner", "docker", env=own)
+    assert url_in(done.stdout).endswith(":36777"), done.stderr[-3000:]
+    assert servers.invoke("env.check", "--env", "mine", env=own).returncode == 0
+    assert servers.invoke("env.down", "--env", "mine", env=own).stdout == "mine is down\n"
+    servers.docker("rmi", servers.image("agentgym/env-mine"))
+    raw = {**own, "ENV": "mine", "ENV_STAGE": "demo", "ENV_FOLDER": "environments/mine", "ENV_PORT": "36777"}
+    done = servers.compose("--profile", "env", "up", "-d", "--wait", env=raw)
+    assert done.returncode == 0, done.stderr
+    client = Client("http://127.0.0.1:36777", environments(rows)["mine"].protocol.model_dump())
+    assert client.reset(client.create(), 0).startswith("find")
+
+
 def test_restart_starts_it_as_it_was(servers: Workbench) -> None:
     client = up(servers, "form-textcraft", "--replicas", "2", "--session-ttl", "77")
     old = client.create()
