@@ -175,7 +175,7 @@ def env(c: Context, env: str = "", no_cache: bool = False, pull: bool = False, t
             env_docker.build(c,
                              row,
                              options,
-                             env_runs.model("build.env", row, options, tag),
+                             env_runs.model(c, "build.env", row, options, "build.json", tag),
                              variables,
                              cache=not no_cache,
                              pull=pull)

@@ -237,10 +237,11 @@ def test_an_unknown_message_has_none() -> None:
         ("--key abc123 x", "--key *** x"),
         ("https://me:pw@example.org/simple", "https://***@example.org/simple"),
         ("https://token@example.org", "https://***@example.org"),
+        ("https://me:p@ss:w@example.org/x", "https://***@example.org/x"),
         ("mail me@example.org", "mail me@example.org"),
         ("https://example.org/a@b", "https://example.org/a@b"),
     ],
-    ids=["a value", "a login in a URL", "a token in a URL", "an address stays", "an @ in a path stays"])
+    ids=["a value", "a login in a URL", "a token in a URL", "a login with an @ in it", "an address stays", "an @ in a path stays"])
 def test_redact(text: str, expected: str) -> None:
     assert redact(text, ["abc123"]) == expected
 
@@ -270,6 +271,11 @@ def test_ids_are_the_caller_s_unless_chosen() -> None:
 
 def test_command_line_can_be_pasted() -> None:
     assert command_line(["docker", "run", "a b"], {"TAG": "x y"}) == "TAG='x y' docker run 'a b'"
+
+
+def test_a_secret_with_a_quote_in_it_is_hidden() -> None:
+    hidden = command_line(["docker", "run", "it's", "x=it's"], {"KEY": "it's", "URL": "https://me:a'b@x"}, ["it's"])
+    assert hidden == "KEY=*** URL='https://***@x' docker run *** 'x=***'"
 
 
 @pytest.mark.parametrize("runner, importable, expected", [("auto", True, "local"), ("auto", False, "docker"),

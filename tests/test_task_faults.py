@@ -84,3 +84,61 @@ def test_without_the_nvidia_runtime_an_environment_that_needs_a_gpu_is_refused(p
     done = project.invoke("env.up", "--env", "demo", "--runner", "docker", ENVIRONMENTS="own.toml")
     fault(done, 2, "env.up: demo needs an NVIDIA GPU: the engine has no NVIDIA runtime")
     assert not [line for line in project.asked() if line.startswith("compose")]
+
+
+# Secrets
+
+LOGIN = "https://me:t0ken@example.org/x.git"
+
+
+@pytest.mark.parametrize("words, variables", [
+    (["doctor"], {
+        "AGENTGYM_RL_SRC": LOGIN + "#abc"
+    }),
+    (["doctor", "--json"], {
+        "AGENTGYM_SRC": LOGIN
+    }),
+    (["format"], {
+        "AGENTGYM_RL_SRC": LOGIN + "#abc"
+    }),
+    (["build.all"], {
+        "AGENTGYM_RL_SRC": LOGIN
+    }),
+    (["--dry", "build.train"], {
+        "AGENTGYM_RL_SRC": LOGIN + "#abc"
+    }),
+],
+                         ids=["doctor", "doctor, not pinned", "format", "not pinned", "dry"])
+def test_a_login_in_a_source_s_url_is_not_shown(project: Project, words: list[str], variables: dict[str, str]) -> None:
+    done = project.invoke(*words, **variables)
+    assert "https://***@example.org/x.git" in done.stdout + done.stderr
+    assert "t0ken" not in done.stdout + done.stderr
+
+
+def test_files_of_a_start_are_their_owner_s_alone(project: Project) -> None:
+    project.write("own.toml", own_rows(source="agentgym"))
+    home = project.root / ".run/env/demo"
+    home.mkdir(parents=True)
+    (home / "build.json").touch(0o644)
+    done = project.invoke("build.env", "--env", "demo", ENVIRONMENTS="own.toml", AGENTGYM_SRC=LOGIN + "#abc")
+    assert done.returncode == 0, done.stderr
+    assert "t0ken" in (home / "build.json").read_text() and (home / "build.json").stat().st_mode & 0o777 == 0o600
+
+
+# --dry
+
+
+@pytest.mark.parametrize("words", [["env.up", "--runner", "docker", "--replicas", "2"], ["env.up", "--runner", "local"],
+                                   ["build.env"]],
+                         ids=lambda words: " ".join(words[:3]))
+def test_dry_writes_nothing(project: Project, words: list[str]) -> None:
+    done = project.invoke("--dry", *words, "--env", "demo")
+    assert done.returncode == 0 and done.stdout, done.stderr
+    assert not (project.root / ".run").exists()
+
+
+def test_a_build_leaves_alone_what_describes_the_running_server(project: Project) -> None:
+    project.write(".run/env/demo/compose.json", "{}")
+    project.invoke("build.env", "--env", "demo")
+    assert (project.root / ".run/env/demo/compose.json").read_text() == "{}"
+    assert [line.split(" --file ")[-1].split("/")[-1] for line in project.asked() if " build " in line] == ["build.json build env-demo"]

@@ -11,7 +11,7 @@ from invoke.exceptions import Exit
 
 from tasks.lib import docker
 from tasks.lib.mounts import FOLDERS
-from tasks.lib.settings import ROOT, SETTINGS, read_dotenv
+from tasks.lib.settings import ROOT, SETTINGS, hide_logins, read_dotenv
 from tasks.lib.sources import GYM, RL, choose_sources
 
 OK, NOTE, MISSING = "ok", "note", "missing"
@@ -80,7 +80,10 @@ def check_sources(root: Path, settings: Mapping[str, str]) -> list[Check]:
         chosen = choose_sources(root, settings)
     except ValueError as error:
         return [Check("sources", MISSING, str(error), "see AGENTGYM_RL_SRC and AGENTGYM_SRC in .env.example")]
-    return [Check(name, OK, chosen.get(name) or f"{SETTINGS[name].default} (downloaded)") for name in (RL, GYM)]
+    return [
+        Check(name, OK, hide_logins(chosen[name]) if name in chosen else f"{SETTINGS[name].default} (downloaded)")
+        for name in (RL, GYM)
+    ]
 
 
 def check_files(root: Path) -> Check:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from invoke.context import Context
 from invoke.exceptions import Exit
 
-from tasks.lib.settings import ROOT, read_dotenv, resolve, secret_values
+from tasks.lib.settings import ROOT, hide_logins, read_dotenv, resolve, secret_values
 
 if TYPE_CHECKING:
     from python_on_whales import DockerClient
@@ -68,7 +68,7 @@ def redact(text: str, secrets: Sequence[str]) -> str:
     """Return `text` without the values in `secrets` and without logins inside URLs."""
     for secret in secrets:
         text = text.replace(secret, "***")
-    return re.sub(r"(\w+://)[^/\s@:]+(:[^/\s@]*)?@", r"\1***@", text)
+    return hide_logins(text)
 
 
 def compose_files(root: Path, cpu: bool) -> list[Path]:
@@ -89,10 +89,14 @@ def caller_variables(environ: Mapping[str, str], dotenv: Mapping[str, str]) -> d
     return {name: str(value) for name, value in ids.items() if not (environ.get(name) or dotenv.get(name))}
 
 
-def command_line(argv: Sequence[str], variables: Mapping[str, str]) -> str:
-    """Return `argv` as a user would type it in a shell, with the variables that it needs before it."""
-    settings = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
-    return " ".join([*settings, shlex.join(argv)])
+def command_line(argv: Sequence[str], variables: Mapping[str, str], secrets: Sequence[str] = ()) -> str:
+    """Return `argv` as a user would type it in a shell, with the variables that it needs before it, redacted."""
+
+    def word(text: str) -> str:  # redacted before it is quoted, which changes a secret that has a quote in it
+        hidden = redact(text, secrets)
+        return hidden if hidden == "***" else shlex.quote(hidden)
+
+    return " ".join([*(f"{name}={word(value)}" for name, value in variables.items()), *map(word, argv)])
 
 
 def interactive() -> bool:
@@ -284,7 +288,7 @@ def _print_commands(action: Callable[[DockerClient], Any], profiles: Sequence[st
         words = iter(record.read_text().split("\0")[:-1])
     for count in words:
         argv = ["docker", *islice(words, int(count))]
-        print(redact(command_line(argv, variables if "compose" in argv[:2] else {}), secret_values()), flush=True)
+        print(command_line(argv, variables if "compose" in argv[:2] else {}, secret_values()), flush=True)
 
 
 def _drain(result: Any) -> None:

@@ -1,11 +1,13 @@
 """Environment servers as containers: what `env.up`, `env.down` and `build.env` do with Docker.
 
-The services come from .run/env/<name>/compose.json, written for each start, beside the project's own Compose file and
-in the same project: other containers reach them by name, and `invoke down` stops them too.
+The services come from .run/env/<name>/compose.json, written for each start (for each build: build.json), beside the
+project's own Compose file and in the same project: other containers reach them by name, and `invoke down` stops them
+too.
 """
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -95,16 +97,21 @@ def image_name(row: Environment, tag: str = "") -> str:
     return docker.image_name(f"agentgym/env-{row.name}", tag)
 
 
-def write_model(row: Environment, options: Options, data: Path, build: dict[str, Any], tag: str = "") -> Path:
-    """Write the Compose file for `row` and return its path."""
-    home = RUN / row.name
-    home.mkdir(parents=True, exist_ok=True)
-    if options.replicas > 1:
+def write_private(path: Path, text: str) -> None:
+    """Write a file that only its owner can read, and its folder: a source's URL may have a login."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        os.fchmod(file.fileno(), 0o600)  # it may be there from before
+        file.write(text)
+
+
+def write_model(path: Path, row: Environment, options: Options, data: Path, build: dict[str, Any], tag: str) -> None:
+    """Write the Compose file for `row` to `path`, and the proxy's rules beside it where there are replicas."""
+    home = path.parent
+    write_private(path, json.dumps(compose_model(row, options, image_name(row, tag), home, data, build), indent=2))
+    if options.replicas > 1:  # not private: HAProxy's own user in the container reads it
         addresses = [f"{service_name(row, number)}:{REPLICA_PORT}" for number in range(options.replicas)]
         (home / "haproxy.cfg").write_text(proxy_config(row, options.port, addresses, dns=True))
-    path = home / "compose.json"
-    path.write_text(json.dumps(compose_model(row, options, image_name(row, tag), home, data, build), indent=2))
-    return path
 
 
 def services(row: Environment, options: Options) -> list[str]:

@@ -195,7 +195,8 @@ def start(c: Context, task: str, row: Environment, options: Options, runner: str
     reason = refusal(row, data_folder(row), settings(), options.understood)
     if reason:
         raise Exit(f"{task}: {reason}", code=2)
-    remember(row, options, runner)
+    if not c.config.run.dry:
+        remember(row, options, runner)
     if runner == "local":
         if c.config.run.dry:
             print(f"{task}: would start {row.name} as a process of this machine on port {options.port}")
@@ -209,7 +210,7 @@ def start(c: Context, task: str, row: Environment, options: Options, runner: str
     docker.require_engine(c)
     require_gpu(c, task, row)
     variables = build_variables("")
-    file = model(task, row, options)
+    file = model(c, task, row, options, "compose.json")
     if build or not (c.config.run.dry or images_exist(row, options)):
         env_docker.build(c, row, options, file, variables)
     return env_docker.up(c, row, options, file, wait, variables)
@@ -237,18 +238,20 @@ def images_exist(row: Environment, options: Options) -> bool:
     return docker.image_exists(env_docker.image_name(row)) and (options.replicas == 1 or docker.image_exists(proxy))
 
 
-def model(task: str, row: Environment, options: Options, tag: str = "") -> Path:
-    """Write the row's Compose file and return its path."""
+def model(c: Context, task: str, row: Environment, options: Options, name: str, tag: str = "") -> Path:
+    """Write the row's Compose file, `name` in its run folder, and return its path; under `--dry` write nothing."""
+    path = env_local.RUN / row.name / name
     gym = gym_source(task) if row.source == "agentgym" else ""
-    build = env_docker.build_section(row, ROOT, gym, resolve("ENVIRONMENTS"))
-    return env_docker.write_model(row, options, data_folder(row), build, tag)
+    if not c.config.run.dry:
+        build = env_docker.build_section(row, ROOT, gym, resolve("ENVIRONMENTS"))
+        env_docker.write_model(path, row, options, data_folder(row), build, tag)
+    return path
 
 
 def remember(row: Environment, options: Options, runner: str) -> None:
     """Note how the row was started, for `env.restart`."""
     path = env_local.RUN / row.name / "options.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"runner": runner, **asdict(options)}))
+    env_docker.write_private(path, json.dumps({"runner": runner, **asdict(options)}))
 
 
 def recall(row: Environment) -> tuple[Options, str] | None:

@@ -1,5 +1,6 @@
 """One place that knows every setting: flag, then environment, then `.env`, then the default."""
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,6 +169,11 @@ def resolve_path(name: str, flag: str | None = None) -> str:
     """Return the path setting `name`; a relative flag starts where the user stands, any other at the project's root."""
     value = flag or resolve(name)
     return value if flag or not value else str(ROOT / value)
+
+
+def hide_logins(text: str) -> str:
+    """Return `text` without the logins in its URLs; what stands before the last @ of a host is one."""
+    return re.sub(r"(\w+://)[^/\s]*@", r"\1***@", text)
 
 
 def secret_values(environ: Mapping[str, str] | None = None, dotenv: Mapping[str, str] | None = None) -> list[str]:

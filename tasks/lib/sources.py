@@ -4,6 +4,8 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
+from tasks.lib.settings import hide_logins
+
 RL, GYM = "AGENTGYM_RL_SRC", "AGENTGYM_SRC"
 # What tells a checkout, relative to its root.
 MARKS = {RL: "AgentGym-RL/verl", GYM: "agentenv/agentenv"}
@@ -41,7 +43,7 @@ def check_source(name: str, source: str, root: Path) -> str:
     """
     if is_url(source):
         if "#" not in source:
-            raise ValueError(f"{name}={source} is not pinned; add #<commit>")
+            raise ValueError(f"{name}={hide_logins(source)} is not pinned; add #<commit>")
         return source
     folder = (root / Path(source).expanduser()).resolve()
     for place in (folder, folder.parent):
@@ -82,5 +84,5 @@ def origin(source: Path) -> str:
                           capture_output=True,
                           text=True,
                           check=False)
-    url = re.sub(r"^(\w+://)[^/@]+@", r"\1", said.stdout.strip())
+    url = hide_logins(said.stdout.strip()).replace("***@", "", 1)
     return url if is_url(url) else "unknown"
