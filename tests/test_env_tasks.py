@@ -141,6 +141,25 @@ def test_a_fault_is_one_line_and_leaves_nothing(name, words, code, line):
     assert processes_of(name) == [] and not (STATES / name / "state.json").exists()
 
 
+def test_ctrl_c_during_a_start_stops_the_server():
+    name = "fault-never"
+    process = subprocess.Popen([sys.executable, "-m", "invoke", "env.up", "--env", name, "--runner", "local"],
+                               cwd=ROOT,
+                               env={
+                                   **os.environ, "ENVIRONMENTS": str(FIXTURE_ROWS.relative_to(ROOT))
+                               },
+                               stderr=subprocess.PIPE,
+                               text=True)
+    end = time.monotonic() + 60
+    while not (STATES / name / "state.json").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert processes_of(name)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=30)[1]
+    assert (process.returncode, said) == (130, "env.up: interrupted\n")
+    assert processes_of(name) == [] and not (STATES / name / "state.json").exists()
+
+
 def test_a_taken_port_is_passed_over_and_told(up):
     port = rows()["form-maze"].port
     with socket.socket() as holder:

@@ -8,6 +8,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
+class BadSetting(ValueError):
+    """A setting that cannot be; the message is for the user."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """A variable that users may set in the environment or in `.env`.
@@ -142,12 +146,18 @@ SETTINGS: dict[str, Setting] = {
 def read_dotenv(path: Path = ROOT / ".env") -> dict[str, str]:
     """Return the variables of a `.env` file; an absent file has none.
 
+    Raises:
+        BadSetting: it is no text.
+
     `dotenv_values` and not `load_dotenv`: the latter would change the environment that Docker Compose sees.
     """
     if not path.is_file():
         return {}
     from dotenv import dotenv_values
-    return {name: value for name, value in dotenv_values(path).items() if value is not None}
+    try:
+        return {name: value for name, value in dotenv_values(path).items() if value is not None}
+    except UnicodeDecodeError:
+        raise BadSetting(f"{path} is not UTF-8; save it as UTF-8") from None
 
 
 def resolve(name: str,
