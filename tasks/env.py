@@ -49,10 +49,9 @@ def up(c: Context,
     ttl = env_runs.whole_number("env.up", "session-ttl", session_ttl, 0)
     seconds = env_runs.whole_number("env.up", "wait", wait, 1)
     chosen = env_runs.choose_runner("env.up", runner)
-    others = {} if c.config.run.dry else env_runs.running()
+    others = {} if c.config.run.dry else env_runs.serving()
     if row.name in others:
-        print(
-            f"{row.name} is up already: {others[row.name][0].url} (`invoke env.restart --env {row.name}` starts anew)")
+        print(f"{row.name} is up already: {others[row.name].url} (`invoke env.restart --env {row.name}` starts anew)")
         return
     bind = resolve("ENV_BIND")
     options = Options(port=env_runs.pick_port("env.up", row, port, bind),
@@ -202,10 +201,10 @@ def check(c: Context, env: str = "", url: str = "", timeout: str = "60") -> None
     seconds = env_runs.whole_number("env.check", "timeout", timeout, 1)
     if dry(c, f"play sessions on the server of {row.name}"):
         return
-    found = [] if url else env_runs.running().get(row.name, [])
+    found = None if url else env_runs.serving().get(row.name)
     if not url and not found:
         raise Exit(f"env.check: {row.name} is not up; `invoke env.up --env {row.name}`, or give --url", code=1)
-    client = Client(url or found[0].url, row.protocol.model_dump(), timeout=seconds)
+    client = Client(url or (found.url if found else ""), row.protocol.model_dump(), timeout=seconds)
     findings = Conformance(row, client).run()
     says = {True: "yes", False: "NO", None: "has none"}
     docker.print_table(("check", "holds", "seen"), [(one.check, says[one.holds], one.detail) for one in findings])

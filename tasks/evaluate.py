@@ -40,15 +40,15 @@ def served(c: Context, row: "Environment", runner: str, understood: bool, wait: 
     from tasks.lib.env_plan import Options
     from tasks.lib.settings import resolve
     seconds = env_runs.whole_number("eval", "wait", wait, 1)
-    up = [] if c.config.run.dry else env_runs.running().get(row.name, [])
+    up = None if c.config.run.dry else env_runs.serving().get(row.name)
     if up:
-        if runner == "docker" and up[0].runner == "local":
+        if runner == "docker" and up.runner == "local":
             raise Exit(
                 f"eval: {row.name} is up as a process of this machine, which a container cannot reach; "
                 f"`invoke env.down --env {row.name}`, or --runner local",
                 code=2)
-        options = Options(port=up[0].port)
-        yield env_runs.container_url(row, options) if runner == "docker" else up[0].url
+        options = Options(port=up.port)
+        yield env_runs.container_url(row, options) if runner == "docker" else up.url
         return
     place = "docker" if runner == "docker" else env_runs.choose_runner("eval",
                                                                        "local" if row.source == "project" else "auto")

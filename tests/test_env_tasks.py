@@ -174,6 +174,12 @@ def test_env_port_rules_over_the_rows_port(up):
     assert up("form-maze", ENV_PORT="36777").base == "http://127.0.0.1:36777/maze"
 
 
+def test_the_address_that_it_listens_on_is_the_one_that_is_asked_and_told(up):
+    assert up("form-maze", ENV_BIND="127.0.0.2").base.startswith("http://127.0.0.2:")
+    checked = invoke("env.check", "--env", "form-maze")  # ENV_BIND is not what it was
+    assert checked.returncode == 0 and "127.0.0.2" in invoke("env.up", "--env", "form-maze").stdout
+
+
 def test_consent_lets_it_start(up):
     assert up("fault-consent", "--i-understand").create() > 0
 

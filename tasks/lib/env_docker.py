@@ -33,7 +33,7 @@ from tasks.lib.environments import Environment
 from tasks.lib.settings import SETTINGS, resolve
 
 if TYPE_CHECKING:
-    from python_on_whales import DockerClient
+    from python_on_whales import Container, DockerClient
 
 # Other environments' services are in the same project but not in the files at hand; Compose need not say so.
 QUIET = {"COMPOSE_IGNORE_ORPHANS": "true"}
@@ -48,6 +48,7 @@ class Server:
     environment: str
     role: str
     port: int
+    bind: str
     state: str
     restarts: int
 
@@ -58,11 +59,16 @@ def servers(name: str = "") -> list[Server]:
     filters: list[tuple[Literal["label"], str]] = [("label", f"com.docker.compose.project={project}"),
                                                    ("label", f"{LABEL}={name}" if name else LABEL)]
     found = docker.ask(lambda client: client.container.list(all=True, filters=filters))
-    return [
-        Server(container.id, (labels := container.config.labels or {})[LABEL], labels.get(ROLE_LABEL, "server"),
-               int(labels[PORT_LABEL]), container.state.status or "", container.restart_count or 0)
-        for container in found
-    ]
+    return [describe(container) for container in found]
+
+
+def describe(container: Container) -> Server:
+    """Return what the tasks want to know of a container."""
+    labels = container.config.labels or {}
+    published = (container.host_config.port_bindings or {}).values()
+    bind = next((place.host_ip for places in published for place in places or [] if place.host_ip), "")
+    return Server(container.id, labels[LABEL], labels.get(ROLE_LABEL, "server"), int(labels[PORT_LABEL]), bind,
+                  container.state.status or "", container.restart_count or 0)
 
 
 def build_section(row: Environment, root: Path, gym: str, rows_file: str) -> dict[str, Any]:

@@ -25,23 +25,22 @@ RUNNERS = ("auto", "docker", "local")
 
 @dataclass(frozen=True)
 class Running:
-    """An environment that is up.
+    """An environment that was started and not stopped.
 
     Attributes:
         runner: docker or local.
+        url: its address for programs on this machine.
         port: where its entry listens.
-        servers: how many server processes or containers it has.
-        state: running, or what Docker says in its place.
+        servers: how many server processes or containers run.
+        state: running, or what Docker says in its place of a part of it.
+        up: whether it serves: its entry runs, and a server behind it.
     """
     runner: str
+    url: str
     port: int
     servers: int
     state: str
-
-    @property
-    def url(self) -> str:
-        """Its address for programs on this machine."""
-        return f"http://127.0.0.1:{self.port}"
+    up: bool
 
 
 def rows_path() -> Path:
@@ -138,13 +137,14 @@ def local_source(task: str, row: Environment) -> Path:
 
 
 def running() -> dict[str, list[Running]]:
-    """Return what is up, by environment; without an engine, the local servers only."""
+    """Return what was started and not stopped, by environment; without an engine, the local servers only."""
     found: dict[str, list[Running]] = {}
     for name, state in env_local.states().items():
         alive = [entry for entry in state["processes"] if env_local.is_running(entry)]
         if alive:
             count = sum(entry["role"] != "proxy" for entry in alive)
-            found.setdefault(name, []).append(Running("local", state["port"], count, "running"))
+            up = count > 0 and any(entry["port"] == state["port"] for entry in alive)
+            found.setdefault(name, []).append(Running("local", state["url"], state["port"], count, "running", up))
     try:
         containers = env_docker.servers()
     except Exit:
@@ -153,8 +153,16 @@ def running() -> dict[str, list[Running]]:
         mine = [server for server in containers if server.environment == name]
         count = sum(server.role != "proxy" and server.state == "running" for server in mine)
         shown = next((server.state for server in mine if server.state != "running"), "running")
-        found.setdefault(name, []).append(Running("docker", mine[0].port, count, shown))
+        entry = next((server for server in mine if server.role == "proxy"), mine[0])
+        url = env_local.url(Options(port=entry.port, bind=entry.bind))
+        up = count > 0 and entry.state == "running"
+        found.setdefault(name, []).append(Running("docker", url, entry.port, count, shown, up))
     return found
+
+
+def serving() -> dict[str, Running]:
+    """Return the environments that are up, by name."""
+    return {name: one for name, found in running().items() for one in reversed(found) if one.up}
 
 
 def local_url(row: Environment) -> str | None:
@@ -196,6 +204,8 @@ def start(c: Context, task: str, row: Environment, options: Options, runner: str
     if reason:
         raise Exit(f"{task}: {reason}", code=2)
     if not c.config.run.dry:
+        if row.name in running():  # what is left of a server that ended
+            stop(c, row.name)
         remember(row, options, runner)
     if runner == "local":
         if c.config.run.dry:

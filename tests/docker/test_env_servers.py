@@ -154,6 +154,25 @@ def test_two_environments_run_side_by_side_and_go_down_one_by_one(servers: Workb
     assert servers.containers() == []
 
 
+def test_a_server_that_ended_is_not_up_and_comes_up_again(servers: Workbench) -> None:
+    up(servers, "form-textcraft", "--replicas", "2")
+    servers.docker("stop", "--time", "1", *servers.containers(service="env-form-textcraft"))
+    asked = servers.invoke("env.check", "--env", "form-textcraft", env={"ENVIRONMENTS": FIXTURES})
+    assert asked.returncode == 1 and "form-textcraft is not up" in asked.stderr
+    assert up(servers, "form-textcraft").create() and len(servers.containers()) == 1
+    again = servers.invoke("env.up", "--env", "form-textcraft", env={"ENVIRONMENTS": FIXTURES})
+    assert "form-textcraft is up already" in again.stdout
+
+
+@pytest.mark.parametrize("replicas", ["1", "2"])
+def test_the_address_that_it_is_published_on_is_the_one_that_is_asked(servers: Workbench, replicas: str) -> None:
+    said = servers.invoke("env.up", "--env", "form-maze", "--replicas", replicas, "--runner", "docker",
+                          env={"ENVIRONMENTS": FIXTURES, "ENV_BIND": "127.0.0.2"})
+    assert "is ready: http://127.0.0.2:" in said.stdout, said.stderr
+    checked = servers.invoke("env.check", "--env", "form-maze", env={"ENVIRONMENTS": FIXTURES})
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
 def test_the_container_is_contained(servers: Workbench) -> None:
     up(servers, "form-textcraft")
     found = json.loads(servers.docker("inspect", servers.containers()[0]))[0]
