@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tasks.lib import checks
-from tasks.lib.docker import caller_variables, command_line, compose_files, redact, remedy
+from tasks.lib.docker import caller_variables, command_line, compose_files, docker_said, redact, remedy
 from tasks.lib.env_plan import Options, compose_model
 from tasks.lib.environments import environment
 from tasks.lib.gpus import NO_RUNTIME, GpuChoice, choose_gpus, refusal
@@ -228,6 +228,22 @@ def test_docker_s_message_has_a_remedy(said: str, word: str) -> None:
     assert advice and word in advice
 
 
+@pytest.mark.parametrize("argv, said, advised", [
+    ("compose run train x", "OSError: [Errno 98] Address already in use", False),
+    ("compose run train x", "No such image\nsee the log", False),
+    ("compose run train x", " Network x  Creating\nError response from daemon: driver failed: port is already allocated", True),
+    ("compose run train x", "Cannot connect to the Docker daemon at unix:///x. Is it running?", True),
+    ("compose up env-server", "listen tcp4 127.0.0.1:36001: bind: address already in use", True),
+    ("compose build train", "#7 0.3 write /x: no space left on device\nfailed to solve", True),
+],
+                         ids=[
+                             "a program in the container", "a program's words are not Docker's", "Docker, before it starts",
+                             "no engine", "no program is run", "a build's own output is Docker's"
+                         ])
+def test_a_remedy_is_for_docker_s_words_not_for_the_command_s(argv: str, said: str, advised: bool) -> None:
+    assert (remedy(docker_said(["docker", *argv.split()], said)) is not None) == advised
+
+
 def test_an_unknown_message_has_none() -> None:
     assert remedy("exit status 3") is None
 
@@ -311,6 +327,8 @@ def test_compose_and_the_table_agree() -> None:
     (checks.check_engine("26.1.5+dfsg1"), checks.OK),
     (checks.check_engine("24.0.0"), checks.OK),
     (checks.check_engine("20.10.24"), checks.MISSING),
+    (checks.check_engine_for_environments("25.0.3"), checks.OK),
+    (checks.check_engine_for_environments("24.0.7"), checks.NOTE),
     (checks.check_compose("Docker Compose version v2.39.0"), checks.OK),
     (checks.check_compose("Docker Compose version 2.26.1-4"), checks.OK),
     (checks.check_compose("docker-compose version 1.29.2"), checks.MISSING),

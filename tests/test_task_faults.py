@@ -1,6 +1,7 @@
 """What the tasks say about bad input, and what they ask of Docker: a copy of the project, and a docker that records."""
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -142,3 +143,25 @@ def test_a_build_leaves_alone_what_describes_the_running_server(project: Project
     project.invoke("build.env", "--env", "demo")
     assert (project.root / ".run/env/demo/compose.json").read_text() == "{}"
     assert [line.split(" --file ")[-1].split("/")[-1] for line in project.asked() if " build " in line] == ["build.json build env-demo"]
+
+
+# The engine
+
+
+@pytest.mark.parametrize("words", [["build.env"], ["env.up", "--runner", "docker"]], ids=lambda words: words[0])
+def test_an_engine_too_old_for_environments_is_refused_for_them_alone(project: Project, words: list[str]) -> None:
+    (project.answers / "version").write_text('{"Client": {"Version": "24.0.7"}, "Server": {"Version": "24.0.7"}}')
+    done = project.invoke(*words, "--env", "demo")
+    fault(done, 1, "docker: engine 24.0.7 is too old for environment servers; install Docker Engine 25 or newer")
+    doctor = project.invoke("doctor").stdout
+    assert re.search(r"^note +environments +engine 24\.0\.7 builds no environment servers", doctor, re.M), doctor
+    assert re.search(r"^ok +engine +24\.0\.7", doctor, re.M)
+
+
+def test_what_a_command_in_a_container_says_gets_no_remedy(project: Project) -> None:
+    (project.answers / "images").write_text('[{"Id": "sha256:1"}]')
+    script = project.answers / "docker"
+    last = '    compose*) echo "OSError: [Errno 98] Address already in use" >&2; exit 3 ;;\nesac'
+    script.write_text(script.read_text().replace("esac", last))
+    done = project.invoke("train.run", "--gpus", "none", "--", "x")
+    assert (done.returncode, done.stderr) == (3, "OSError: [Errno 98] Address already in use\n")

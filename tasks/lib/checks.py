@@ -47,6 +47,14 @@ def check_engine(version: str) -> Check:
     return Check("engine", MISSING, version, f"install Docker Engine {docker.ENGINE_AT_LEAST} or newer")
 
 
+def check_engine_for_environments(version: str) -> Check:
+    """Judge whether the engine can build environment servers, for which the other images' engine may be too old."""
+    if int(version.split(".")[0]) >= docker.ENGINE_AT_LEAST_FOR_ENVIRONMENTS:
+        return Check("environments", OK, f"engine {version} builds environment servers")
+    return Check("environments", NOTE, f"engine {version} builds no environment servers",
+                 f"install Docker Engine {docker.ENGINE_AT_LEAST_FOR_ENVIRONMENTS} or newer, or use --runner local")
+
+
 def check_compose(version: str) -> Check:
     """Judge Compose's version, such as 2.26.1-4 or v2.39.0."""
     major = version.rpartition("version ")[2].lstrip("v").split(".")[0]
@@ -117,10 +125,12 @@ def all_checks() -> Iterator[Check]:
 
 def _docker_checks() -> Iterator[Check]:
     try:
-        yield check_engine(docker.engine_version())
+        version = docker.engine_version()
     except Exit as error:
         yield Check("engine", MISSING, "none answers", (error.message or "start Docker").removeprefix("docker: "))
         return
+    yield check_engine(version)
+    yield check_engine_for_environments(version)
     for name, question, judge in (
         ("compose", lambda client: client.compose.version(), check_compose),
         ("buildx", lambda client: client.buildx.version(), lambda version: Check("buildx", OK, version)),

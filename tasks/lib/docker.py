@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 Answer = TypeVar("Answer")
 
 ENGINE_AT_LEAST = 24
+# The environment servers' health check asks often at the start only (--start-interval): cheap when it counts.
+ENGINE_AT_LEAST_FOR_ENVIRONMENTS = 25
 INTERRUPTED = 130
 COMMAND_NOT_FOUND = 127
 NO_DOCKER = "docker: no docker command on PATH; install Docker Engine 24 or newer with Compose v2 and Buildx"
@@ -55,6 +57,10 @@ REMEDIES = (
      "a download failed; check the network, PACKAGE_INDEX_URL and CA_BUNDLE"),
 )
 
+# How Docker begins what it says itself, where a command in a container says something on the same stream.
+DOCKER_SAYS = (r"Error response from daemon|error during connect|Cannot connect to the Docker daemon|"
+               r"failed to connect to the docker API|permission denied while trying to connect|unable to get image")
+
 # Runs in docker's place under --dry: notes how many arguments there are, then each, and does nothing else.
 RECORDER = 'printf "%s\\0" "$#" "$@" >>"$DRY_RECORD"'
 
@@ -62,6 +68,17 @@ RECORDER = 'printf "%s\\0" "$#" "$@" >>"$DRY_RECORD"'
 def remedy(said: str) -> str | None:
     """Return what a user can do about Docker's message `said`, where that is known."""
     return next((advice for pattern, advice in REMEDIES if re.search(pattern, said, re.IGNORECASE)), None)
+
+
+def docker_said(argv: Sequence[str], said: str) -> str:
+    """Return what of `said`, the standard error of `argv`, is Docker's own: with `compose run`, not the command's.
+
+    Docker says what stopped it last.
+    """
+    lines = said.splitlines()
+    if not ("compose" in argv[:2] and "run" in argv) or not lines:
+        return said
+    return lines[-1] if re.match(DOCKER_SAYS, lines[-1]) else ""
 
 
 def redact(text: str, secrets: Sequence[str]) -> str:
@@ -176,8 +193,8 @@ def execute(client: DockerClient, container: str, command: Sequence[str], user: 
         capture_stderr=False)
 
 
-def require_engine(c: Context) -> None:
-    """Stop with one clear line where no engine answers, or one that is too old. `--dry` asks nothing.
+def require_engine(c: Context, at_least: int = ENGINE_AT_LEAST) -> None:
+    """Stop with one clear line where no engine answers, or one below `at_least`. `--dry` asks nothing.
 
     Raises:
         Exit: see above.
@@ -185,8 +202,9 @@ def require_engine(c: Context) -> None:
     if c.config.run.dry:
         return
     version = engine_version()
-    if int(version.split(".")[0]) < ENGINE_AT_LEAST:
-        raise Exit(f"docker: engine {version} is too old; install Docker Engine {ENGINE_AT_LEAST} or newer", code=1)
+    if int(version.split(".")[0]) < at_least:
+        what = "" if at_least == ENGINE_AT_LEAST else " for environment servers"
+        raise Exit(f"docker: engine {version} is too old{what}; install Docker Engine {at_least} or newer", code=1)
 
 
 def engine_version() -> str:
@@ -361,7 +379,7 @@ def _failures_as_exit(shown: bool) -> Iterator[None]:
         raise Exit(NO_DOCKER, code=COMMAND_NOT_FOUND) from None
     except DockerException as error:
         said = redact((error.stderr or error.stdout or "").strip(), secret_values())
-        advice = remedy(said)
+        advice = remedy(docker_said(error.docker_command, said))
         if advice:
             raise Exit(f"docker: {advice}", code=error.return_code) from None
         message = said.splitlines()[-1] if said and not shown else None

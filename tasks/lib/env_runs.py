@@ -217,7 +217,7 @@ def start(c: Context, task: str, row: Environment, options: Options, runner: str
         except env_local.LocalError as error:
             raise Exit(f"{task}: {error}", code=1) from None
     from tasks.build import build_variables
-    docker.require_engine(c)
+    docker.require_engine(c, docker.ENGINE_AT_LEAST_FOR_ENVIRONMENTS)
     require_gpu(c, task, row)
     variables = build_variables("")
     file = model(c, task, row, options, "compose.json")
