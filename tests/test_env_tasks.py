@@ -190,8 +190,27 @@ def test_a_key_from_the_environment_reaches_the_server(up):
     assert server.environ()["FIXTURE_KEY"] == "sk-fixture" and "sk-fixture" not in " ".join(server.cmdline())
 
 
-def test_logs_show_what_the_server_said(up):
+def test_logs_of_a_start_that_failed_are_shown():
+    assert invoke("env.up", "--env", "fault-dies", "--runner", "local").returncode == 1
+    shown = invoke("env.logs", "--env", "fault-dies")
+    assert shown.returncode == 0 and "the fixture was told to die at import" in shown.stdout, shown.stderr
+    assert "fault-dies is not up; this is what its last start printed" in shown.stderr
+
+
+def test_dry_prints_the_commands_for_a_local_server_and_runs_none(up):
     up("form-maze")
+    entry = json.loads((STATES / "form-maze" / "state.json").read_text())["processes"][0]
+    log = STATES / "form-maze" / "server-0.log"
+    assert invoke("--dry", "env.down", "--env", "form-maze").stdout == f"kill -TERM -- -{entry['pid']}\n"
+    assert invoke("--dry", "env.logs", "--env", "form-maze", "--follow").stdout == f"tail -n +1 -F {log}\n"
+    assert env_local.is_running(entry)
+
+
+def test_logs_show_what_the_server_said(up):
+    (STATES / "form-maze").mkdir(parents=True, exist_ok=True)
+    (STATES / "form-maze" / "server-1.log").write_text("of an earlier run\n")
+    up("form-maze")
+    assert "of an earlier run" not in invoke("env.logs", "--env", "form-maze").stdout
     invoke("env.down", "--env", "form-maze")
     up("form-maze", "--session-ttl", "1")
     pid = json.loads((STATES / "form-maze" / "state.json").read_text())["processes"][0]["pid"]

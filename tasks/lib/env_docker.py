@@ -10,6 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -46,6 +47,7 @@ class Server:
     """One container of an environment."""
     id: str
     environment: str
+    service: str
     role: str
     port: int
     bind: str
@@ -67,8 +69,9 @@ def describe(container: Container) -> Server:
     labels = container.config.labels or {}
     published = (container.host_config.port_bindings or {}).values()
     bind = next((place.host_ip for places in published for place in places or [] if place.host_ip), "")
-    return Server(container.id, labels[LABEL], labels.get(ROLE_LABEL, "server"), int(labels[PORT_LABEL]), bind,
-                  container.state.status or "", container.restart_count or 0)
+    return Server(container.id, labels[LABEL], labels.get("com.docker.compose.service", ""),
+                  labels.get(ROLE_LABEL, "server"), int(labels[PORT_LABEL]), bind, container.state.status or "",
+                  container.restart_count or 0)
 
 
 def build_section(row: Environment, root: Path, gym: str, rows_file: str) -> dict[str, Any]:
@@ -148,16 +151,21 @@ def up(c: Context, row: Environment, options: Options, file: Path, wait: float, 
     wanted = services(row, options)
     started = False
     try:
-        surroundings: dict[str, Any] = {"variables": {**QUIET, **variables}, "files": [file]}
-        if c.config.run.dry:
-            docker.drive(c, lambda client: client.compose.up(wanted, detach=True), **surroundings)
-        else:  # `ask`: a failure is one line, and a start says nothing of its own
-            docker.ask(lambda client: client.compose.up(wanted, detach=True, quiet=True, force_recreate=True),
-                       **surroundings)
+        # quiet: a failure is one line, and a start says nothing of its own
+        docker.drive(c,
+                     lambda client: client.compose.up(wanted, detach=True, quiet=True, force_recreate=True),
+                     variables={
+                         **QUIET,
+                         **variables
+                     },
+                     files=[file])
+        if not c.config.run.dry:
             wait_until_ready(row, options, wait)
         started = True
     finally:
         if not started:
+            with suppress(Exit):
+                keep_logs(row.name)
             down(c, row.name)
     return url(options)
 
@@ -177,8 +185,8 @@ def wait_until_ready(row: Environment, options: Options, wait: float) -> None:
         left = end - time.monotonic()
         if left <= 0:
             raise Exit(
-                f"env.up: {row.name} was not ready after {wait:g} s: {reason}; give it longer with --wait, "
-                "or look at `docker logs` while it starts",
+                f"env.up: {row.name} was not ready after {wait:g} s: {reason}; see `invoke env.logs --env {row.name}`, "
+                "or give it longer with --wait",
                 code=1)
         reason = probe(row, url(options), options.replicas, seen, left) or reason
         if len(seen) == options.replicas:
@@ -198,13 +206,20 @@ def last_line(container: str) -> str:
     return lines[-1].strip() if lines else "it said nothing"
 
 
+def keep_logs(name: str) -> None:
+    """Write what the environment's containers printed to its run folder, for `env.logs` after they are gone."""
+    for server in servers(name):
+        said = docker.ask(lambda client, found=server: client.container.logs(found.id))  # type: ignore[misc]
+        write_private(RUN / name / f"{server.service}.log", said)
+
+
 def down(c: Context, name: str) -> bool:
     """Stop and remove the environment's containers; False where there was none."""
-    found = [] if c.config.run.dry else servers(name)
+    found = servers(name)
     if not found:
         return False
     # The proxy first: a client then sees a refused connection, not a replica that is down.
     ids = [server.id for server in sorted(found, key=lambda server: server.role != "proxy")]
-    docker.ask(lambda client: client.container.stop(ids, time=10))
-    docker.ask(lambda client: client.container.remove(ids, force=True, volumes=True))
+    docker.drive(c, lambda client: client.container.stop(ids, time=10))
+    docker.drive(c, lambda client: client.container.remove(ids, force=True, volumes=True))
     return True

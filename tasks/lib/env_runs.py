@@ -206,6 +206,8 @@ def start(c: Context, task: str, row: Environment, options: Options, runner: str
     if not c.config.run.dry:
         if row.name in running():  # what is left of a server that ended
             stop(c, row.name)
+        for old in logs(row.name):
+            old.unlink()
         remember(row, options, runner)
     if runner == "local":
         if c.config.run.dry:
@@ -221,7 +223,7 @@ def start(c: Context, task: str, row: Environment, options: Options, runner: str
     require_gpu(c, task, row)
     variables = build_variables("")
     file = model(c, task, row, options, "compose.json")
-    if build or not (c.config.run.dry or images_exist(row, options)):
+    if build or not images_exist(row, options):
         env_docker.build(c, row, options, file, variables)
     return env_docker.up(c, row, options, file, wait, variables)
 
@@ -243,9 +245,12 @@ def require_gpu(c: Context, task: str, row: Environment) -> None:
 
 
 def images_exist(row: Environment, options: Options) -> bool:
-    """Tell whether all images that `row` needs are built."""
+    """Tell whether all images that `row` needs are built; without an engine, which `--dry` does without, none is."""
     proxy = docker.image_name("agentgym/env-proxy")
-    return docker.image_exists(env_docker.image_name(row)) and (options.replicas == 1 or docker.image_exists(proxy))
+    try:
+        return docker.image_exists(env_docker.image_name(row)) and (options.replicas == 1 or docker.image_exists(proxy))
+    except Exit:
+        return False
 
 
 def model(c: Context, task: str, row: Environment, options: Options, name: str, tag: str = "") -> Path:
@@ -274,15 +279,32 @@ def recall(row: Environment) -> tuple[Options, str] | None:
     return Options(**noted), runner
 
 
+def logs(name: str) -> list[Path]:
+    """Return the logs in the environment's run folder: those of its local server, or of the last start that failed."""
+    state = env_local.states().get(name)
+    home = env_local.RUN / name
+    return [home / f"{entry['role']}.log" for entry in state["processes"]] if state else sorted(home.glob("*.log"))
+
+
 def stop(c: Context, name: str) -> bool:
     """Stop the environment's server, whichever runner it has; False where none was up."""
-    local = env_local.down(name)
+    local = stop_local(c, name)
     try:
         return env_docker.down(c, name) or local
-    except Exit:
-        if local:  # no engine, so no container of ours either
-            return True
+    except Exit as error:
+        if local or error.code == docker.COMMAND_NOT_FOUND:  # no engine, so no container of ours either
+            return local
         raise
+
+
+def stop_local(c: Context, name: str) -> bool:
+    """Stop the environment's local server; under `--dry`, print the commands that would."""
+    if not c.config.run.dry:
+        return env_local.down(name)
+    alive = [one for one in env_local.states().get(name, {}).get("processes", []) if env_local.is_running(one)]
+    for entry in alive:
+        print(f"kill -TERM -- -{entry['pid']}")
+    return bool(alive)
 
 
 def sessions(found: Running) -> Mapping[str, Any] | None:

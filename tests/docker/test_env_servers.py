@@ -250,8 +250,38 @@ def test_dry_prints_the_command_and_starts_nothing(servers: Workbench) -> None:
                           "docker",
                           env={"ENVIRONMENTS": FIXTURES})
     assert done.returncode == 0, done.stderr
-    assert re.search(r"docker compose .*compose\.json.* up --detach env-form-textcraft", done.stdout)
+    lines = done.stdout.splitlines()
+    assert re.search(r"docker compose .*compose\.json up --detach --force-recreate env-form-textcraft$", lines[-1])
     assert servers.containers() == []
+    absent = servers.invoke("--dry", "env.up", "--env", "form-textcraft", "--runner", "docker",
+                            env={"ENVIRONMENTS": FIXTURES, "IMAGE_TAG": "absent"})
+    assert [line.split("compose.json ")[1].split()[0] for line in absent.stdout.splitlines()] == ["build", "up"]
+
+
+def test_dry_prints_the_commands_for_a_server_that_is_up(servers: Workbench) -> None:
+    up(servers, "form-textcraft")
+    container = servers.docker("ps", "-q", "--no-trunc", "--filter", f"label=com.docker.compose.project={servers.name}")
+
+    def dry(task: str) -> list[str]:
+        done = servers.invoke("--dry", task, "--env", "form-textcraft", env={"ENVIRONMENTS": FIXTURES})
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    stop = [f"docker container stop {container}", f"docker container rm --force --volumes {container}"]
+    assert dry("env.down") == stop
+    assert dry("env.logs") == [f"docker container logs {container}"]
+    assert dry("env.shell")[0].endswith(f" {container} bash")
+    assert dry("env.restart")[:2] == stop and " up --detach --force-recreate " in dry("env.restart")[2]
+    assert servers.docker("inspect", "-f", "{{.State.Status}}", container) == "running"
+    images = servers.invoke("--dry", "clean.images")
+    assert servers.image("agentgym/env-form-textcraft") in images.stdout and "image rm" in images.stdout
+
+
+def test_the_log_of_a_start_that_failed_is_kept(servers: Workbench) -> None:
+    failed = servers.invoke("env.up", "--env", "fault-dies", "--runner", "docker", env={"ENVIRONMENTS": FIXTURES})
+    assert failed.returncode == 1 and servers.containers() == []
+    shown = servers.invoke("env.logs", "--env", "fault-dies", env={"ENVIRONMENTS": FIXTURES})
+    assert shown.returncode == 0 and "told to" in shown.stdout, shown.stdout + shown.stderr
 
 
 def play(client: Client, item: int, results: dict, number: int, pause: float) -> None:
