@@ -59,6 +59,8 @@ def remove_bytecode(c: Context) -> None:
     for folder in bytecode_folders(ROOT):
         if c.config.run.dry:
             print(f"rm -r {folder}")
+        elif folder.is_symlink():  # the cache of somebody else's folder stays
+            folder.unlink()
         else:
             shutil.rmtree(folder)
 

@@ -8,7 +8,7 @@ import pytest
 from tasks.lib import checks
 from tasks.lib.docker import caller_variables, command_line, compose_files, docker_said, redact, remedy
 from tasks.lib.env_plan import Options, compose_model
-from tasks.lib.environments import environment
+from tasks.lib.environments import environment, environments
 from tasks.lib.gpus import NO_RUNTIME, GpuChoice, choose_gpus, refusal
 from tasks.lib.images import human_age, human_size
 from tasks.lib.leftovers import bytecode_folders
@@ -323,6 +323,13 @@ def test_compose_and_the_table_agree() -> None:
     assert {name for name, _ in defaults} | by_name | by_environment | {"COMPOSE_PROJECT_NAME"} == set(SETTINGS)
 
 
+def test_plain_compose_passes_every_key_of_an_environment() -> None:
+    text = (ROOT / "docker-compose.yml").read_text().partition("  env-server:")[2].partition("    labels:")[0]
+    passed = set(re.findall(r"^      (\w+):$", text, re.M))
+    assert {key.name for row in environments().values() for key in row.keys} <= passed
+    assert {key.name for row in environments().values() for key in row.keys} <= checks.environment_keys()
+
+
 @pytest.mark.parametrize("check, level", [
     (checks.check_engine("26.1.5+dfsg1"), checks.OK),
     (checks.check_engine("24.0.0"), checks.OK),
@@ -339,6 +346,7 @@ def test_compose_and_the_table_agree() -> None:
     (checks.check_dotenv(False, {}), checks.OK),
     (checks.check_dotenv(True, {"ENV_PORT": "1"}), checks.OK),
     (checks.check_dotenv(True, {"ENV_PROT": "1"}), checks.NOTE),
+    (checks.check_dotenv(True, {"REDDIT": "1", "I_UNDERSTAND": "todo"}, {"REDDIT"}), checks.OK),
     (checks.check_files(ROOT), checks.OK),
     (checks.check_files(Path("/nowhere")), checks.MISSING),
     (checks.check_sources(ROOT, {RL: "/nowhere"})[0], checks.MISSING),

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ case "$*" in
     *"container inspect"*) cat "$ANSWERS/containers" ;;
     *"image inspect"*) cat "$ANSWERS/images" 2>/dev/null || { echo "Error: No such image: x" >&2; exit 1; } ;;
     *"image list"*) cat "$ANSWERS/image-ids" 2>/dev/null ;;
+    *" config "*) echo '{"name": "x"}' ;;
     *"system info"*) echo '{"Runtimes": {}}' ;;
     version*) cat "$ANSWERS/version" 2>/dev/null ||
         echo '{"Client": {"Version": "26.1.5"}, "Server": {"Version": "26.1.5"}}' ;;
@@ -34,11 +36,11 @@ class Project:
     answers: Path
 
     def invoke(self, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Run `invoke`; a variable set to "" is unset."""
+        """Run `invoke`."""
         environ = {**os.environ, "ANSWERS": str(self.answers), "PATH": f"{self.answers}:{os.environ['PATH']}", **variables}
         return subprocess.run([sys.executable, "-m", "invoke", *words],
                               cwd=self.root,
-                              env={name: value for name, value in environ.items() if value},
+                              env=environ,
                               capture_output=True,
                               text=True,
                               timeout=120,
@@ -165,3 +167,97 @@ def test_what_a_command_in_a_container_says_gets_no_remedy(project: Project) -> 
     script.write_text(script.read_text().replace("esac", last))
     done = project.invoke("train.run", "--gpus", "none", "--", "x")
     assert (done.returncode, done.stderr) == (3, "OSError: [Errno 98] Address already in use\n")
+
+
+@pytest.mark.docker
+def test_doctor_shows_what_compose_refuses(project: Project, tmp_path: Path) -> None:
+    if not shutil.which("docker"):
+        pytest.skip("no docker command")
+    project.write(".env", "A KEY=1\n")
+    (project.answers / "docker").unlink()
+    assert re.search(r"^missing +settings +.*(space|\.env)", project.invoke("doctor").stdout, re.M)
+
+
+# Bad input: one line and exit code 2, no traceback
+
+
+@pytest.mark.parametrize("words, variables, line", [
+    (["env.up", "--port", "99999"], {}, "env.up: --port 99999 is no port; choose one from 1 to 65535"),
+    (["env.up"], {
+        "ENV_PORT": "99999"
+    }, "env.up: ENV_PORT 99999 is no port"),
+    (["env.up"], {
+        "ENV_PORT": "0"
+    }, "env.up: ENV_PORT 0 is no port"),
+    (["env.up"], {
+        "ENV_BIND": "nonsense"
+    }, "env.up: ENV_BIND=nonsense is no IPv4 address"),
+    (["env.up", "--port", "41234"], {
+        "ENV_BIND": "::1"
+    }, "env.up: ENV_BIND=::1 is no IPv4 address"),
+    (["env.up"], {
+        "ENV_BIND": "203.0.113.7"
+    }, "env.up: ENV_BIND=203.0.113.7 is no address of this machine"),
+    (["build.env"], {
+        "AGENTGYM_SRC": "~nosuchuser/x"
+    }, "build: AGENTGYM_SRC=~nosuchuser/x has no agentenv/agentenv"),
+],
+                         ids=lambda value: value if isinstance(value, str) else None)
+def test_bad_input_is_one_line(project: Project, words: list[str], variables: dict[str, str], line: str) -> None:
+    fault(project.invoke(*words, "--env", "demo", **variables), 2, line)
+
+
+@pytest.mark.parametrize("words", [["status"], ["env.down"], ["--dry", "down"], ["doctor"]], ids=lambda words: words[-1])
+def test_a_dotenv_that_is_not_utf_8_is_named(project: Project, words: list[str]) -> None:
+    (project.root / ".env").write_bytes("MODEL=Käse\n".encode("latin-1"))
+    fault(project.invoke(*words), 2, ".env is not UTF-8; save it as UTF-8")
+
+
+def test_a_mounted_folder_that_is_a_dangling_link_is_named(project: Project) -> None:
+    (project.answers / "images").write_text('[{"Id": "sha256:1"}]')
+    shutil.rmtree(project.root / "saves")
+    (project.root / "saves").symlink_to("/nowhere/saves")
+    done = project.invoke("train.run", "--gpus", "none", "--", "true")
+    fault(done, 2, "saves is a link to /nowhere/saves, which is not there; create that folder, or remove the link")
+
+
+def test_an_id_that_is_no_number_is_named(project: Project) -> None:
+    (project.answers / "images").write_text('[{"Id": "sha256:1"}]')
+    shutil.rmtree(project.root / "data")
+    done = project.invoke("train.run", "--gpus", "none", "--", "true", HOST_UID="me")
+    fault(done, 2, "train.run: HOST_UID=me is no number")
+
+
+def test_a_build_without_git_goes_on(project: Project) -> None:
+    for program in ("sh", "cat"):
+        (project.answers / program).symlink_to(f"/bin/{program}")
+    done = project.invoke("--dry", "build.base", PATH=str(project.answers))
+    assert done.returncode == 0 and "REVISION=unknown" in done.stdout, done.stderr
+
+
+def test_a_project_that_cannot_be_written_to_is_named(project: Project) -> None:
+    (project.root / ".run").touch()  # what a test of root can do in place of chmod
+    fault(project.invoke("env.up", "--env", "demo", "--runner", "docker"), 2, "project/.run")
+    assert project.invoke("--dry", "env.up", "--env", "demo", "--runner", "docker").returncode == 0
+
+
+def test_a_cache_that_is_a_link_goes_and_what_it_leads_to_stays(project: Project, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (project.root / ".mypy_cache").symlink_to(tmp_path / "elsewhere")
+    done = project.invoke("clean.pycache", "--yes")
+    assert done.returncode == 0, done.stderr
+    assert not (project.root / ".mypy_cache").is_symlink() and (tmp_path / "elsewhere").is_dir()
+
+
+def test_nothing_is_up_where_there_is_no_docker(project: Project) -> None:
+    (project.answers / "docker").unlink()
+    done = project.invoke("env.down", "--env", "demo", PATH=str(project.answers))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "demo was not up\n", "")
+
+
+@pytest.mark.parametrize("host", ["unix:///nowhere.sock", "tcp://127.0.0.1:1", "ftp://x"])
+def test_an_engine_elsewhere_that_does_not_answer_is_named(project: Project, host: str) -> None:
+    if shutil.which("docker") is None:
+        pytest.skip("no docker command")
+    (project.answers / "docker").unlink()
+    fault(project.invoke("status", DOCKER_HOST=host), 1, f"docker: no Docker engine answers at DOCKER_HOST={host}; ")

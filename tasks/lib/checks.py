@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,11 +11,13 @@ from invoke.exceptions import Exit
 
 from tasks.lib import docker
 from tasks.lib.mounts import FOLDERS
-from tasks.lib.settings import ROOT, SETTINGS, hide_logins, read_dotenv
+from tasks.lib.settings import ROOT, SETTINGS, hide_logins, read_dotenv, resolve
 from tasks.lib.sources import GYM, RL, choose_sources
 
 OK, NOTE, MISSING = "ok", "note", "missing"
 DISK_GB = 32
+# What may stand in .env and is no setting: Compose's own, and the consent that plain Compose passes on.
+NO_SETTINGS = {"COMPOSE_FILE", "COMPOSE_PROFILES", "I_UNDERSTAND"}
 FILES = ("docker-compose.yml", "docker-compose.cpu.yml", "docker/base.Dockerfile", "docker/train.Dockerfile",
          "docker/scripts.Dockerfile", "Dockerfile.eval")
 
@@ -72,11 +74,11 @@ def check_disk(free_bytes: int, place: str) -> Check:
                  f"the images need {DISK_GB} GB; free some, or run `invoke clean.cache`")
 
 
-def check_dotenv(exists: bool, variables: Mapping[str, str]) -> Check:
-    """Judge `.env`: it may be absent; a name that nothing reads is probably mistyped."""
+def check_dotenv(exists: bool, variables: Mapping[str, str], keys: Collection[str] = ()) -> Check:
+    """Judge `.env`: it may be absent; a name that is no setting and none of the environments' `keys` is mistyped."""
     if not exists:
         return Check(".env", OK, "absent, so the defaults hold", "")
-    unknown = sorted(set(variables) - set(SETTINGS))
+    unknown = sorted(set(variables) - set(SETTINGS) - set(keys) - NO_SETTINGS)
     if unknown:
         return Check(".env", NOTE, f"unknown: {', '.join(unknown)}", "compare with .env.example")
     return Check(".env", OK, f"{len(variables)} settings")
@@ -118,9 +120,29 @@ def all_checks() -> Iterator[Check]:
     """Look at everything that the project needs, Docker first."""
     yield from _docker_checks()
     dotenv = read_dotenv()
-    yield check_dotenv((ROOT / ".env").is_file(), dotenv)
+    yield check_dotenv((ROOT / ".env").is_file(), dotenv, environment_keys())
     yield from check_sources(ROOT, {**dotenv, **os.environ})
     yield check_files(ROOT)
+
+
+def environment_keys() -> set[str]:
+    """Return the variables that the environments ask for; none where their rows cannot be read."""
+    from tasks.lib.environments import environments
+    try:
+        rows = environments(ROOT / resolve("ENVIRONMENTS"))
+    except (OSError, ValueError):
+        return set()
+    return {key.name for row in rows.values() for key in row.keys}
+
+
+def _compose_reads() -> Check:
+    """Let Compose read its files and `.env`, in which it accepts less than we do."""
+    try:
+        docker.ask(lambda client: client.compose.config(return_json=True), profiles=["*"])
+    except Exit as error:
+        said = (error.message or "Compose gives no reason").removeprefix("docker: ")
+        return Check("settings", MISSING, said, "mend what Compose names: .env, or docker-compose.override.yml")
+    return Check("settings", OK, "Compose reads its files and .env")
 
 
 def _docker_checks() -> Iterator[Check]:
@@ -139,6 +161,7 @@ def _docker_checks() -> Iterator[Check]:
             yield judge(docker.ask(question))
         except Exit:
             yield Check(name, MISSING, "not installed", f"install the plugin docker-{name}-plugin")
+    yield _compose_reads()
     yield check_nvidia(docker.has_nvidia_runtime())
     place = Path(docker.ask(lambda client: client.system.info().docker_root_dir) or "/")
     # The engine may run elsewhere (Docker Desktop, a remote host), with a folder that is not here.

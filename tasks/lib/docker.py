@@ -38,11 +38,13 @@ INTERRUPTED = 130
 COMMAND_NOT_FOUND = 127
 NO_DOCKER = "docker: no docker command on PATH; install Docker Engine 24 or newer with Compose v2 and Buildx"
 
+ENGINE_DOWN = "engine down"  # `engine_down` says more
+
 # What Docker says, and what a user can do about it. The first match counts.
 REMEDIES = (
     (r"permission denied while trying to connect", "add yourself to the group docker, then log in again"),
-    (r"Cannot connect to the Docker daemon|error during connect|failed to connect to the docker API",
-     "the Docker engine does not answer; start it (sudo systemctl start docker)"),
+    (r"Cannot connect to the Docker daemon|error during connect|failed to connect to the docker API|"
+     r"unable to (parse|resolve) docker (host|endpoint)", ENGINE_DOWN),
     (r"port is already allocated|address already in use", "the port is in use; choose another with ENV_PORT"),
     (r"could not select device driver",
      "the engine has no NVIDIA runtime; install nvidia-container-toolkit, or pass --gpus none"),
@@ -59,7 +61,7 @@ REMEDIES = (
 
 # How Docker begins what it says itself, where a command in a container says something on the same stream.
 DOCKER_SAYS = (r"Error response from daemon|error during connect|Cannot connect to the Docker daemon|"
-               r"failed to connect to the docker API|permission denied while trying to connect|unable to get image")
+               r"failed to connect to the docker API|permission denied while trying to connect|Failed to initialize")
 
 # Runs in docker's place under --dry: notes how many arguments there are, then each, and does nothing else.
 RECORDER = 'printf "%s\\0" "$#" "$@" >>"$DRY_RECORD"'
@@ -67,7 +69,16 @@ RECORDER = 'printf "%s\\0" "$#" "$@" >>"$DRY_RECORD"'
 
 def remedy(said: str) -> str | None:
     """Return what a user can do about Docker's message `said`, where that is known."""
-    return next((advice for pattern, advice in REMEDIES if re.search(pattern, said, re.IGNORECASE)), None)
+    advice = next((advice for pattern, advice in REMEDIES if re.search(pattern, said, re.IGNORECASE)), None)
+    return engine_down(os.environ) if advice == ENGINE_DOWN else advice
+
+
+def engine_down(environ: Mapping[str, str]) -> str:
+    """Return what to do about an engine that does not answer; DOCKER_HOST says where it was looked for."""
+    host = environ.get("DOCKER_HOST")
+    if host:
+        return f"no Docker engine answers at DOCKER_HOST={hide_logins(host)}; start that one, or unset DOCKER_HOST"
+    return "the Docker engine does not answer; start it (sudo systemctl start docker)"
 
 
 def docker_said(argv: Sequence[str], said: str) -> str:
@@ -215,7 +226,7 @@ def engine_version() -> str:
     """
     server = ask(lambda docker: docker.version().server)
     if server is None or not server.version:
-        raise Exit("docker: " + REMEDIES[1][1], code=1)
+        raise Exit(f"docker: {engine_down(os.environ)}", code=1)
     return server.version
 
 

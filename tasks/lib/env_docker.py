@@ -195,8 +195,13 @@ def wait_until_ready(row: Environment, options: Options, wait: float) -> None:
 
 
 def printing(container: str, follow: bool) -> Callable[[DockerClient], Any]:
-    """Return the action that prints a container's log."""
-    return lambda client: client.container.logs(container, follow=follow, stream=True)
+    """Return the action that prints a container's log.
+
+    python-on-whales' own call reads an inspection first, whose answer `--dry` does not give.
+    """
+    from python_on_whales.utils import stream_stdout_and_stderr
+    flags = ["--follow"] if follow else []
+    return lambda client: stream_stdout_and_stderr([*client.client_config.docker_cmd, "container", "logs", *flags, container])
 
 
 def last_line(container: str) -> str:

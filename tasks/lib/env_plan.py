@@ -41,7 +41,8 @@ def choose_port(wanted: int, free: Callable[[int], bool]) -> int:
     for port in range(wanted, min(wanted + SEARCHED_PORTS, 65536)):
         if free(port):
             return port
-    raise ValueError(f"no port from {wanted} to {wanted + SEARCHED_PORTS - 1} is free; choose one with --port")
+    last = min(wanted + SEARCHED_PORTS, 65536) - 1
+    raise ValueError(f"no port from {wanted} to {last} is free; choose one with --port")
 
 
 def refusal(row: Environment, data: Path, environ: Mapping[str, str], understood: bool) -> str | None:

@@ -1,6 +1,7 @@
 """Start, find and stop environment servers, whichever runner they use."""
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import urllib.request
@@ -81,6 +82,33 @@ def whole_number(task: str, flag: str, value: str, least: int) -> int:
     if not value.isdecimal() or int(value) < least:
         raise Exit(f"{task}: --{flag} {value} is no whole number of at least {least}", code=2)
     return int(value)
+
+
+def port_number(task: str, name: str, value: str) -> int:
+    """Return the port that the user typed.
+
+    Raises:
+        Exit: it is none.
+    """
+    if not value.isdecimal() or not 1 <= int(value) <= 65535:
+        raise Exit(f"{task}: {name} {value} is no port; choose one from 1 to 65535", code=2)
+    return int(value)
+
+
+def require_address(task: str, bind: str) -> None:
+    """Stop with one line where nothing can listen on `bind`.
+
+    Raises:
+        Exit: it is no IPv4 address, or none of this machine's.
+    """
+    try:
+        ipaddress.IPv4Address(bind)
+    except ValueError:
+        raise Exit(f"{task}: ENV_BIND={bind} is no IPv4 address; use 127.0.0.1, or 0.0.0.0 for all of this machine's",
+                   code=2) from None
+    if not env_local.port_is_free(0, bind):  # port 0 is any port
+        raise Exit(f"{task}: ENV_BIND={bind} is no address of this machine; use 127.0.0.1, or 0.0.0.0 for all of them",
+                   code=2)
 
 
 def settings() -> dict[str, str]:
@@ -177,16 +205,15 @@ def pick_port(task: str, row: Environment, flag: str, bind: str) -> int:
     Raises:
         Exit: the port asked for is taken, or none is free.
     """
+    require_address(task, bind)
     if flag:
-        port = whole_number(task, "port", flag, 1)
+        port = port_number(task, "--port", flag)
         if not env_local.port_is_free(port, bind):
             raise Exit(f"{task}: port {port} is taken; leave --port out, or choose another", code=1)
         return port
     wanted = settings().get("ENV_PORT") or str(row.port)
-    if not wanted.isdecimal():
-        raise Exit(f"{task}: ENV_PORT={wanted} is no port number", code=2)
     try:
-        port = choose_port(int(wanted), lambda port: env_local.port_is_free(port, bind))
+        port = choose_port(port_number(task, "ENV_PORT", wanted), lambda port: env_local.port_is_free(port, bind))
     except ValueError as error:
         raise Exit(f"{task}: {error}", code=1) from None
     if port != int(wanted):
