@@ -21,5 +21,6 @@ def format(c: Context, check: bool = False) -> None:
         raise Exit(f"format: {error}", code=2) from None
     source = sources.get(RL, "")
     if not source or is_url(source):
-        raise Exit(f"format: no AgentGym-RL checkout ({RL}={hide_logins(source) or 'unset'}); set {RL} to its folder", code=2)
+        raise Exit(f"format: no AgentGym-RL checkout ({RL}={hide_logins(source) or 'unset'}); set {RL} to its folder",
+                   code=2)
     containers.run(c, "formatter", ["--check"] if check else [], variables={RL: source})

@@ -65,7 +65,8 @@ def test_an_environment_that_needs_a_gpu_gets_one_or_is_refused(setting: str, nv
 @pytest.mark.parametrize("name, replicas, reserved", [("searchqa", 1, True), ("searchqa", 2, True), ("demo", 1, False)])
 def test_every_server_that_needs_a_gpu_reserves_what_the_setting_says(name: str, replicas: int, reserved: bool) -> None:
     options = Options(port=1, replicas=replicas)
-    services = compose_model(environment(name), options, f"env-{name}:t", Path("/home"), Path("/nowhere"), {})["services"]
+    services = compose_model(environment(name), options, f"env-{name}:t", Path("/home"), Path("/nowhere"),
+                             {})["services"]
     servers = [one for one in services.values() if one["labels"]["org.agentgym-rl.env.role"] == "server"]
     assert len(servers) == replicas and all(("deploy" in one) == reserved for one in servers)
     if reserved:
@@ -231,14 +232,16 @@ def test_docker_s_message_has_a_remedy(said: str, word: str) -> None:
 @pytest.mark.parametrize("argv, said, advised", [
     ("compose run train x", "OSError: [Errno 98] Address already in use", False),
     ("compose run train x", "No such image\nsee the log", False),
-    ("compose run train x", " Network x  Creating\nError response from daemon: driver failed: port is already allocated", True),
+    ("compose run train x",
+     " Network x  Creating\nError response from daemon: driver failed: port is already allocated", True),
     ("compose run train x", "Cannot connect to the Docker daemon at unix:///x. Is it running?", True),
     ("compose up env-server", "listen tcp4 127.0.0.1:36001: bind: address already in use", True),
     ("compose build train", "#7 0.3 write /x: no space left on device\nfailed to solve", True),
 ],
                          ids=[
-                             "a program in the container", "a program's words are not Docker's", "Docker, before it starts",
-                             "no engine", "no program is run", "a build's own output is Docker's"
+                             "a program in the container", "a program's words are not Docker's",
+                             "Docker, before it starts", "no engine", "no program is run",
+                             "a build's own output is Docker's"
                          ])
 def test_a_remedy_is_for_docker_s_words_not_for_the_command_s(argv: str, said: str, advised: bool) -> None:
     assert (remedy(docker_said(["docker", *argv.split()], said)) is not None) == advised
@@ -248,16 +251,18 @@ def test_an_unknown_message_has_none() -> None:
     assert remedy("exit status 3") is None
 
 
-@pytest.mark.parametrize(
-    "text, expected", [
-        ("--key abc123 x", "--key *** x"),
-        ("https://me:pw@example.org/simple", "https://***@example.org/simple"),
-        ("https://token@example.org", "https://***@example.org"),
-        ("https://me:p@ss:w@example.org/x", "https://***@example.org/x"),
-        ("mail me@example.org", "mail me@example.org"),
-        ("https://example.org/a@b", "https://example.org/a@b"),
-    ],
-    ids=["a value", "a login in a URL", "a token in a URL", "a login with an @ in it", "an address stays", "an @ in a path stays"])
+@pytest.mark.parametrize("text, expected", [
+    ("--key abc123 x", "--key *** x"),
+    ("https://me:pw@example.org/simple", "https://***@example.org/simple"),
+    ("https://token@example.org", "https://***@example.org"),
+    ("https://me:p@ss:w@example.org/x", "https://***@example.org/x"),
+    ("mail me@example.org", "mail me@example.org"),
+    ("https://example.org/a@b", "https://example.org/a@b"),
+],
+                         ids=[
+                             "a value", "a login in a URL", "a token in a URL", "a login with an @ in it",
+                             "an address stays", "an @ in a path stays"
+                         ])
 def test_redact(text: str, expected: str) -> None:
     assert redact(text, ["abc123"]) == expected
 
@@ -346,7 +351,10 @@ def test_plain_compose_passes_every_key_of_an_environment() -> None:
     (checks.check_dotenv(False, {}), checks.OK),
     (checks.check_dotenv(True, {"ENV_PORT": "1"}), checks.OK),
     (checks.check_dotenv(True, {"ENV_PROT": "1"}), checks.NOTE),
-    (checks.check_dotenv(True, {"REDDIT": "1", "I_UNDERSTAND": "todo"}, {"REDDIT"}), checks.OK),
+    (checks.check_dotenv(True, {
+        "REDDIT": "1",
+        "I_UNDERSTAND": "todo"
+    }, {"REDDIT"}), checks.OK),
     (checks.check_files(ROOT), checks.OK),
     (checks.check_files(Path("/nowhere")), checks.MISSING),
     (checks.check_sources(ROOT, {RL: "/nowhere"})[0], checks.MISSING),

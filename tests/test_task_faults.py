@@ -37,7 +37,11 @@ class Project:
 
     def invoke(self, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """Run `invoke`."""
-        environ = {**os.environ, "ANSWERS": str(self.answers), "PATH": f"{self.answers}:{os.environ['PATH']}", **variables}
+        environ = {
+            **os.environ, "ANSWERS": str(self.answers),
+            "PATH": f"{self.answers}:{os.environ['PATH']}",
+            **variables
+        }
         return subprocess.run([sys.executable, "-m", "invoke", *words],
                               cwd=self.root,
                               env=environ,
@@ -131,9 +135,9 @@ def test_files_of_a_start_are_their_owner_s_alone(project: Project) -> None:
 # --dry
 
 
-@pytest.mark.parametrize("words", [["env.up", "--runner", "docker", "--replicas", "2"], ["env.up", "--runner", "local"],
-                                   ["build.env"]],
-                         ids=lambda words: " ".join(words[:3]))
+@pytest.mark.parametrize(
+    "words", [["env.up", "--runner", "docker", "--replicas", "2"], ["env.up", "--runner", "local"], ["build.env"]],
+    ids=lambda words: " ".join(words[:3]))
 def test_dry_writes_nothing(project: Project, words: list[str]) -> None:
     done = project.invoke("--dry", *words, "--env", "demo")
     assert done.returncode == 0 and done.stdout, done.stderr
@@ -144,7 +148,8 @@ def test_a_build_leaves_alone_what_describes_the_running_server(project: Project
     project.write(".run/env/demo/compose.json", "{}")
     project.invoke("build.env", "--env", "demo")
     assert (project.root / ".run/env/demo/compose.json").read_text() == "{}"
-    assert [line.split(" --file ")[-1].split("/")[-1] for line in project.asked() if " build " in line] == ["build.json build env-demo"]
+    assert [line.split(" --file ")[-1].split("/")[-1] for line in project.asked()
+            if " build " in line] == ["build.json build env-demo"]
 
 
 # The engine
@@ -207,7 +212,8 @@ def test_bad_input_is_one_line(project: Project, words: list[str], variables: di
     fault(project.invoke(*words, "--env", "demo", **variables), 2, line)
 
 
-@pytest.mark.parametrize("words", [["status"], ["env.down"], ["--dry", "down"], ["doctor"]], ids=lambda words: words[-1])
+@pytest.mark.parametrize("words", [["status"], ["env.down"], ["--dry", "down"], ["doctor"]],
+                         ids=lambda words: words[-1])
 def test_a_dotenv_that_is_not_utf_8_is_named(project: Project, words: list[str]) -> None:
     (project.root / ".env").write_bytes("MODEL=Käse\n".encode("latin-1"))
     fault(project.invoke(*words), 2, ".env is not UTF-8; save it as UTF-8")

@@ -91,7 +91,8 @@ def check_sources(root: Path, settings: Mapping[str, str]) -> list[Check]:
     except ValueError as error:
         return [Check("sources", MISSING, str(error), "see AGENTGYM_RL_SRC and AGENTGYM_SRC in .env.example")]
     return [
-        Check(name, OK, hide_logins(chosen[name]) if name in chosen else f"{SETTINGS[name].default} (downloaded)")
+        Check(name, OK,
+              hide_logins(chosen[name]) if name in chosen else f"{SETTINGS[name].default} (downloaded)")
         for name in (RL, GYM)
     ]
 

@@ -201,7 +201,8 @@ def printing(container: str, follow: bool) -> Callable[[DockerClient], Any]:
     """
     from python_on_whales.utils import stream_stdout_and_stderr
     flags = ["--follow"] if follow else []
-    return lambda client: stream_stdout_and_stderr([*client.client_config.docker_cmd, "container", "logs", *flags, container])
+    return lambda client: stream_stdout_and_stderr(
+        [*client.client_config.docker_cmd, "container", "logs", *flags, container])
 
 
 def last_line(container: str) -> str:

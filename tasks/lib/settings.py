@@ -124,6 +124,20 @@ SETTINGS: dict[str, Setting] = {
     Setting("", "Todoist API token, for the environment todo, which deletes that account's projects.", secret=True),
     "SHEET_EMAIL":
     Setting("", "Address that the environment sheet shares its sheets with.", secret=True),
+    "SHOPPING":
+    Setting("", "Address of webarena's shop."),
+    "SHOPPING_ADMIN":
+    Setting("", "Address of webarena's shop's administration."),
+    "REDDIT":
+    Setting("", "Address of webarena's forum."),
+    "GITLAB":
+    Setting("", "Address of webarena's GitLab."),
+    "MAP":
+    Setting("", "Address of webarena's map."),
+    "WIKIPEDIA":
+    Setting("", "Address of webarena's Wikipedia."),
+    "HOMEPAGE":
+    Setting("", "Address of webarena's home page."),
     # Training
     "WANDB_API_KEY":
     Setting("", "Weights & Biases key.", secret=True),

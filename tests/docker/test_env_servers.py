@@ -166,8 +166,17 @@ def test_a_server_that_ended_is_not_up_and_comes_up_again(servers: Workbench) ->
 
 @pytest.mark.parametrize("replicas", ["1", "2"])
 def test_the_address_that_it_is_published_on_is_the_one_that_is_asked(servers: Workbench, replicas: str) -> None:
-    said = servers.invoke("env.up", "--env", "form-maze", "--replicas", replicas, "--runner", "docker",
-                          env={"ENVIRONMENTS": FIXTURES, "ENV_BIND": "127.0.0.2"})
+    said = servers.invoke("env.up",
+                          "--env",
+                          "form-maze",
+                          "--replicas",
+                          replicas,
+                          "--runner",
+                          "docker",
+                          env={
+                              "ENVIRONMENTS": FIXTURES,
+                              "ENV_BIND": "127.0.0.2"
+                          })
     assert "is ready: http://127.0.0.2:" in said.stdout, said.stderr
     checked = servers.invoke("env.check", "--env", "form-maze", env={"ENVIRONMENTS": FIXTURES})
     assert checked.returncode == 0, checked.stdout + checked.stderr
@@ -216,7 +225,8 @@ def test_the_raw_compose_command_works(servers: Workbench) -> None:
 def test_an_environment_of_one_s_own_as_the_guide_adds_it(servers: Workbench) -> None:
     shutil.copytree(ROOT / "demo", servers.root / "environments/mine", ignore=shutil.ignore_patterns("__pycache__"))
     table = (ROOT / "environments.toml").read_text().partition("[demo]\n")[2]
-    row = ("[mine]\n" + table).replace("[demo.", "[mine.").replace('folder = "demo"', 'folder = "environments/mine"\nstage = "demo"')
+    row = ("[mine]\n" + table).replace("[demo.", "[mine.").replace('folder = "demo"',
+                                                                   'folder = "environments/mine"\nstage = "demo"')
     rows = servers.root / "environments/own.toml"
     rows.write_text(row.replace("port = 36016", "port = 36777"))
     own = {"ENVIRONMENTS": "environments/own.toml"}
@@ -253,8 +263,16 @@ def test_dry_prints_the_command_and_starts_nothing(servers: Workbench) -> None:
     lines = done.stdout.splitlines()
     assert re.search(r"docker compose .*compose\.json up --detach --force-recreate env-form-textcraft$", lines[-1])
     assert servers.containers() == []
-    absent = servers.invoke("--dry", "env.up", "--env", "form-textcraft", "--runner", "docker",
-                            env={"ENVIRONMENTS": FIXTURES, "IMAGE_TAG": "absent"})
+    absent = servers.invoke("--dry",
+                            "env.up",
+                            "--env",
+                            "form-textcraft",
+                            "--runner",
+                            "docker",
+                            env={
+                                "ENVIRONMENTS": FIXTURES,
+                                "IMAGE_TAG": "absent"
+                            })
     assert [line.split("compose.json ")[1].split()[0] for line in absent.stdout.splitlines()] == ["build", "up"]
 
 
