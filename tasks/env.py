@@ -53,7 +53,7 @@ def up(c: Context,
     ttl = env_runs.whole_number("env.up", "session-ttl", session_ttl, 0)
     seconds = env_runs.whole_number("env.up", "wait", wait, 1)
     chosen = env_runs.choose_runner("env.up", runner)
-    others = {} if c.config.run.dry else env_runs.serving()
+    others = env_runs.serving()
     if row.name in others:
         print(f"{row.name} is up already: {others[row.name].url} (`invoke env.restart --env {row.name}` starts anew)")
         return

@@ -107,7 +107,7 @@ def image_name(row: Environment, tag: str = "") -> str:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Write a file that only its owner can read, and its folder: a source's URL may have a login."""
+    """Write a file that only its owner can read, since a source's URL may have a login; make its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
         os.fchmod(file.fileno(), 0o600)  # it may be there from before
