@@ -48,14 +48,14 @@ def served(c: Context, row: "Environment", runner: str, understood: bool, second
         return
     with env_users.alone(row.name):
         user = env_users.User(row.name)
-        up = env_runs.running().get(row.name, [])
-        if up and runner == "docker" and up[0].runner == "local":
+        up = env_runs.serving().get(row.name)
+        if up and runner == "docker" and up.runner == "local":
             raise Exit(
                 f"eval: {row.name} is up as a process of this machine, which a container cannot reach; "
                 f"`invoke env.down --env {row.name}`, or --runner local",
                 code=2)
         if up:
-            url = env_runs.container_url(row, Options(port=up[0].port)) if runner == "docker" else up[0].url
+            url = env_runs.container_url(row, Options(port=up.port)) if runner == "docker" else up.url
         else:
             url = _start(c, row, runner, understood, seconds)
             user.started()

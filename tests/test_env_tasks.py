@@ -180,6 +180,25 @@ def test_a_fault_is_one_line_and_leaves_nothing(name, words, code, line):
     assert processes_of(name) == [] and not (STATES / name / "state.json").exists()
 
 
+def test_ctrl_c_during_a_start_stops_the_server():
+    name = "fault-never"
+    process = subprocess.Popen([sys.executable, "-m", "invoke", "env.up", "--env", name, "--runner", "local"],
+                               cwd=ROOT,
+                               env={
+                                   **os.environ, "ENVIRONMENTS": str(FIXTURE_ROWS.relative_to(ROOT))
+                               },
+                               stderr=subprocess.PIPE,
+                               text=True)
+    end = time.monotonic() + 60
+    while not (STATES / name / "state.json").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert processes_of(name)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=30)[1]
+    assert (process.returncode, said) == (130, "env.up: interrupted\n")
+    assert processes_of(name) == [] and not (STATES / name / "state.json").exists()
+
+
 def test_a_taken_port_is_passed_over_and_told(up):
     port = rows()["form-maze"].port
     with socket.socket() as holder:
@@ -194,6 +213,12 @@ def test_env_port_rules_over_the_rows_port(up):
     assert up("form-maze", ENV_PORT="36777").base == "http://127.0.0.1:36777/maze"
 
 
+def test_the_address_that_it_listens_on_is_the_one_that_is_asked_and_told(up):
+    assert up("form-maze", ENV_BIND="127.0.0.2").base.startswith("http://127.0.0.2:")
+    checked = invoke("env.check", "--env", "form-maze")  # ENV_BIND is not what it was
+    assert checked.returncode == 0 and "127.0.0.2" in invoke("env.up", "--env", "form-maze").stdout
+
+
 def test_consent_lets_it_start(up):
     assert up("fault-consent", "--i-understand").create() > 0
 
@@ -204,8 +229,27 @@ def test_a_key_from_the_environment_reaches_the_server(up):
     assert server.environ()["FIXTURE_KEY"] == "sk-fixture" and "sk-fixture" not in " ".join(server.cmdline())
 
 
-def test_logs_show_what_the_server_said(up):
+def test_logs_of_a_start_that_failed_are_shown():
+    assert invoke("env.up", "--env", "fault-dies", "--runner", "local").returncode == 1
+    shown = invoke("env.logs", "--env", "fault-dies")
+    assert shown.returncode == 0 and "the fixture was told to die at import" in shown.stdout, shown.stderr
+    assert "fault-dies is not up; this is what its last start printed" in shown.stderr
+
+
+def test_dry_prints_the_commands_for_a_local_server_and_runs_none(up):
     up("form-maze")
+    entry = json.loads((STATES / "form-maze" / "state.json").read_text())["processes"][0]
+    log = STATES / "form-maze" / "server-0.log"
+    assert invoke("--dry", "env.down", "--env", "form-maze").stdout == f"kill -TERM -- -{entry['pid']}\n"
+    assert invoke("--dry", "env.logs", "--env", "form-maze", "--follow").stdout == f"tail -n +1 -F {log}\n"
+    assert env_local.is_running(entry)
+
+
+def test_logs_show_what_the_server_said(up):
+    (STATES / "form-maze").mkdir(parents=True, exist_ok=True)
+    (STATES / "form-maze" / "server-1.log").write_text("of an earlier run\n")
+    up("form-maze")
+    assert "of an earlier run" not in invoke("env.logs", "--env", "form-maze").stdout
     invoke("env.down", "--env", "form-maze")
     up("form-maze", "--session-ttl", "1")
     pid = json.loads((STATES / "form-maze" / "state.json").read_text())["processes"][0]["pid"]

@@ -180,30 +180,32 @@ def up(row: Environment,
         state["processes"].append(started(process, role, port))
         write_state(home / "state.json", state)
 
-    for number, port in enumerate(ports):
-        host = options.bind if options.replicas == 1 else "127.0.0.1"
-        argv = [
-            str(python),
-            str(ROOT / "servers" / "serve.py"),
-            str(row_file), "--source",
-            str(copy), "--data",
-            str(data), "--host", host, "--port",
-            str(port)
-        ]
-        # The row's `before` says `python`: the server's own, not the caller's.
-        path = os.pathsep.join((str(python.parent), environ.get("PATH", os.defpath)))
-        variables = {"HOME": str(home / "home"), "PATH": path, **server_variables(row, options, number)}
-        launch(argv, f"server-{number}", port, variables)
-    if proxy and options.replicas > 1:
-        config = home / "haproxy.cfg"
-        addresses = [f"127.0.0.1:{port}" for port in ports]
-        config.write_text(proxy_config(row, options.port, addresses).replace("bind :", f"bind {options.bind}:", 1))
-        launch([proxy, "-db", "-f", str(config)], "proxy", options.port, {})
+    ready = False
     try:
+        for number, port in enumerate(ports):
+            host = options.bind if options.replicas == 1 else "127.0.0.1"
+            argv = [
+                str(python),
+                str(ROOT / "servers" / "serve.py"),
+                str(row_file), "--source",
+                str(copy), "--data",
+                str(data), "--host", host, "--port",
+                str(port)
+            ]
+            # The row's `before` says `python`: the server's own, not the caller's.
+            path = os.pathsep.join((str(python.parent), environ.get("PATH", os.defpath)))
+            variables = {"HOME": str(home / "home"), "PATH": path, **server_variables(row, options, number)}
+            launch(argv, f"server-{number}", port, variables)
+        if proxy and options.replicas > 1:
+            config = home / "haproxy.cfg"
+            addresses = [f"127.0.0.1:{port}" for port in ports]
+            config.write_text(proxy_config(row, options.port, addresses).replace("bind :", f"bind {options.bind}:", 1))
+            launch([proxy, "-db", "-f", str(config)], "proxy", options.port, {})
         wait_until_ready(row, options, state, home, wait)
-    except LocalError:
-        down(row.name, folder)
-        raise
+        ready = True
+    finally:
+        if not ready:  # Ctrl-C too: the servers are sessions of their own and do not see it
+            down(row.name, folder)
     return state["url"]
 
 

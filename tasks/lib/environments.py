@@ -125,6 +125,7 @@ class Environment(Row):
     programs: tuple[str, ...] = ()
     port: int = Field(ge=1024, le=65535)
     memory_mb: int
+    gpu: bool = False
     session_mb: float | None = None
     max_sessions: int | None = None
     concurrency: int
