@@ -267,3 +267,10 @@ def test_an_engine_elsewhere_that_does_not_answer_is_named(project: Project, hos
         pytest.skip("no docker command")
     (project.answers / "docker").unlink()
     fault(project.invoke("status", DOCKER_HOST=host), 1, f"docker: no Docker engine answers at DOCKER_HOST={host}; ")
+
+
+@pytest.mark.parametrize("words", [["env.list"], ["eval", "--env", "demo", "--model", "expert"], ["eval.list"]], ids=" ".join)
+def test_a_package_that_is_not_installed_is_named(project: Project, tmp_path: Path, words: list[str]) -> None:
+    (tmp_path / "pydantic.py").write_text("raise ModuleNotFoundError(\"No module named 'pydantic'\", name='pydantic')\n")
+    done = project.invoke(*words, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2 and re.fullmatch(r"\S+: this Python has no pydantic; `pip install .*`\n", done.stderr), done.stderr
