@@ -360,6 +360,31 @@ def test_every_copy_of_three_tied_weights_is_compared(differing: str, tmp_path: 
     assert f"ties {differing} to a" in refusal
 
 
+@pytest.mark.parametrize("choice", [None, "drop", "keep"])
+def test_lora_on_a_tied_head_is_never_dropped(choice: str | None, tmp_path: Path,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    import merging
+    from merger.model_check import Verdict
+    monkeypatch.setattr(merging, "ask_here", lambda *question: Verdict(tied=[[EMBEDDING, HEAD]]))
+    table, a, b = torch.arange(12.0).reshape(3, 4), torch.ones(2, 4), torch.ones(3, 2)
+    (tmp_path / "actor/huggingface").mkdir(parents=True)
+    (tmp_path / "actor/huggingface/config.json").write_text('{"tie_word_embeddings": true}')
+    torch.save({f"base_model.model.{EMBEDDING}": table, "base_model.model.lm_head.base_layer.weight": table.clone(),
+                "base_model.model.lm_head.lora_A.default.weight": a,
+                "base_model.model.lm_head.lora_B.default.weight": b},
+               tmp_path / "actor/model_world_size_1_rank_0.pt")  # yapf: disable
+    args = ["--local-dir", tmp_path / "actor", "--save-dir", tmp_path / "out", "--lora", "fuse", "--lora-alpha", "8",
+            "--dtype", "keep", "--verify", *(["--tied-weights", choice] if choice else [])]  # yapf: disable
+    if choice == "keep":
+        assert merge(*args).code == 0
+        assert differences(weights(tmp_path / "out"), {EMBEDDING: table, HEAD: table + 4 * (b @ a)}) == []
+        assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
+    else:
+        with untouched(tmp_path):
+            refusal = merge(*args).refusal
+        assert HEAD in refusal and EMBEDDING in refusal and "--tied-weights keep" in refusal
+
+
 # Output that exists
 
 

@@ -156,11 +156,19 @@ def _resolve_ties(options: Options, config: dict[str, Any], named: Named,
     """Return the config, and of each tied group the copies to leave out with the name that stands for them.
 
     That their bytes are equal is seen while the first is copied, unless the user has decided.
+
+    Raises:
+        MergeError: LoRA changes one of a tied group, so that no tensor can stand for all.
     """
     groups = tied_by_config(config, list(named)) if verdict.silent else verdict.tied
     dropped = {}
     for group in groups:
         first, *copies = [name for name in group if name in named] or [""]
+        adapted = next((name for name in (first, *copies) if name and named[name][1]), None)
+        if adapted and not (copies and options.tied_weights == "keep"):
+            remedy = "pass --tied-weights keep to save each" if copies else "use --lora adapter"
+            raise MergeError(f"LoRA changes {adapted}, which the config ties to "
+                             f"{next(name for name in group if name != adapted)}; {remedy}")
         if copies and options.tied_weights == "keep":
             config = untied(config)
         else:
