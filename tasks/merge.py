@@ -175,7 +175,7 @@ def verify(c: Context,
            save_dir: str = "",
            json: bool = False,
            runner: str = "auto") -> None:
-    """Compare a merged model with its shards, bit by bit."""
+    """Compare a merged model with its shards."""
     run_merger(c, runner, local_dir, save_dir=resolve_path("SAVE_DIR", save_dir), verify_only=True, json=json)
 
 

@@ -92,7 +92,8 @@ def parser() -> argparse.ArgumentParser:
                    help="let transformers run the checkpoint's own code to check the keys")
     p.add_argument("--verify",
                    action="store_true",
-                   help="read sources and result again: checksums, every element, and the model's keys")
+                   help="read sources and result again: checksums, every element (of fused LoRA: within the rounding), "
+                   "and the model's keys")
     p.add_argument("--force", action="store_true", help="replace weights that are already in the save folder")
     p.add_argument("--hf-upload-path", "--hf_upload_path", metavar="USER/NAME", help="Hub repository to upload to")
     p.add_argument("--private", action="store_true", help="create that repository as a private one")
@@ -174,7 +175,7 @@ def _run(args: argparse.Namespace) -> int:
             show.print_json(result)
         else:
             print(f"{result['folder']}: {result['tensors']} tensors, {show.size_text(result['bytes'])}, equal to the "
-                  f"shards in every element ({result['seconds']:.1f} s)")
+                  f"shards in {show.equality_text(result)} ({result['seconds']:.1f} s)")
     else:
         record = merging.merge(options)
         if args.json:

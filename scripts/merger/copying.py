@@ -213,14 +213,15 @@ def fused(block: Block, weight: np.ndarray, sources: Sources) -> np.ndarray:
     """Return `weight` + scale * (b @ a) in float32, for the rows of the block."""
     fusion, columns = block.output.fusion, block.output.source.shape[-1]
     assert fusion is not None
-    a, b = _factors(sources, fusion.a, fusion.b)
+    a, b = factors(sources, fusion.a, fusion.b)
     first, rows = block.start // columns, block.numel // columns
     delta = (b[first:first + rows] @ a) * np.float32(fusion.scale)
     return weight.astype(np.float32) + delta.reshape(-1)
 
 
 @lru_cache(maxsize=4)
-def _factors(sources: Sources, a: Tensor, b: Tensor) -> tuple[np.ndarray, np.ndarray]:
+def factors(sources: Sources, a: Tensor, b: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Return two LoRA matrices in float32; all blocks of a weight need them whole."""
     return sources.read_tensor(a).astype(np.float32), sources.read_tensor(b).astype(np.float32)
 
 

@@ -71,6 +71,11 @@ class Job:
         return [output for file in self.files for output, _ in file.tensors]
 
     @property
+    def fused(self) -> int:
+        """How many of them are sums with LoRA weights, of which only the rounding's limits can be checked."""
+        return sum(output.fusion is not None for output in self.outputs)
+
+    @property
     def nbytes(self) -> int:
         """The bytes to write."""
         return sum(file.size for file in self.files)

@@ -109,6 +109,7 @@ def verify_only(options: Options) -> dict[str, Any]:
     return {
         "folder": str(target),
         "tensors": len(job.outputs),
+        "fused": job.fused,
         "bytes": sum(output.nbytes for output in job.outputs),
         "verified": True,
         "seconds": round(time.monotonic() - began, 3)

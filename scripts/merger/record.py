@@ -49,6 +49,7 @@ def make_record(job: Job, options: Options, tally: Tally, threads: int, seconds:
         "dtype": options.dtype,
         "files": file_sizes(job),
         "tensors": len(job.outputs),
+        "fused": job.fused,
         "parameters": job.parameters,
         "tied_dropped": job.dropped,
         "nan": sum(tally.nan.values()),

@@ -156,6 +156,16 @@ def _console() -> Any:
     return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
 
 
+def equality_text(result: Mapping[str, Any]) -> str:
+    """Return how far a verified result is known to be that of the shards.
+
+    >>> equality_text({"fused": 0}), equality_text({"fused": 2})
+    ('every element', '2 fused tensors within the rounding, all others in every element')
+    """
+    fused = result.get("fused", 0)
+    return f"{fused} fused tensors within the rounding, all others in every element" if fused else "every element"
+
+
 def summary_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the closing table of a merge from its record."""
     rate = record["bytes_read"] / max(record["seconds"], 1e-9)
@@ -168,7 +178,7 @@ def summary_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("dropped", ", ".join(record["tied_dropped"]) or "nothing"),
         ("NaN, infinite", f"{record['nan']}, {record['inf']}"),
         ("config check", record["model_check"]),
-        ("verified", "yes, every element" if record["verified"] else "no (--verify does)"),
+        ("verified", f"yes, {equality_text(record)}" if record["verified"] else "no (--verify does)"),
         ("time", f"{record['seconds']:.1f} s, {size_text(rate)}/s read, on {record['device']}"),
         ("folder", record["folder"]),
         *([("uploaded", record["uploaded"])] if "uploaded" in record else []),

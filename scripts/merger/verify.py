@@ -16,7 +16,7 @@ import numpy as np
 
 from merger import MergeError
 from merger.checkpoint import Checkpoint
-from merger.copying import Sources
+from merger.copying import Sources, factors
 from merger.direct import page_buffer
 from merger.dtypes import NUMPY, SAFETENSORS, itemsize
 from merger.layout import Box
@@ -24,7 +24,6 @@ from merger.plan import BLOCK_BYTES, INDEX_NAME, Output
 from merger.shardfile import damaged_records, read_shard_file
 
 TORCH_DTYPES = {code: dtype for dtype, code in SAFETENSORS.items()}
-FUSED_TOLERANCE = 2.0**-7  # two roundings to bfloat16 of one float32 sum in another order
 
 
 @dataclass(frozen=True)
@@ -167,18 +166,31 @@ def _compare(sources: Sources, output: Output, stored: Stored, maps: _Maps, rank
         data = sources.read(rank, begin + position * size, part.numel * size, buffer)
         values = data.view(NUMPY[source.dtype]).reshape(part.shape)
         found = whole[part.slices]
-        if output.fusion is None:
-            with np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
+            if output.fusion is None:
                 same = _bits(values.astype(NUMPY[output.dtype])) == _bits(found)
-        else:
-            delta = sources.read_tensor(output.fusion.b).astype(np.float32)[part.slices[0]] @ sources.read_tensor(
-                output.fusion.a).astype(np.float32)[:, part.slices[1]]
-            wanted = values.astype(np.float32) + np.float32(output.fusion.scale) * delta
-            same = np.isclose(found.astype(np.float32), wanted, rtol=FUSED_TOLERANCE, atol=1e-7)
+            else:
+                a, b = factors(sources, output.fusion.a, output.fusion.b)
+                same = is_fused(found, values, a[:, part.slices[1]], b[part.slices[0]], output.fusion.scale)
         if not same.all():
             raise MergeError(f"{output.name} in {stored.path} differs from rank {rank}'s piece in "
                              f"{int(np.size(same) - np.count_nonzero(same))} elements of the block at "
                              f"{list(part.start)}; merge again with --force")
+
+
+def is_fused(found: np.ndarray, weight: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float) -> np.ndarray:
+    """Tell for each element of `found`, in the output's type, whether it is one that weight + scale * (b @ a) may give.
+
+    A float32 sum of r products is off by at most (r + 2) * 2^-24 of the sum of their magnitudes, in whatever order it
+    is taken (Higham, Accuracy and Stability of Numerical Algorithms, 3.1): twice that, as there are two of them here.
+    Rounding to the output's type is monotonic, so what lies between the rounded ends is right.
+    """
+    weight, scale32 = weight.astype(np.float32), np.float32(scale)
+    wanted = weight + scale32 * (b @ a)
+    slack = np.abs(weight) + np.abs(scale32) * (np.abs(b) @ np.abs(a))
+    slack *= np.float32((len(a) + 3) * 2.0**-23)
+    low, exact, high = (values.astype(found.dtype) for values in (wanted - slack, wanted, wanted + slack))
+    return ((low <= found) & (found <= high)) | (found == exact) | (np.isnan(found) & np.isnan(exact))
 
 
 def _bits(values: np.ndarray) -> np.ndarray:
