@@ -76,7 +76,6 @@ class Sources:
         self._dropped: set[int] = set()
 
     def __enter__(self) -> "Sources":
-        _raise_file_limit(2 * len(self.checkpoint.files.paths) + 64)
         for rank, path in self.checkpoint.files.paths.items():
             fd = self._fds[rank] = os.open(path, os.O_RDONLY)
             if is_cached(fd, self.checkpoint.sizes[rank]):
@@ -293,13 +292,3 @@ def write_files(checkpoint: Checkpoint,
         for stream in streams:
             stream.flush()
         return tally
-
-
-def _raise_file_limit(needed: int) -> None:
-    try:
-        import resource
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if soft < needed:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (min(needed, hard) if hard > 0 else needed, hard))
-    except (ImportError, ValueError, OSError):
-        return  # opening the files says it better

@@ -119,8 +119,8 @@ def mesh_text(meshes: list[dict[str, int]]) -> str:
 
 
 def print_json(value: Mapping[str, Any]) -> None:
-    """Print one JSON object on one line."""
-    print(json.dumps(value, ensure_ascii=False))
+    """Print one JSON object on one line, in ASCII: whatever the encoding and the folders' names."""
+    print(json.dumps(value))
 
 
 def print_table(title: str, rows: list[tuple[str, str]]) -> None:
@@ -132,7 +132,7 @@ def print_table(title: str, rows: list[tuple[str, str]]) -> None:
     table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(name, Text(value))
-    _console().print(table)
+    _print(table)
 
 
 def print_tensors(checkpoint: Checkpoint) -> None:
@@ -148,12 +148,15 @@ def print_tensors(checkpoint: Checkpoint) -> None:
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for kind, count in kinds.most_common():
         table.add_row(kind.replace("[", "\\["), str(count), size_text(sizes[kind]))
-    _console().print(table)
+    _print(table)
 
 
-def _console() -> Any:
+def _print(table: Any) -> None:
     from rich.console import Console
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    with console.capture() as text:  # by itself it ends the program where the reader of a pipe has left
+        console.print(table)
+    print(text.get(), end="")
 
 
 def equality_text(result: Mapping[str, Any]) -> str:
