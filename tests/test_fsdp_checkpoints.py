@@ -316,6 +316,14 @@ def test_lora_hyperparameters_that_would_spoil_the_merge_are_refused(mode: str, 
                                 *args).refusal
 
 
+def test_a_lora_adapter_is_found_again_to_be_compared(spoil: Callable[..., Sample]) -> None:
+    sample = spoil("LoRA, FSDP1")
+    assert "huggingface/merge.json" in merge("--local-dir", sample.actor, "--verify-only").refusal
+    merge("--local-dir", sample.actor, "--lora", "adapter", "--json").record()
+    result = merge("--local-dir", sample.actor, "--verify-only", "--json").record()
+    assert result["folder"] == str(sample.actor / "lora_adapter") and result["tensors"] == 8
+
+
 def test_alpha_may_come_from_the_flag(spoil: Callable[..., Sample], tmp_path: Path) -> None:
     sample = spoil("LoRA, FSDP1")
     merge("--local-dir", sample.actor, "--lora", "fuse", "--save-dir", tmp_path / "recorded", "--json").record()

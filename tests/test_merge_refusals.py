@@ -385,6 +385,41 @@ def test_lora_on_a_tied_head_is_never_dropped(choice: str | None, tmp_path: Path
         assert HEAD in refusal and EMBEDDING in refusal and "--tied-weights keep" in refusal
 
 
+# Comparing what was merged before
+
+
+def test_comparing_takes_no_room_and_no_config_of_the_checkpoint(spoil: Callable[..., Sample], tmp_path: Path,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    from merger import job
+    sample = spoil("FSDP1, 4 ranks, tied")
+    args = ["--local-dir", sample.actor, "--save-dir", tmp_path / "out"]
+    assert merge(*args).code == 0
+    shutil.rmtree(sample.huggingface)
+    monkeypatch.setattr(job, "free_bytes", lambda target: 0)
+    assert merge(*args, "--verify-only", "--json").record()["verified"]
+    assert "config.json" in merge(*args, "--force").refusal
+
+
+@pytest.mark.parametrize("change", ["the first byte", "both bytes", "the shape", "a negative byte"])
+def test_a_header_that_places_a_tensor_wrongly_is_refused(change: str, spoil: Callable[..., Sample],
+                                                          tmp_path: Path) -> None:
+    args = ["--local-dir", spoil("FSDP1, 4 ranks").actor, "--save-dir", tmp_path / "out"]
+    assert merge(*args).code == 0
+    path = tmp_path / "out/model.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:8 + length])
+    entry = header[max((name for name in header if name != "__metadata__"), key=lambda n: header[n]["data_offsets"])]
+    first, last = entry["data_offsets"]
+    entry["data_offsets"] = {"the first byte": [first + 1, last], "both bytes": [first - 2, last - 2],
+                             "a negative byte": [-2, last - first - 2]}.get(change, [first, last])  # yapf: disable
+    if change == "the shape":
+        entry["shape"][0] += 1
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length:])
+    assert str(path) in merge(*args, "--verify-only").refusal
+
+
 # Output that exists
 
 
@@ -567,6 +602,8 @@ def test_a_mount_point_is_refused_as_a_target(samples: dict[str, Sample]) -> Non
     ["--dry-run", "--verify-only"],
     ["--hf-token", "hf_secret"],
     ["--lora-alpha", "much"],
+    ["--lora-alpha", "0"],
+    ["--max-shard-size", "9" * 400],
 ], ids=" ".join)  # yapf: disable
 def test_a_flag_that_makes_no_sense_is_refused(args: list[str], samples: dict[str, Sample], tmp_path: Path) -> None:
     with untouched(tmp_path):

@@ -92,7 +92,6 @@ def prepare(options: Options, checkpoint: Checkpoint | None = None) -> Job:
     Raises:
         MergeError: the first fault found.
     """
-    device = check_device(options.device)
     files = checkpoint.files if checkpoint else find_checkpoint(options.local_dirs)
     target = target_folder(options, files)
     publish.check_target(target, files.folders)
@@ -100,9 +99,24 @@ def prepare(options: Options, checkpoint: Checkpoint | None = None) -> Job:
     if present and not options.force:
         raise MergeError(f"{target} already holds weights ({present[0]}); pass --force to replace them, or another "
                          "--save-dir")
+    job = lay_out(options, files, target, config_folder(files), checkpoint)
+    _check_space(target, job.files, publish.companions(job.config_dir, target))
+    return job
+
+
+def lay_out(options: Options,
+            files: RankFiles,
+            target: Path,
+            config_dir: Path,
+            checkpoint: Checkpoint | None = None) -> Job:
+    """Check the checkpoint and decide what its merged model is made of, whatever `target` holds.
+
+    Raises:
+        MergeError: the first fault found.
+    """
+    device = check_device(options.device)
     if options.lora == "adapter":
-        return _prepare_adapter(options, checkpoint or read_checkpoint(files), target, device)
-    config_dir = config_folder(files)
+        return _lay_out_adapter(options, checkpoint or read_checkpoint(files), target, device)
     config = read_config(config_dir)
     checkpoint = checkpoint or read_checkpoint(files)
     named = _plain_weights(options, checkpoint)
@@ -120,13 +134,12 @@ def prepare(options: Options, checkpoint: Checkpoint | None = None) -> Job:
     written = {output.dtype for output in outputs if output.dtype in CONVERTED}
     config = with_dtype(config, written.pop() if len(written) == 1 else None)
     files_out = split_files(outputs, options.max_shard_size)
-    _check_space(target, files_out, publish.companions(config_dir, target))
     return Job(checkpoint, files_out, target, config_dir, MODEL_STEM, device, {CONFIG_NAME: dump_json(config)},
                sorted(dropped), verdict,
                config.get("_name_or_path") or None, notes)
 
 
-def _prepare_adapter(options: Options, checkpoint: Checkpoint, target: Path, device: str) -> Job:
+def _lay_out_adapter(options: Options, checkpoint: Checkpoint, target: Path, device: str) -> Job:
     if not lora.has_lora(checkpoint.tensors):
         raise MergeError("--lora adapter: the checkpoint holds no LoRA weights; leave the flag out")
     found = lora.read_lora(checkpoint.tensors, checkpoint.files, options.lora_alpha)
@@ -134,7 +147,6 @@ def _prepare_adapter(options: Options, checkpoint: Checkpoint, target: Path, dev
         Output(name, tensor, output_dtype(tensor.dtype, options.dtype)) for name, tensor in lora.adapter(found).items()
     ]
     files_out = split_files(outputs, sum(output.nbytes for output in outputs), lora.ADAPTER_STEM)
-    _check_space(target, files_out, ())
     config_dir = next((folder / MERGED for folder in checkpoint.files.folders if (folder / MERGED).is_dir()), target)
     base = read_config(config_dir).get("_name_or_path") if (config_dir / CONFIG_NAME).is_file() else None
     texts = {"adapter_config.json": dump_json(lora.adapter_config(found, checkpoint.tensors, base or None))}
@@ -197,9 +209,9 @@ def _outputs(options: Options, named: Named, dropped: dict[str, str]) -> list[Ou
     ]
 
 
-def config_folder(files: RankFiles) -> Path:
-    """Return the folder with the checkpoint's config.json: `huggingface/`, or beside the ranks' files."""
-    candidates = [path for folder in files.folders for path in (folder / MERGED, folder)]
+def config_folder(files: RankFiles, *others: Path) -> Path:
+    """Return the folder with the model's config.json: `huggingface/`, or beside the ranks' files, or one of `others`."""
+    candidates = [*(path for folder in files.folders for path in (folder / MERGED, folder)), *others]
     return next((path for path in candidates if (path / CONFIG_NAME).is_file()), candidates[0])
 
 
@@ -208,6 +220,13 @@ def target_folder(options: Options, files: RankFiles) -> Path:
     if options.save_dir:
         return Path(options.save_dir)
     return files.folders[0] / (ADAPTER_FOLDER if options.lora == "adapter" else MERGED)
+
+
+def merged_folder(options: Options, files: RankFiles) -> Path:
+    """Return where an earlier merge went: the adapter's folder where only that holds one."""
+    target, adapter = target_folder(options, files), files.folders[0] / ADAPTER_FOLDER
+    elsewhere = not options.save_dir and not (target / publish.RECORD_NAME).is_file()
+    return adapter if elsewhere and (adapter / publish.RECORD_NAME).is_file() else target
 
 
 def _check_space(target: Path, files: Sequence[OutputFile], companions: Iterable[Path]) -> None:

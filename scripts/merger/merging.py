@@ -10,7 +10,17 @@ from merger.checkpoint import Checkpoint, read_checkpoint
 from merger.copying import THREADS, HostConverter, Tally, write_files
 from merger.discover import find_checkpoint
 from merger.gpu import TorchConverter
-from merger.job import MODEL_STEM, Job, Options, free_bytes, prepare, target_folder
+from merger.job import (
+    MODEL_STEM,
+    Job,
+    Options,
+    config_folder,
+    free_bytes,
+    lay_out,
+    merged_folder,
+    prepare,
+    target_folder,
+)
 from merger.model_check import complaint
 from merger.modelconfig import CONFIG_NAME, dump_json, read_config
 from merger.plan import BLOCK_BYTES, INDEX_NAME, index_json
@@ -84,7 +94,8 @@ def _check_finite(options: Options, tally: Tally) -> None:
 def _verify(job: Job, options: Options, folder: Path, threads: int) -> None:
     """Compare the sources with their checksums, the output in `folder` with the sources, and its keys with the model."""
     stored = verify.read_folder(folder, job.stem)
-    verify.check_sources(job.checkpoint, threads)
+    with show.progress("checking the shards", sum(job.checkpoint.sizes.values()), options.quiet) as step:
+        verify.check_sources(job.checkpoint, threads, step)
     with show.progress("verifying", sum(output.nbytes for output in job.outputs), options.quiet) as step:
         verify.check_output(job.checkpoint, job.outputs, stored, step)
     if job.stem != MODEL_STEM:
@@ -102,9 +113,9 @@ def verify_only(options: Options) -> dict[str, Any]:
     """
     began = time.monotonic()
     files = find_checkpoint(options.local_dirs)
-    target = target_folder(options, files)
-    again = replace(as_requested(options, read_record(target)), save_dir=str(target), force=True)
-    job = prepare(again)
+    target = merged_folder(options, files)
+    again = as_requested(options, read_record(target))
+    job = lay_out(again, files, target, config_folder(files, target))
     _verify(job, again, target, options.threads or THREADS)
     return {
         "folder": str(target),

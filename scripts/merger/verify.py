@@ -6,8 +6,9 @@ of the plan does not hide itself.
 import json
 import math
 import mmap
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def read_header(path: Path) -> dict[str, Stored]:
     """Return the tensors of one safetensors file by name.
 
     Raises:
-        MergeError: the file ends early.
+        MergeError: the file ends early, or its header places a tensor where it does not fit.
     """
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -71,24 +72,36 @@ def read_header(path: Path) -> dict[str, Stored]:
             raise MergeError(f"{path} is not a whole safetensors file; merge again with --force")
         header: dict[str, Any] = json.loads(file.read(length))
     header.pop("__metadata__", None)
-    if 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0) != size:
+    stored, end = {}, 0
+    for name, entry in header.items():
+        dtype, shape, (first, last) = TORCH_DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+        if first < 0 or last - first != math.prod(shape) * itemsize(dtype):
+            raise MergeError(f"{path} places {name} of shape {list(shape)} at bytes {first} to {last}; merge again with "
+                             "--force")
+        stored[name] = Stored(path, dtype, shape, 8 + length + first)
+        end = max(end, last)
+    if 8 + length + end != size:
         raise MergeError(f"{path} is not a whole safetensors file; merge again with --force")
-    return {
-        name: Stored(path, TORCH_DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
-        for name, entry in header.items()
-    }
+    return stored
 
 
-def check_sources(checkpoint: Checkpoint, threads: int) -> None:
+def check_sources(checkpoint: Checkpoint, threads: int, progress: Callable[[int], None]) -> None:
     """Compare every record of the ranks' files with the CRC32 that torch stored beside it.
 
     Raises:
         MergeError: naming the file and the tensor whose bytes changed since they were written.
     """
+    lock, stop = threading.Lock(), threading.Event()
+
+    def step(count: int) -> None:
+        if stop.is_set():
+            raise CancelledError
+        with lock:
+            progress(count)
 
     def check(rank: int) -> None:
         shard = read_shard_file(checkpoint.path(rank))
-        for key in damaged_records(shard):
+        for key in damaged_records(shard, step):
             begin, end = shard.records[key].offset, shard.records[key].offset + shard.records[key].size
             name = next(
                 (name for name, tensor in checkpoint.tensors.items() if begin <= checkpoint.offset(rank, tensor) < end),
@@ -97,8 +110,12 @@ def check_sources(checkpoint: Checkpoint, threads: int) -> None:
                              "its bytes changed after it was saved; copy it again")
 
     with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(check, checkpoint.files.paths):
-            pass
+        try:
+            for _ in pool.map(check, checkpoint.files.paths):
+                pass
+        except BaseException:  # Ctrl-C too: the pool waits for its threads, so let them end
+            stop.set()
+            raise
 
 
 def check_output(checkpoint: Checkpoint, outputs: Sequence[Output], stored: Mapping[str, Stored],
