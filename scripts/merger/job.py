@@ -52,6 +52,7 @@ class Job:
         texts: files to write beside the weights, by name.
         dropped: tied copies that are left out.
         verdict: what the config check found, or None where none was made (an adapter has no model config).
+        published: whether the merged folder is in its place.
     """
     checkpoint: Checkpoint
     files: list[OutputFile]
@@ -64,6 +65,7 @@ class Job:
     verdict: Verdict | None
     base_model: str | None
     notes: list[str] = field(default_factory=list)
+    published: bool = False
 
     @property
     def outputs(self) -> list[Output]:

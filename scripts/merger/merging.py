@@ -32,6 +32,7 @@ def merge(options: Options) -> dict[str, Any]:
 
     Raises:
         MergeError, OSError: nothing was changed.
+        KeyboardInterrupt: with what is complete all the same, if anything.
     """
     began = time.monotonic()
     api = hub.log_in(options.hf_upload_path) if options.hf_upload_path else None
@@ -46,12 +47,22 @@ def merge(options: Options) -> dict[str, Any]:
         for note in job.notes:
             if not options.quiet:
                 show.say(note)
-        record = carry_out(job, options, began)
+        try:
+            record = carry_out(job, options, began)
+        except KeyboardInterrupt:  # the folder that was replaced may take its time to go
+            raise KeyboardInterrupt(f"{target} is complete" if job.published else "") from None
     else:
         show.say(f"{target} holds this merge already; going on with the upload")
+        if options.verify:
+            record["verified"] = verify_only(options)["verified"]
     record["folder"] = str(target)
     if api is not None and options.hf_upload_path:
-        record["uploaded"] = hub.upload(api, Path(record["folder"]), options.hf_upload_path, options.private)
+        hub.add_card(target, record)
+        try:
+            record["uploaded"] = hub.upload(api, target, options.hf_upload_path, options.private)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"{target} is complete; run the same command again to go on with the "
+                                    "upload") from None
     return record
 
 
@@ -74,10 +85,10 @@ def carry_out(job: Job, options: Options, began: float) -> dict[str, Any]:
             _verify(job, options, staging.folder, threads)
         record = make_record(job, options, tally, threads, time.monotonic() - began)
         publish.write_file(staging.folder / publish.RECORD_NAME, dump_json(record).encode())
-        card = staging.folder / hub.CARD_NAME
-        if options.hf_upload_path and not card.exists():
-            card.write_text(hub.model_card(record, job.base_model))
+        if options.hf_upload_path:
+            hub.add_card(staging.folder, record)
         staging.publish()
+        job.published = True
     return record
 
 
