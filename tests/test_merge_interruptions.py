@@ -5,6 +5,7 @@ import ctypes
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -177,6 +178,93 @@ def test_a_signal_while_the_keys_are_checked_ends_that_too(number: signal.Signal
     assert process.returncode == code and out == ""
     assert len(err.splitlines()) <= 1 and "Traceback" not in err
     assert psutil.wait_procs(children, timeout=15)[1] == []
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
+def test_a_signal_while_checksums_are_taken_is_heard(number: signal.Signals, code: int, checkpoint: Path,
+                                                     tmp_path: Path, started: list[subprocess.Popen[str]]) -> None:
+    slow = ("import time, types, zlib\nfrom merger import shardfile, show\n"
+            "shardfile.zlib = types.SimpleNamespace(error=zlib.error, crc32=lambda *_: (time.sleep(0.5), 0)[1])\n"
+            "shardfile.CRC_CHUNK, show.PLAIN_STEP = 1 << 16, 0.1")  # eight minutes for the file
+    process = start(started, "--local-dir", checkpoint, "--save-dir", tmp_path / "out", "--verify",
+                    program=unchecked(slow))  # yapf: disable
+    assert process.stderr is not None
+    while "checking the shards" not in process.stderr.readline():
+        assert process.poll() is None
+    began = time.monotonic()
+    os.killpg(process.pid, number)
+    process.communicate(timeout=30)
+    assert process.returncode == code and time.monotonic() - began < 5
+    assert listing(tmp_path) == {}
+
+
+def test_ctrl_c_after_the_exchange_says_that_the_merge_is_complete(checkpoint: Path, tmp_path: Path) -> None:
+    stop = ("from merger import publish\ndef leave(*_): raise KeyboardInterrupt\npublish.Staging.__exit__ = leave")
+    run = run_program("--local-dir", checkpoint, "--save-dir", tmp_path / "out", program=unchecked(stop))
+    assert (run.code, run.err) == (130, f"merge: interrupted; {tmp_path / 'out'} is complete\n")
+    assert len(weights(tmp_path / "out")) == TENSORS
+
+
+# Standard output that takes nothing
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]], ids=["table", "JSON"])
+@pytest.mark.parametrize("buffered", ["", "1"], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize("out", ["a full disk", "a reader that left", "closed"])
+def test_a_result_that_cannot_be_printed_is_there_all_the_same(out: str, buffered: str, form: list[str],
+                                                               checkpoint: Path, tmp_path: Path) -> None:
+    redirection = {"a full disk": ">/dev/full", "a reader that left": "| true", "closed": ">&-"}[out]
+    if out == "a full disk" and not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    command = shlex.join([sys.executable, *unchecked(), "--local-dir", str(checkpoint), "--save-dir",
+                          str(tmp_path / "out"), *form])  # yapf: disable
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command} {redirection}"],
+                          env={
+                              **os.environ, "PYTHONUNBUFFERED": buffered
+                          },
+                          capture_output=True,
+                          text=True,
+                          timeout=60)
+    (line, ) = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith("merge: the result cannot be printed (")
+    assert line.endswith(f"); {tmp_path / 'out'} is complete")
+    assert len(weights(tmp_path / "out")) == TENSORS
+
+
+@pytest.mark.parametrize("name", ["modèle", b"mod\xe8le".decode(errors="surrogateescape")], ids=["UTF-8", "Latin-1"])
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_folders_of_any_name_are_merged_and_named(encoding: str, name: str, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / name).symlink_to(checkpoint)
+    out, strict = tmp_path / f"{name}-out", {"PYTHONIOENCODING": f"{encoding}:strict"}
+    args = ["--local-dir", tmp_path / name, "--save-dir", out]
+    assert run_program(*args, "--json", program=unchecked(), env=strict).record()["folder"] == str(out)
+    run = run_program(*args, "--force", program=unchecked(), env=strict)
+    assert run.code == 0, run.err
+
+
+@pytest.mark.parametrize("name", ["numpy", "ml_dtypes", "rich"])
+def test_a_package_that_is_not_installed_is_named(name: str, checkpoint: Path, tmp_path: Path) -> None:
+    absent = ("-c", f"import sys; sys.path.insert(0, {str(PROGRAM.parent)!r}); sys.modules[{name!r}] = None\n"
+              "from merger import cli; sys.exit(cli.main())")  # yapf: disable
+    with untouched(tmp_path):
+        run = run_program("--local-dir", checkpoint, "--save-dir", tmp_path / "out", program=absent)
+        assert run.refusal.startswith(f"needs {name}, ") and run.refusal.endswith(f"; pip install {name}")
+
+
+@pytest.mark.parametrize("args", [["--max-shard-size", "1MB", "--verify"], ["--inspect"]], ids=["merge", "inspect"])
+def test_a_low_limit_of_open_files_is_raised(args: list[str], checkpoint: Path, samples: dict[str, Sample],
+                                             tmp_path: Path) -> None:
+    import resource
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    source = samples["HSDP, 2 x 3 ranks, tied"].actor if args == ["--inspect"] else checkpoint
+    run = run_program("--local-dir",
+                      source,
+                      "--save-dir",
+                      tmp_path / "out",
+                      *args,
+                      program=unchecked(),
+                      preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (8, hard)))
+    assert run.code == 0, run.err
 
 
 def test_a_second_merge_into_the_same_folder_is_refused(checkpoint: Path, tmp_path: Path,

@@ -360,6 +360,66 @@ def test_every_copy_of_three_tied_weights_is_compared(differing: str, tmp_path: 
     assert f"ties {differing} to a" in refusal
 
 
+@pytest.mark.parametrize("choice", [None, "drop", "keep"])
+def test_lora_on_a_tied_head_is_never_dropped(choice: str | None, tmp_path: Path,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    import merging
+    from merger.model_check import Verdict
+    monkeypatch.setattr(merging, "ask_here", lambda *question: Verdict(tied=[[EMBEDDING, HEAD]]))
+    table, a, b = torch.arange(12.0).reshape(3, 4), torch.ones(2, 4), torch.ones(3, 2)
+    (tmp_path / "actor/huggingface").mkdir(parents=True)
+    (tmp_path / "actor/huggingface/config.json").write_text('{"tie_word_embeddings": true}')
+    torch.save({f"base_model.model.{EMBEDDING}": table, "base_model.model.lm_head.base_layer.weight": table.clone(),
+                "base_model.model.lm_head.lora_A.default.weight": a,
+                "base_model.model.lm_head.lora_B.default.weight": b},
+               tmp_path / "actor/model_world_size_1_rank_0.pt")  # yapf: disable
+    args = ["--local-dir", tmp_path / "actor", "--save-dir", tmp_path / "out", "--lora", "fuse", "--lora-alpha", "8",
+            "--dtype", "keep", "--verify", *(["--tied-weights", choice] if choice else [])]  # yapf: disable
+    if choice == "keep":
+        assert merge(*args).code == 0
+        assert differences(weights(tmp_path / "out"), {EMBEDDING: table, HEAD: table + 4 * (b @ a)}) == []
+        assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
+    else:
+        with untouched(tmp_path):
+            refusal = merge(*args).refusal
+        assert HEAD in refusal and EMBEDDING in refusal and "--tied-weights keep" in refusal
+
+
+# Comparing what was merged before
+
+
+def test_comparing_takes_no_room_and_no_config_of_the_checkpoint(spoil: Callable[..., Sample], tmp_path: Path,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    from merger import job
+    sample = spoil("FSDP1, 4 ranks, tied")
+    args = ["--local-dir", sample.actor, "--save-dir", tmp_path / "out"]
+    assert merge(*args).code == 0
+    shutil.rmtree(sample.huggingface)
+    monkeypatch.setattr(job, "free_bytes", lambda target: 0)
+    assert merge(*args, "--verify-only", "--json").record()["verified"]
+    assert "config.json" in merge(*args, "--force").refusal
+
+
+@pytest.mark.parametrize("change", ["the first byte", "both bytes", "the shape", "a negative byte"])
+def test_a_header_that_places_a_tensor_wrongly_is_refused(change: str, spoil: Callable[..., Sample],
+                                                          tmp_path: Path) -> None:
+    args = ["--local-dir", spoil("FSDP1, 4 ranks").actor, "--save-dir", tmp_path / "out"]
+    assert merge(*args).code == 0
+    path = tmp_path / "out/model.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:8 + length])
+    entry = header[max((name for name in header if name != "__metadata__"), key=lambda n: header[n]["data_offsets"])]
+    first, last = entry["data_offsets"]
+    entry["data_offsets"] = {"the first byte": [first + 1, last], "both bytes": [first - 2, last - 2],
+                             "a negative byte": [-2, last - first - 2]}.get(change, [first, last])  # yapf: disable
+    if change == "the shape":
+        entry["shape"][0] += 1
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length:])
+    assert str(path) in merge(*args, "--verify-only").refusal
+
+
 # Output that exists
 
 
@@ -542,6 +602,8 @@ def test_a_mount_point_is_refused_as_a_target(samples: dict[str, Sample]) -> Non
     ["--dry-run", "--verify-only"],
     ["--hf-token", "hf_secret"],
     ["--lora-alpha", "much"],
+    ["--lora-alpha", "0"],
+    ["--max-shard-size", "9" * 400],
 ], ids=" ".join)  # yapf: disable
 def test_a_flag_that_makes_no_sense_is_refused(args: list[str], samples: dict[str, Sample], tmp_path: Path) -> None:
     with untouched(tmp_path):
