@@ -33,17 +33,25 @@ class Run:
     summary: Mapping[str, Any]
 
 
-def names(labels: Sequence[tuple[str, str]]) -> list[str]:
-    """Return names for runs, given model and folder of each: the models, or the folders where models repeat."""
-    models = [model for model, _ in labels]
-    return models if len(set(models)) == len(models) else [f"{model} ({folder})" for model, folder in labels]
+def names(labels: Sequence[tuple[str, Path]]) -> list[str]:
+    """Return a name of its own for each run, given model and folder.
+
+    The models; where these repeat, with the folders' names, then with their paths, then with a number.
+    """
+    called = [model for model, _ in labels]
+    for longer in ([f"{model} ({folder.name})" for model, folder in labels], [f"{model} ({folder})"
+                                                                              for model, folder in labels]):
+        if len(set(called)) == len(called):
+            return called
+        called = longer
+    return called if len(set(called)) == len(called) else [f"{n}: {name}" for n, name in enumerate(called, 1)]
 
 
 def load(folders: Sequence[Path], price_of: Any = lambda model: None) -> list[Run]:
-    """Return the runs in `folders`; names are the models', or the folders' where models repeat."""
+    """Return the runs in `folders`, called as `names` says."""
     from evaluation.records import read_attempts, read_run
     told = [read_run(folder) for folder in folders]
-    called = names([(one["config"]["model"], folder.name) for one, folder in zip(told, folders, strict=True)])
+    called = names([(one["config"]["model"], folder) for one, folder in zip(told, folders, strict=True)])
     runs = []
     for name, one, folder in zip(called, told, folders, strict=True):
         config, records = one["config"], read_attempts(folder)

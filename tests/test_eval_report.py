@@ -227,5 +227,17 @@ def test_the_page_has_the_numbers_without_a_browser(tmp_path):
 
 
 def test_runs_of_one_model_are_told_apart_by_their_folders():
-    assert report.names([("a", "x"), ("b", "y")]) == ["a", "b"]
-    assert report.names([("a", "x"), ("a", "y")]) == ["a (x)", "a (y)"]
+    p, q = Path("p"), Path("q")
+    assert report.names([("a", p), ("b", q)]) == ["a", "b"]
+    assert report.names([("a", p / "r"), ("a", q / "s")]) == ["a (r)", "a (s)"]
+    assert report.names([("a", p / "r"), ("a", q / "r")]) == ["a (p/r)", "a (q/r)"]
+    assert report.names([("a", p), ("a", p)]) == ["1: a (p)", "2: a (p)"]
+
+
+@pytest.mark.parametrize("category", ["", "hard"])
+def test_charts_keep_runs_whose_names_begin_alike(category):
+    ends = ["Qwen/Qwen2.5-7B-Instruct (textcraft-Qwen2.5-7B-Instruct-" + end for end in ("1a2b3c4d)", "9f8e7d6c)")]
+    drawn = report.draw([run([record(n, category=category) for n in range(3)], name) for name in ends])
+    for chart in drawn:
+        assert "1a2b3c4d)" in chart["svg"] and "9f8e7d6c)" in chart["svg"], chart["title"]
+    assert len(drawn) == (4 if category else 3)
