@@ -165,11 +165,14 @@ def run_command(options: argparse.Namespace) -> int:
         Misuse, Stopped: in one line.
     """
     from evaluation import report, show
+    from evaluation.items import check_owner
     from evaluation.prices import read_price
     from evaluation.records import REPORT, RUN, RunFolder, read_run
     from evaluation.runner import evaluate, facts
+    from evaluation.rows import rows_file, tables
     from evaluation.settings import decide
     settings = decide(options)
+    check_owner(settings.items, settings.row.name, tables(rows_file(options.environments)))
     price = read_price(options.prices, settings.model)
     if options.fresh and options.resume:
         raise Misuse("--fresh and --resume contradict each other; give one")
@@ -365,13 +368,11 @@ def list_command(options: argparse.Namespace) -> int:
 
 def prompts_command(options: argparse.Namespace) -> int:
     """Read prompts."""
-    import tomllib
-
     from evaluation.prompts import collect
     from evaluation.records import write_whole
-    from evaluation.rows import read_row, rows_file
+    from evaluation.rows import read_row, rows_file, tables
     path = rows_file(options.environments)
-    rows = [read_row(name, path) for name in tomllib.loads(path.read_text())] if path.exists() else []
+    rows = [read_row(name, path) for name in tables(path)] if path.exists() else []
     found = collect(rows, Path(options.agentgym))
     if options.out:
         write_whole(Path(options.out), json.dumps(found, indent=1, ensure_ascii=False))

@@ -56,6 +56,20 @@ def item_of(name: str | int, env: str, category: str = "", trials: Mapping[str, 
     return Item(f"{env}_{int(name)}" if name.isdecimal() else name, int(number[1]), category)
 
 
+def check_owner(items: Iterable[Item], env: str, names: Iterable[str]) -> None:
+    """Refuse items whose ids begin with the name of another environment of `names`.
+
+    Raises:
+        Misuse: there is one.
+    """
+    owners = sorted({env, *names}, key=len, reverse=True)  # the longest first: one name may begin with another
+    for item in items:
+        plain = item.id.removeprefix("lmrlgym_")  # as AgentGym's lists call those of maze and wordle
+        owner = next((name for name in owners if plain.startswith(f"{name}_")), env)
+        if owner != env:
+            raise Misuse(f"item {item.id} is one of {owner} and not of {env}; give --env {owner}, or items of {env}")
+
+
 def read_list(path: Path) -> list[str | int]:
     """Return the item names in a file of AgentGym's form, or of plain names or numbers in JSON or one a line.
 

@@ -13,7 +13,7 @@ from evaluation import numbers, prompts, records
 from evaluation.__main__ import main
 from evaluation.actions import parse, phrase
 from evaluation.episodes import derived_seed, first_message, judge, opening
-from evaluation.items import choose, item_of, trial_numbers
+from evaluation.items import check_owner, choose, item_of, trial_numbers
 from evaluation.model import overflowed, redacted_url, retry_after
 from evaluation.problems import EnvironmentFault, Misuse, Stopped
 from evaluation.prompts import Prompt
@@ -103,6 +103,19 @@ def test_ranges_names_and_limits(tmp_path):
     assert [item.number for item in choose(row("textcraft"), every, root=tmp_path)[0]] == list(range(400))
     shuffled = [choose(row("textcraft"), "0-19", 5, seed, tmp_path)[0] for seed in (1, 1, 2)]
     assert shuffled[0] == shuffled[1] != shuffled[2]
+
+
+@pytest.mark.parametrize("env,name,owner", [
+    ("demo", "textcraft_3", "textcraft"), ("maze", "lmrlgym_wordle_3", "wordle"), ("demo", "demo-long_3", "demo-long"), ("maze", "lmrlgym_maze_3", ""),
+    ("maze", "maze_3", ""), ("demo", "3", ""), ("searchqa", "nq_3", ""), ("demo-long", "demo-long_3", ""),
+])
+def test_an_item_of_another_environment_is_refused(env, name, owner):
+    items, names = [item_of(name, env)], ["demo", "demo-long", "textcraft", "maze", "wordle", "searchqa"]
+    if owner:
+        with pytest.raises(Misuse, match=f"is one of {owner} and not of {env}"):
+            check_owner(items, env, names)
+    else:
+        check_owner(items, env, names)
 
 
 def test_agentgyms_lists_are_found_and_their_files_are_categories(tmp_path):
@@ -484,6 +497,7 @@ def test_an_address_without_scheme_is_refused():
     (["run", "--env", "demo"], "no OPENAI_API_KEY"), (["run", "--env", "demo", "--environments", "/nowhere.toml"], "no rows in"),
     (["rescore", "/nowhere"], "no run in"), (["run", "--prompt", "/nowhere", "--env", "demo"], "--prompt"),
     (["run", "--prices", "/nowhere", "--env", "demo", "--model", "expert"], "--prices"), (["run", "--fresh", "--resume", "--env", "demo"], "contradict"),
+    (["run", "--env", "demo", "--model", "expert", "--items", "textcraft_3"], "is one of textcraft"),
     (["run", "--env", "demo", "--base-url", "ftp"], "--base-url"), (["run", "--env", "demo", "--max-error-rate", "7"], "--max-error-rate"),
     (["prompts", "--agentgym", "/nowhere"], "no prompt of"), (["run", "--env", "demo", "--resume", "--model", "expert"], "no run in"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
