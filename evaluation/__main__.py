@@ -263,10 +263,10 @@ def rescored(records: list[dict[str, Any]], row: Any) -> list[dict[str, Any]]:
 
 
 def rescore_command(options: argparse.Namespace) -> int:
-    """Compute numbers again."""
-    from evaluation import show
+    """Compute numbers again, and write summary and report anew."""
+    from evaluation import report, show
     from evaluation.prices import read_price
-    from evaluation.records import read_attempts, read_run
+    from evaluation.records import REPORT, read_attempts, read_run
     from evaluation.rows import Row, read_row
     console = show.console()
     for name in options.folders:
@@ -279,6 +279,8 @@ def rescore_command(options: argparse.Namespace) -> int:
         summary = conclude(folder, records, config["samples"],
                            len(config["items"]) * config["samples"], read_price(options.prices, config["model"]), wall)
         show_numbers(console, {config["model"]: summary}, folder, options.upstream_compat)
+        report.write(folder / REPORT, [report.Run(config["model"], told, records, summary)], options.upstream_compat)
+        print(f"report: {folder / REPORT}")
     return 0
 
 
@@ -311,8 +313,8 @@ def compare_command(options: argparse.Namespace) -> int:
     show_numbers(console, {run.name: run.summary for run in runs}, None, options.upstream_compat)
     table = Table("difference, item by item", "items", "success rate", "mean reward", "newly solved", "no longer")
     for line in report.difference_lines(runs):
-        table.add_row(line["name"], str(line["items"]), line["success"], line["reward"], str(len(line["gained"])),
-                      str(len(line["lost"])))
+        show.add_row(table, line["name"], str(line["items"]), line["success"], line["reward"], str(len(line["gained"])),
+                     str(len(line["lost"])))
     console.print(table)
     for run in runs[1:]:
         differing = differences({**runs[0].told["config"], "items": None}, {**run.told["config"], "items": None})
@@ -343,27 +345,49 @@ def conversations_command(options: argparse.Namespace) -> int:
     return 0
 
 
+def summary_of(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the numbers of a run: those in summary.json, which a `rescore` may have made, unless attempts came after.
+
+    Raises:
+        Misuse: the attempts are damaged.
+    """
+    from evaluation.numbers import summarize
+    from evaluation.records import ATTEMPTS, SUMMARY, read_attempts
+    try:
+        if (folder / SUMMARY).stat().st_mtime_ns >= (folder / ATTEMPTS).stat().st_mtime_ns:
+            return json.loads((folder / SUMMARY).read_text())
+    except (OSError, ValueError):
+        pass
+    return summarize(read_attempts(folder), config["samples"], len(config["items"]) * config["samples"])
+
+
 def list_command(options: argparse.Namespace) -> int:
-    """Show the runs in a folder."""
+    """Show the runs in a folder; a damaged one is named and hides no other."""
     from rich.table import Table
 
     from evaluation import show
-    from evaluation.numbers import summarize
-    from evaluation.records import RUN, read_attempts, read_run
+    from evaluation.records import RUN, read_run
     found = sorted(Path(options.folder).glob(f"*/{RUN}"), key=lambda path: path.stat().st_mtime)
     if not found:
         print(f"no runs in {options.folder}")
         return 0
     table = Table("folder", "environment", "model", "attempts", "success rate", "errors")
-    for path in found:
-        told = read_run(path.parent)
-        config = told["config"]
-        summary = summarize(read_attempts(path.parent), config["samples"], len(config["items"]) * config["samples"])
-        table.add_row(path.parent.name, config["env"], config["model"],
-                      f"{summary['attempts']} of {summary['expected']}", show.with_interval(summary["success"]),
-                      str(summary["errors"]))
+    damaged = []
+    for folder in (path.parent for path in found):
+        try:
+            config = read_run(folder)["config"]
+            summary = summary_of(folder, config)
+            show.add_row(table, folder.name, config["env"], config["model"],
+                         f"{summary['attempts']} of {summary['expected']}", show.with_interval(summary["success"]),
+                         str(summary["errors"]))
+        except Misuse as problem:
+            damaged.append(str(problem))
+        except (KeyError, TypeError):  # JSON of another form
+            damaged.append(f"{folder} holds no run that this version can read; remove it or look there with its own")
     show.console().print(table)
-    return 0
+    for line in damaged:
+        print(f"eval: {line}", file=sys.stderr)
+    return MISUSE if damaged else 0
 
 
 def prompts_command(options: argparse.Namespace) -> int:
