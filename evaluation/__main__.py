@@ -313,7 +313,7 @@ def compare_command(options: argparse.Namespace) -> int:
     show_numbers(console, {run.name: run.summary for run in runs}, None, options.upstream_compat)
     table = Table("difference, item by item", "items", "success rate", "mean reward", "newly solved", "no longer")
     for line in report.difference_lines(runs):
-        show.add_row(table, line["name"], str(line["items"]), line["success"], line["reward"], str(len(line["gained"])),
+        show.add_row(table, line["name"], line["items"], line["success"], line["reward"], str(len(line["gained"])),
                      str(len(line["lost"])))
     console.print(table)
     for run in runs[1:]:

@@ -176,14 +176,20 @@ def methods(runs: Sequence[Run]) -> str:
     return f"In brackets: 95 % intervals ({', '.join(used)})." if used else "No attempt has a score."
 
 
+def dress(run: Run) -> list[str]:
+    """Return the words of the prompt that stand around or in place of the first observation."""
+    return [run.told["prompt"].get(key, "") for key in ("before_first", "first", "actions_label")]
+
+
 def difference_lines(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Return how each run differs from the first, on the items that both have."""
     lines = []
     for run in runs[1:]:
-        found = compare(runs[0].records, run.records)
+        found = compare(runs[0].records, run.records, same_words=dress(run) == dress(runs[0]))
+        other = f" ({found['other_task']} more were another task and are left out)" if found["other_task"] else ""
         lines.append({
             "name": f"{run.name} − {runs[0].name}",
-            "items": found["items"],
+            "items": f"{found['items']}{other}",
             "success": show.with_interval(found["success"]),
             "reward": show.with_interval(found["reward"]),
             "gained": found["gained"],

@@ -402,6 +402,14 @@ def test_a_comparison_is_paired():
     assert found["success"]["mean"] == pytest.approx(0.2) and found["success"]["low"] < 0.2 < found["success"]["high"]
 
 
+def test_another_task_under_the_same_id_is_no_pair():
+    one = [{**attempt(str(n)), "task": f"t{n}"} for n in range(4)]
+    other = [{**attempt(str(n), outcome="failure", reward=0.0), "task": task} for n, task in enumerate(["t0", "tx", "", "t3"])]
+    found = numbers.compare(one, other)
+    assert (found["items"], found["other_task"], found["lost"], found["only_one"]) == (3, 1, ["0", "2", "3"], 0)
+    assert numbers.compare(one, other, same_words=False)["items"] == 4
+
+
 # Records
 
 

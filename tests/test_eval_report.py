@@ -234,6 +234,16 @@ def test_runs_of_one_model_are_told_apart_by_their_folders():
     assert report.names([("a", p), ("a", p)]) == ["1: a (p)", "2: a (p)"]
 
 
+def test_a_comparison_says_how_many_items_were_another_task(tmp_path):
+    one, other = run([record(n) for n in range(3)], "a"), run([record(n, task="abc" if n else "xyz") for n in range(3)], "b")
+    line, = report.difference_lines([one, other])
+    assert line["items"] == "2 (1 more were another task and are left out)"
+    assert line["items"] in report.render([one, other])
+    # Another prompt dresses the first observation in other words: its digest then tells nothing.
+    other.told["prompt"]["before_first"] = "Before.\n"
+    assert report.difference_lines([one, other])[0]["items"] == "3"
+
+
 @pytest.mark.parametrize("category", ["", "hard"])
 def test_charts_keep_runs_whose_names_begin_alike(category):
     ends = ["Qwen/Qwen2.5-7B-Instruct (textcraft-Qwen2.5-7B-Instruct-" + end for end in ("1a2b3c4d)", "9f8e7d6c)")]
