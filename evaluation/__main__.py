@@ -3,6 +3,7 @@ import argparse
 import asyncio
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,32 +19,52 @@ if TYPE_CHECKING:
 FAILED, MISUSE, INTERRUPTED = 1, 2, 130
 
 
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is no number") from None
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number") from None
+
+
 def _positive(text: str) -> float:
-    value = float(text)
+    value = _number(text)
     if not value > 0:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return value
 
 
 def _count(text: str) -> int:
-    value = int(text)
+    value = _whole(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
     return value
 
 
 def _amount(text: str) -> int:
-    value = int(text)
+    value = _whole(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is below 0")
     return value
 
 
 def _share(text: str) -> float:
-    value = float(text)
+    value = _number(text)
     if not 0.0 <= value <= 1.0:
         raise argparse.ArgumentTypeError(f"{text} is no share from 0 to 1")
     return value
+
+
+def _endpoint(text: str) -> str:
+    if text and not re.match(r"https?://[^/\s]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no address; write it like http://127.0.0.1:8000/v1")
+    return text
 
 
 class Parser(argparse.ArgumentParser):
@@ -67,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
         default="",
         help="address of its server (default: $ENV_SERVER, then this machine and the row's port)")
     add("--model", default="", help="model of the endpoint, or expert or random (default: $MODEL, then gpt-4o-mini)")
-    add("--base-url", default="", help="OpenAI-compatible endpoint (default: $OPENAI_BASE_URL, then OpenAI's own)")
+    add("--base-url", type=_endpoint, default="", help="OpenAI-compatible endpoint (default: $OPENAI_BASE_URL, then OpenAI's own)")
     add("--base-url-as",
         default="",
         help="what the configuration calls the endpoint, where its address differs from run to run")
@@ -79,10 +100,10 @@ def parser() -> argparse.ArgumentParser:
     add("--items",
         default="",
         help="FILE, 0-99 or textcraft_3,textcraft_5 (default: AgentGym's list, then the row's first)")
-    add("--limit", type=_amount, default=0, help="play at most so many items (default: all)")
-    add("--shuffle-seed", type=int, default=None, help="shuffle the items with this seed before --limit (default: no)")
+    add("--limit", type=_count, default=None, help="play at most so many items (default: all)")
+    add("--shuffle-seed", type=_whole, default=None, help="shuffle the items with this seed before --limit (default: no)")
     add("--samples", type=_count, default=1, help="attempts at each item, for Avg@k and Pass@k (default: 1)")
-    add("--seed", type=int, default=None, help="make draws repeatable: sent to the endpoint, another for each attempt")
+    add("--seed", type=_whole, default=None, help="make draws repeatable: sent to the endpoint, another for each attempt")
     add("--temperature", default="1.0", help="0 to 5, or none to leave it out (default: 1.0)")
     add("--top-p", type=_share, default=None, help="0 to 1 (default: left out)")
     add("--max-tokens", type=_amount, default=4096, help="of one completion, 0 to leave it out (default: 4096)")
@@ -158,6 +179,20 @@ def _numbers_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--upstream-compat", action="store_true", help="add the figures as upstream would count them")
 
 
+def price_of(file: str, model: str) -> dict[str, float] | None:
+    """Return the price of `model` in the file of --prices; say so where the file has none.
+
+    Raises:
+        Misuse: the file cannot be read.
+    """
+    from evaluation.prices import read_price
+    price = read_price(file, model)
+    if file and price is None:
+        print(f"eval: --prices {file} has no price for {model}, so its cost is not shown; add a table [\"{model}\"]",
+              file=sys.stderr)
+    return price
+
+
 def run_command(options: argparse.Namespace) -> int:
     """Play what is missing of a run; show its numbers.
 
@@ -166,14 +201,13 @@ def run_command(options: argparse.Namespace) -> int:
     """
     from evaluation import report, show
     from evaluation.items import check_owner
-    from evaluation.prices import read_price
     from evaluation.records import REPORT, RUN, RunFolder, read_run
     from evaluation.runner import evaluate, facts
     from evaluation.rows import rows_file, tables
     from evaluation.settings import decide
     settings = decide(options)
     check_owner(settings.items, settings.row.name, tables(rows_file(options.environments)))
-    price = read_price(options.prices, settings.model)
+    price = price_of(options.prices, settings.model)
     if options.fresh and options.resume:
         raise Misuse("--fresh and --resume contradict each other; give one")
     if options.resume and not (settings.out / RUN).exists():
@@ -265,7 +299,6 @@ def rescored(records: list[dict[str, Any]], row: Any) -> list[dict[str, Any]]:
 def rescore_command(options: argparse.Namespace) -> int:
     """Compute numbers again, and write summary and report anew."""
     from evaluation import report, show
-    from evaluation.prices import read_price
     from evaluation.records import REPORT, read_attempts, read_run
     from evaluation.rows import Row, read_row
     console = show.console()
@@ -277,7 +310,7 @@ def rescore_command(options: argparse.Namespace) -> int:
         records = rescored(records, row)
         wall = sum(work["seconds"] for work in told["work"])
         summary = conclude(folder, records, config["samples"],
-                           len(config["items"]) * config["samples"], read_price(options.prices, config["model"]), wall)
+                           len(config["items"]) * config["samples"], price_of(options.prices, config["model"]), wall)
         show_numbers(console, {config["model"]: summary}, folder, options.upstream_compat)
         report.write(folder / REPORT, [report.Run(config["model"], told, records, summary)], options.upstream_compat)
         print(f"report: {folder / REPORT}")
@@ -287,10 +320,9 @@ def rescore_command(options: argparse.Namespace) -> int:
 def report_command(options: argparse.Namespace) -> int:
     """Write a report."""
     from evaluation import report
-    from evaluation.prices import read_price
     from evaluation.records import REPORT
     folders = [Path(name) for name in options.folders]
-    runs = report.load(folders, lambda model: read_price(options.prices, model))
+    runs = report.load(folders, lambda model: price_of(options.prices, model))
     path = Path(options.out) if options.out else folders[0] / REPORT if len(folders) == 1 else Path("compare.html")
     report.write(path, runs, options.upstream_compat)
     print(f"report: {path}")
@@ -302,10 +334,9 @@ def compare_command(options: argparse.Namespace) -> int:
     from rich.table import Table
 
     from evaluation import report, show
-    from evaluation.prices import read_price
     if len(options.folders) < 2:
         raise Misuse(f"compare {options.folders[0]}: one run only; name two or more folders")
-    runs = report.load([Path(name) for name in options.folders], lambda model: read_price(options.prices, model))
+    runs = report.load([Path(name) for name in options.folders], lambda model: price_of(options.prices, model))
     environments = sorted({run.told["config"]["env"] for run in runs})
     if len(environments) > 1:
         raise Misuse(f"compare: runs of different environments ({', '.join(environments)}); name runs of one")

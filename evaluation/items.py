@@ -99,8 +99,8 @@ def list_files(env: str, root: Path) -> tuple[Path | None, list[Path]]:
     A category's list is any other JSON file in AgentEval/<env>; AgentGym-RL's own evaluation reads them so.
     """
     for folder in (root / "AgentEval" / env, root / "AgentEval" / f"lmrlgym_{env}"):
-        if folder.is_dir():
-            files = sorted(folder.glob("*.json"))
+        files = sorted(folder.glob("*.json"))
+        if files:
             whole = [file for file in files if re.fullmatch(rf"(lmrlgym_)?{env}_test", file.stem)]
             return (whole[0] if whole else None), [file for file in files if file not in whole]
     for name in (f"{env}_train.json", f"lmrlgym_{env}_train.json"):
@@ -111,13 +111,39 @@ def list_files(env: str, root: Path) -> tuple[Path | None, list[Path]]:
 
 def category_of(file: Path, env: str) -> str:
     """Return the category that a list's file name tells: searchqa_nq_test.json is nq."""
-    return file.stem.removeprefix("lmrlgym_").removeprefix(env).strip("_").removesuffix("test").strip("_") or file.stem
+    return file.stem.removeprefix("lmrlgym_").removeprefix(f"{env}_").removesuffix("_test")
+
+
+def in_lists(whole: Path | None, parts: Sequence[Path], env: str,
+             trials: Mapping[str, int]) -> list[tuple[str | int, str]]:
+    """Return the items of the list `whole`, or of all `parts` where there is none, each with its category.
+
+    A category's list may name an item in another form than the whole list does: 7, searchqa_7.
+
+    Raises:
+        Misuse: a list cannot be read.
+    """
+    placed: dict[int, tuple[str | int, str]] = {}
+    for file in parts:
+        for name in read_list(file):
+            placed[_numbered(name, env, trials, file)] = name, category_of(file, env)
+    if whole is None:
+        return list(placed.values())
+    numbered = ((name, _numbered(name, env, trials, whole)) for name in read_list(whole))
+    return [(name, placed[number][1] if number in placed else "") for name, number in numbered]
+
+
+def _numbered(name: str | int, env: str, trials: Mapping[str, int], file: Path) -> int:
+    try:
+        return item_of(name, env, trials=trials).number
+    except ValueError as error:
+        raise Misuse(f"items of {file.name}: {error}") from None
 
 
 def choose(
     row: Row,
     items: str = "",
-    limit: int = 0,
+    limit: int | None = None,
     shuffle_seed: int | None = None,
     root: Path = Path("."),
     maps: Iterable[Sequence[Mapping[str, Any]]] = ()
@@ -128,7 +154,7 @@ def choose(
         row: the environment.
         items: --items: a file, ranges and names separated by commas, or empty for AgentGym's list under `root`, or,
             where there is none, the row's first items up to its evaluation's size.
-        limit: at most so many; 0 is all.
+        limit: at most so many; None is all.
         shuffle_seed: shuffle before the limit, with this seed.
         root: the folder that has AgentEval and AgentItemId.
         maps: ALFWorld's item maps.
@@ -153,10 +179,8 @@ def choose(
             found += [(n, "") for n in range(int(span[1]), int(span[2]) + 1)] if span else [(piece, "")]
     else:
         whole, parts = list_files(row.name, root)
-        categories = {name: category_of(file, row.name) for file in parts for name in read_list(file)}
         if whole or parts:
-            names = read_list(whole) if whole else list(categories)
-            found = [(name, categories.get(name, "")) for name in names]
+            found = in_lists(whole, parts, row.name, trials)
             origin = whole.name if whole else f"{len(parts)} lists in {parts[0].parent}"
         else:
             last = row.items.last if row.items.last is not None else row.items.first + (row.items.eval_size or 100) - 1
@@ -177,7 +201,7 @@ def choose(
         seen.add(item.number)
     if shuffle_seed is not None:
         random.Random(shuffle_seed).shuffle(chosen)
-    chosen = chosen[:limit] if limit else chosen
+    chosen = chosen[:limit]
     if not chosen:
         raise Misuse(f"items of {origin}: there are none; name some with --items")
     return chosen, origin

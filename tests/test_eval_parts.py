@@ -3,6 +3,7 @@ import itertools
 import json
 import math
 import random
+from pathlib import Path
 from statistics import fmean
 
 import pytest
@@ -13,7 +14,7 @@ from evaluation import numbers, prompts, records
 from evaluation.__main__ import main
 from evaluation.actions import parse, phrase
 from evaluation.episodes import derived_seed, first_message, judge, opening
-from evaluation.items import check_owner, choose, item_of, trial_numbers
+from evaluation.items import category_of, check_owner, choose, item_of, trial_numbers
 from evaluation.model import overflowed, redacted_url, retry_after
 from evaluation.problems import EnvironmentFault, Misuse, Stopped
 from evaluation.prompts import Prompt
@@ -126,6 +127,33 @@ def test_agentgyms_lists_are_found_and_their_files_are_categories(tmp_path):
     (folder / "searchqa_hotpot_test.json").write_text(json.dumps([{"item_id": "searchqa_2"}, {"item_id": "searchqa_3"}]))
     chosen, origin = choose(row("searchqa"), root=tmp_path)
     assert [item.category for item in chosen] == ["", "nq", "hotpot", "hotpot"] and origin == "searchqa_test.json"
+
+
+@pytest.mark.parametrize("name,category", [("latest", "latest"), ("searchqa_contest", "contest"), ("searchqa_nq_test", "nq"), ("nq_test", "nq"),
+                                           ("lmrlgym_searchqa_hard", "hard"), ("searchqa", "searchqa")])
+def test_a_category_is_called_as_its_list_is(name, category):
+    assert category_of(Path(f"{name}.json"), "searchqa") == category
+
+
+def test_a_categorys_list_may_name_its_items_in_another_form(tmp_path):
+    folder = tmp_path / "AgentEval" / "searchqa"
+    folder.mkdir(parents=True)
+    (folder / "searchqa_test.json").write_text('[{"item_id": "searchqa_1"}, {"item_id": "searchqa_2"}]')
+    (folder / "nq.json").write_text("[1]")
+    (folder / "hotpot.json").write_text('["2"]')
+    assert [item.category for item in choose(row("searchqa"), root=tmp_path)[0]] == ["nq", "hotpot"]
+    (folder / "searchqa_test.json").unlink()
+    assert sorted(item.id for item in choose(row("searchqa"), root=tmp_path)[0]) == ["searchqa_1", "searchqa_2"]
+    (folder / "nq.json").write_text('["apple"]')
+    with pytest.raises(Misuse, match=r"items of nq.json: 'apple' has no number"):
+        choose(row("searchqa"), root=tmp_path)
+
+
+def test_a_folder_without_lists_hides_none(tmp_path):
+    (tmp_path / "AgentEval" / "textcraft").mkdir(parents=True)
+    (tmp_path / "AgentItemId").mkdir()
+    (tmp_path / "AgentItemId" / "textcraft_train.json").write_text('[{"item_id": "textcraft_40"}]')
+    assert choose(row("textcraft"), root=tmp_path)[1] == "textcraft_train.json"
 
 
 def test_training_items_are_the_next_best_and_the_rows_first_the_last(tmp_path):
@@ -506,7 +534,9 @@ def test_an_address_without_scheme_is_refused():
     (["rescore", "/nowhere"], "no run in"), (["run", "--prompt", "/nowhere", "--env", "demo"], "--prompt"),
     (["run", "--prices", "/nowhere", "--env", "demo", "--model", "expert"], "--prices"), (["run", "--fresh", "--resume", "--env", "demo"], "contradict"),
     (["run", "--env", "demo", "--model", "expert", "--items", "textcraft_3"], "is one of textcraft"),
-    (["run", "--env", "demo", "--base-url", "ftp"], "--base-url"), (["run", "--env", "demo", "--max-error-rate", "7"], "--max-error-rate"),
+    (["run", "--env", "demo", "--base-url", "ftp"], "--base-url: 'ftp' is no address; write it like http://127.0.0.1:8000/v1"),
+    (["run", "--limit", "x"], "--limit: x is no whole number"), (["run", "--limit", "0"], "--limit: 0 is not at least 1"),
+    (["run", "--time-limit", "soon"], "--time-limit: soon is no number"), (["run", "--seed", "x"], "--seed: x is no whole number"), (["run", "--env", "demo", "--max-error-rate", "7"], "--max-error-rate"),
     (["prompts", "--agentgym", "/nowhere"], "no prompt of"), (["run", "--env", "demo", "--resume", "--model", "expert"], "no run in"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_misuse_is_one_line_and_exit_code_2(argv, told, capsys, monkeypatch, tmp_path):

@@ -364,6 +364,11 @@ def test_tokens_cost_what_the_table_says(tmp_path, capsys):
     with environment() as env, endpoint(counter_player) as model:
         assert run(tmp_path / "out", env.url, model.base_url, "--items", "0-1", "--prices", str(tmp_path / "prices.toml")) == 0
     assert summary(tmp_path / "out")["cost"] == pytest.approx((60 * 1000 + 12 * 5000) / 1e6)
+    assert capsys.readouterr().err == ""
+    (tmp_path / "prices.toml").write_text('["another"]\ninput = 1000.0\noutput = 5000.0\n')
+    assert main(["rescore", str(tmp_path / "out"), "--prices", str(tmp_path / "prices.toml")]) == 0
+    error = capsys.readouterr().err
+    assert "prices.toml has no price for stand-in" in error and error.count("\n") == 1
 
 
 # What is shown of runs afterwards.
