@@ -165,9 +165,10 @@ def parser() -> argparse.ArgumentParser:
     lists = commands.add_parser("list", help="show the runs in a folder")
     lists.add_argument("folder", nargs="?", default="saves/eval", help="where to look (default: saves/eval)")
 
-    prompts = commands.add_parser("prompts", help="read the prompts out of an AgentGym checkout")
+    prompts = commands.add_parser("prompts", help="read prompts and item maps out of an AgentGym checkout")
     prompts.add_argument("--agentgym", required=True, help="the checkout")
     prompts.add_argument("--out", default="", help="JSON file to write (default: show where each prompt is)")
+    prompts.add_argument("--item-maps", default="", help="JSON file to write ALFWorld's item maps to (default: none)")
     prompts.add_argument("--environments", default="", help="file with the rows")
     return top
 
@@ -422,7 +423,8 @@ def list_command(options: argparse.Namespace) -> int:
 
 
 def prompts_command(options: argparse.Namespace) -> int:
-    """Read prompts."""
+    """Read prompts and item maps."""
+    from evaluation.items import collect_maps
     from evaluation.prompts import collect
     from evaluation.records import write_whole
     from evaluation.rows import read_row, rows_file, tables
@@ -431,6 +433,10 @@ def prompts_command(options: argparse.Namespace) -> int:
     found = collect(rows, Path(options.agentgym))
     if options.out:
         write_whole(Path(options.out), json.dumps(found, indent=1, ensure_ascii=False))
+    if options.item_maps:
+        maps = collect_maps(rows, Path(options.agentgym))
+        write_whole(Path(options.item_maps), json.dumps(maps))
+        print(f"item maps: {', '.join(maps) or 'none in the checkout'}")
     for name, prompt in found.items():
         print(f"{name:12} {prompt['place']}  {len(prompt['user'])} characters")
     print(f"{len(found)} of {sum(bool(row.prompt.file) for row in rows)} prompts read")

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from evaluation.problems import Misuse
 from evaluation.rows import Row
 
+COLLECTED = Path(__file__).resolve().parents[1] / "item_maps.json"  # written when the image is built
+
 _RANGE = re.compile(r"(\d+)-(\d+)")
 _TRIAL = re.compile(r"trial_T\d+_\d+_\d+$")
 _NUMBER = re.compile(r"(?:^|_)(\d+)$")
@@ -37,6 +39,31 @@ def trial_numbers(maps: Iterable[Sequence[Mapping[str, Any]]]) -> dict[str, int]
     return numbers
 
 
+def collect_maps(rows: Iterable[Row], checkout: Path) -> dict[str, list[Any]]:
+    """Return the item maps in an AgentGym checkout, by environment: what the image is built with.
+
+    Raises:
+        Misuse: one cannot be read.
+    """
+    found: dict[str, list[Any]] = {}
+    for row in rows:
+        for path in (checkout / row.folder / name for name in row.item_maps):
+            if path.is_file():
+                try:
+                    found.setdefault(row.name, []).append(json.loads(path.read_text()))
+                except (OSError, ValueError) as error:
+                    raise Misuse(f"item map {path} cannot be read: {error}; restore it in the checkout") from None
+    return found
+
+
+def collected_maps(env: str, collected: Path = COLLECTED) -> list[Any]:
+    """Return the image's item maps of `env`; none where there is no such file."""
+    try:
+        return json.loads(collected.read_text()).get(env, [])
+    except (OSError, ValueError):
+        return []
+
+
 def item_of(name: str | int, env: str, category: str = "", trials: Mapping[str, int] | None = None) -> Item:
     """Return the item called `name`: a number, `env_7`, or a name that ends in an ALFWorld trial's.
 
@@ -48,7 +75,8 @@ def item_of(name: str | int, env: str, category: str = "", trials: Mapping[str, 
     trial = _TRIAL.search(name)
     if trial:
         if trial[0] not in (trials or {}):
-            raise ValueError(f"{name} is a trial's name, and no item map has it; point --agentgym at a checkout")
+            raise ValueError(f"{name} is a trial's name, and no item map has it; set AGENTGYM_SRC to an AgentGym checkout "
+                             "(the image reads the maps when it is built)")
         return Item(name, (trials or {})[trial[0]], category)
     number = _NUMBER.search(name)
     if number is None:
@@ -146,7 +174,8 @@ def choose(
     limit: int | None = None,
     shuffle_seed: int | None = None,
     root: Path = Path("."),
-    maps: Iterable[Sequence[Mapping[str, Any]]] = ()
+    maps: Sequence[Sequence[Mapping[str, Any]]] = (),
+    collected: Path = COLLECTED
 ) -> tuple[list[Item], str]:
     """Return the items to play and where they come from.
 
@@ -157,12 +186,12 @@ def choose(
         limit: at most so many; None is all.
         shuffle_seed: shuffle before the limit, with this seed.
         root: the folder that has AgentEval and AgentItemId.
-        maps: ALFWorld's item maps.
+        maps: ALFWorld's item maps; where there are none, those in the file `collected`.
 
     Raises:
         Misuse: an item cannot be read, is not there or comes twice; or there is none.
     """
-    trials = trial_numbers(maps)
+    trials = trial_numbers(maps or (collected_maps(row.name, collected) if row.item_maps else ()))
     found: list[tuple[str | int, str]]
     if os.path.isfile(items):  # pathlib raises where a long list of items is too long for a name
         found, origin = [(name, "") for name in read_list(Path(items))], Path(items).name

@@ -3,6 +3,7 @@ import itertools
 import json
 import math
 import random
+import re
 from pathlib import Path
 from statistics import fmean
 
@@ -14,7 +15,7 @@ from evaluation import numbers, prompts, records
 from evaluation.__main__ import main
 from evaluation.actions import parse, phrase
 from evaluation.episodes import derived_seed, first_message, judge, opening
-from evaluation.items import category_of, check_owner, choose, item_of, trial_numbers
+from evaluation.items import COLLECTED, category_of, check_owner, choose, item_of, trial_numbers
 from evaluation.model import overflowed, redacted_url, retry_after
 from evaluation.problems import EnvironmentFault, Misuse, Stopped
 from evaluation.prompts import Prompt
@@ -95,6 +96,27 @@ def test_an_alfworld_trial_is_looked_up_and_not_read_as_a_number():
     assert item_of(name, "alfworld", trials=trials).number == 12
     with pytest.raises(ValueError, match="no item map"):
         item_of(name, "alfworld")
+
+
+def test_trials_are_known_from_the_maps_that_the_image_was_built_with(tmp_path, capsys):
+    trial = "alfworld_look-Mug-1_trial_T20190907_174127_043461"
+    mine, absent = row("alfworld"), tmp_path / "none.json"
+    with pytest.raises(Misuse, match="set AGENTGYM_SRC to an AgentGym checkout"):
+        choose(mine, trial, root=tmp_path, collected=absent)
+    checkout = tmp_path / "AgentGym"
+    (checkout / prompts.ENVS).mkdir(parents=True)
+    (checkout / prompts.ENVS / mine.prompt.file).write_text(SOURCE.replace("class Plain", f"class {mine.prompt.class_}"))
+    (checkout / mine.folder / "configs").mkdir(parents=True)
+    told = [{"item_id": 12, "task_type": "look-Mug-1", "task_id": "trial_T20190907_174127_043461"}]
+    (checkout / mine.folder / mine.item_maps[1]).write_text(json.dumps(told))
+    (tmp_path / "rows.toml").write_text(re.search(r"\[alfworld\].*?(?=\n\[(?!alfworld))", ROWS.read_text(), re.DOTALL)[0])
+    maps = tmp_path / "item_maps.json"
+    assert main(["prompts", "--agentgym", str(checkout), "--environments", str(tmp_path / "rows.toml"), "--out", str(tmp_path / "prompts.json"),
+                 "--item-maps", str(maps)]) == 0
+    assert "item maps: alfworld" in capsys.readouterr().out
+    assert choose(mine, trial, root=tmp_path, collected=maps)[0][0].number == 12
+    file = (ROOT / "Dockerfile.eval").read_text()  # the image's build writes the file where the runner looks for it
+    assert f"--item-maps /opt/workbench/{COLLECTED.name}" in file and COLLECTED.parent == ROOT
 
 
 def test_ranges_names_and_limits(tmp_path):
