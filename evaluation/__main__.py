@@ -245,7 +245,7 @@ def run_command(options: argparse.Namespace) -> int:
     if options.quiet:
         say(f"{settings.model}: {show.one_line(summary)}")
     else:
-        show_numbers(console, {settings.model: summary}, settings.out, options.upstream_compat)
+        show_numbers(console, {settings.model: summary}, settings.out, options.upstream_compat, [settings.prompt.source])
     if records:
         path = settings.out / REPORT
         report.write(path, [report.Run(settings.model, read_run(settings.out), records, summary)],
@@ -275,11 +275,11 @@ def conclude(folder: Path, records: list[dict[str, Any]], samples: int, expected
     return summary
 
 
-def show_numbers(console: "Console", summaries: Mapping[str, Mapping[str, Any]], folder: Path | None,
-                 compat: bool) -> None:
+def show_numbers(console: "Console", summaries: Mapping[str, Mapping[str, Any]], folder: Path | None, compat: bool,
+                 prompts: Sequence[str]) -> None:
     """Print the table."""
     from evaluation import show
-    console.print(show.table(f"{folder}" if folder else "", summaries))
+    console.print(show.table(f"{folder}" if folder else "", summaries, prompts))
     if compat:
         for summary in summaries.values():
             console.print(show.upstream_line(summary), highlight=False)
@@ -312,7 +312,7 @@ def rescore_command(options: argparse.Namespace) -> int:
         wall = sum(work["seconds"] for work in told["work"])
         summary = conclude(folder, records, config["samples"],
                            len(config["items"]) * config["samples"], price_of(options.prices, config["model"]), wall)
-        show_numbers(console, {config["model"]: summary}, folder, options.upstream_compat)
+        show_numbers(console, {config["model"]: summary}, folder, options.upstream_compat, [told["prompt"]["source"]])
         report.write(folder / REPORT, [report.Run(config["model"], told, records, summary)], options.upstream_compat)
         print(f"report: {folder / REPORT}")
     return 0
@@ -342,7 +342,9 @@ def compare_command(options: argparse.Namespace) -> int:
     if len(environments) > 1:
         raise Misuse(f"compare: runs of different environments ({', '.join(environments)}); name runs of one")
     console = show.console()
-    show_numbers(console, {run.name: run.summary for run in runs}, None, options.upstream_compat)
+    show_numbers(console, {run.name: run.summary
+                           for run in runs}, None, options.upstream_compat,
+                 [run.told["prompt"]["source"] for run in runs])
     table = Table("difference, item by item", "items", "success rate", "mean reward", "newly solved", "no longer")
     for line in report.difference_lines(runs):
         show.add_row(table, line["name"], line["items"], line["success"], line["reward"], str(len(line["gained"])),
@@ -360,6 +362,20 @@ def compare_command(options: argparse.Namespace) -> int:
     return 0
 
 
+def write_file(path: Path, text: str) -> None:
+    """Write a file and the folders above it.
+
+    Raises:
+        Misuse: it cannot be written.
+    """
+    from evaluation.records import write_whole
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, text)
+    except OSError as error:
+        raise Misuse(f"{path} cannot be written: {error.strerror}; choose another place with --out") from None
+
+
 def conversations_command(options: argparse.Namespace) -> int:
     """Write conversations.
 
@@ -367,12 +383,11 @@ def conversations_command(options: argparse.Namespace) -> int:
         Misuse: there is none.
     """
     from evaluation.conversations import lines
-    from evaluation.records import write_whole
     found = [line for name in options.folders for line in lines(Path(name), options.all)]
     if not found:
         raise Misuse(f"conversations: no attempt of {', '.join(options.folders)} ended in success; "
                      "take the others too with --all")
-    write_whole(Path(options.out), "\n".join(found) + "\n")
+    write_file(Path(options.out), "\n".join(found) + "\n")
     print(f"{len(found)} conversations: {options.out}")
     return 0
 
@@ -426,16 +441,15 @@ def prompts_command(options: argparse.Namespace) -> int:
     """Read prompts and item maps."""
     from evaluation.items import collect_maps
     from evaluation.prompts import collect
-    from evaluation.records import write_whole
     from evaluation.rows import read_row, rows_file, tables
     path = rows_file(options.environments)
     rows = [read_row(name, path) for name in tables(path)] if path.exists() else []
     found = collect(rows, Path(options.agentgym))
     if options.out:
-        write_whole(Path(options.out), json.dumps(found, indent=1, ensure_ascii=False))
+        write_file(Path(options.out), json.dumps(found, indent=1, ensure_ascii=False))
     if options.item_maps:
         maps = collect_maps(rows, Path(options.agentgym))
-        write_whole(Path(options.item_maps), json.dumps(maps))
+        write_file(Path(options.item_maps), json.dumps(maps))
         print(f"item maps: {', '.join(maps) or 'none in the checkout'}")
     for name, prompt in found.items():
         print(f"{name:12} {prompt['place']}  {len(prompt['user'])} characters")

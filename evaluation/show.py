@@ -2,7 +2,7 @@
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -82,8 +82,8 @@ def add_row(shown: Table, *cells: str) -> None:
     shown.add_row(*map(Text, cells))
 
 
-def table(title: str, summaries: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Return the numbers of runs, a column each."""
+def table(title: str, summaries: Mapping[str, Mapping[str, Any]], prompts: Sequence[str] = ()) -> Table:
+    """Return the numbers of runs, a column each; `prompts` tells whose words each run's model was given."""
     shown = Table(title=Text(title, "table.title"), title_justify="left", show_header=len(summaries) > 1)
     shown.add_column("")
     for name in summaries:
@@ -108,6 +108,7 @@ def table(title: str, summaries: Mapping[str, Mapping[str, Any]]) -> Table:
     line("invalid actions", [str(one["invalid_actions"]) for one in all_of])
     line("tokens", [tokens(one["usage"]) for one in all_of])
     line("cost", ["-" if one["cost"] is None else f"{one['cost']:.4f}" for one in all_of])
+    line("prompt", list(prompts))
     line("wall time", ["-" if one["seconds"]["wall"] is None else f"{one['seconds']['wall']:.1f} s" for one in all_of])
     return shown
 

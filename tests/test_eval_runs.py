@@ -1,6 +1,7 @@
 """Whole runs of the evaluation over real HTTP: every protocol row, numbers, faults of environment and model."""
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -412,3 +413,15 @@ def test_a_damaged_run_is_named_and_hides_no_other(tmp_path, capsys):
     said = capsys.readouterr()
     assert "good" in said.out and said.err.count("\n") == 3
     assert all(str(tmp_path / name) in said.err for name in ("torn", "odd", "empty"))
+
+
+def test_files_go_into_new_folders_and_a_place_that_cannot_be_is_one_line(tmp_path, capsys):
+    with environment() as env, endpoint(counter_player) as model:
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0") == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"prompt +│ (row|plain)", shown)
+    assert main(["conversations", str(tmp_path / "out"), "--out", str(tmp_path / "new" / "talks.jsonl")]) == 0
+    assert (tmp_path / "new" / "talks.jsonl").read_text().count("\n") == 1
+    assert main(["conversations", str(tmp_path / "out"), "--out", str(tmp_path / "new" / "talks.jsonl" / "x")]) == 2
+    error = capsys.readouterr().err
+    assert "cannot be written" in error and error.count("\n") == 1
