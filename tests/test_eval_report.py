@@ -150,6 +150,21 @@ def test_a_link_leads_to_an_attempt(page):
     assert shown.page.inner_text("#viewer-title") == "demo_3"
 
 
+def test_the_way_back_leads_out_of_an_attempt(page):
+    inner = page([run(MIXED)]).page
+    inner.click("#table tbody button >> nth=0")
+    inner.wait_for_selector("#columns article")
+    inner.click("#table tbody button >> nth=1")
+    inner.wait_for_selector("#viewer-title:text-is('demo_1')")
+    inner.go_back()
+    inner.wait_for_selector("#viewer-title:text-is('demo_0')")
+    inner.go_back()
+    inner.wait_for_selector("#viewer", state="hidden", timeout=5000)
+    assert inner.evaluate("document.activeElement.textContent") == "demo_0" and "#" not in inner.url
+    inner.go_forward()
+    inner.wait_for_selector("#viewer-title:text-is('demo_0')")
+
+
 def test_runs_stand_side_by_side(page):
     shown = page([run(MIXED, "before"), run([record(n, text="other words") for n in range(4)], "after")])
     inner = shown.page
