@@ -6,10 +6,12 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaluation import __version__
+from evaluation.output import Output
 from evaluation.problems import Misuse, Stopped
 from evaluation.records import differences
 
@@ -470,23 +472,34 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` and return the exit code."""
+    if sys.stdout is None:  # closed: the next file that is opened would take its number, and what is said with it
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the program runs
+    output = Output(sys.stdout)
+    with redirect_stdout(output):
+        code, command = _obey(argv)
+        output.flush()
+    if output.gone is None:
+        return code
+    if not isinstance(output.gone, BrokenPipeError):  # whose reader wanted no more
+        print(f"eval: standard output cannot be written: {output.gone.strerror}; give it another place", file=sys.stderr)
+    return code if command == "run" else code or FAILED  # a run has left everything in its folder
+
+
+def _obey(argv: Sequence[str] | None) -> tuple[int, str]:
     try:
         options = parser().parse_args(argv)
     except SystemExit as left:
-        return int(left.code or 0)
+        return int(left.code or 0), ""
     try:
-        return COMMANDS[options.command](options)
+        return COMMANDS[options.command](options), options.command
     except Misuse as problem:
         print(f"eval: {problem}", file=sys.stderr)
-        return MISUSE
+        return MISUSE, options.command
     except Stopped as problem:
         print(f"eval: {problem}", file=sys.stderr)
-        return FAILED
+        return FAILED, options.command
     except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
+        return INTERRUPTED, options.command
 
 
 if __name__ == "__main__":

@@ -425,3 +425,21 @@ def test_files_go_into_new_folders_and_a_place_that_cannot_be_is_one_line(tmp_pa
     assert main(["conversations", str(tmp_path / "out"), "--out", str(tmp_path / "new" / "talks.jsonl" / "x")]) == 2
     error = capsys.readouterr().err
     assert "cannot be written" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("where,code,told", [("| head -1", 0, ""), (">/dev/full", 0, "No space left on device"), (">&-", 0, "")])
+def test_a_run_goes_on_when_nobody_reads_what_it_says(where, code, told, tmp_path):
+    with environment() as env, endpoint(counter_player) as model:
+        words = f"run --env form-textcraft --environments {FIXTURE_ROWS} --server {env.url} --base-url {model.base_url} --items 0-7 --concurrency 1"
+        done = subprocess.run(["bash", "-c", f"set -o pipefail; {sys.executable} -m evaluation {words} --out {tmp_path / 'out'} {where}"],
+                              env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False, timeout=120)
+        assert env.sessions == {}
+    assert done.returncode == code and len(attempts(tmp_path / "out")) == 8 and (tmp_path / "out" / "report.html").exists()
+    assert done.stderr.count("\n") == bool(told) and told in done.stderr
+
+
+@pytest.mark.parametrize("where,code,told", [("| true", 1, ""), (">/dev/full", 1, "No space left on device"), (">&-", 0, "")])
+def test_a_list_that_cannot_be_shown_is_no_traceback(where, code, told, tmp_path):
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {sys.executable} -m evaluation list {tmp_path} {where}"],
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == code and done.stderr.count("\n") == bool(told) and told in done.stderr
