@@ -205,8 +205,8 @@ def run_command(options: argparse.Namespace) -> int:
     from evaluation import report, show
     from evaluation.items import check_owner
     from evaluation.records import REPORT, RUN, RunFolder, read_run
-    from evaluation.runner import evaluate, facts
     from evaluation.rows import rows_file, tables
+    from evaluation.runner import evaluate, facts
     from evaluation.settings import decide
     settings = decide(options)
     check_owner(settings.items, settings.row.name, tables(rows_file(options.environments)))
