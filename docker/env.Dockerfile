@@ -10,7 +10,7 @@
 # pip-installed (its requires-python of exactly 3.8.13 or 3.9.12 would stop it): servers/serve.py finds the folders.
 ARG ENV=demo
 # The environment's stage, where it is not called like the environment (`stage` in environments.toml).
-ARG STAGE=${ENV}
+ARG STAGE=
 
 # The rows as JSON: the servers' own Pythons are too old to read TOML.
 FROM python:3.11-slim AS rows
@@ -166,7 +166,7 @@ RUN mkdir -p /srv/agentenv-webarena/webarena/.auth && chmod -R a+rwX /srv/agente
 # ---------------------------------------------------------------- the tail of every environment
 
 # hadolint ignore=DL3006
-FROM ${STAGE} AS server
+FROM ${STAGE:-${ENV}} AS server
 ARG ENV
 # The row's id is chosen at run time (`user:`), so the home is everybody's.
 RUN useradd --uid 1000 --user-group --create-home --shell /bin/bash agentgym \

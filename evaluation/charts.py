@@ -58,6 +58,12 @@ def svg(draw: Any, name: str, width: float = 4.6, height: float = 2.6) -> str:
     return text.replace("<svg ", '<svg aria-hidden="true" ', 1)
 
 
+def legend(run: str) -> str:
+    """Return a run's name for the legend, its middle left out where it is long: names of runs differ at their ends."""
+    short = run if len(run) <= 40 else f"{run[:19]}…{run[-20:]}"
+    return short.replace("$", r"\$")  # which would begin a formula
+
+
 def bars(labels: Sequence[str],
          runs: Mapping[str, Sequence[float]],
          name: str,
@@ -75,19 +81,17 @@ def bars(labels: Sequence[str],
     labels = [label if len(label) <= 24 else label[:23] + "…" for label in labels]
     # A dollar sign would begin a formula.
     labels = [label.replace("$", r"\$") for label in labels]
-    runs = {(run if len(run) <= 40 else run[:39] + "…").replace("$", r"\$"): values for run, values in runs.items()}
-    errors = None if errors is None else dict(zip(runs, errors.values(), strict=True))
     thick = 0.8 / max(1, len(runs))
 
     def draw(axes: Any) -> None:
         for number, (run, values) in enumerate(runs.items()):
             places = [place - 0.4 + thick * (number + 0.5) for place in range(len(labels))]
             colour = SERIES[number % len(SERIES)]
-            error = None if errors is None else errors[run]
+            error, label = None if errors is None else errors[run], legend(run)
             if lying:
-                axes.barh(places, values, thick * 0.95, color=colour, label=run, xerr=error, ecolor=TEXT, capsize=2)
+                axes.barh(places, values, thick * 0.95, color=colour, label=label, xerr=error, ecolor=TEXT, capsize=2)
             else:
-                axes.bar(places, values, thick * 0.95, color=colour, label=run, yerr=error, ecolor=TEXT, capsize=2)
+                axes.bar(places, values, thick * 0.95, color=colour, label=label, yerr=error, ecolor=TEXT, capsize=2)
         step = max(1, -(-len(labels) // 16))
         if lying:
             axes.set_yticks(range(len(labels)), labels)

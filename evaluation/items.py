@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from evaluation.problems import Misuse
 from evaluation.rows import Row
 
+COLLECTED = Path(__file__).resolve().parents[1] / "item_maps.json"  # written when the image is built
+
 _RANGE = re.compile(r"(\d+)-(\d+)")
 _TRIAL = re.compile(r"trial_T\d+_\d+_\d+$")
 _NUMBER = re.compile(r"(?:^|_)(\d+)$")
@@ -37,6 +39,31 @@ def trial_numbers(maps: Iterable[Sequence[Mapping[str, Any]]]) -> dict[str, int]
     return numbers
 
 
+def collect_maps(rows: Iterable[Row], checkout: Path) -> dict[str, list[Any]]:
+    """Return the item maps in an AgentGym checkout, by environment: what the image is built with.
+
+    Raises:
+        Misuse: one cannot be read.
+    """
+    found: dict[str, list[Any]] = {}
+    for row in rows:
+        for path in (checkout / row.folder / name for name in row.item_maps):
+            if path.is_file():
+                try:
+                    found.setdefault(row.name, []).append(json.loads(path.read_text()))
+                except (OSError, ValueError) as error:
+                    raise Misuse(f"item map {path} cannot be read: {error}; restore it in the checkout") from None
+    return found
+
+
+def collected_maps(env: str, collected: Path = COLLECTED) -> list[Any]:
+    """Return the image's item maps of `env`; none where there is no such file."""
+    try:
+        return json.loads(collected.read_text()).get(env, [])
+    except (OSError, ValueError):
+        return []
+
+
 def item_of(name: str | int, env: str, category: str = "", trials: Mapping[str, int] | None = None) -> Item:
     """Return the item called `name`: a number, `env_7`, or a name that ends in an ALFWorld trial's.
 
@@ -48,12 +75,27 @@ def item_of(name: str | int, env: str, category: str = "", trials: Mapping[str, 
     trial = _TRIAL.search(name)
     if trial:
         if trial[0] not in (trials or {}):
-            raise ValueError(f"{name} is a trial's name, and no item map has it; point --agentgym at a checkout")
+            raise ValueError(f"{name} is a trial's name, and no item map has it; set AGENTGYM_SRC to an AgentGym checkout "
+                             "(the image reads the maps when it is built)")
         return Item(name, (trials or {})[trial[0]], category)
     number = _NUMBER.search(name)
     if number is None:
         raise ValueError(f"{name!r} has no number at its end")
     return Item(f"{env}_{int(name)}" if name.isdecimal() else name, int(number[1]), category)
+
+
+def check_owner(items: Iterable[Item], env: str, names: Iterable[str]) -> None:
+    """Refuse items whose ids begin with the name of another environment of `names`.
+
+    Raises:
+        Misuse: there is one.
+    """
+    owners = sorted({env, *names}, key=len, reverse=True)  # the longest first: one name may begin with another
+    for item in items:
+        plain = item.id.removeprefix("lmrlgym_")  # as AgentGym's lists call those of maze and wordle
+        owner = next((name for name in owners if plain.startswith(f"{name}_")), env)
+        if owner != env:
+            raise Misuse(f"item {item.id} is one of {owner} and not of {env}; give --env {owner}, or items of {env}")
 
 
 def read_list(path: Path) -> list[str | int]:
@@ -85,8 +127,8 @@ def list_files(env: str, root: Path) -> tuple[Path | None, list[Path]]:
     A category's list is any other JSON file in AgentEval/<env>; AgentGym-RL's own evaluation reads them so.
     """
     for folder in (root / "AgentEval" / env, root / "AgentEval" / f"lmrlgym_{env}"):
-        if folder.is_dir():
-            files = sorted(folder.glob("*.json"))
+        files = sorted(folder.glob("*.json"))
+        if files:
             whole = [file for file in files if re.fullmatch(rf"(lmrlgym_)?{env}_test", file.stem)]
             return (whole[0] if whole else None), [file for file in files if file not in whole]
     for name in (f"{env}_train.json", f"lmrlgym_{env}_train.json"):
@@ -97,16 +139,43 @@ def list_files(env: str, root: Path) -> tuple[Path | None, list[Path]]:
 
 def category_of(file: Path, env: str) -> str:
     """Return the category that a list's file name tells: searchqa_nq_test.json is nq."""
-    return file.stem.removeprefix("lmrlgym_").removeprefix(env).strip("_").removesuffix("test").strip("_") or file.stem
+    return file.stem.removeprefix("lmrlgym_").removeprefix(f"{env}_").removesuffix("_test")
+
+
+def in_lists(whole: Path | None, parts: Sequence[Path], env: str,
+             trials: Mapping[str, int]) -> list[tuple[str | int, str]]:
+    """Return the items of the list `whole`, or of all `parts` where there is none, each with its category.
+
+    A category's list may name an item in another form than the whole list does: 7, searchqa_7.
+
+    Raises:
+        Misuse: a list cannot be read.
+    """
+    placed: dict[int, tuple[str | int, str]] = {}
+    for file in parts:
+        for name in read_list(file):
+            placed[_numbered(name, env, trials, file)] = name, category_of(file, env)
+    if whole is None:
+        return list(placed.values())
+    numbered = ((name, _numbered(name, env, trials, whole)) for name in read_list(whole))
+    return [(name, placed[number][1] if number in placed else "") for name, number in numbered]
+
+
+def _numbered(name: str | int, env: str, trials: Mapping[str, int], file: Path) -> int:
+    try:
+        return item_of(name, env, trials=trials).number
+    except ValueError as error:
+        raise Misuse(f"items of {file.name}: {error}") from None
 
 
 def choose(
     row: Row,
     items: str = "",
-    limit: int = 0,
+    limit: int | None = None,
     shuffle_seed: int | None = None,
     root: Path = Path("."),
-    maps: Iterable[Sequence[Mapping[str, Any]]] = ()
+    maps: Sequence[Sequence[Mapping[str, Any]]] = (),
+    collected: Path = COLLECTED
 ) -> tuple[list[Item], str]:
     """Return the items to play and where they come from.
 
@@ -114,15 +183,15 @@ def choose(
         row: the environment.
         items: --items: a file, ranges and names separated by commas, or empty for AgentGym's list under `root`, or,
             where there is none, the row's first items up to its evaluation's size.
-        limit: at most so many; 0 is all.
+        limit: at most so many; None is all.
         shuffle_seed: shuffle before the limit, with this seed.
         root: the folder that has AgentEval and AgentItemId.
-        maps: ALFWorld's item maps.
+        maps: ALFWorld's item maps; where there are none, those in the file `collected`.
 
     Raises:
         Misuse: an item cannot be read, is not there or comes twice; or there is none.
     """
-    trials = trial_numbers(maps)
+    trials = trial_numbers(maps or (collected_maps(row.name, collected) if row.item_maps else ()))
     found: list[tuple[str | int, str]]
     if os.path.isfile(items):  # pathlib raises where a long list of items is too long for a name
         found, origin = [(name, "") for name in read_list(Path(items))], Path(items).name
@@ -139,10 +208,8 @@ def choose(
             found += [(n, "") for n in range(int(span[1]), int(span[2]) + 1)] if span else [(piece, "")]
     else:
         whole, parts = list_files(row.name, root)
-        categories = {name: category_of(file, row.name) for file in parts for name in read_list(file)}
         if whole or parts:
-            names = read_list(whole) if whole else list(categories)
-            found = [(name, categories.get(name, "")) for name in names]
+            found = in_lists(whole, parts, row.name, trials)
             origin = whole.name if whole else f"{len(parts)} lists in {parts[0].parent}"
         else:
             last = row.items.last if row.items.last is not None else row.items.first + (row.items.eval_size or 100) - 1
@@ -163,7 +230,7 @@ def choose(
         seen.add(item.number)
     if shuffle_seed is not None:
         random.Random(shuffle_seed).shuffle(chosen)
-    chosen = chosen[:limit] if limit else chosen
+    chosen = chosen[:limit]
     if not chosen:
         raise Misuse(f"items of {origin}: there are none; name some with --items")
     return chosen, origin

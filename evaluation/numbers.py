@@ -207,13 +207,26 @@ def summarize(records: Sequence[Record],
     }
 
 
-def compare(one: Sequence[Record], other: Sequence[Record]) -> dict[str, Any]:
+def tasks(records: Sequence[Record]) -> set[str]:
+    """Return the digests of the first observations in `records`, as far as they are known."""
+    return {record["task"] for record in records if record.get("task")}
+
+
+def compare(one: Sequence[Record], other: Sequence[Record], same_words: bool = True) -> dict[str, Any]:
     """Return the paired difference of two runs, other minus one, on the items that both have.
 
-    Items that flipped: solved in most samples of one run and not of the other.
+    Items that flipped: solved in most samples of one run and not of the other. An item that began with another
+    observation is another task under the same id (AgentGym's textcraft_3 depends on the server's files): it is left
+    out and counted.
+
+    Args:
+        same_words: whether both prompts dress the first observation alike; if not, its digest tells nothing.
     """
     left, right = by_item(one), by_item(other)
-    common = [item for item in left if item in right]
+    both = [item for item in left if item in right]
+    known = {item: (tasks(left[item]), tasks(right[item])) for item in both} if same_words else {}
+    strange = {item for item, (a, b) in known.items() if a and b and a != b}
+    common = [item for item in both if item not in strange]
 
     def means(group: Mapping[str, list[Record]], key: str) -> list[float]:
         return [fmean(float(record[key]) for record in group[item]) for item in common]
@@ -225,8 +238,9 @@ def compare(one: Sequence[Record], other: Sequence[Record]) -> dict[str, Any]:
     before, after = means(left, "success"), means(right, "success")
     return {
         "items": len(common),
-        "only_one": len(left) - len(common),
-        "only_other": len(right) - len(common),
+        "other_task": len(strange),
+        "only_one": len(left) - len(both),
+        "only_other": len(right) - len(both),
         "reward": difference("scaled"),
         "success": difference("success"),
         "gained": [item for item, a, b in zip(common, before, after, strict=True) if a < 0.5 <= b],

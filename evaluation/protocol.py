@@ -98,7 +98,7 @@ def step_in(reply: Any, protocol: Protocol) -> Step:
         raise EnvironmentFault(f"POST /step: no observation, reward and end in {short(reply)}", 200) from None
     if reward != reward:
         raise EnvironmentFault("POST /step: the reward is not a number (NaN)", 200)
-    if any(mark in observation for mark in protocol.faults):
+    if any(mark in observation for mark in protocol.faults) or observation.startswith(protocol.fault_starts):
         raise EnvironmentFault(f"POST /step: {short(observation)}", 200)
     return Step(observation, 0.0 if protocol.reward_when_done and not done else reward, done, upstream)
 

@@ -33,17 +33,25 @@ class Run:
     summary: Mapping[str, Any]
 
 
-def names(labels: Sequence[tuple[str, str]]) -> list[str]:
-    """Return names for runs, given model and folder of each: the models, or the folders where models repeat."""
-    models = [model for model, _ in labels]
-    return models if len(set(models)) == len(models) else [f"{model} ({folder})" for model, folder in labels]
+def names(labels: Sequence[tuple[str, Path]]) -> list[str]:
+    """Return a name of its own for each run, given model and folder.
+
+    The models; where these repeat, with the folders' names, then with their paths, then with a number.
+    """
+    called = [model for model, _ in labels]
+    for longer in ([f"{model} ({folder.name})" for model, folder in labels], [f"{model} ({folder})"
+                                                                              for model, folder in labels]):
+        if len(set(called)) == len(called):
+            return called
+        called = longer
+    return called if len(set(called)) == len(called) else [f"{n}: {name}" for n, name in enumerate(called, 1)]
 
 
 def load(folders: Sequence[Path], price_of: Any = lambda model: None) -> list[Run]:
-    """Return the runs in `folders`; names are the models', or the folders' where models repeat."""
+    """Return the runs in `folders`, called as `names` says."""
     from evaluation.records import read_attempts, read_run
     told = [read_run(folder) for folder in folders]
-    called = names([(one["config"]["model"], folder.name) for one, folder in zip(told, folders, strict=True)])
+    called = names([(one["config"]["model"], folder) for one, folder in zip(told, folders, strict=True)])
     runs = []
     for name, one, folder in zip(called, told, folders, strict=True):
         config, records = one["config"], read_attempts(folder)
@@ -168,14 +176,20 @@ def methods(runs: Sequence[Run]) -> str:
     return f"In brackets: 95 % intervals ({', '.join(used)})." if used else "No attempt has a score."
 
 
+def dress(run: Run) -> list[str]:
+    """Return the words of the prompt that stand around or in place of the first observation."""
+    return [run.told["prompt"].get(key, "") for key in ("before_first", "first", "actions_label")]
+
+
 def difference_lines(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Return how each run differs from the first, on the items that both have."""
     lines = []
     for run in runs[1:]:
-        found = compare(runs[0].records, run.records)
+        found = compare(runs[0].records, run.records, same_words=dress(run) == dress(runs[0]))
+        other = f" ({found['other_task']} more were another task and are left out)" if found["other_task"] else ""
         lines.append({
             "name": f"{run.name} − {runs[0].name}",
-            "items": found["items"],
+            "items": f"{found['items']}{other}",
             "success": show.with_interval(found["success"]),
             "reward": show.with_interval(found["reward"]),
             "gained": found["gained"],

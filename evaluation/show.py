@@ -2,12 +2,13 @@
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from evaluation.episodes import ERRORS, SCORED
 
@@ -76,17 +77,22 @@ class Watch:
             self.console.print(f"{self.done} of {self.total}: {self.facts()}, {left:.0f} s left", highlight=False)
 
 
-def table(title: str, summaries: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Return the numbers of runs, a column each."""
-    shown = Table(title=title, title_justify="left", show_header=len(summaries) > 1)
+def add_row(shown: Table, *cells: str) -> None:
+    """Add a row in which a cell's brackets are what they are, and never markup."""
+    shown.add_row(*map(Text, cells))
+
+
+def table(title: str, summaries: Mapping[str, Mapping[str, Any]], prompts: Sequence[str] = ()) -> Table:
+    """Return the numbers of runs, a column each; `prompts` tells whose words each run's model was given."""
+    shown = Table(title=Text(title, "table.title"), title_justify="left", show_header=len(summaries) > 1)
     shown.add_column("")
     for name in summaries:
-        shown.add_column(name, overflow="fold")
+        shown.add_column(Text(name), overflow="fold")
     all_of = list(summaries.values())
 
     def line(name: str, cells: list[str]) -> None:
         if any(cell not in ("", "-") for cell in cells):
-            shown.add_row(name, *cells)
+            add_row(shown, name, *cells)
 
     line("success rate", [with_interval(one["success"]) for one in all_of])
     line("mean reward", [with_interval(one["reward"]) for one in all_of])
@@ -102,6 +108,7 @@ def table(title: str, summaries: Mapping[str, Mapping[str, Any]]) -> Table:
     line("invalid actions", [str(one["invalid_actions"]) for one in all_of])
     line("tokens", [tokens(one["usage"]) for one in all_of])
     line("cost", ["-" if one["cost"] is None else f"{one['cost']:.4f}" for one in all_of])
+    line("prompt", list(prompts))
     line("wall time", ["-" if one["seconds"]["wall"] is None else f"{one['seconds']['wall']:.1f} s" for one in all_of])
     return shown
 

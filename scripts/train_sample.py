@@ -104,7 +104,11 @@ def encode(tokenizer: Any, conversations: list[list[Message]]) -> tuple[torch.Te
 
 def whole(model: torch.nn.Module, sample: ranks.Sample) -> dict[str, torch.Tensor]:
     """Return the unsharded weights, gathered by torch; every rank must call it."""
-    return {name: tensor.full_tensor() for name, tensor in ranks.sharded_state(model, sample).items()}
+    # Without another rank there is nothing to shard, and FSDP1's state has plain tensors.
+    return {
+        name: tensor.full_tensor() if sample.world_size > 1 else tensor
+        for name, tensor in ranks.sharded_state(model, sample).items()
+    }
 
 
 def train_rank(rank: int, sample: ranks.Sample, store: str, lessons: Lessons, tokenizer: Any,
@@ -191,7 +195,7 @@ def parse(arguments: list[str] | None = None) -> tuple[ranks.Sample, Lessons]:
     problem = ranks.misuse(sample)
     for name in ("steps", "batch", "window"):
         if getattr(options, name) < 1:
-            problem = f"--{name}; {getattr(options, name)}; give 1 or more"
+            problem = f"--{name} {getattr(options, name)} is too small; give 1 or more"
     if problem:
         parser.error(problem)
     return sample, Lessons(options.data, options.steps, options.batch, options.window, options.rate, options.before_dir)

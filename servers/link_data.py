@@ -8,6 +8,23 @@ import os
 import shutil
 
 
+def make_real(folder: str, source: str) -> None:
+    """Make every folder from `source` down to `folder` a real one.
+
+    A checkout may hold links to folders elsewhere. Each becomes a folder of links to what it held, so that what is
+    removed or made in `folder` is removed or made in `source`, and never where such a link leads.
+    """
+    place = source
+    for part in os.path.relpath(folder, source).split(os.sep):
+        place = os.path.join(place, part)
+        if os.path.islink(place):
+            target = os.path.realpath(place)
+            os.remove(place)
+            os.mkdir(place)
+            for name in os.listdir(target) if os.path.isdir(target) else []:
+                os.symlink(os.path.join(target, name), os.path.join(place, name))
+
+
 def main() -> None:
     """Make the row's links."""
     parser = argparse.ArgumentParser(description="Link data to where an environment server looks for it.")
@@ -17,9 +34,12 @@ def main() -> None:
     options = parser.parse_args()
     with open(options.row) as file:
         row = json.load(file)
+    source = os.path.abspath(options.source)
     for path, place in row.get("links", {}).items():
-        link = os.path.expanduser(place.format(folder=os.path.join(os.path.abspath(options.source), row["folder"])))
+        link = os.path.normpath(os.path.expanduser(place.format(folder=os.path.join(source, row["folder"]))))
         target = os.path.normpath(os.path.join(os.path.abspath(options.data), path))
+        if link.startswith(source + os.sep):
+            make_real(os.path.dirname(link), source)
         os.makedirs(os.path.dirname(link), exist_ok=True)
         if os.path.isdir(link) and not os.path.islink(link):
             shutil.rmtree(link)

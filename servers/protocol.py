@@ -7,6 +7,7 @@ library of the oldest Python there (3.8). `GET /` runs no environment code and a
 played; ready means that a session can be created, reset and closed.
 """
 import argparse
+import http.client
 import json
 import os
 import sys
@@ -29,6 +30,7 @@ DEFAULTS = {
     "done": "done",
     "reward_when_done": False,
     "faults": [],
+    "fault_starts": [],
 }  # type: Dict[str, Any]
 
 
@@ -68,21 +70,28 @@ class Client:
 
     def _call(self, route: str, body: Optional[Dict[str, Any]] = None, query: Optional[Dict[str, Any]] = None) -> Any:
         url = self.base + route + ("?" + urllib.parse.urlencode(query) if query else "")
-        request = urllib.request.Request(url, method="GET" if query else "POST")
-        if body is not None:
-            request.data = json.dumps(body).encode()
-            request.add_header("Content-Type", "application/json")
-        what = request.get_method() + " " + route
+        method = "GET" if query else "POST"
+        what = method + " " + route
         try:
+            request = urllib.request.Request(url, method=method)
+            if body is not None:
+                request.data = json.dumps(body).encode()
+                request.add_header("Content-Type", "application/json")
             with _OPENER.open(request, timeout=self.timeout) as response:
-                reply = json.loads(response.read())
+                text = response.read()
         except urllib.error.HTTPError as error:
-            text = error.read().decode(errors="replace")[:200]
-            raise ServerError(f"{what}: HTTP {error.code} {text}", error.code) from None
-        except ValueError:
-            raise ServerError(what + ": the answer is no JSON", 200) from None
+            shown = error.read().decode(errors="replace")[:200]
+            raise ServerError(f"{what}: HTTP {error.code} {shown}", error.code) from None
         except OSError as error:
             raise ServerError(f"{what}: {getattr(error, 'reason', error)}") from None
+        except (http.client.InvalidURL, ValueError) as error:  # no scheme, no such port
+            raise ServerError(f"{what}: {error}; give an address like http://127.0.0.1:8000") from None
+        except http.client.HTTPException as error:
+            raise ServerError(f"{what}: {self.base} speaks no HTTP ({error!r})") from None
+        try:
+            reply = json.loads(text)
+        except ValueError:
+            raise ServerError(what + ": the answer is no JSON", 200) from None
         fault = error_in(reply)
         if fault is not None:
             raise ServerError(f"{what}: {fault}", 200)
@@ -120,7 +129,8 @@ class Client:
             observation = str(reply[self.protocol["state"]])
         except (KeyError, TypeError, ValueError):
             raise ServerError(f"POST /step: no observation, reward and end in {json.dumps(reply)[:200]}", 200) from None
-        if any(mark in observation for mark in self.protocol["faults"]):
+        if any(mark in observation for mark in self.protocol["faults"]) or observation.startswith(
+                tuple(self.protocol["fault_starts"])):
             raise ServerError("POST /step: " + observation[:200], 200)
         return Step(observation, 0.0 if self.protocol["reward_when_done"] and not done else reward, done)
 

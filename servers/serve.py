@@ -14,12 +14,15 @@ a line for every step. Around it:
 - A session that nobody used for --session-ttl seconds is closed. Where the server has no close, the session goes to
   a pool: the next create takes it. Its first step must follow a reset; whoever looks at it before that (AgentGym's
   client of wordle reads the vocabulary first) sees it as a reset to the row's first item leaves it.
+- Where the row says serial_reset, creates and resets run one at a time: textcraft's draw from Python's one random
+  generator in several threads, and an item would differ from one time to the next.
 - GET /_sessions tells how many sessions are live and how much memory the server has.
 
 It runs with every environment's own Python and uvicorn, so: Python 3.8, no other dependency.
 """
 import argparse
 import asyncio
+import contextvars
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -31,7 +34,7 @@ import sys
 import threading
 import time
 import types
-from typing import Any, Awaitable, Callable, Dict, List, Mapping, Optional, Set, Tuple
+from typing import Any, Awaitable, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Set, Tuple
 from urllib.parse import parse_qsl, urlencode
 
 Scope = Dict[str, Any]
@@ -45,6 +48,10 @@ ID_EPOCH = 1_600_000_000
 RECYCLE_AT = 0.8  # of the memory limit
 MISUSE, RECYCLED, STUCK = 2, 75, 70  # exit codes
 ATTACH = 24  # SQLITE_ATTACH
+INTERRUPTED = "interrupted"  # what SQLite says of a query that was stopped
+
+# The queries that were stopped in the request that runs now; threads that work for the request see it too.
+stopped: "contextvars.ContextVar[Optional[List[float]]]" = contextvars.ContextVar("stopped", default=None)
 
 
 class Session:
@@ -71,8 +78,13 @@ class Sessions:
                  replica: int = 0,
                  replicas: int = 1,
                  first_item: int = 0,
-                 after_tending: Optional[Callable[[], None]] = None) -> None:
+                 after_tending: Optional[Callable[[], None]] = None,
+                 serial_reset: bool = False,
+                 limits_queries: bool = False) -> None:
         self.app = app
+        self.state = protocol.get("state", "observation")
+        self.serial_reset, self.limits_queries = serial_reset, limits_queries
+        self.turn: Optional[asyncio.Lock] = None  # made in the loop that runs: Python 3.8 ties a lock to its loop
         self.prefix = protocol.get("prefix", "")
         self.key = protocol["id"]
         self.id_reply = protocol["id_reply"]
@@ -114,7 +126,7 @@ class Sessions:
             return await answer(send, 200, {self.id_reply: public} if self.id_reply else public)
         self.opening += 1
         try:
-            status, headers, body = await collect(self.app, scope, receive)
+            status, headers, body = await self._in_turn(scope, receive)
         finally:
             self.opening -= 1
         reply = parsed(body)
@@ -148,7 +160,7 @@ class Sessions:
         session.busy += 1
         try:
             if resets:
-                status, headers, body = await collect(self.app, scope, replay(body, receive))
+                status, headers, body = await self._in_turn(scope, replay(body, receive))
                 reply = parsed(body)
                 session.pristine = session.pristine or succeeded(status, reply)
                 if isinstance(reply, dict) and self.id_reply in reply:
@@ -159,6 +171,8 @@ class Sessions:
                 if status == 200 and public in self.live:
                     self._drop(public)
                 await relay(send, status, headers, body)
+            elif self.limits_queries and path == self.prefix + "/step":
+                await self._step_with_queries(scope, replay(body, receive), send)
             else:
                 await self.app(scope, replay(body, receive), send)
         finally:
@@ -182,6 +196,27 @@ class Sessions:
             await self.app({**scope, "query_string": urlencode(query).encode()}, receive, send)
         finally:
             self._leave(session)
+
+    async def _in_turn(self, scope: Scope, receive: Receive) -> Tuple[int, list, bytes]:
+        """Collect the answer to a create or a reset; where the row asks for it, one at a time."""
+        if not self.serial_reset:
+            return await collect(self.app, scope, receive)
+        self.turn = self.turn or asyncio.Lock()
+        async with self.turn:
+            return await collect(self.app, scope, receive)
+
+    async def _step_with_queries(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a step, but with an error where a query other than the action's own was stopped.
+
+        sqlgym takes the stopped reference query's error for its result, and the right answer for a wrong one.
+        """
+        found: List[float] = []
+        stopped.set(found)
+        status, headers, body = await collect(self.app, scope, receive)
+        reply = parsed(body)
+        if found and not (isinstance(reply, dict) and reply.get(self.state) == INTERRUPTED):
+            return await answer(send, 500, {"error": f"the reference query took longer than {found[0]:g} s"})
+        await relay(send, status, headers, body)
 
     def _register(self, session: Session) -> int:
         public = self.next * self.replicas + self.replica
@@ -265,7 +300,10 @@ class Sessions:
         async def receive() -> Message:
             return {"type": "http.disconnect"}
 
-        status, _, reply = await collect(self.app, scope, replay(body, receive))
+        if route == "/reset":
+            status, _, reply = await self._in_turn(scope, replay(body, receive))
+        else:
+            status, _, reply = await collect(self.app, scope, replay(body, receive))
         return status, reply
 
 
@@ -339,16 +377,48 @@ def succeeded(status: int, reply: Any) -> bool:
     return status == 200 and not (isinstance(reply, dict) and reply.get("error") is not None)
 
 
-def memory_mb() -> float:
-    """Return the resident memory of all processes of this container (or machine), in MB; 0 where /proc is absent."""
-    pages = 0
+class Process(NamedTuple):
+    """A line of the process table: parent, session, resident pages."""
+    parent: int
+    session: int
+    pages: int
+
+
+def processes() -> Dict[int, Process]:
+    """Return the process table by id; empty where /proc is absent."""
+    found = {}
     for entry in os.listdir("/proc") if os.path.isdir("/proc") else []:
         if entry.isdigit():
             try:
-                with open(f"/proc/{entry}/statm") as file:
-                    pages += int(file.read().split()[1])
+                with open(f"/proc/{entry}/stat", errors="replace") as file:
+                    fields = file.read().rpartition(")")[2].split()  # the name before it may hold anything
+                found[int(entry)] = Process(int(fields[1]), int(fields[3]), int(fields[21]))
             except (OSError, IndexError):
                 pass  # the process ended while we read
+    return found
+
+
+def own(table: Mapping[int, Process], pid: int) -> Set[int]:
+    """Return the processes that belong to the server `pid`.
+
+    In a container of its own, whose first process leads the server's session, that is all of them. On a machine that
+    it shares: those of its session, and their children in sessions of their own (browsers).
+    """
+    session = table[pid].session
+    if 1 in table and table[1].session == session:
+        return set(table)
+    found = {one for one, process in table.items() if process.session == session}
+    while True:
+        children = {one for one, process in table.items() if process.parent in found} - found
+        if not children:
+            return found
+        found |= children
+
+
+def memory_mb() -> float:
+    """Return the resident memory of this server and its children, in MB; 0 where /proc is absent."""
+    table = processes()
+    pages = sum(table[one].pages for one in own(table, os.getpid())) if table else 0
     return round(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, 1)
 
 
@@ -374,7 +444,15 @@ def limit_queries(seconds: float) -> None:
 
         def cursor(self, *args: Any, **kwargs: Any) -> Any:
             deadline = time.monotonic() + seconds
-            self.set_progress_handler(lambda: time.monotonic() > deadline, 10_000)
+
+            def stops() -> bool:
+                late = time.monotonic() > deadline
+                found = stopped.get()
+                if late and found is not None:
+                    found.append(seconds)
+                return late
+
+            self.set_progress_handler(stops, 10_000)
             return super().cursor(*args, **kwargs)
 
     def limited(*args: Any, **kwargs: Any) -> Any:
@@ -414,8 +492,11 @@ class Unused(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         """Nothing to run."""
 
 
-def load(app: str, keep: List[str]) -> Callable:
-    """Import `module:attribute`; variables named in `keep` stay as the caller set them, whatever the module does."""
+def load(app: str, keep: List[str], optional: Iterable[str] = ()) -> Callable:
+    """Import `module:attribute`; variables named in `keep` stay as the caller set them, whatever the module does.
+
+    Those of them that are `optional` are absent where they are empty: OpenAI's client takes an empty address for one.
+    """
     kept = {name for name in keep if os.environ.get(name)}
     environ_class = type(os.environ)
 
@@ -431,6 +512,9 @@ def load(app: str, keep: List[str]) -> Callable:
         return getattr(importlib.import_module(module), attribute)
     finally:
         os.environ.__class__ = environ_class
+        for name in optional:
+            if not os.environ.get(name):
+                os.environ.pop(name, None)
 
 
 def give_up_when_stuck(sessions: Sessions, seconds: float) -> None:
@@ -455,7 +539,7 @@ def lacks(row: Dict[str, Any], data: str, environ: Mapping[str, str]) -> List[st
             how = item.get("how") or f"run `invoke env.data --env {row['name']}`"
             found.append(f"no {item['path']} in {data}; {how}")
     for key in row.get("keys", []):
-        if not environ.get(key["name"]):
+        if not (key.get("optional") or environ.get(key["name"])):
             found.append(f"{key['name']} is not set; it is: {key['how']}")
     if row.get("consent") and environ.get("I_UNDERSTAND") != row["name"]:
         found.append(f"{row['consent']}. To go on: --i-understand, or I_UNDERSTAND={row['name']}")
@@ -506,7 +590,8 @@ def main() -> None:
         _say(f"{row['name']}: {missing[0]}")
         sys.exit(MISUSE)
     prepare(row, options.source, options.data)
-    app = load(row["app"], [key["name"] for key in row.get("keys", [])])
+    keys = row.get("keys", [])
+    app = load(row["app"], [key["name"] for key in keys], [key["name"] for key in keys if key.get("optional")])
     import uvicorn
 
     def recycle() -> None:
@@ -516,7 +601,8 @@ def main() -> None:
 
     recycled = {"now": False}
     sessions = Sessions(app, row["protocol"], options.session_ttl, row.get("max_sessions"), options.replica,
-                        options.replicas, row["check"]["items"][0], recycle if options.recycle else None)
+                        options.replicas, row["check"]["items"][0], recycle if options.recycle else None,
+                        row.get("serial_reset", False), bool(row.get("sqlite_seconds")))
     if row.get("request_seconds"):
         give_up_when_stuck(sessions, row["request_seconds"])
     # Idle connections outlive those that a proxy keeps, so that it never sends a request into a closing one.

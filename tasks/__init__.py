@@ -3,8 +3,10 @@ from invoke.collection import Collection
 
 from tasks import build, clean, env, evaluate, merge, train
 from tasks.formatting import format
+from tasks.lib.edge import guard
 from tasks.project import doctor, down, status
 from tasks.quickstart import quickstart
 
 ns = Collection(quickstart, status, down, doctor, format, build, train, env, merge, clean)
 ns.add_collection(Collection.from_module(evaluate, name="eval"))
+guard(ns)

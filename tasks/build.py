@@ -165,7 +165,7 @@ def env(c: Context, env: str = "", no_cache: bool = False, pull: bool = False, t
     from tasks.lib.env_plan import Options
     rows = list(env_runs.all_rows("build.env").values()) if env == "all" else [env_runs.find_row("build.env", env)]
     variables = build_variables(tag)
-    docker.require_engine(c)
+    docker.require_engine(c, docker.ENGINE_AT_LEAST_FOR_ENVIRONMENTS)
     built, failed = [], []
     for row in rows:
         options = Options(port=row.port)
@@ -175,7 +175,7 @@ def env(c: Context, env: str = "", no_cache: bool = False, pull: bool = False, t
             env_docker.build(c,
                              row,
                              options,
-                             env_runs.model("build.env", row, options, tag),
+                             env_runs.model(c, "build.env", row, options, "build.json", tag),
                              variables,
                              cache=not no_cache,
                              pull=pull)

@@ -59,6 +59,8 @@ def remove_bytecode(c: Context) -> None:
     for folder in bytecode_folders(ROOT):
         if c.config.run.dry:
             print(f"rm -r {folder}")
+        elif folder.is_symlink():  # the cache of somebody else's folder stays
+            folder.unlink()
         else:
             shutil.rmtree(folder)
 
@@ -69,9 +71,14 @@ def container_lines(c: Context) -> list[str]:
 
 
 def image_names(c: Context) -> list[str]:
-    """Return the names of the project's images that exist; under `--dry`, of all that might."""
+    """Return the names of the project's images that exist; under `--dry` without an engine, of all that might."""
     names = [docker.image_name(image.name) for image in EVERY]
-    return names if c.config.run.dry else [*filter(docker.image_exists, names), *docker.environment_images()]
+    try:
+        return [*filter(docker.image_exists, names), *docker.environment_images()]
+    except Exit:
+        if c.config.run.dry:
+            return names
+        raise
 
 
 def cache_lines(older_than: str) -> list[str]:

@@ -1,6 +1,10 @@
 """Start, stop and look at environment servers."""
+import shlex
 import subprocess
+import sys
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from invoke.context import Context
@@ -41,7 +45,7 @@ def up(c: Context,
        runner: str = "auto",
        i_understand: bool = False) -> None:
     """Start an environment server and wait until ready."""
-    from tasks.lib import env_runs
+    from tasks.lib import env_runs, env_users
     from tasks.lib.env_plan import Options
     from tasks.lib.settings import resolve
     row = env_runs.find_row("env.up", env)
@@ -49,10 +53,11 @@ def up(c: Context,
     ttl = env_runs.whole_number("env.up", "session-ttl", session_ttl, 0)
     seconds = env_runs.whole_number("env.up", "wait", wait, 1)
     chosen = env_runs.choose_runner("env.up", runner)
-    others = {} if c.config.run.dry else env_runs.running()
+    others = env_runs.serving()
     if row.name in others:
-        print(
-            f"{row.name} is up already: {others[row.name][0].url} (`invoke env.restart --env {row.name}` starts anew)")
+        if not c.config.run.dry:
+            env_users.keep(row.name)  # also where an evaluation started it
+        print(f"{row.name} is up already: {others[row.name].url} (`invoke env.restart --env {row.name}` starts anew)")
         return
     bind = resolve("ENV_BIND")
     options = Options(port=env_runs.pick_port("env.up", row, port, bind),
@@ -85,12 +90,12 @@ def announce(row: "Environment", options: "Options", runner: str, url: str) -> N
 def down(c: Context, env: str = "") -> None:
     """Stop one environment server, or all."""
     from tasks.lib import env_runs
-    names = [env_runs.find_row("env.down", env).name] if env else []
-    if dry(c, f"stop and remove the processes and containers of {env or 'every environment'}"):
-        return
-    names = names or sorted(env_runs.running())
+    names = [env_runs.find_row("env.down", env).name] if env else sorted(env_runs.running())
     for name in names:
-        print(f"{name} is down" if env_runs.stop(c, name) else f"{name} was not up", flush=True)
+        if not env_runs.stop(c, name):
+            print(f"{name} was not up", flush=True)
+        elif not c.config.run.dry:
+            print(f"{name} is down", flush=True)
     if not names:
         print("no environment is up")
 
@@ -101,14 +106,16 @@ def restart(c: Context, env: str = "", wait: str = "120") -> None:
     from tasks.lib import env_runs
     row = env_runs.find_row("env.restart", env)
     seconds = env_runs.whole_number("env.restart", "wait", wait, 1)
-    if dry(c, f"stop {row.name} and start it as it was"):
-        return
     noted = env_runs.recall(row)
     if noted is None:
+        if dry(c, f"stop {row.name} and start it as it was, but it was never started here"):
+            return
         raise Exit(f"env.restart: {row.name} was never started here; `invoke env.up --env {row.name}`", code=2)
     options, runner = noted
     env_runs.stop(c, row.name)
-    announce(row, options, runner, env_runs.start(c, "env.restart", row, options, runner, False, seconds))
+    url = env_runs.start(c, "env.restart", row, options, runner, False, seconds)
+    if not c.config.run.dry:
+        announce(row, options, runner, url)
 
 
 @task(name="list", positional=[], auto_shortflags=False)
@@ -137,26 +144,41 @@ def list_(c: Context) -> None:
     docker.print_table(("environment", "image", "running", "port", "data", "keys", "sessions", ""), lines)
 
 
+def print_files(c: Context, files: Sequence[Path], follow: bool) -> None:
+    """Print files, and with `follow` what comes to them; under `--dry` the command that does."""
+    argv = ["tail", "-n", "+1", *(["-F"] if follow else []), *map(str, files)]
+    if c.config.run.dry:
+        print(shlex.join(argv))
+        return
+    process = subprocess.Popen(argv)
+    try:
+        process.wait()
+    except KeyboardInterrupt:
+        raise Exit(code=130) from None
+
+
 @task(positional=[], auto_shortflags=False, help={"env": ENV_HELP, "follow": "Go on until Ctrl-C."})
 def logs(c: Context, env: str = "", follow: bool = False) -> None:
     """Show what an environment server printed."""
     from tasks.lib import docker, env_docker, env_local, env_runs
     row = env_runs.find_row("env.logs", env)
-    if dry(c, f"show the logs of {row.name}"):
-        return
-    files = sorted((env_local.RUN / row.name).glob("*.log"))
+    files = env_runs.logs(row.name)
     if row.name in env_local.states():
-        argv = ["tail", "-n", "+1", *(["-F"] if follow else []), *map(str, files)]
-        process = subprocess.Popen(argv)
-        try:
-            process.wait()
-        except KeyboardInterrupt:
-            raise Exit(code=130) from None
+        print_files(c, files, follow)
         return
-    docker.require_engine(c)
-    containers = env_docker.servers(row.name)
+    try:
+        containers = env_docker.servers(row.name)
+    except Exit:
+        if not (files or c.config.run.dry):
+            raise
+        containers = []
     if not containers:
-        raise Exit(f"env.logs: {row.name} is not up; `invoke env.up --env {row.name}`", code=1)
+        if files:
+            print(f"env.logs: {row.name} is not up; this is what its last start printed", file=sys.stderr, flush=True)
+            print_files(c, files, False)
+        elif not dry(c, f"show the logs of {row.name}, but it is not up"):
+            raise Exit(f"env.logs: {row.name} is not up; `invoke env.up --env {row.name}`", code=1)
+        return
     if follow and len(containers) > 1:
         file = env_local.RUN / row.name / "compose.json"
         names = [f"env-{row.name}", *(f"env-{row.name}-{number}" for number in range(len(containers) - 1))]
@@ -174,14 +196,19 @@ def shell(c: Context, env: str = "", user: str = "") -> None:
     """Open a shell in an environment's container."""
     from tasks.lib import containers, env_docker, env_local, env_runs
     row = env_runs.find_row("env.shell", env)
-    if dry(c, f"open bash in the container of {row.name}"):
-        return
     if row.name in env_local.states():
         home = env_local.RUN / row.name
         raise Exit(f"env.shell: {row.name} is a local process; its Python is {home / 'venv' / 'bin' / 'python'}",
                    code=1)
-    found = [server for server in env_docker.servers(row.name) if server.role == "server"]
+    try:
+        found = [server for server in env_docker.servers(row.name) if server.role == "server"]
+    except Exit:
+        if not c.config.run.dry:
+            raise
+        found = []
     if not found:
+        if dry(c, f"open bash in the container of {row.name}, but it is not up"):
+            return
         raise Exit(f"env.shell: {row.name} is not up; `invoke env.up --env {row.name}`", code=1)
     containers.join(c, found[0].id, ["bash"], user)
 
@@ -202,10 +229,10 @@ def check(c: Context, env: str = "", url: str = "", timeout: str = "60") -> None
     seconds = env_runs.whole_number("env.check", "timeout", timeout, 1)
     if dry(c, f"play sessions on the server of {row.name}"):
         return
-    found = [] if url else env_runs.running().get(row.name, [])
+    found = None if url else env_runs.serving().get(row.name)
     if not url and not found:
         raise Exit(f"env.check: {row.name} is not up; `invoke env.up --env {row.name}`, or give --url", code=1)
-    client = Client(url or found[0].url, row.protocol.model_dump(), timeout=seconds)
+    client = Client(url or (found.url if found else ""), row.protocol.model_dump(), timeout=seconds)
     findings = Conformance(row, client).run()
     says = {True: "yes", False: "NO", None: "has none"}
     docker.print_table(("check", "holds", "seen"), [(one.check, says[one.holds], one.detail) for one in findings])
@@ -221,8 +248,6 @@ def check(c: Context, env: str = "", url: str = "", timeout: str = "60") -> None
       })
 def data(c: Context, env: str = "", from_: str = "") -> None:
     """Fetch an environment's data into data/<env>."""
-    from pathlib import Path
-
     from tasks.lib import env_data, env_runs
     row = env_runs.find_row("env.data", env)
     folder = env_runs.data_folder(row)

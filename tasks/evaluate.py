@@ -12,7 +12,7 @@ from invoke.exceptions import Exit
 from invoke.tasks import task
 
 from tasks.lib.eval_plan import NEEDED, Endpoint, endpoint_flags, flags, folders
-from tasks.lib.programs import choose_runner, environment, run_module
+from tasks.lib.programs import as_ctrl_c, choose_runner, environment, run_module
 from tasks.lib.settings import ROOT
 
 if TYPE_CHECKING:
@@ -24,32 +24,57 @@ PRICES_HELP = "TOML or JSON file with input and output of each model, for a mill
 COMPAT_HELP = "Add the figures as AgentGym's own evaluation would count them."
 # By name: none of these values is ever in an argument.
 VARIABLES = ("MODEL", "OPENAI_API_KEY", "OPENAI_BASE_URL")
+# A checkpoint's name and address are known once it is served.
+CHECKPOINT = "checkpoint"
 
 
 @contextmanager
-def served(c: Context, row: "Environment", runner: str, understood: bool, wait: str) -> Iterator[str]:
-    """Give the address of the row's server: the one that is up, or one that is started and stopped again.
+def served(c: Context, row: "Environment", runner: str, understood: bool, seconds: int) -> Iterator[str]:
+    """Give the address of the row's server: the one that is up, or one that is started.
+
+    A server that an evaluation started is stopped by the last evaluation that uses it.
 
     Args:
         runner: where the evaluation runs: a container cannot reach a process of this machine.
+        seconds: until a server that is started must be ready.
 
     Raises:
         Exit: it cannot start, or cannot be reached from there.
     """
-    from tasks.lib import env_runs
+    from tasks.lib import env_runs, env_users
     from tasks.lib.env_plan import Options
-    from tasks.lib.settings import resolve
-    seconds = env_runs.whole_number("eval", "wait", wait, 1)
-    up = [] if c.config.run.dry else env_runs.running().get(row.name, [])
-    if up:
-        if runner == "docker" and up[0].runner == "local":
+    if c.config.run.dry:
+        yield _start(c, row, runner, understood, seconds)
+        return
+    with env_users.alone(row.name):
+        user = env_users.User(row.name)
+        up = env_runs.serving().get(row.name)
+        if up and runner == "docker" and up.runner == "local":
             raise Exit(
                 f"eval: {row.name} is up as a process of this machine, which a container cannot reach; "
                 f"`invoke env.down --env {row.name}`, or --runner local",
                 code=2)
-        options = Options(port=up[0].port)
-        yield env_runs.container_url(row, options) if runner == "docker" else up[0].url
-        return
+        if up:
+            url = env_runs.container_url(row, Options(port=up.port)) if runner == "docker" else up.url
+        else:
+            url = _start(c, row, runner, understood, seconds)
+            user.started()
+    try:
+        yield url
+    finally:
+        with env_users.alone(row.name):
+            ours, shared = user.leave()
+            if ours and shared:
+                print(f"eval: left {row.name} up, another evaluation uses it", flush=True)
+            elif ours:
+                env_runs.stop(c, row.name)
+                print(f"eval: stopped {row.name}", flush=True)
+
+
+def _start(c: Context, row: "Environment", runner: str, understood: bool, seconds: int) -> str:
+    from tasks.lib import env_runs
+    from tasks.lib.env_plan import Options
+    from tasks.lib.settings import resolve
     place = "docker" if runner == "docker" else env_runs.choose_runner("eval",
                                                                        "local" if row.source == "project" else "auto")
     bind = resolve("ENV_BIND")
@@ -57,12 +82,7 @@ def served(c: Context, row: "Environment", runner: str, understood: bool, wait: 
     url = env_runs.start(c, "eval", row, options, place, False, seconds)
     if not c.config.run.dry:
         print(f"eval: started {row.name} at {url}", flush=True)
-    try:
-        yield env_runs.container_url(row, options) if runner == "docker" else url
-    finally:
-        if not c.config.run.dry:
-            env_runs.stop(c, row.name)
-            print(f"eval: stopped {row.name}", flush=True)
+    return env_runs.container_url(row, options) if runner == "docker" else url
 
 
 @dataclass(frozen=True)
@@ -143,6 +163,9 @@ def run_evaluation(c: Context,
                            **(variables or {})
                        })
         return
+    absent = lacking()
+    if absent:
+        raise Exit(f"eval: this Python has no {', '.join(absent)}; `pip install -r requirements-dev.txt`", code=2)
     own = {name: settings[name] for name in ("MAX_ROUND", ) if settings.get(name)}
     source = env_runs.gym_source("eval")
     if Path(source).is_dir():
@@ -150,12 +173,17 @@ def run_evaluation(c: Context,
     run_module(c, "evaluation", words, env={**environment(VARIABLES, os.environ), **own, **(variables or {})})
 
 
+def lacking() -> list[str]:
+    """Return the packages that the evaluation needs and this Python has not."""
+    return [name for name in NEEDED if not find_spec(name)]
+
+
 def _runner(runner: str, checkpoint: str = "") -> str:
     from tasks import merge
     from tasks.lib import serving
-    needed = {*NEEDED, *(merge.NEEDED if checkpoint else ())}
+    lacks_merger = checkpoint and not all(find_spec(name) for name in merge.NEEDED)
     try:
-        return choose_runner(runner, all(find_spec(name) for name in needed) and not (checkpoint and serving.missing()))
+        return choose_runner(runner, not lacking() and not lacks_merger and not (checkpoint and serving.missing()))
     except ValueError as error:
         raise Exit(f"eval: {error}", code=2) from None
 
@@ -230,6 +258,7 @@ def run(c: Context,
         raise Exit("eval: --engine and --gpus are about the server of a --checkpoint; leave them out", code=2)
     chosen = _runner(runner, checkpoint)
     row = env_runs.find_row("eval", env)
+    seconds = env_runs.whole_number("eval", "wait", wait, 1)
     values: dict[str, str | bool] = {
         "env": row.name,
         "model": model,
@@ -257,9 +286,14 @@ def run(c: Context,
             "eval: --runner docker reads AgentEval, AgentItemId and writes saves/eval; for other files and folders "
             "use --runner local",
             code=2)
+    here = [f"--environments={env_runs.rows_path()}", f"--root={ROOT}"]
+    if not c.config.run.dry:  # what the runner would refuse is refused before anything starts
+        asked = flags({**values, "model": CHECKPOINT if checkpoint else model, "server": server})
+        run_evaluation(c, chosen, ["run", "--check", *asked, *here], ["run", "--check", *asked],
+                       {"OPENAI_API_KEY": "none"} if checkpoint else None)
     prepared = prepare_checkpoint(c, checkpoint, chosen, engine, gpus, serve_wait) if checkpoint else None
-    with ExitStack() as stack:
-        url = server or stack.enter_context(served(c, row, chosen, i_understand, wait))
+    with as_ctrl_c(), ExitStack() as stack:
+        url = server or stack.enter_context(served(c, row, chosen, i_understand, seconds))
         variables = {}
         if prepared:  # after the environment, which is sooner ready, and sooner known to lack something
             values.update(endpoint_flags(stack.enter_context(served_checkpoint(c, prepared)), values))
@@ -267,7 +301,6 @@ def run(c: Context,
         words = ["run", *flags({**values, "server": url})]
         if chosen == "docker" and not max_round:  # Compose has a default of its own, which is not the environment's
             words.append(f"--max-round={env_runs.settings().get('MAX_ROUND') or row.rounds}")
-        here = [f"--environments={env_runs.rows_path()}", f"--root={ROOT}"]
         run_evaluation(c, chosen, [*words, *here], inside=words, variables=variables)
 
 

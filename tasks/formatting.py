@@ -6,7 +6,7 @@ from invoke.exceptions import Exit
 from invoke.tasks import task
 
 from tasks.lib import containers
-from tasks.lib.settings import ROOT, read_dotenv
+from tasks.lib.settings import ROOT, hide_logins, read_dotenv
 from tasks.lib.sources import RL, choose_sources, is_url
 
 
@@ -21,5 +21,6 @@ def format(c: Context, check: bool = False) -> None:
         raise Exit(f"format: {error}", code=2) from None
     source = sources.get(RL, "")
     if not source or is_url(source):
-        raise Exit(f"format: no AgentGym-RL checkout ({RL}={source or 'unset'}); set {RL} to its folder", code=2)
+        raise Exit(f"format: no AgentGym-RL checkout ({RL}={hide_logins(source) or 'unset'}); set {RL} to its folder",
+                   code=2)
     containers.run(c, "formatter", ["--check"] if check else [], variables={RL: source})

@@ -1,5 +1,6 @@
 """Merge sharded FSDP checkpoints into Hugging Face safetensors."""
 import os
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,10 +26,10 @@ GPUS_HELP = "With --runner docker: all, none, or indices such as 0,1 (default: a
 Flags = dict[str, str | bool | list[str] | None]
 
 
-def merger_args(local_dir: list[str] | None, **flags: str | bool | list[str] | None) -> list[str]:
-    """Return the merger's command line: `LOCAL_DIR` where no folder is given, and the flags that are set."""
+def merger_args(local_dir: list[str], **flags: str | bool | list[str] | None) -> list[str]:
+    """Return the merger's command line: the folders, and the flags that are set."""
     args = []
-    for name, value in {"local_dir": local_dir or [resolve_path("LOCAL_DIR")], **flags}.items():
+    for name, value in {"local_dir": local_dir, **flags}.items():
         flag = "--" + name.replace("_", "-")
         for single in value if isinstance(value, list) else [value]:
             if single:
@@ -45,9 +46,13 @@ def run_merger(c: Context,
     """Run the merger where `runner` says, on `local_dir` or, where that is empty, on `LOCAL_DIR`."""
     folders = local_dir or [resolve_path("LOCAL_DIR")]
     try:
-        chosen = choose_runner(runner, all(find_spec(name) for name in NEEDED))
+        absent = [name for name in NEEDED if not find_spec(name)]
+        chosen = choose_runner(runner, not absent)
     except ValueError as error:
         raise Exit(f"merge: {error}", code=2) from None
+    if runner == "auto":  # on standard error: the other one may be for a machine
+        why = f"this Python lacks {', '.join(absent)}" if absent else "this Python has all that it needs"
+        print(f"merge: running with --runner {chosen}: {why}", file=sys.stderr, flush=True)
     if chosen == "local":
         run_program(c,
                     PROGRAM,
@@ -61,13 +66,18 @@ def run_in_container(c: Context, folders: list[str], save_dir: str, gpus: str, f
     """Run the merger in the scripts container, with the container's names for the host's folders.
 
     Raises:
-        Exit: 2 for a folder that is not there, which Docker would create as root; else the merger's exit code.
+        Exit: 2 for a folder that is not there, which Docker would create as root, or that cannot be made; else the
+            merger's exit code.
     """
     for folder in folders:
         if not Path(folder).is_dir():
             raise Exit(f"merge: no folder {folder}; give --local-dir the folder with the shards", code=2)
     if save_dir and not c.config.run.dry and not flags.get("dry_run"):
-        Path(save_dir).parent.mkdir(parents=True, exist_ok=True)  # as the caller: Docker would make it as root
+        try:
+            Path(save_dir).parent.mkdir(parents=True, exist_ok=True)  # as the caller: Docker would make it as root
+        except OSError as error:
+            raise Exit(f"merge: cannot make {Path(save_dir).parent}: {error.strerror}; choose another --save-dir",
+                       code=2) from None
     translation = Translation(ROOT)
     try:
         inside = [translation.path(folder) for folder in folders]
@@ -175,7 +185,7 @@ def verify(c: Context,
            save_dir: str = "",
            json: bool = False,
            runner: str = "auto") -> None:
-    """Compare a merged model with its shards, bit by bit."""
+    """Compare a merged model with its shards."""
     run_merger(c, runner, local_dir, save_dir=resolve_path("SAVE_DIR", save_dir), verify_only=True, json=json)
 
 

@@ -30,6 +30,19 @@ def test_a_server_of_this_form_conforms(name, wrapped, tmp_path):
     assert [finding.check for finding in findings if finding.holds is None] == (["close"] if lacking else [])
 
 
+@pytest.mark.parametrize("limit,left_out", [(1, ["same item twice the same", "two sessions apart"]),
+                                            (2, ["two sessions apart"]), (3, [])])
+def test_a_check_that_needs_more_sessions_than_the_server_allows_is_left_out(limit, left_out, tmp_path):
+    row = rows()["form-weather"].model_copy(update={"max_sessions": limit})  # as todo and sheet are
+    with running(row, tmp_path) as client:
+        findings = Conformance(row, client).run()
+    assert [finding for finding in findings if finding.holds is False] == []
+    assert [finding.check for finding in findings if finding.holds is None] == left_out
+    assert {finding.detail for finding in findings if finding.holds is None} <= {
+        f"needs {number} sessions, the server allows {limit}" for number in (2, 3)
+    }
+
+
 @pytest.mark.parametrize("fault,check", [("shared", "two sessions apart"), ("unsteady", "same item twice the same"),
                                          ("anyid", "bad id is an error"), ("sticky", "close")])
 def test_a_broken_server_is_found_out(fault, check, tmp_path):
@@ -93,6 +106,39 @@ def test_words_of_the_network_in_an_observation_are_an_error(tmp_path):
         with pytest.raises(ServerError, match="POST /step: count 4"):
             client.step(session, "add")
         assert client.step(session, "add").observation == "count 5"
+        client.protocol["fault_starts"] = ["6", "count 7"]
+        assert client.step(session, "add").observation == "count 6"
+        with pytest.raises(ServerError, match="POST /step: count 7"):
+            client.step(session, "add")
+
+
+@pytest.mark.parametrize("url,line", [
+    ("http://127.0.0.1:x", "POST /create: nonnumeric port: 'x'; give an address like http://127.0.0.1:8000"),
+    ("localhost", "POST /create: unknown url type: 'localhost/create'; give an address like http://127.0.0.1:8000"),
+])
+def test_an_address_that_is_none_is_told(url, line):
+    with pytest.raises(ServerError, match=line) as caught:
+        Client(url, rows()["form-textcraft"].protocol.model_dump(), timeout=5).create()
+    assert caught.value.status is None
+
+
+def test_a_port_that_speaks_something_else_is_told():
+    import socketserver
+    import threading
+
+    class Greets(socketserver.BaseRequestHandler):
+
+        def handle(self):
+            self.request.sendall(b"220 mail.example ESMTP\r\n")
+            self.request.recv(1000)
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Greets) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        with pytest.raises(ServerError, match=f"POST /create: {url} speaks no HTTP") as caught:
+            Client(url, rows()["form-textcraft"].protocol.model_dump(), timeout=5).create()
+        assert caught.value.status is None
+        server.shutdown()
 
 
 def probe(tmp_path: Path, name: str, url: str) -> subprocess.CompletedProcess:

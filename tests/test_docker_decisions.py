@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from tasks.lib import checks
-from tasks.lib.docker import caller_variables, command_line, compose_files, redact, remedy
-from tasks.lib.gpus import NO_RUNTIME, GpuChoice, choose_gpus
+from tasks.lib.docker import caller_variables, command_line, compose_files, docker_said, redact, remedy
+from tasks.lib.env_plan import Options, compose_model
+from tasks.lib.environments import environment, environments
+from tasks.lib.gpus import NO_RUNTIME, GpuChoice, choose_gpus, refusal
 from tasks.lib.images import human_age, human_size
 from tasks.lib.leftovers import bytecode_folders
 from tasks.lib.mounts import Translation, ensure_folders
@@ -51,6 +53,25 @@ def test_gpus(flag: str, setting: str, nvidia: bool, expected: GpuChoice) -> Non
 def test_gpus_that_cannot_be(flag: str, setting: str, nvidia: bool, said: str) -> None:
     with pytest.raises(ValueError, match=re.escape(said)):
         choose_gpus(flag, setting, nvidia)
+
+
+@pytest.mark.parametrize("setting, nvidia, said", [("all", True, None), ("0,1", True, None),
+                                                   ("all", False, "no NVIDIA runtime"), ("none", True, "GPUS=none")])
+def test_an_environment_that_needs_a_gpu_gets_one_or_is_refused(setting: str, nvidia: bool, said: str | None) -> None:
+    found = refusal("searchqa", setting, nvidia)
+    assert found is None if said is None else said in (found or "")
+
+
+@pytest.mark.parametrize("name, replicas, reserved", [("searchqa", 1, True), ("searchqa", 2, True), ("demo", 1, False)])
+def test_every_server_that_needs_a_gpu_reserves_what_the_setting_says(name: str, replicas: int, reserved: bool) -> None:
+    options = Options(port=1, replicas=replicas)
+    services = compose_model(environment(name), options, f"env-{name}:t", Path("/home"), Path("/nowhere"),
+                             {})["services"]
+    servers = [one for one in services.values() if one["labels"]["org.agentgym-rl.env.role"] == "server"]
+    assert len(servers) == replicas and all(("deploy" in one) == reserved for one in servers)
+    if reserved:
+        device = servers[0]["deploy"]["resources"]["reservations"]["devices"][0]
+        assert device == {"driver": "nvidia", "device_ids": ["${GPUS:-all}"], "capabilities": ["gpu"]}
 
 
 @pytest.mark.parametrize("host, inside, volumes", [
@@ -208,19 +229,40 @@ def test_docker_s_message_has_a_remedy(said: str, word: str) -> None:
     assert advice and word in advice
 
 
+@pytest.mark.parametrize("argv, said, advised", [
+    ("compose run train x", "OSError: [Errno 98] Address already in use", False),
+    ("compose run train x", "No such image\nsee the log", False),
+    ("compose run train x",
+     " Network x  Creating\nError response from daemon: driver failed: port is already allocated", True),
+    ("compose run train x", "Cannot connect to the Docker daemon at unix:///x. Is it running?", True),
+    ("compose up env-server", "listen tcp4 127.0.0.1:36001: bind: address already in use", True),
+    ("compose build train", "#7 0.3 write /x: no space left on device\nfailed to solve", True),
+],
+                         ids=[
+                             "a program in the container", "a program's words are not Docker's",
+                             "Docker, before it starts", "no engine", "no program is run",
+                             "a build's own output is Docker's"
+                         ])
+def test_a_remedy_is_for_docker_s_words_not_for_the_command_s(argv: str, said: str, advised: bool) -> None:
+    assert (remedy(docker_said(["docker", *argv.split()], said)) is not None) == advised
+
+
 def test_an_unknown_message_has_none() -> None:
     assert remedy("exit status 3") is None
 
 
-@pytest.mark.parametrize(
-    "text, expected", [
-        ("--key abc123 x", "--key *** x"),
-        ("https://me:pw@example.org/simple", "https://***@example.org/simple"),
-        ("https://token@example.org", "https://***@example.org"),
-        ("mail me@example.org", "mail me@example.org"),
-        ("https://example.org/a@b", "https://example.org/a@b"),
-    ],
-    ids=["a value", "a login in a URL", "a token in a URL", "an address stays", "an @ in a path stays"])
+@pytest.mark.parametrize("text, expected", [
+    ("--key abc123 x", "--key *** x"),
+    ("https://me:pw@example.org/simple", "https://***@example.org/simple"),
+    ("https://token@example.org", "https://***@example.org"),
+    ("https://me:p@ss:w@example.org/x", "https://***@example.org/x"),
+    ("mail me@example.org", "mail me@example.org"),
+    ("https://example.org/a@b", "https://example.org/a@b"),
+],
+                         ids=[
+                             "a value", "a login in a URL", "a token in a URL", "a login with an @ in it",
+                             "an address stays", "an @ in a path stays"
+                         ])
 def test_redact(text: str, expected: str) -> None:
     assert redact(text, ["abc123"]) == expected
 
@@ -252,6 +294,11 @@ def test_command_line_can_be_pasted() -> None:
     assert command_line(["docker", "run", "a b"], {"TAG": "x y"}) == "TAG='x y' docker run 'a b'"
 
 
+def test_a_secret_with_a_quote_in_it_is_hidden() -> None:
+    hidden = command_line(["docker", "run", "it's", "x=it's"], {"KEY": "it's", "URL": "https://me:a'b@x"}, ["it's"])
+    assert hidden == "KEY=*** URL='https://***@x' docker run *** 'x=***'"
+
+
 @pytest.mark.parametrize("runner, importable, expected", [("auto", True, "local"), ("auto", False, "docker"),
                                                           ("local", False, "local"), ("docker", True, "docker")])
 def test_runner(runner: str, importable: bool, expected: str) -> None:
@@ -281,10 +328,19 @@ def test_compose_and_the_table_agree() -> None:
     assert {name for name, _ in defaults} | by_name | by_environment | {"COMPOSE_PROJECT_NAME"} == set(SETTINGS)
 
 
+def test_plain_compose_passes_every_key_of_an_environment() -> None:
+    text = (ROOT / "docker-compose.yml").read_text().partition("  env-server:")[2].partition("    labels:")[0]
+    passed = set(re.findall(r"^      (\w+):$", text, re.M))
+    assert {key.name for row in environments().values() for key in row.keys} <= passed
+    assert {key.name for row in environments().values() for key in row.keys} <= checks.environment_keys()
+
+
 @pytest.mark.parametrize("check, level", [
     (checks.check_engine("26.1.5+dfsg1"), checks.OK),
     (checks.check_engine("24.0.0"), checks.OK),
     (checks.check_engine("20.10.24"), checks.MISSING),
+    (checks.check_engine_for_environments("25.0.3"), checks.OK),
+    (checks.check_engine_for_environments("24.0.7"), checks.NOTE),
     (checks.check_compose("Docker Compose version v2.39.0"), checks.OK),
     (checks.check_compose("Docker Compose version 2.26.1-4"), checks.OK),
     (checks.check_compose("docker-compose version 1.29.2"), checks.MISSING),
@@ -295,6 +351,10 @@ def test_compose_and_the_table_agree() -> None:
     (checks.check_dotenv(False, {}), checks.OK),
     (checks.check_dotenv(True, {"ENV_PORT": "1"}), checks.OK),
     (checks.check_dotenv(True, {"ENV_PROT": "1"}), checks.NOTE),
+    (checks.check_dotenv(True, {
+        "REDDIT": "1",
+        "I_UNDERSTAND": "todo"
+    }, {"REDDIT"}), checks.OK),
     (checks.check_files(ROOT), checks.OK),
     (checks.check_files(Path("/nowhere")), checks.MISSING),
     (checks.check_sources(ROOT, {RL: "/nowhere"})[0], checks.MISSING),

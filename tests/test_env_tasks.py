@@ -13,13 +13,14 @@ import sys
 import threading
 import time
 import zipfile
+from pathlib import Path
 from typing import ClassVar
 
 import psutil
 import pytest
 
 from servers.protocol import Client, ServerError
-from tasks.lib import env_data, env_local
+from tasks.lib import env_data, env_local, env_runs
 from tasks.lib.environments import Environment, environments
 from tests.fixtures.servers import FIXTURE_ROWS, ROOT, rows
 
@@ -101,6 +102,44 @@ def test_down_leaves_a_stranger_alone_that_has_the_old_id(tmp_path):
         bystander.kill()
 
 
+@pytest.mark.parametrize("torn", ["", '{"processes": [', "{}", "[]", '{"port": 1, "processes": [{"pid": 1}]}'])
+def test_a_torn_state_is_passed_over_and_what_runs_is_stopped(torn, tmp_path):
+    home = tmp_path / "broken"
+    home.mkdir()
+    argv = [sys.executable, "-c", "import time; time.sleep(60)", str(home / "row.json")]
+    server = subprocess.Popen(argv, start_new_session=True)
+    follower = subprocess.Popen([*argv[:-1], str(home / "server-0.log")], start_new_session=True)
+    try:
+        (home / "state.json").write_text(torn)
+        assert env_local.states(tmp_path) == {}
+        threading.Thread(target=server.wait).start()
+        assert env_local.down("broken", tmp_path) and not (home / "state.json").exists()
+        assert server.wait(10) and follower.poll() is None
+    finally:
+        server.kill()
+        follower.kill()
+
+
+@pytest.mark.parametrize("torn", ["", "{}", '{"runner": "local", "prt": 3}', "[]"])
+def test_torn_options_are_no_options(torn, tmp_path, monkeypatch):
+    monkeypatch.setattr(env_local, "RUN", tmp_path)
+    (tmp_path / "form-maze").mkdir()
+    (tmp_path / "form-maze" / "options.json").write_text(torn)
+    assert env_runs.recall(rows()["form-maze"]) is None
+
+
+def test_what_runs_before_the_server_has_its_python(tmp_path):
+    python, seen = tmp_path / "bin" / "python", tmp_path / "seen"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    before = (("sh", "-c", f"command -v python > {seen}"), )
+    row = rows()["form-textcraft"].model_copy(update={"before": before})
+    options = env_local.Options(port=env_local.choose_port(36500, env_local.port_is_free))
+    env_local.up(row, options, ROOT, tmp_path, dict(os.environ), 60, tmp_path / "run", python)
+    assert env_local.down(row.name, tmp_path / "run") and seen.read_text() == f"{python}\n"
+
+
 def test_children_that_outlive_the_server_are_stopped_too(tmp_path):
     code = (
         "import subprocess, sys, time; "
@@ -141,6 +180,25 @@ def test_a_fault_is_one_line_and_leaves_nothing(name, words, code, line):
     assert processes_of(name) == [] and not (STATES / name / "state.json").exists()
 
 
+def test_ctrl_c_during_a_start_stops_the_server():
+    name = "fault-never"
+    process = subprocess.Popen([sys.executable, "-m", "invoke", "env.up", "--env", name, "--runner", "local"],
+                               cwd=ROOT,
+                               env={
+                                   **os.environ, "ENVIRONMENTS": str(FIXTURE_ROWS.relative_to(ROOT))
+                               },
+                               stderr=subprocess.PIPE,
+                               text=True)
+    end = time.monotonic() + 60
+    while not (STATES / name / "state.json").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert processes_of(name)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=30)[1]
+    assert (process.returncode, said) == (130, "env.up: interrupted\n")
+    assert processes_of(name) == [] and not (STATES / name / "state.json").exists()
+
+
 def test_a_taken_port_is_passed_over_and_told(up):
     port = rows()["form-maze"].port
     with socket.socket() as holder:
@@ -155,6 +213,12 @@ def test_env_port_rules_over_the_rows_port(up):
     assert up("form-maze", ENV_PORT="36777").base == "http://127.0.0.1:36777/maze"
 
 
+def test_the_address_that_it_listens_on_is_the_one_that_is_asked_and_told(up):
+    assert up("form-maze", ENV_BIND="127.0.0.2").base.startswith("http://127.0.0.2:")
+    checked = invoke("env.check", "--env", "form-maze")  # ENV_BIND is not what it was
+    assert checked.returncode == 0 and "127.0.0.2" in invoke("env.up", "--env", "form-maze").stdout
+
+
 def test_consent_lets_it_start(up):
     assert up("fault-consent", "--i-understand").create() > 0
 
@@ -165,14 +229,51 @@ def test_a_key_from_the_environment_reaches_the_server(up):
     assert server.environ()["FIXTURE_KEY"] == "sk-fixture" and "sk-fixture" not in " ".join(server.cmdline())
 
 
-def test_logs_show_what_the_server_said(up):
+def test_logs_of_a_start_that_failed_are_shown():
+    assert invoke("env.up", "--env", "fault-dies", "--runner", "local").returncode == 1
+    shown = invoke("env.logs", "--env", "fault-dies")
+    assert shown.returncode == 0 and "the fixture was told to die at import" in shown.stdout, shown.stderr
+    assert "fault-dies is not up; this is what its last start printed" in shown.stderr
+
+
+def test_dry_prints_the_commands_for_a_local_server_and_runs_none(up):
     up("form-maze")
+    entry = json.loads((STATES / "form-maze" / "state.json").read_text())["processes"][0]
+    log = STATES / "form-maze" / "server-0.log"
+    assert invoke("--dry", "env.down", "--env", "form-maze").stdout == f"kill -TERM -- -{entry['pid']}\n"
+    assert invoke("--dry", "env.logs", "--env", "form-maze", "--follow").stdout == f"tail -n +1 -F {log}\n"
+    assert env_local.is_running(entry)
+
+
+def test_logs_show_what_the_server_said(up):
+    (STATES / "form-maze").mkdir(parents=True, exist_ok=True)
+    (STATES / "form-maze" / "server-1.log").write_text("of an earlier run\n")
+    up("form-maze")
+    assert "of an earlier run" not in invoke("env.logs", "--env", "form-maze").stdout
     invoke("env.down", "--env", "form-maze")
     up("form-maze", "--session-ttl", "1")
     pid = json.loads((STATES / "form-maze" / "state.json").read_text())["processes"][0]["pid"]
     (STATES / "form-maze" / "server-0.log").open("a").write("a line of the log\n")
     shown = invoke("env.logs", "--env", "form-maze")
     assert "a line of the log" in shown.stdout and psutil.pid_exists(pid)
+
+
+@pytest.mark.parametrize("linked", ["data", "data/tool"])
+def test_data_is_linked_into_the_copy_and_never_through_a_link_out_of_it(linked, tmp_path):
+    disk, package = tmp_path / "disk", tmp_path / "gym" / "server"
+    raw = disk.joinpath(*["tool"][:linked == "data"], "raw")
+    raw.mkdir(parents=True)
+    (raw / "mine.pkl").write_text("precious")
+    (disk / "beside").write_text("beside")
+    (package / linked).parent.mkdir(parents=True)
+    (package / linked).symlink_to(disk)
+    (tmp_path / "have").mkdir()
+    row = rows()["form-textcraft"].model_copy(update={"folder": "server", "links": {".": "{folder}/data/tool/raw"}})
+    for _ in range(2):
+        *_, copy = env_local.prepare(row, tmp_path / "gym", tmp_path / "have", tmp_path / "run", Path(sys.executable))
+        assert (copy / "server/data/tool/raw").readlink() == tmp_path / "have"
+        assert (copy / "server" / linked / "beside").read_text() == "beside"
+        assert not raw.is_symlink() and (raw / "mine.pkl").read_text() == "precious"
 
 
 HAPROXY = shutil.which("haproxy", path=os.environ["PATH"] + ":/usr/sbin")
@@ -335,12 +436,52 @@ def test_a_broken_download_goes_on_where_it_stopped(site, tmp_path):
     assert Files.asked[-1] == ("GET /train.zip", f"bytes={size // 2}-")
 
 
-def test_a_damaged_archive_is_told_and_not_taken_for_data(site, tmp_path):
-    whole = bytearray(Files.content["/train.zip"])
-    whole[60:90] = bytes(30)
-    Files.content["/train.zip"] = bytes(whole)
-    with pytest.raises((env_data.DataError, zipfile.BadZipFile)):
-        env_data.fetch(zipped_row(site), tmp_path / "data", print)
+def deflated() -> bytes:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as zipped:
+        zipped.writestr("train/train.json", json.dumps([os.urandom(300).hex()] * 20))
+    return packed.getvalue()
+
+
+def holed(whole: bytes) -> bytes:
+    return whole[:60] + bytes(40) + whole[100:]
+
+
+@pytest.mark.parametrize("file,then,make", [
+    ("train.zip", "unzip", lambda: holed(Files.content["/train.zip"])),
+    ("train.zip", "unzip", lambda: holed(deflated())),
+    ("train.zip", "unzip", lambda: b"<html>"),
+    ("c.gz", "gunzip", lambda: gzip.compress(os.urandom(5000))[:-2000]),
+    ("c.gz", "gunzip", lambda: holed(gzip.compress(os.urandom(300).hex().encode() * 20))),
+    ("c.gz", "gunzip", lambda: b"<html>"),
+],
+                         ids=["stored, holed", "deflated, holed", "no zip", "gz, torn", "gz, holed", "no gz"])
+def test_a_damaged_archive_is_told_and_fetched_anew(file, then, make, site, tmp_path):
+    row = row_with({"path": "train/train.json", "url": f"{site}/{file}", "then": then})
+    good = deflated() if then == "unzip" else gzip.compress(b"[]")
+    Files.content[f"/{file}"] = make()
+    with pytest.raises(env_data.DataError, match=r"is damaged \(.*\) and was removed; run it again to fetch it anew"):
+        env_data.fetch(row, tmp_path / "data", print)
+    assert row.missing_data(tmp_path / "data") == list(row.data)
+    Files.content[f"/{file}"] = good
+    assert env_data.fetch(row, tmp_path / "data", print) == []
+
+
+def test_what_came_before_needs_no_space_again(site, tmp_path, monkeypatch):
+    Files.content["/big.bin"] = os.urandom(100_000)
+    row = row_with({"path": "big.bin", "url": f"{site}/big.bin"})
+    store = tmp_path / env_data.PARTS / "big.bin"
+    (store / "unpacked").mkdir(parents=True)
+    (store / "big.bin.part").write_bytes(Files.content["/big.bin"][:95_000])
+    (store / "unpacked" / "half").write_bytes(bytes(90_000))
+    monkeypatch.setattr(env_data.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 9 * 10**5, 120_000))
+    with pytest.raises(env_data.DataError, match=r"about 125 KB more .* 120 KB are free"):
+        env_data.fetch(row, tmp_path, print)
+    monkeypatch.setattr(env_data.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 9 * 10**5, 130_000))
+    said: list[str] = []
+    assert env_data.fetch(row, tmp_path, said.append) == []
+    assert "100 KB to fetch" in said[0] and "(95 KB of it came before)" in said[0]
+    assert Files.asked[-1] == ("GET /big.bin", "bytes=95000-")
 
 
 def test_an_archive_that_leads_out_of_the_folder_is_refused(tmp_path):
@@ -391,6 +532,30 @@ def test_data_that_is_there_is_taken_over(tmp_path):
     with pytest.raises(env_data.DataError, match="not empty"):
         env_data.adopt(row, tmp_path / "other", have)
     assert (tmp_path / "other" / "mine").exists()
+
+
+def test_data_that_is_a_link_already_is_taken_over_through_it(tmp_path):
+    row, have, folder = row_with({"path": "index.bin", "how": "ask"}), tmp_path / "have", tmp_path / "data"
+    have.mkdir()
+    (have / "index.bin").touch()
+    env_data.adopt(row, folder, have)
+    for again in (folder, tmp_path / "way"):
+        if again != folder:
+            again.symlink_to(folder)
+        env_data.adopt(row, folder, again)
+        assert folder.resolve() == have and row.missing_data(folder) == []
+    env_data.adopt(row, have, have)
+    assert have.is_dir() and not have.is_symlink()
+
+
+def test_a_file_where_the_data_belongs_is_told(site, tmp_path):
+    (tmp_path / "have" / "train").mkdir(parents=True)
+    (tmp_path / "have" / "train" / "train.json").touch()
+    (tmp_path / "data").touch()
+    with pytest.raises(env_data.DataError, match="data is a file; move it away"):
+        env_data.adopt(zipped_row(site), tmp_path / "data", tmp_path / "have")
+    with pytest.raises(env_data.DataError, match="data is a file; move it away"):
+        env_data.fetch(zipped_row(site), tmp_path / "data", print)
 
 
 def test_the_data_task_tells_what_is_missing():

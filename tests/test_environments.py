@@ -97,6 +97,33 @@ def test_two_rows_with_one_port_are_refused():
         parse({"demo": TABLE["demo"], "other": TABLE["demo"]})
 
 
+@pytest.mark.parametrize("tables,message", [
+    ({
+        "x": 1,
+        "demo": TABLE["demo"]
+    }, r"environments.toml: x is no table; a row begins with \[x\]"),
+    ({
+        "demo": {
+            **TABLE["demo"], "name": "mine"
+        }
+    }, r"environments.toml: demo.name: the table's own name is the row's; leave the key out"),
+])
+def test_what_is_no_row_is_named_in_one_line(tables, message, tmp_path):
+    with pytest.raises(ValueError, match=message) as caught:
+        parse(tables)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("make,message", [
+    (lambda path: path.mkdir(), "rows.toml: Is a directory; ENVIRONMENTS must name a file with rows"),
+    (lambda path: path.write_bytes(b"[demo]\xff"), "^rows.toml: 'utf-8' codec can't decode"),
+])
+def test_a_file_that_cannot_be_read_is_named(make, message, tmp_path):
+    make(tmp_path / "rows.toml")
+    with pytest.raises(ValueError, match=message):
+        environments(tmp_path / "rows.toml")
+
+
 def test_a_file_that_is_no_toml_is_named(tmp_path):
     broken = tmp_path / "rows.toml"
     broken.write_text("[demo\n")
@@ -135,6 +162,22 @@ def test_success_follows_the_rows_rule(rule, reward, holds):
 def test_a_quick_babyai_win_and_nothing_less_than_a_full_sciworld_count():
     assert environment("babyai").success.holds(0.8875)
     assert not environment("sciworld").success.holds(83.0)
+
+
+def test_webshops_index_is_linked_where_a_server_of_a_thousand_products_opens_it():
+    assert environment("webshop").links["indexes_1k"] == "{folder}/webshop/search_engine/indexes_1k"
+
+
+def test_textcrafts_resets_take_turns():
+    assert [name for name, row in environments().items() if row.serial_reset] == ["textcraft"]
+
+
+def test_an_optional_key_is_passed_on_by_name_and_not_asked_for():
+    row = environment("webarena")
+    must = {key.name: "x" for key in row.keys if key.name != "OPENAI_BASE_URL"}
+    assert row.missing_keys(must) == [] and refusal(row, Path("/nowhere"), must, False) is None
+    served = compose_model(row, Options(port=4000), "i", Path("/home"), Path("/nowhere"), {"context": "."})
+    assert served["services"]["env-webarena"]["environment"]["OPENAI_BASE_URL"] is None
 
 
 def test_the_port_is_the_first_free_one():

@@ -59,6 +59,8 @@ def test_a_folder_without_a_model_says_what_it_is(tmp_path):
     with pytest.raises(ValueError, match="neither shards"):
         checkpoints.find(tmp_path)
     actor = shards(tmp_path / "global_step_9" / "actor")
+    shards(tmp_path / "global_step_30" / "actor")
+    actor = shards(tmp_path / "global_step_100" / "actor")  # the last step, though not the last name
     with pytest.raises(ValueError, match=f"did you mean {actor}"):
         checkpoints.find(tmp_path)
     fill(actor / "huggingface", "model.safetensors", config={})

@@ -3,6 +3,8 @@ import itertools
 import json
 import math
 import random
+import re
+from pathlib import Path
 from statistics import fmean
 
 import pytest
@@ -13,7 +15,7 @@ from evaluation import numbers, prompts, records
 from evaluation.__main__ import main
 from evaluation.actions import parse, phrase
 from evaluation.episodes import derived_seed, first_message, judge, opening
-from evaluation.items import choose, item_of, trial_numbers
+from evaluation.items import COLLECTED, category_of, check_owner, choose, item_of, trial_numbers
 from evaluation.model import loopback, overflowed, redacted_url, retry_after
 from evaluation.problems import EnvironmentFault, Misuse, Stopped
 from evaluation.prompts import Prompt
@@ -96,6 +98,27 @@ def test_an_alfworld_trial_is_looked_up_and_not_read_as_a_number():
         item_of(name, "alfworld")
 
 
+def test_trials_are_known_from_the_maps_that_the_image_was_built_with(tmp_path, capsys):
+    trial = "alfworld_look-Mug-1_trial_T20190907_174127_043461"
+    mine, absent = row("alfworld"), tmp_path / "none.json"
+    with pytest.raises(Misuse, match="set AGENTGYM_SRC to an AgentGym checkout"):
+        choose(mine, trial, root=tmp_path, collected=absent)
+    checkout = tmp_path / "AgentGym"
+    (checkout / prompts.ENVS).mkdir(parents=True)
+    (checkout / prompts.ENVS / mine.prompt.file).write_text(SOURCE.replace("class Plain", f"class {mine.prompt.class_}"))
+    (checkout / mine.folder / "configs").mkdir(parents=True)
+    told = [{"item_id": 12, "task_type": "look-Mug-1", "task_id": "trial_T20190907_174127_043461"}]
+    (checkout / mine.folder / mine.item_maps[1]).write_text(json.dumps(told))
+    (tmp_path / "rows.toml").write_text(re.search(r"\[alfworld\].*?(?=\n\[(?!alfworld))", ROWS.read_text(), re.DOTALL)[0])
+    maps = tmp_path / "item_maps.json"
+    assert main(["prompts", "--agentgym", str(checkout), "--environments", str(tmp_path / "rows.toml"), "--out", str(tmp_path / "prompts.json"),
+                 "--item-maps", str(maps)]) == 0
+    assert "item maps: alfworld" in capsys.readouterr().out
+    assert choose(mine, trial, root=tmp_path, collected=maps)[0][0].number == 12
+    file = (ROOT / "Dockerfile.eval").read_text()  # the image's build writes the file where the runner looks for it
+    assert f"--item-maps /opt/workbench/{COLLECTED.name}" in file and COLLECTED.parent == ROOT
+
+
 def test_ranges_names_and_limits(tmp_path):
     chosen, _ = choose(row("textcraft"), "3-5,textcraft_9", limit=3, root=tmp_path)
     assert [item.number for item in chosen] == [3, 4, 5]
@@ -103,6 +126,19 @@ def test_ranges_names_and_limits(tmp_path):
     assert [item.number for item in choose(row("textcraft"), every, root=tmp_path)[0]] == list(range(400))
     shuffled = [choose(row("textcraft"), "0-19", 5, seed, tmp_path)[0] for seed in (1, 1, 2)]
     assert shuffled[0] == shuffled[1] != shuffled[2]
+
+
+@pytest.mark.parametrize("env,name,owner", [
+    ("demo", "textcraft_3", "textcraft"), ("maze", "lmrlgym_wordle_3", "wordle"), ("demo", "demo-long_3", "demo-long"), ("maze", "lmrlgym_maze_3", ""),
+    ("maze", "maze_3", ""), ("demo", "3", ""), ("searchqa", "nq_3", ""), ("demo-long", "demo-long_3", ""),
+])
+def test_an_item_of_another_environment_is_refused(env, name, owner):
+    items, names = [item_of(name, env)], ["demo", "demo-long", "textcraft", "maze", "wordle", "searchqa"]
+    if owner:
+        with pytest.raises(Misuse, match=f"is one of {owner} and not of {env}"):
+            check_owner(items, env, names)
+    else:
+        check_owner(items, env, names)
 
 
 def test_agentgyms_lists_are_found_and_their_files_are_categories(tmp_path):
@@ -113,6 +149,33 @@ def test_agentgyms_lists_are_found_and_their_files_are_categories(tmp_path):
     (folder / "searchqa_hotpot_test.json").write_text(json.dumps([{"item_id": "searchqa_2"}, {"item_id": "searchqa_3"}]))
     chosen, origin = choose(row("searchqa"), root=tmp_path)
     assert [item.category for item in chosen] == ["", "nq", "hotpot", "hotpot"] and origin == "searchqa_test.json"
+
+
+@pytest.mark.parametrize("name,category", [("latest", "latest"), ("searchqa_contest", "contest"), ("searchqa_nq_test", "nq"), ("nq_test", "nq"),
+                                           ("lmrlgym_searchqa_hard", "hard"), ("searchqa", "searchqa")])
+def test_a_category_is_called_as_its_list_is(name, category):
+    assert category_of(Path(f"{name}.json"), "searchqa") == category
+
+
+def test_a_categorys_list_may_name_its_items_in_another_form(tmp_path):
+    folder = tmp_path / "AgentEval" / "searchqa"
+    folder.mkdir(parents=True)
+    (folder / "searchqa_test.json").write_text('[{"item_id": "searchqa_1"}, {"item_id": "searchqa_2"}]')
+    (folder / "nq.json").write_text("[1]")
+    (folder / "hotpot.json").write_text('["2"]')
+    assert [item.category for item in choose(row("searchqa"), root=tmp_path)[0]] == ["nq", "hotpot"]
+    (folder / "searchqa_test.json").unlink()
+    assert sorted(item.id for item in choose(row("searchqa"), root=tmp_path)[0]) == ["searchqa_1", "searchqa_2"]
+    (folder / "nq.json").write_text('["apple"]')
+    with pytest.raises(Misuse, match=r"items of nq.json: 'apple' has no number"):
+        choose(row("searchqa"), root=tmp_path)
+
+
+def test_a_folder_without_lists_hides_none(tmp_path):
+    (tmp_path / "AgentEval" / "textcraft").mkdir(parents=True)
+    (tmp_path / "AgentItemId").mkdir()
+    (tmp_path / "AgentItemId" / "textcraft_train.json").write_text('[{"item_id": "textcraft_40"}]')
+    assert choose(row("textcraft"), root=tmp_path)[1] == "textcraft_train.json"
 
 
 def test_training_items_are_the_next_best_and_the_rows_first_the_last(tmp_path):
@@ -241,6 +304,32 @@ def test_a_step_that_could_not_reach_the_internet_is_the_environments_fault(name
     with pytest.raises(EnvironmentFault, match="POST /step: Observation: ERROR"):
         step_in(reply, row(name).protocol)
     assert step_in(reply, row("textcraft").protocol).observation == text
+
+
+@pytest.mark.parametrize("rows,message", [
+    (b"demo = 1", r"rows.toml: demo is no table; a row begins with \[demo\]"),
+    (b"[demo]\nname = 'mine'", r"rows.toml: demo.name: the table's own name is the row's; leave the key out"),
+    (b"[demo]\xff", "rows.toml: 'utf-8' codec can't decode"),
+])
+def test_what_is_no_row_is_named_in_one_line(rows, message, tmp_path):
+    (tmp_path / "rows.toml").write_bytes(rows)
+    with pytest.raises(Misuse, match=message):
+        read_row("demo", tmp_path / "rows.toml")
+
+
+@pytest.mark.parametrize("text", [
+    "Error: Env 3 is dead", "Target crashed", "Timeout 30000ms exceeded.", "Error code: 401 - {'error': 'no such key'}",
+    "Connection error.", "net::ERR_CONNECTION_REFUSED at http://shop.example"
+])
+def test_a_browser_or_a_judge_that_fails_is_the_environments_fault_and_a_page_about_one_is_not(text):
+    protocol = row("webarena").protocol
+    reply = {"observation": text, "reward": 0, "terminated": False, "truncated": False, "info": None}
+    with pytest.raises(EnvironmentFault, match="POST /step: "):
+        step_in(reply, protocol)
+    page = f"OBSERVATION:\n[1] StaticText '{text}'\nURL: http://forum.example"
+    assert step_in({**reply, "observation": page}, protocol).observation == page
+    refused = "Cannot parse action from response click [3]"  # the model's own
+    assert step_in({**reply, "observation": refused}, protocol).observation == refused
 
 
 @pytest.mark.parametrize("reply", [None, True, "3", {}, {"id": "3"}, [1]])
@@ -399,6 +488,14 @@ def test_a_comparison_is_paired():
     assert found["success"]["mean"] == pytest.approx(0.2) and found["success"]["low"] < 0.2 < found["success"]["high"]
 
 
+def test_another_task_under_the_same_id_is_no_pair():
+    one = [{**attempt(str(n)), "task": f"t{n}"} for n in range(4)]
+    other = [{**attempt(str(n), outcome="failure", reward=0.0), "task": task} for n, task in enumerate(["t0", "tx", "", "t3"])]
+    found = numbers.compare(one, other)
+    assert (found["items"], found["other_task"], found["lost"], found["only_one"]) == (3, 1, ["0", "2", "3"], 0)
+    assert numbers.compare(one, other, same_words=False)["items"] == 4
+
+
 # Records
 
 
@@ -518,7 +615,10 @@ def test_an_address_is_taken_as_it_is(url):
     (["run", "--env", "demo"], "no OPENAI_API_KEY"), (["run", "--env", "demo", "--environments", "/nowhere.toml"], "no rows in"),
     (["rescore", "/nowhere"], "no run in"), (["run", "--prompt", "/nowhere", "--env", "demo"], "--prompt"),
     (["run", "--prices", "/nowhere", "--env", "demo", "--model", "expert"], "--prices"), (["run", "--fresh", "--resume", "--env", "demo"], "contradict"),
-    (["run", "--env", "demo", "--base-url", "ftp"], "--base-url"), (["run", "--env", "demo", "--max-error-rate", "7"], "--max-error-rate"),
+    (["run", "--env", "demo", "--model", "expert", "--items", "textcraft_3"], "is one of textcraft"),
+    (["run", "--env", "demo", "--base-url", "ftp"], "--base-url: 'ftp' is no address; write it like http://127.0.0.1:8000/v1"),
+    (["run", "--limit", "x"], "--limit: x is no whole number"), (["run", "--limit", "0"], "--limit: 0 is not at least 1"),
+    (["run", "--time-limit", "soon"], "--time-limit: soon is no number"), (["run", "--seed", "x"], "--seed: x is no whole number"), (["run", "--env", "demo", "--max-error-rate", "7"], "--max-error-rate"),
     (["prompts", "--agentgym", "/nowhere"], "no prompt of"), (["run", "--env", "demo", "--resume", "--model", "expert"], "no run in"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_misuse_is_one_line_and_exit_code_2(argv, told, capsys, monkeypatch, tmp_path):

@@ -150,6 +150,21 @@ def test_a_link_leads_to_an_attempt(page):
     assert shown.page.inner_text("#viewer-title") == "demo_3"
 
 
+def test_the_way_back_leads_out_of_an_attempt(page):
+    inner = page([run(MIXED)]).page
+    inner.click("#table tbody button >> nth=0")
+    inner.wait_for_selector("#columns article")
+    inner.click("#table tbody button >> nth=1")
+    inner.wait_for_selector("#viewer-title:text-is('demo_1')")
+    inner.go_back()
+    inner.wait_for_selector("#viewer-title:text-is('demo_0')")
+    inner.go_back()
+    inner.wait_for_selector("#viewer", state="hidden", timeout=5000)
+    assert inner.evaluate("document.activeElement.textContent") == "demo_0" and "#" not in inner.url
+    inner.go_forward()
+    inner.wait_for_selector("#viewer-title:text-is('demo_0')")
+
+
 def test_runs_stand_side_by_side(page):
     shown = page([run(MIXED, "before"), run([record(n, text="other words") for n in range(4)], "after")])
     inner = shown.page
@@ -227,5 +242,27 @@ def test_the_page_has_the_numbers_without_a_browser(tmp_path):
 
 
 def test_runs_of_one_model_are_told_apart_by_their_folders():
-    assert report.names([("a", "x"), ("b", "y")]) == ["a", "b"]
-    assert report.names([("a", "x"), ("a", "y")]) == ["a (x)", "a (y)"]
+    p, q = Path("p"), Path("q")
+    assert report.names([("a", p), ("b", q)]) == ["a", "b"]
+    assert report.names([("a", p / "r"), ("a", q / "s")]) == ["a (r)", "a (s)"]
+    assert report.names([("a", p / "r"), ("a", q / "r")]) == ["a (p/r)", "a (q/r)"]
+    assert report.names([("a", p), ("a", p)]) == ["1: a (p)", "2: a (p)"]
+
+
+def test_a_comparison_says_how_many_items_were_another_task(tmp_path):
+    one, other = run([record(n) for n in range(3)], "a"), run([record(n, task="abc" if n else "xyz") for n in range(3)], "b")
+    line, = report.difference_lines([one, other])
+    assert line["items"] == "2 (1 more were another task and are left out)"
+    assert line["items"] in report.render([one, other])
+    # Another prompt dresses the first observation in other words: its digest then tells nothing.
+    other.told["prompt"]["before_first"] = "Before.\n"
+    assert report.difference_lines([one, other])[0]["items"] == "3"
+
+
+@pytest.mark.parametrize("category", ["", "hard"])
+def test_charts_keep_runs_whose_names_begin_alike(category):
+    ends = ["Qwen/Qwen2.5-7B-Instruct (textcraft-Qwen2.5-7B-Instruct-" + end for end in ("1a2b3c4d)", "9f8e7d6c)")]
+    drawn = report.draw([run([record(n, category=category) for n in range(3)], name) for name in ends])
+    for chart in drawn:
+        assert "1a2b3c4d)" in chart["svg"] and "9f8e7d6c)" in chart["svg"], chart["title"]
+    assert len(drawn) == (4 if category else 3)

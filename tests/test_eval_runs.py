@@ -1,6 +1,8 @@
 """Whole runs of the evaluation over real HTTP: every protocol row, numbers, faults of environment and model."""
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -504,3 +506,81 @@ def test_tokens_cost_what_the_table_says(tmp_path, capsys):
     with environment() as env, endpoint(counter_player) as model:
         assert run(tmp_path / "out", env.url, model.base_url, "--items", "0-1", "--prices", str(tmp_path / "prices.toml")) == 0
     assert summary(tmp_path / "out")["cost"] == pytest.approx((60 * 1000 + 12 * 5000) / 1e6)
+    assert capsys.readouterr().err == ""
+    (tmp_path / "prices.toml").write_text('["another"]\ninput = 1000.0\noutput = 5000.0\n')
+    assert main(["rescore", str(tmp_path / "out"), "--prices", str(tmp_path / "prices.toml")]) == 0
+    error = capsys.readouterr().err
+    assert "prices.toml has no price for stand-in" in error and error.count("\n") == 1
+
+
+# What is shown of runs afterwards.
+
+
+def test_brackets_in_names_are_shown_as_they_are(tmp_path, capsys):
+    with environment() as env, endpoint(counter_player) as model:
+        for name in ("a[/b]", "[red]a"):
+            assert run(tmp_path / "x[/y]" / name.replace("/", "-"), env.url, model.base_url, "--items", "0-1", "--model", name) == 0
+    folders = sorted(map(str, (tmp_path / "x[/y]").iterdir()))
+    assert main(["list", str(tmp_path / "x[/y]")]) == 0 and main(["compare", *folders, "--out", str(tmp_path / "both.html")]) == 0
+    shown = capsys.readouterr().out
+    assert "x[/y]" in shown and shown.count("a[/b]") >= 3 and shown.count("[red]a") >= 3
+
+
+def test_a_rescored_run_is_shown_so_everywhere(tmp_path, capsys):
+    folder = tmp_path / "runs" / "one"
+    with environment() as env, endpoint(counter_player) as model:
+        assert run(folder, env.url, model.base_url, "--items", "0-1") == 0
+    easy = FIXTURE_ROWS.read_text().replace("success = { at_least = 1.0 }", "success = { at_least = 0.0 }")
+    (tmp_path / "easy.toml").write_text(easy)
+    assert main(["rescore", str(folder), "--environments", str(tmp_path / "easy.toml")]) == 0
+    assert summary(folder)["success"]["mean"] == 1.0 and "100.0 %" in (folder / "report.html").read_text()
+    capsys.readouterr()
+    assert main(["list", str(tmp_path / "runs")]) == 0 and "100.0 %" in capsys.readouterr().out
+    os.utime(folder / "attempts.jsonl")  # as after a run that went on and was killed
+    assert main(["list", str(tmp_path / "runs")]) == 0 and "50.0 %" in capsys.readouterr().out
+
+
+def test_a_damaged_run_is_named_and_hides_no_other(tmp_path, capsys):
+    with environment() as env, endpoint(counter_player) as model:
+        assert run(tmp_path / "good", env.url, model.base_url, "--items", "0") == 0
+    for name in ("torn", "odd", "empty"):
+        shutil.copytree(tmp_path / "good", tmp_path / name)
+    (tmp_path / "torn" / "run.json").write_text("{")
+    (tmp_path / "odd" / "run.json").write_text('{"config": {}}')
+    (tmp_path / "empty" / "summary.json").unlink()
+    (tmp_path / "empty" / "attempts.jsonl").write_text("{}\n")
+    capsys.readouterr()
+    assert main(["list", str(tmp_path)]) == 2
+    said = capsys.readouterr()
+    assert "good" in said.out and said.err.count("\n") == 3
+    assert all(str(tmp_path / name) in said.err for name in ("torn", "odd", "empty"))
+
+
+def test_files_go_into_new_folders_and_a_place_that_cannot_be_is_one_line(tmp_path, capsys):
+    with environment() as env, endpoint(counter_player) as model:
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0") == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"prompt +│ (row|plain)", shown)
+    assert main(["conversations", str(tmp_path / "out"), "--out", str(tmp_path / "new" / "talks.jsonl")]) == 0
+    assert (tmp_path / "new" / "talks.jsonl").read_text().count("\n") == 1
+    assert main(["conversations", str(tmp_path / "out"), "--out", str(tmp_path / "new" / "talks.jsonl" / "x")]) == 2
+    error = capsys.readouterr().err
+    assert "cannot be written" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("where,code,told", [("| head -1", 0, ""), (">/dev/full", 0, "No space left on device"), (">&-", 0, "")])
+def test_a_run_goes_on_when_nobody_reads_what_it_says(where, code, told, tmp_path):
+    with environment() as env, endpoint(counter_player) as model:
+        words = f"run --env form-textcraft --environments {FIXTURE_ROWS} --server {env.url} --base-url {model.base_url} --items 0-7 --concurrency 1"
+        done = subprocess.run(["bash", "-c", f"set -o pipefail; {sys.executable} -m evaluation {words} --out {tmp_path / 'out'} {where}"],
+                              env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False, timeout=120)
+        assert env.sessions == {}
+    assert done.returncode == code and len(attempts(tmp_path / "out")) == 8 and (tmp_path / "out" / "report.html").exists()
+    assert done.stderr.count("\n") == bool(told) and told in done.stderr
+
+
+@pytest.mark.parametrize("where,code,told", [("| true", 1, ""), (">/dev/full", 1, "No space left on device"), (">&-", 0, "")])
+def test_a_list_that_cannot_be_shown_is_no_traceback(where, code, told, tmp_path):
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {sys.executable} -m evaluation list {tmp_path} {where}"],
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == code and done.stderr.count("\n") == bool(told) and told in done.stderr

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tasks.lib import eval_plan
+from tasks.lib import env_users, eval_plan
 from tests.fixtures.servers import ROOT
 from tests.fixtures.standins import completion, endpoint
 
@@ -44,6 +44,62 @@ def test_a_server_that_is_up_is_used_and_left_up(clean, tmp_path):
     both = invoke("eval.compare", "--run", str(tmp_path / "random"), "--run", str(tmp_path / "expert"), "--out",
                   str(tmp_path / "both.html"), env=clean)
     assert both.returncode == 0 and "expert − random" in both.stdout and (tmp_path / "both.html").stat().st_size > 10_000
+
+
+def test_the_last_of_two_evaluations_stops_the_server(clean, tmp_path):
+    def start(player: str) -> subprocess.Popen[str]:
+        words = ["eval", "--env", "demo", "--model", player, "--limit", "2", "--out", str(tmp_path / player)]
+        return subprocess.Popen([sys.executable, "-m", "invoke", *words], cwd=ROOT, env=clean, text=True, stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT)
+
+    both = [start("expert"), start("random")]
+    said = [process.communicate(timeout=240)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert "".join(said).count("started demo") == "".join(said).count("stopped demo") >= 1
+    # The one that started it leaves while another one plays.
+    with env_users.alone("demo"):
+        other = env_users.User("demo")
+    done = invoke("eval", "--env", "demo", "--model", "expert", "--limit", "1", "--out", str(tmp_path / "third"), env=clean)
+    assert done.returncode == 0 and "left demo up, another evaluation uses it" in done.stdout and "stopped" not in done.stdout
+    assert other.leave() == (True, False)
+    # It is nobody's any more once the user asks for it.
+    assert "is up already" in invoke("env.up", "--env", "demo", "--runner", "local", env=clean).stdout
+    kept = invoke("eval", "--env", "demo", "--model", "expert", "--limit", "1", "--out", str(tmp_path / "fourth"), env=clean)
+    assert kept.returncode == 0 and "stopped" not in kept.stdout
+    assert "demo is down" in invoke("env.down", "--env", "demo", env=clean).stdout
+
+
+def test_a_schedulers_sigterm_closes_the_sessions_and_stops_what_was_started(clean, tmp_path):
+    def say(messages, body):
+        time.sleep(0.2)
+        return completion("look")
+
+    with endpoint(say) as model:
+        words = ["eval", "--env", "demo", "--model", "slow", "--base-url", model.base_url, "--max-round", "30", "--out", str(tmp_path / "out")]
+        process = subprocess.Popen([sys.executable, "-m", "invoke", *words], cwd=ROOT, env={**clean, "OPENAI_API_KEY": "sk-x"}, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+        while len(model.requests) < 5:
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.terminate()
+        said = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and "Traceback" not in said and "interrupted; the same command goes on" in said and "stopped demo" in said
+    work = json.loads((tmp_path / "out" / "run.json").read_text())["work"][0]
+    assert work["sessions"]["opened"] == work["sessions"]["closed"] > 0
+    assert "demo was not up" in invoke("env.down", "--env", "demo", env=clean).stdout
+
+
+@pytest.mark.parametrize("words, told", [
+    (["--model", "x"], "OPENAI_API_KEY"),
+    (["--model", "expert", "--temperature", "warm"], "--temperature warm"),
+    (["--model", "expert", "--items", "9999"], "9999"),
+    (["--model", "x", "--base-url", "nowhere"], "'nowhere' is no address"),
+    (["--model", "expert", "--prices", "none.toml"], "none.toml"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_what_the_runner_refuses_is_refused_before_anything_starts(words, told, clean):
+    done = invoke("eval", "--env", "demo", "--runner", "local", *words, env=clean)
+    assert done.returncode == 2 and told in done.stderr and done.stderr.strip().count("\n") == 0
+    assert "started" not in done.stdout
 
 
 def test_conversations_are_what_was_said(clean, tmp_path):

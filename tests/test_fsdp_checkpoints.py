@@ -272,6 +272,32 @@ def test_fused_lora_is_peft_s_merge(name: str, dtype: str, tolerance: float, sam
     assert not info["missing_keys"] and not info["unexpected_keys"]
 
 
+@pytest.mark.parametrize(("dtype", "damage"), [
+    ("float32", "the two low bytes of every element"),
+    ("float32", "bit 8 of one element"),
+    ("bfloat16", "the lowest bit of one element"),
+    ("float16", "the lowest bit of one element"),
+])
+def test_damage_to_fused_lora_is_found(dtype: str, damage: str, samples: dict[str, Sample], tmp_path: Path) -> None:
+    args = ["--local-dir", samples["LoRA, FSDP1"].actor, "--save-dir", tmp_path / "out", "--lora", "fuse"]
+    merge(*args, "--dtype", dtype, "--json").record()
+    shown = merge(*args, "--verify-only")
+    assert shown.code == 0 and "4 fused tensors within the rounding" in shown.out
+    path, name = tmp_path / "out/model.safetensors", "model.layers.0.self_attn.q_proj.weight"
+    data = bytearray(path.read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    begin, end = (8 + length + place for place in json.loads(data[8:8 + length])[name]["data_offsets"])
+    if damage == "the two low bytes of every element":
+        data[begin:end] = b"".join(b"\x55\xaa" + data[at + 2:at + 4] for at in range(begin, end, 4))
+    elif damage == "bit 8 of one element":
+        data[begin + 1] ^= 1
+    else:
+        data[begin] ^= 1
+    path.write_bytes(data)
+    refusal = merge(*args, "--verify-only").refusal
+    assert name in refusal and "differs from rank" in refusal
+
+
 @pytest.mark.parametrize(("meta", "args", "culprit"), [
     ({"r": 8, "lora_alpha": 0}, [], "lora_alpha 0"),
     (None, [], "lora_alpha None"),
@@ -288,6 +314,14 @@ def test_lora_hyperparameters_that_would_spoil_the_merge_are_refused(mode: str, 
     with untouched(tmp_path):
         assert culprit in merge("--local-dir", sample.actor, "--lora", mode, "--save-dir", tmp_path / "o",
                                 *args).refusal
+
+
+def test_a_lora_adapter_is_found_again_to_be_compared(spoil: Callable[..., Sample]) -> None:
+    sample = spoil("LoRA, FSDP1")
+    assert "huggingface/merge.json" in merge("--local-dir", sample.actor, "--verify-only").refusal
+    merge("--local-dir", sample.actor, "--lora", "adapter", "--json").record()
+    result = merge("--local-dir", sample.actor, "--verify-only", "--json").record()
+    assert result["folder"] == str(sample.actor / "lora_adapter") and result["tensors"] == 8
 
 
 def test_alpha_may_come_from_the_flag(spoil: Callable[..., Sample], tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import base64
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -216,6 +216,49 @@ def test_another_merge_s_output_is_not_uploaded_as_this_one(server: Hub, samples
         source = [] if "--local-dir" in args else ["--local-dir", samples["FSDP1, 4 ranks"].actor]
         run = upload(server, tmp_path / "home", *source, *args, "--save-dir", out)
         assert "--force" in run.refusal and server.repository == {}
+
+
+def test_a_merge_is_uploaded_later_with_a_card_and_compared_if_wished(server: Hub, spoil: Callable[..., Sample],
+                                                                      tmp_path: Path,
+                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    sample, out, home = spoil("FSDP1, 4 ranks"), tmp_path / "out", tmp_path / "home"
+    monkeypatch.chdir(sample.actor.parent)
+    assert run_program("--local-dir", sample.actor.name, "--save-dir", out, program=unchecked()).code == 0
+    # by another name, it is the same checkpoint
+    run = upload(server, home, "--local-dir", sample.actor, "--save-dir", out, "--verify", "--json")
+    assert run.record()["verified"] and "holds this merge already" in run.err
+    assert server.repository["README.md"] == (out / "README.md").read_bytes()
+    assert f"{run.record()['parameters']:,}" in server.repository["README.md"].decode()
+    data = bytearray((out / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (out / "model.safetensors").write_bytes(data)
+    server.repository.clear()
+    run = upload(server, home, "--local-dir", sample.actor, "--save-dir", out, "--verify")
+    assert run.code == 2 and "differs from rank" in run.err and server.repository == {}
+
+
+@pytest.mark.parametrize("lost", ["a file", "a byte", "the index"])
+def test_a_merge_that_lost_something_is_not_uploaded(lost: str, server: Hub, samples: dict[str, Sample],
+                                                     tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    args = ["--local-dir", samples["FSDP1, 4 ranks"].actor, "--save-dir", out, "--max-shard-size", "100KB"]
+    assert run_program(*args, program=unchecked()).code == 0
+    first = min(out.glob("model-*.safetensors"))
+    if lost == "a byte":
+        first.write_bytes(first.read_bytes()[:-1])
+    else:
+        (first if lost == "a file" else out / "model.safetensors.index.json").unlink()
+    assert "--force" in upload(server, tmp_path / "home", *args).refusal and server.repository == {}
+
+
+def test_ctrl_c_during_the_upload_says_that_the_merge_is_complete(server: Hub, samples: dict[str, Sample],
+                                                                  tmp_path: Path) -> None:
+    stop = unchecked("from merger import hub\ndef upload(*_): raise KeyboardInterrupt\nhub.upload = upload")
+    run = upload(server, tmp_path / "home", "--local-dir", samples["FSDP1, 4 ranks"].actor, "--save-dir",
+                 tmp_path / "out", program=stop)  # yapf: disable
+    assert run.code == 130 and (tmp_path / "out/model.safetensors").is_file()
+    assert run.err == (f"merge: interrupted; {tmp_path / 'out'} is complete; run the same command again to go on with "
+                       "the upload\n")
 
 
 @pytest.mark.parametrize("name", ["merged", "user/", "/merged", "a/b/c"])

@@ -5,6 +5,7 @@ import ctypes
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -179,6 +180,93 @@ def test_a_signal_while_the_keys_are_checked_ends_that_too(number: signal.Signal
     assert psutil.wait_procs(children, timeout=15)[1] == []
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
+def test_a_signal_while_checksums_are_taken_is_heard(number: signal.Signals, code: int, checkpoint: Path,
+                                                     tmp_path: Path, started: list[subprocess.Popen[str]]) -> None:
+    slow = ("import time, types, zlib\nfrom merger import shardfile, show\n"
+            "shardfile.zlib = types.SimpleNamespace(error=zlib.error, crc32=lambda *_: (time.sleep(0.5), 0)[1])\n"
+            "shardfile.CRC_CHUNK, show.PLAIN_STEP = 1 << 16, 0.1")  # eight minutes for the file
+    process = start(started, "--local-dir", checkpoint, "--save-dir", tmp_path / "out", "--verify",
+                    program=unchecked(slow))  # yapf: disable
+    assert process.stderr is not None
+    while "checking the shards" not in process.stderr.readline():
+        assert process.poll() is None
+    began = time.monotonic()
+    os.killpg(process.pid, number)
+    process.communicate(timeout=30)
+    assert process.returncode == code and time.monotonic() - began < 5
+    assert listing(tmp_path) == {}
+
+
+def test_ctrl_c_after_the_exchange_says_that_the_merge_is_complete(checkpoint: Path, tmp_path: Path) -> None:
+    stop = ("from merger import publish\ndef leave(*_): raise KeyboardInterrupt\npublish.Staging.__exit__ = leave")
+    run = run_program("--local-dir", checkpoint, "--save-dir", tmp_path / "out", program=unchecked(stop))
+    assert (run.code, run.err) == (130, f"merge: interrupted; {tmp_path / 'out'} is complete\n")
+    assert len(weights(tmp_path / "out")) == TENSORS
+
+
+# Standard output that takes nothing
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]], ids=["table", "JSON"])
+@pytest.mark.parametrize("buffered", ["", "1"], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize("out", ["a full disk", "a reader that left", "closed"])
+def test_a_result_that_cannot_be_printed_is_there_all_the_same(out: str, buffered: str, form: list[str],
+                                                               checkpoint: Path, tmp_path: Path) -> None:
+    redirection = {"a full disk": ">/dev/full", "a reader that left": "| true", "closed": ">&-"}[out]
+    if out == "a full disk" and not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    command = shlex.join([sys.executable, *unchecked(), "--local-dir", str(checkpoint), "--save-dir",
+                          str(tmp_path / "out"), *form])  # yapf: disable
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command} {redirection}"],
+                          env={
+                              **os.environ, "PYTHONUNBUFFERED": buffered
+                          },
+                          capture_output=True,
+                          text=True,
+                          timeout=60)
+    (line, ) = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith("merge: the result cannot be printed (")
+    assert line.endswith(f"); {tmp_path / 'out'} is complete")
+    assert len(weights(tmp_path / "out")) == TENSORS
+
+
+@pytest.mark.parametrize("name", ["modèle", b"mod\xe8le".decode(errors="surrogateescape")], ids=["UTF-8", "Latin-1"])
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_folders_of_any_name_are_merged_and_named(encoding: str, name: str, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / name).symlink_to(checkpoint)
+    out, strict = tmp_path / f"{name}-out", {"PYTHONIOENCODING": f"{encoding}:strict"}
+    args = ["--local-dir", tmp_path / name, "--save-dir", out]
+    assert run_program(*args, "--json", program=unchecked(), env=strict).record()["folder"] == str(out)
+    run = run_program(*args, "--force", program=unchecked(), env=strict)
+    assert run.code == 0, run.err
+
+
+@pytest.mark.parametrize("name", ["numpy", "ml_dtypes", "rich"])
+def test_a_package_that_is_not_installed_is_named(name: str, checkpoint: Path, tmp_path: Path) -> None:
+    absent = ("-c", f"import sys; sys.path.insert(0, {str(PROGRAM.parent)!r}); sys.modules[{name!r}] = None\n"
+              "from merger import cli; sys.exit(cli.main())")  # yapf: disable
+    with untouched(tmp_path):
+        run = run_program("--local-dir", checkpoint, "--save-dir", tmp_path / "out", program=absent)
+        assert run.refusal.startswith(f"needs {name}, ") and run.refusal.endswith(f"; pip install {name}")
+
+
+@pytest.mark.parametrize("args", [["--max-shard-size", "1MB", "--verify"], ["--inspect"]], ids=["merge", "inspect"])
+def test_a_low_limit_of_open_files_is_raised(args: list[str], checkpoint: Path, samples: dict[str, Sample],
+                                             tmp_path: Path) -> None:
+    import resource
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    source = samples["HSDP, 2 x 3 ranks, tied"].actor if args == ["--inspect"] else checkpoint
+    run = run_program("--local-dir",
+                      source,
+                      "--save-dir",
+                      tmp_path / "out",
+                      *args,
+                      program=unchecked(),
+                      preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (8, hard)))
+    assert run.code == 0, run.err
+
+
 def test_a_second_merge_into_the_same_folder_is_refused(checkpoint: Path, tmp_path: Path,
                                                         started: list[subprocess.Popen[str]]) -> None:
     args = ["--local-dir", checkpoint, "--save-dir", tmp_path / "out"]
@@ -209,6 +297,59 @@ def test_a_run_cleans_up_after_a_killed_one(checkpoint: Path, tmp_path: Path,
     assert len(hidden(tmp_path)) == 1
     assert run_program(*args, program=unchecked()).code == 0
     assert hidden(tmp_path) == [] and len(weights(tmp_path / "out")) == TENSORS
+
+
+# Two renames in place of an exchange, as on NFS; the second does what {what} says.
+TWO_RENAMES = """
+import os, signal
+from merger import publish
+publish.exchange = lambda a, b: False
+rename, kill = os.rename, lambda: os.kill(os.getpid(), signal.SIGKILL)
+def fault(): raise OSError(5, "Input/output error", "the disk")
+os.rename = lambda a, b: {what}() if not str(a).endswith(".old") and str(b) == {target!r} else rename(a, b)
+"""
+
+
+@pytest.mark.parametrize("default", [True, False], ids=["the default target", "another target"])
+def test_a_folder_lost_to_a_kill_between_two_renames_comes_back(default: bool, checkpoint: Path,
+                                                                tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "actor")
+    target = tmp_path / ("actor/huggingface" if default else "out")
+    args = ["--local-dir", tmp_path / "actor", "--save-dir", target, "--force"]
+    assert run_program(*args, "--dtype", "float16", program=unchecked()).code == 0
+    (target / "note.txt").write_text("mine")
+    old = state_of(target)
+    killed = run_program(*args, program=unchecked(TWO_RENAMES.format(what="kill", target=str(target))))
+    assert killed.code == -signal.SIGKILL and not target.exists()
+    again = run_program(*args, "--dtype", "none", program=unchecked())
+    assert again.code == 2 and not target.exists()  # what is no merge at all puts nothing back
+    refused = run_program(*[arg for arg in args if arg != "--force"], program=unchecked())
+    assert refused.code == 2 and "--force" in refused.err and state_of(target) == old
+    assert run_program(*args, program=unchecked()).code == 0
+    assert hidden(target.parent) == [] and (target / "note.txt").read_text() == "mine"
+    assert {tensor.dtype for tensor in weights(target).values()} == {torch.bfloat16}
+
+
+def test_a_fault_between_two_renames_changes_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    args = ["--local-dir", checkpoint, "--save-dir", tmp_path / "out", "--force"]
+    assert run_program(*args, "--dtype", "float16", program=unchecked()).code == 0
+    with untouched(tmp_path):
+        run = run_program(*args, program=unchecked(TWO_RENAMES.format(what="fault", target=str(tmp_path / "out"))))
+        assert "Input/output error" in run.refusal
+
+
+def test_what_comes_to_the_target_while_a_merge_runs_stays(checkpoint: Path, tmp_path: Path,
+                                                           started: list[subprocess.Popen[str]]) -> None:
+    models = tmp_path / "models"
+    args = ["--local-dir", checkpoint, "--force", "--save-dir"]
+    assert run_program(*args, models, "--dtype", "float16", program=unchecked()).code == 0
+    slow = start(started, *args, models, program=unchecked(SLOW_WRITES))
+    wait_for_staging(tmp_path, slow)
+    assert run_program(*args, models / "other", program=unchecked()).code == 0
+    (models / "note.txt").write_text("mine")
+    assert slow.wait(timeout=60) == 0
+    assert (models / "note.txt").read_text() == "mine"
+    assert differences(weights(models), weights(models / "other")) == [] and hidden(tmp_path) == []
 
 
 # A full disk
@@ -349,3 +490,40 @@ def test_no_write_permission_is_refused(what: str, bound: Callable[[Path, int], 
                       preexec_fn=obey_permissions)
     assert str(tmp_path / "saves") in run.refusal and "Permission denied" in run.err
     assert listing(tmp_path / "saves") == {}
+
+
+def test_a_read_only_folder_in_the_target_leaves_nothing_behind(bound: Callable[[Path, int], None],
+                                                                samples: dict[str, Sample], tmp_path: Path) -> None:
+    (tmp_path / "out/runs/deep").mkdir(parents=True)
+    (tmp_path / "out/runs/deep/log").touch(0o444)
+    bound(tmp_path / "out/runs/deep", 0o555)
+    bound(tmp_path / "out/runs", 0o555)
+    for _ in range(2):
+        run = run_program("--local-dir",
+                          samples["FSDP1, 4 ranks"].actor,
+                          "--save-dir",
+                          tmp_path / "out",
+                          "--force",
+                          program=unchecked(),
+                          preexec_fn=obey_permissions)
+        assert run.code == 0, run.err
+        assert hidden(tmp_path) == [] and (tmp_path / "out/runs/deep/log").is_file()
+        assert (tmp_path / "out/runs").stat().st_mode & 0o777 == 0o555
+
+
+def test_a_read_only_file_in_the_checkpoint_s_folder_is_no_hindrance(bound: Callable[[Path, int], None],
+                                                                     spoil: Callable[..., Sample],
+                                                                     tmp_path: Path) -> None:
+    sample = spoil("FSDP1, 4 ranks")
+    (sample.huggingface / "code").mkdir()
+    (sample.huggingface / "code/a.py").touch()
+    bound(sample.huggingface / "code/a.py", 0o444)
+    for _ in range(2):
+        run = run_program("--local-dir",
+                          sample.actor,
+                          "--save-dir",
+                          tmp_path / "out",
+                          "--force",
+                          program=unchecked(),
+                          preexec_fn=obey_permissions)
+        assert run.code == 0, run.err

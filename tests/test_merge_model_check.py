@@ -119,11 +119,27 @@ def test_the_complaint_names_the_culprit(config: dict[str, Any], verdict: Verdic
     assert found is None if text is None else re.search(text, found or "")
 
 
+def test_without_a_home_nothing_is_remembered(asked: list[Any], tmp_path: Path,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    import pwd
+
+    def no_entry(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", no_entry)
+    for _ in range(2):
+        assert ask(tmp_path / "model", SHAPES, False).transformers == "5.0"
+    assert len(asked) == 2
+
+
 def test_custom_code_runs_only_when_trusted(spoil: Callable[..., Sample], tmp_path: Path) -> None:
     """The checkpoint brings a class of its own; trusted, it is built and its keys are checked."""
     sample, trace = spoil("FSDP1, 4 ranks"), tmp_path / "trace"
     (sample.huggingface / "modeling_own.py").write_text(
-        f"import pathlib\npathlib.Path({str(trace)!r}).touch()\n"
+        f"import os, pathlib\npathlib.Path({str(trace)!r}).touch()\n"
+        "print('hello')\nos.write(1, b'hello')\nos.system('echo hello')\n"
         "from transformers import Qwen2Config, Qwen2ForCausalLM\n"
         "class OwnConfig(Qwen2Config):\n    model_type = 'own'\n"
         "class OwnForCausalLM(Qwen2ForCausalLM):\n    config_class = OwnConfig\n")

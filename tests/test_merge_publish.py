@@ -1,11 +1,14 @@
 """Putting a finished folder in place: which files are weights, the exchange, and what stays beside them."""
+import errno
 import os
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
+from fsdp_samples import skip_or_fail
 from merger import MergeError, publish
-from merging import listing
+from merging import listing, untouched
 
 
 @pytest.mark.parametrize("name", [
@@ -31,21 +34,26 @@ def folder(path: Path, **files: str) -> Path:
     return path
 
 
-def test_two_folders_change_places(tmp_path: Path) -> None:
-    a, b = folder(tmp_path / "a", x="1", only_a=""), folder(tmp_path / "b", x="2")
-    publish.exchange(a, b)
-    assert listing(a) == {"x": b"2"} and listing(b) == {"x": b"1", "only_a": b""}
-
-
-def test_they_do_where_the_system_has_no_such_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    a, b = folder(tmp_path / "a", x="1"), folder(tmp_path / "b", x="2")
+@pytest.fixture
+def no_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system, or the file system, cannot exchange two folders."""
 
     def no_library(*_: object, **__: object) -> None:
         raise OSError("no C library")
 
     monkeypatch.setattr(publish.ctypes, "CDLL", no_library)
-    publish.exchange(a, b)
-    assert listing(tmp_path) == {"a": None, "a/x": b"2", "b": None, "b/x": b"1"}
+
+
+def test_two_folders_change_places(tmp_path: Path) -> None:
+    a, b = folder(tmp_path / "a", x="1", only_a=""), folder(tmp_path / "b", x="2")
+    assert publish.exchange(a, b)
+    assert listing(a) == {"x": b"2"} and listing(b) == {"x": b"1", "only_a": b""}
+
+
+def test_a_system_that_cannot_exchange_says_so(tmp_path: Path, no_exchange: None) -> None:
+    a, b = folder(tmp_path / "a", x="1"), folder(tmp_path / "b", x="2")
+    assert not publish.exchange(a, b)
+    assert listing(tmp_path) == {"a": None, "a/x": b"1", "b": None, "b/x": b"2"}
 
 
 def test_an_exchange_that_fails_changes_nothing(tmp_path: Path) -> None:
@@ -53,6 +61,30 @@ def test_an_exchange_that_fails_changes_nothing(tmp_path: Path) -> None:
     with pytest.raises(OSError):
         publish.exchange(a, tmp_path / "nowhere")
     assert listing(tmp_path) == {"a": None, "a/x": b"1"}
+
+
+@pytest.mark.parametrize("way", ["in one step", "in two renames"])
+def test_a_folder_takes_the_place_of_another(way: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if way == "in two renames":
+        request.getfixturevalue("no_exchange")
+    publish.replace(folder(tmp_path / "new", x="new"), folder(tmp_path / "out", x="old"), tmp_path / "aside")
+    assert listing(tmp_path) == {"out": None, "out/x": b"new", "aside": None, "aside/x": b"old"}
+
+
+@pytest.mark.parametrize("fault", [OSError(5, "Input/output error"), KeyboardInterrupt()], ids=["a fault", "Ctrl-C"])
+def test_the_first_of_two_renames_is_undone_where_the_second_fails(fault: BaseException, tmp_path: Path,
+                                                                   no_exchange: None,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    new, out, rename = folder(tmp_path / "new", x="new"), folder(tmp_path / "out", x="old"), os.rename
+
+    def fail(source: Path, place: Path) -> None:
+        if source == new:
+            raise fault
+        rename(source, place)
+
+    monkeypatch.setattr(os, "rename", fail)
+    with untouched(tmp_path), pytest.raises(type(fault)):
+        publish.replace(new, out, tmp_path / "aside")
 
 
 def test_a_staged_folder_becomes_the_target(tmp_path: Path) -> None:
@@ -63,8 +95,17 @@ def test_a_staged_folder_becomes_the_target(tmp_path: Path) -> None:
     assert listing(tmp_path / "deep/er") == {"out": None, "out/x": b"new"}
 
 
+def test_folders_made_for_a_target_that_is_never_published_go_again(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    with pytest.raises(ValueError), publish.Staging(tmp_path / "deep/er/still/out"):
+        raise ValueError
+    with pytest.raises(MergeError, match="cannot write"), publish.Staging(tmp_path / "deep/er" / ("n" * 250)):
+        pass
+    assert listing(tmp_path) == {"deep": None}
+
+
 def test_a_staged_folder_replaces_the_target_and_keeps_its_mode(tmp_path: Path) -> None:
-    folder(tmp_path / "out", x="old", stale="").chmod(0o2750)
+    folder(tmp_path / "out", **{"x": "old", "pytorch_model.bin": ""}).chmod(0o2750)
     with publish.Staging(tmp_path / "out") as staging:
         (staging.folder / "x").write_text("new")
         staging.publish()
@@ -92,13 +133,96 @@ def test_a_second_staging_is_refused_while_the_first_lives(tmp_path: Path) -> No
         pass
 
 
-def test_leftovers_of_dead_merges_go_and_others_stay(tmp_path: Path) -> None:
-    folder(tmp_path / ".out.merging-4000001", x="")
+@pytest.mark.parametrize("name", ["out", "out[1]", "*"])
+def test_leftovers_of_dead_merges_go_and_others_stay(name: str, tmp_path: Path) -> None:
+    folder(tmp_path / f".{name}.merging-4000001", x="")
     folder(tmp_path / ".out2.merging-4000001", x="")
     folder(tmp_path / ".out.mine", x="")
-    with publish.Staging(tmp_path / "out"):
+    with publish.Staging(tmp_path / name):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.mine", ".out2.merging-4000001"]
+
+
+def test_a_leftover_stays_where_it_cannot_be_told_whether_a_merge_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                        capsys: pytest.CaptureFixture[str]) -> None:
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr(publish.fcntl, "flock", no_locks)
+    theirs = folder(tmp_path / f".out.merging-{os.getpid()}", x="half a model")  # numbers repeat between containers
+    with publish.Staging(tmp_path / "out") as staging:
+        (staging.folder / "x").write_text("new")
+        staging.publish()
+    assert listing(tmp_path) == {theirs.name: None, f"{theirs.name}/x": b"half a model", "out": None, "out/x": b"new"}
+    assert f"left {theirs}" in capsys.readouterr().err
+
+
+def test_a_folder_that_a_dead_merge_moved_aside_comes_back(tmp_path: Path) -> None:
+    folder(tmp_path / ".out.merging-4000001.old", x="old")
+    folder(tmp_path / ".out.merging-4000001", x="half a model")
+    publish.restore(tmp_path / "out")
+    assert (tmp_path / "out/x").read_text() == "old"
+    with publish.Staging(tmp_path / "out"):
+        pass
+    assert listing(tmp_path) == {"out": None, "out/x": b"old"}
+
+
+def test_a_folder_that_a_live_merge_moved_aside_stays_there(tmp_path: Path) -> None:
+    aside = folder(tmp_path / ".out.merging-4000001.old", x="old")
+    lock = os.open(aside, os.O_RDONLY)
+    publish.fcntl.flock(lock, publish.fcntl.LOCK_EX)
+    with untouched(tmp_path):
+        publish.restore(tmp_path / "out")
+        with pytest.raises(MergeError, match=r"another merge is writing .*/out \(process 4000001\)"):
+            publish.Staging(tmp_path / "out").__enter__()
+    os.close(lock)
+
+
+@pytest.mark.parametrize("way", ["in one step", "in two renames", "with the end left to the next merge"])
+def test_what_comes_to_the_target_while_a_merge_runs_stays(way: str, tmp_path: Path, request: pytest.FixtureRequest,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    if way == "in two renames":
+        request.getfixturevalue("no_exchange")
+    out = folder(tmp_path / "out", **{"model.safetensors": "old", "config.json": "old", "mine": "1"})
+    folder(out / "runs", first="1")
+    with monkeypatch.context() as patch, publish.Staging(out) as staging:
+        if way == "with the end left to the next merge":
+            patch.setattr(publish, "_retire", lambda *_: None)
+        (staging.folder / "config.json").write_text("new")
+        (staging.folder / "model-00001-of-00001.safetensors").write_text("new")
+        publish.keep_companions(out, staging.folder)
+        (out / "note.txt").write_text("2")
+        (out / "runs/second").write_text("2")
+        folder(out / "other", **{"model.safetensors": "another merge's"})
+        for name in ("pytorch_model.bin", "merge.json", "adapter_config.json"):
+            (out / name).write_text("of what is replaced")
+        staging.publish()
+    if way == "with the end left to the next merge":
+        with publish.Staging(out):
+            pass
+    assert listing(tmp_path) == {
+        "out": None, "out/model-00001-of-00001.safetensors": b"new", "out/config.json": b"new", "out/mine": b"1",
+        "out/runs": None, "out/runs/first": b"1", "out/runs/second": b"2", "out/note.txt": b"2", "out/other": None,
+        "out/other/model.safetensors": b"another merge's"}  # yapf: disable
+
+
+def test_what_cannot_be_moved_to_the_target_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                           capsys: pytest.CaptureFixture[str]) -> None:
+    out, rename = folder(tmp_path / "out", x="old"), os.rename
+
+    def refuse(source: Path, place: Path) -> None:
+        if source.name == "note.txt":
+            raise PermissionError(errno.EACCES, "Permission denied", str(source))
+        rename(source, place)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with publish.Staging(out) as staging:
+        (out / "note.txt").write_text("mine")
+        staging.publish()
+    assert (staging.aside / "note.txt").read_text() == "mine"
+    (line, ) = capsys.readouterr().err.splitlines()
+    assert f"left {staging.aside}" in line and "Permission denied" in line
 
 
 def test_a_target_may_be_a_link_to_a_folder(tmp_path: Path) -> None:
@@ -120,26 +244,114 @@ def test_a_target_that_holds_the_checkpoint_is_refused(tmp_path: Path) -> None:
     publish.check_target(tmp_path / "step/actor2", [actor])
 
 
+@pytest.mark.parametrize("below", ["out", "out/deep/er disk"])
+def test_a_target_with_a_mount_point_is_refused(below: str, tmp_path: Path) -> None:
+    out, point = tmp_path / "out", tmp_path / below
+    point.mkdir(parents=True)
+    folder(tmp_path / "elsewhere", x="")
+    bind = subprocess.run(["mount", "--bind", tmp_path / "elsewhere", point], capture_output=True, text=True)
+    if bind.returncode:
+        skip_or_fail(f"nothing can be mounted here (it takes root): {bind.stderr.strip()}")
+    try:
+        (tmp_path / "link").symlink_to(out)
+        for target in (out, tmp_path / "link"):
+            with pytest.raises(MergeError, match=f"{target} (is a mount|has the mount point {point} in it)"):
+                publish.check_replaceable(target)
+        publish.check_replaceable(tmp_path / "out2")
+    finally:
+        subprocess.run(["umount", point], check=True)
+    publish.check_replaceable(out)
+
+
+def test_mount_points_are_found_without_a_table_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder(tmp_path / "out/a/disk")
+
+    def no_table(_: Path) -> bytes:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_bytes", no_table)
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "disk")
+    with pytest.raises(MergeError, match="out/a/disk"):
+        publish.check_replaceable(tmp_path / "out")
+
+
+def test_a_target_that_holds_the_current_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = folder(tmp_path / "out/deep")
+    folder(tmp_path / "gone")
+    monkeypatch.chdir(here)
+    for target in (Path("."), here, Path(".."), tmp_path / "out"):
+        with pytest.raises(MergeError, match="holds the current folder"):
+            publish.check_replaceable(target)
+    for target in (Path("below"), tmp_path / "out2", here / "below"):
+        publish.check_replaceable(target)
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    publish.check_replaceable(tmp_path / "out")
+
+
 def test_companions_are_copied_and_weights_are_not(tmp_path: Path) -> None:
     source = folder(tmp_path / "source", **{"config.json": "{}", "model.safetensors": "w", "merge.json": "{}",
-                                             ".hidden": "", "tokenizer.json": "t"})  # yapf: disable
+                                             "adapter_config.json": "{}", ".hidden": "", "tokenizer.json": "t"})  # yapf: disable
     folder(source / "code", **{"a.py": "a"})
     folder(source / "code/__pycache__", **{"a.pyc": "a"})
+    (source / "code").chmod(0o550)
     (source / "link.txt").symlink_to(source / "tokenizer.json")
     os.chmod(source / "tokenizer.json", 0o640)
     staging = folder(tmp_path / "staging")
-    publish.copy_companions(source, staging)
+    publish.copy_companions(source, staging, tmp_path / "out")
     assert listing(staging) == {"config.json": b"{}", "tokenizer.json": b"t", "link.txt": b"t", "code": None,
                                 "code/a.py": b"a"}  # yapf: disable
     assert not (staging / "link.txt").is_symlink()
     assert stat.S_IMODE((staging / "tokenizer.json").stat().st_mode) == 0o640
+    assert stat.S_IMODE((staging / "code").stat().st_mode) == 0o550
+
+
+def test_from_beside_the_ranks_files_only_plain_files_are_copied(tmp_path: Path) -> None:
+    actor = folder(tmp_path / "actor", **{
+        "model_world_size_1_rank_0.pt": "", "optim_world_size_1_rank_0.pt": "", "extra_state_world_size_1_rank_0.pt": "",
+        "config.json": "{}", "tokenizer.json": "t"})  # yapf: disable
+    folder(actor / "huggingface", **{"vocab.json": "{}"})
+    staging = folder(tmp_path / "staging")
+    publish.copy_companions(actor, staging, actor / "huggingface")
+    assert listing(staging) == {"config.json": b"{}", "tokenizer.json": b"t"}
+
+
+@pytest.mark.parametrize("target", ["bf16", "merged/bf16"])
+def test_a_target_inside_the_companions_is_not_copied_into_itself(target: str, tmp_path: Path) -> None:
+    source = folder(tmp_path / "huggingface", **{"config.json": "{}"})
+    folder(source / target, **{"model.safetensors": "w"})
+    folder(source / "code", **{"a.py": "a"})
+    (source / "again").symlink_to(source / target)
+    staging = folder(tmp_path / "staging")
+    publish.copy_companions(source, staging, source / target)
+    assert listing(staging) == {"config.json": b"{}", "code": None, "code/a.py": b"a"}
+
+
+def test_a_target_that_is_the_companions_folder_needs_no_copy(tmp_path: Path) -> None:
+    source = folder(tmp_path / "huggingface", **{"config.json": "{}"})
+    (tmp_path / "link").symlink_to(source)
+    assert list(publish.companions(source, tmp_path / "link")) == []
 
 
 def test_what_lies_in_the_target_is_kept_and_never_written_through(tmp_path: Path) -> None:
     target = folder(tmp_path / "out", **{"config.json": "old", "notes.md": "mine", "model.safetensors": "w"})
-    folder(target / "runs", log="events")
+    (target / "adapter_config.json").write_text("of an adapter that goes")
+    folder(target / "runs", log="events").chmod(0o550)
     staging = folder(tmp_path / "staging")
     publish.keep_companions(target, staging)
     assert listing(staging) == {"config.json": b"old", "notes.md": b"mine", "runs": None, "runs/log": b"events"}
     publish.write_file(staging / "config.json", b"new")
     assert (target / "config.json").read_text() == "old" and (staging / "config.json").read_text() == "new"
+
+
+def test_what_is_in_the_staging_already_is_not_taken_from_the_target(tmp_path: Path) -> None:
+    elsewhere = folder(tmp_path / "elsewhere", a="theirs")
+    target, staging = folder(tmp_path / "out", x="old"), folder(tmp_path / "staging", x="new")
+    folder(target / "code", a="old", b="old")
+    folder(staging / "code", a="new")
+    folder(staging / "tools", a="new")
+    (target / "tools").symlink_to(elsewhere)
+    with untouched(target, elsewhere):
+        publish.keep_companions(target, staging)
+    assert listing(staging) == {"x": b"new", "code": None, "code/a": b"new", "code/b": b"old", "tools": None,
+                                "tools/a": b"new"}  # yapf: disable

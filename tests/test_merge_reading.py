@@ -2,8 +2,10 @@
 import argparse
 import collections
 import json
+import math
 import pickle
 import resource
+import shutil
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -77,6 +79,34 @@ def test_ranks_of_several_folders_are_one_checkpoint(tmp_path: Path) -> None:
     found = find_checkpoint([str(first), str(second), str(first)])
     assert found.folders == (first, second) and found.missing == [3]
     assert {rank: path.parent.name for rank, path in found.paths.items()} == {0: "a", 1: "b", 2: "a"}
+
+
+def test_one_file_by_two_names_is_no_rank_twice(tmp_path: Path) -> None:
+    first, links = ranks(tmp_path / "a"), tmp_path / "links"
+    (tmp_path / "b").symlink_to(first)
+    links.mkdir()
+    for path in first.iterdir():
+        (links / path.name).symlink_to(path)
+    found = find_checkpoint([str(first), str(tmp_path / "links/../a"), str(tmp_path / "b"), str(links)])
+    assert found.folders == (first, links) and {path.parent for path in found.paths.values()} == {first}
+    shutil.copy(first / "model_world_size_2_rank_1.pt", links / "copy")
+    (links / "copy").rename(links / "model_world_size_2_rank_1.pt")
+    with pytest.raises(MergeError, match="rank 1 is there twice"):
+        find_checkpoint([str(first), str(links)])
+
+
+def test_a_name_that_claims_a_huge_world_costs_no_time(tmp_path: Path) -> None:
+    (tmp_path / "model_world_size_99999999999_rank_9.pt").touch()
+    found = find_checkpoint([str(tmp_path)])
+    assert found.missing == list(range(8))
+    assert found.missing_text == "0, 1, 2, 3, 4, 5, 6, 7 and 99999999990 more"
+
+
+@pytest.mark.parametrize("world", ["1e999", "NaN", "null", '"many"', "[]"])
+def test_an_fsdp_config_without_a_proper_world_size_is_refused(world: str, tmp_path: Path) -> None:
+    (ranks(tmp_path) / "fsdp_config.json").write_text(f'{{"world_size": {world}}}')
+    with pytest.raises(MergeError, match="names no world_size"):
+        find_checkpoint([str(tmp_path)])
 
 
 def test_fsdp_config_decides_between_two_world_sizes(tmp_path: Path) -> None:
@@ -242,6 +272,18 @@ def test_state_dicts_that_hold_no_weights_are_refused(content: Any, tmp_path: Pa
         read_checkpoint(find_checkpoint([str(tmp_path)]))
 
 
+def test_a_state_dict_whose_methods_were_replaced_is_read(tmp_path: Path) -> None:
+    from merger.checkpoint import read_checkpoint
+
+    class Replaced(dict[str, torch.Tensor]):
+
+        def __reduce__(self) -> Any:
+            return collections.OrderedDict, (), {"items": "replaced"}, None, iter(self.items())
+
+    torch.save(Replaced(x=torch.ones(2)), tmp_path / "model_world_size_1_rank_0.pt")
+    assert list(read_checkpoint(find_checkpoint([str(tmp_path)])).tensors) == ["x"]
+
+
 @pytest.mark.parametrize(("key", "name"), [
     ("model.layers.0.mlp.weight", "model.layers.0.mlp.weight"),
     ("_orig_mod.model.norm.weight", "model.norm.weight"),
@@ -262,10 +304,16 @@ def test_sizes_are_read_as_they_are_written(text: str, count: int) -> None:
     assert cli.byte_count(text) == count
 
 
-@pytest.mark.parametrize("text", ["", "GB", "5 potatoes", "-1GB", "0", "0.1B", "1e9", "5GBB", "nan", "٣GB x"])
+@pytest.mark.parametrize("text", ["", "GB", "5 potatoes", "-1GB", "0", "0.1B", "1e9", "5GBB", "nan", "٣GB x", "9" * 400])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="is no size"):
         cli.byte_count(text)
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "1e999", "much", ""])
+def test_what_is_no_alpha_is_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="is no alpha"):
+        cli.lora_alpha(text)
 
 
 @pytest.mark.parametrize("text", ["0", "257", "-1", "two", "1.5"])
@@ -331,7 +379,7 @@ def test_two_adapters_are_refused(spoil: Callable[..., Any]) -> None:
 def test_a_json_record_that_is_no_object_is_refused(spoil: Callable[..., Any]) -> None:
     from merging import merge
     sample = spoil("LoRA, FSDP1")
-    for text in ("[]", "{", json.dumps({"r": 8, "lora_alpha": "many"})):
+    for text in ("[]", "{", *(json.dumps({"r": 8, "lora_alpha": alpha}) for alpha in ("many", math.nan, 10**400))):
         (sample.actor / "lora_train_meta.json").write_text(text)
         assert "lora_train_meta.json" in merge("--local-dir", sample.actor, "--lora", "fuse").refusal
 

@@ -1,4 +1,5 @@
 """Faulty checkpoints and wrong folders: exit code 2, one line that names the culprit, nothing written."""
+import argparse
 import json
 import os
 import pickle
@@ -359,6 +360,66 @@ def test_every_copy_of_three_tied_weights_is_compared(differing: str, tmp_path: 
     assert f"ties {differing} to a" in refusal
 
 
+@pytest.mark.parametrize("choice", [None, "drop", "keep"])
+def test_lora_on_a_tied_head_is_never_dropped(choice: str | None, tmp_path: Path,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    import merging
+    from merger.model_check import Verdict
+    monkeypatch.setattr(merging, "ask_here", lambda *question: Verdict(tied=[[EMBEDDING, HEAD]]))
+    table, a, b = torch.arange(12.0).reshape(3, 4), torch.ones(2, 4), torch.ones(3, 2)
+    (tmp_path / "actor/huggingface").mkdir(parents=True)
+    (tmp_path / "actor/huggingface/config.json").write_text('{"tie_word_embeddings": true}')
+    torch.save({f"base_model.model.{EMBEDDING}": table, "base_model.model.lm_head.base_layer.weight": table.clone(),
+                "base_model.model.lm_head.lora_A.default.weight": a,
+                "base_model.model.lm_head.lora_B.default.weight": b},
+               tmp_path / "actor/model_world_size_1_rank_0.pt")  # yapf: disable
+    args = ["--local-dir", tmp_path / "actor", "--save-dir", tmp_path / "out", "--lora", "fuse", "--lora-alpha", "8",
+            "--dtype", "keep", "--verify", *(["--tied-weights", choice] if choice else [])]  # yapf: disable
+    if choice == "keep":
+        assert merge(*args).code == 0
+        assert differences(weights(tmp_path / "out"), {EMBEDDING: table, HEAD: table + 4 * (b @ a)}) == []
+        assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
+    else:
+        with untouched(tmp_path):
+            refusal = merge(*args).refusal
+        assert HEAD in refusal and EMBEDDING in refusal and "--tied-weights keep" in refusal
+
+
+# Comparing what was merged before
+
+
+def test_comparing_takes_no_room_and_no_config_of_the_checkpoint(spoil: Callable[..., Sample], tmp_path: Path,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    from merger import job
+    sample = spoil("FSDP1, 4 ranks, tied")
+    args = ["--local-dir", sample.actor, "--save-dir", tmp_path / "out"]
+    assert merge(*args).code == 0
+    shutil.rmtree(sample.huggingface)
+    monkeypatch.setattr(job, "free_bytes", lambda target: 0)
+    assert merge(*args, "--verify-only", "--json").record()["verified"]
+    assert "config.json" in merge(*args, "--force").refusal
+
+
+@pytest.mark.parametrize("change", ["the first byte", "both bytes", "the shape", "a negative byte"])
+def test_a_header_that_places_a_tensor_wrongly_is_refused(change: str, spoil: Callable[..., Sample],
+                                                          tmp_path: Path) -> None:
+    args = ["--local-dir", spoil("FSDP1, 4 ranks").actor, "--save-dir", tmp_path / "out"]
+    assert merge(*args).code == 0
+    path = tmp_path / "out/model.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:8 + length])
+    entry = header[max((name for name in header if name != "__metadata__"), key=lambda n: header[n]["data_offsets"])]
+    first, last = entry["data_offsets"]
+    entry["data_offsets"] = {"the first byte": [first + 1, last], "both bytes": [first - 2, last - 2],
+                             "a negative byte": [-2, last - first - 2]}.get(change, [first, last])  # yapf: disable
+    if change == "the shape":
+        entry["shape"][0] += 1
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length:])
+    assert str(path) in merge(*args, "--verify-only").refusal
+
+
 # Output that exists
 
 
@@ -380,6 +441,81 @@ def test_force_keeps_what_a_merge_did_not_write(samples: dict[str, Sample], tmp_
     (tmp_path / "out/NOTES.md").write_text("mine")
     merge(*args, "--force").record()
     assert (tmp_path / "out/NOTES.md").read_text() == "mine"
+
+
+def test_a_refused_merge_changes_nothing_in_the_subfolders_of_the_earlier_one(spoil: Callable[..., Sample],
+                                                                              tmp_path: Path) -> None:
+    sample = spoil("FSDP1, 4 ranks")
+    (sample.huggingface / "code").mkdir()
+    (sample.huggingface / "code/a.py").write_text("v1")
+    args = ["--local-dir", sample.actor, "--save-dir", tmp_path / "out", "--json"]
+    merge(*args).record()
+    (sample.huggingface / "code/a.py").write_text("v2")
+    edit_rank(sample.rank(1), put(float("nan")))
+    with untouched(tmp_path):
+        assert "1 NaN" in merge(*args, "--force").refusal
+    merge(*args, "--force", "--allow", "nonfinite").record()
+    assert (tmp_path / "out/code/a.py").read_text() == "v2"
+
+
+@pytest.mark.parametrize("spelling", ["{actor}/huggingface", "{link}/huggingface", "{link}/../actor/huggingface"])
+def test_the_default_target_may_be_named_in_any_way(spelling: str, spoil: Callable[..., Sample],
+                                                    tmp_path: Path) -> None:
+    sample = spoil("FSDP1, 4 ranks")
+    (sample.huggingface / "code").mkdir()
+    (sample.huggingface / "code/a.py").write_text("v1")
+    (tmp_path / "link").symlink_to(sample.actor)
+    before = listing(sample.huggingface)
+    target = spelling.format(actor=sample.actor, link=tmp_path / "link")
+    merge("--local-dir", os.path.relpath(sample.actor), "--save-dir", target, "--json").record()
+    after = listing(sample.huggingface)
+    assert {*after} == {*before, "model.safetensors", "merge.json"} and after["code/a.py"] == b"v1"
+
+
+def test_a_target_inside_the_checkpoint_s_folder_does_not_nest(spoil: Callable[..., Sample]) -> None:
+    sample = spoil("FSDP1, 4 ranks")
+    args = ["--local-dir", sample.actor, "--save-dir", sample.huggingface / "merged/bf16", "--force", "--json"]
+    merge(*args).record()
+    first = set(listing(sample.huggingface))
+    merge(*args).record()
+    assert set(listing(sample.huggingface)) == first and "merged/bf16/merged" not in first
+
+
+@pytest.mark.parametrize("target", [None, "out"], ids=["the default target", "another target"])
+def test_a_config_beside_the_ranks_does_not_bring_the_shards_along(target: str | None, samples: dict[str, Sample],
+                                                                   tmp_path: Path) -> None:
+    actor = tmp_path / "actor"
+    shutil.copytree(samples["FSDP1, 4 ranks"].actor, actor)
+    shutil.move(actor / "huggingface/config.json", actor)
+    (actor / "huggingface/tokenizer.json").write_text("{}")
+    assert list(actor.glob("optim_*"))
+    where = ["--save-dir", tmp_path / target] if target else []
+    merge("--local-dir", actor, *where, "--json").record()
+    found = listing(tmp_path / target if target else actor / "huggingface")
+    assert {"config.json", "model.safetensors", "merge.json"} <= set(found)
+    assert not [name for name in found if name.endswith(".pt") or name == "huggingface"]
+
+
+def test_the_files_that_a_model_takes_along_need_space_too(spoil: Callable[..., Sample], tmp_path: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = spoil("FSDP1, 4 ranks")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=8_000_000))
+    (sample.huggingface / "code").mkdir()
+    (sample.huggingface / "code/data.bin").write_bytes(bytes(8_000_000))
+    args = ["--local-dir", sample.actor, "--save-dir"]
+    with untouched(tmp_path):
+        assert "8 MB are free; free space" in merge(*args, tmp_path / "out").refusal
+    merge(*args, sample.huggingface, "--json").record()  # where they are already
+
+
+def test_a_model_merged_over_its_adapter_is_no_adapter(spoil: Callable[..., Sample], tmp_path: Path) -> None:
+    args = ["--local-dir", spoil("LoRA, FSDP1").actor, "--save-dir", tmp_path / "out", "--json"]
+    merge(*args, "--lora", "adapter").record()
+    assert (tmp_path / "out/adapter_config.json").is_file()
+    merge(*args, "--lora", "fuse", "--force").record()
+    assert not [name for name in listing(tmp_path / "out") if name.startswith("adapter")]
+    merge(*args, "--lora", "adapter", "--force").record()
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(listing(tmp_path / "out"))
 
 
 # Folders and flags that cannot be meant
@@ -430,6 +566,23 @@ def test_the_same_rank_in_two_folders_is_refused(spoil: Callable[..., Sample], t
     assert "rank 1 is there twice" in refusal
 
 
+@pytest.mark.parametrize("mode", [[], ["--dry-run"]], ids=["a merge", "a plan"])
+def test_the_current_folder_is_refused_as_a_target(mode: list[str], spoil: Callable[..., Sample],
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = spoil()
+    monkeypatch.chdir(sample.huggingface)
+    with untouched(sample.actor):
+        assert "holds the current folder" in merge("--local-dir", "..", "--save-dir", ".", *mode).refusal
+
+
+def test_from_within_a_merged_folder_it_can_be_verified(spoil: Callable[..., Sample],
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = spoil()
+    merge("--local-dir", sample.actor, "--json").record()
+    monkeypatch.chdir(sample.huggingface)
+    assert merge("--local-dir", sample.actor, "--save-dir", ".", "--verify-only", "--json").record()["verified"]
+
+
 def test_a_mount_point_is_refused_as_a_target(samples: dict[str, Sample]) -> None:
     if not os.path.ismount("/proc"):
         pytest.skip("no /proc here")
@@ -449,6 +602,8 @@ def test_a_mount_point_is_refused_as_a_target(samples: dict[str, Sample]) -> Non
     ["--dry-run", "--verify-only"],
     ["--hf-token", "hf_secret"],
     ["--lora-alpha", "much"],
+    ["--lora-alpha", "0"],
+    ["--max-shard-size", "9" * 400],
 ], ids=" ".join)  # yapf: disable
 def test_a_flag_that_makes_no_sense_is_refused(args: list[str], samples: dict[str, Sample], tmp_path: Path) -> None:
     with untouched(tmp_path):

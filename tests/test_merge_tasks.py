@@ -168,6 +168,29 @@ def test_every_flag_of_every_task_is_explained() -> None:
     assert all(len((ns[name].__doc__ or "x" * 60).splitlines()[0]) < 60 for name in ns.task_names)
 
 
+@pytest.mark.parametrize(("installed", "said"), [
+    (True, "merge: running with --runner local: this Python has all that it needs\n"),
+    (False, "merge: running with --runner docker: this Python lacks numpy, rich\n"),
+], ids=["installed", "not installed"])  # yapf: disable
+def test_auto_says_what_it_took_and_why(installed: bool, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                        capfd: pytest.CaptureFixture[str]) -> None:
+    import tasks.merge
+    monkeypatch.setattr(tasks.merge, "find_spec", lambda name: installed or name not in ("numpy", "rich"))
+    monkeypatch.setattr(tasks.merge, "run_in_container", lambda *_: None)
+    assert invoke("--dry", "merge", "--local-dir", tmp_path, "--json") == 0
+    shown = capfd.readouterr()
+    assert shown.err == said and "merge: " not in shown.out
+    assert invoke("--dry", "merge", "--local-dir", tmp_path, "--runner", "local") == 0
+    assert capfd.readouterr().err == ""
+
+
+def test_a_save_folder_that_cannot_be_made_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert invoke("merge", "--runner", "docker", "--local-dir", tmp_path, "--save-dir", tmp_path / "file/x/out") == 2
+    (line, ) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"merge: cannot make {tmp_path / 'file/x'}: ") and "--save-dir" in line
+
+
 def test_an_unknown_runner_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
     assert invoke("--dry", "merge", "--local-dir", "x", "--runner", "podman") == 2
     assert "unknown runner 'podman'" in capfd.readouterr().err

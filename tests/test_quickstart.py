@@ -123,11 +123,23 @@ def test_the_labels_are_what_the_assistant_said_and_its_end(tmp_path: Path) -> N
     assert tokenizer.decode(ids[1][mask[1] == 1]).startswith(served + "put<|im_end|>")
 
 
+def test_one_rank_alone_can_be_trained(tmp_path: Path) -> None:
+    lesson = {"messages": [{"role": "user", "content": "go"}, {"role": "assistant", "content": "take"}]}
+    (tmp_path / "lessons.jsonl").write_text(json.dumps(lesson) + "\n")
+    done = subprocess.run([sys.executable, str(SCRIPTS / "train_sample.py"), "--data", str(tmp_path / "lessons.jsonl"), "--save-dir",
+                           str(tmp_path / "actor"), "--reference", str(tmp_path / "reference.safetensors"), "--world-size", "1", "--steps", "2"],
+                          capture_output=True, text=True, timeout=300, check=False)  # yapf: disable
+    assert done.returncode == 0, done.stderr[-2000:]
+    saved = torch.load(tmp_path / "actor" / "model_world_size_1_rank_0.pt", weights_only=False)
+    whole = load_file(tmp_path / "reference.safetensors")
+    assert whole and all(torch.equal(tensor, saved[name]) for name, tensor in whole.items())
+
+
 @pytest.mark.parametrize(("data", "words", "told"), [
     ("", (), "no conversation with an assistant"),
     ("{}", (), "line 1 is no conversation"),
     ('{"messages": [{"role": "user", "content": "x"}]}', (), "no conversation with an assistant"),
-    ('{"messages": []}', ("--steps", "0"), "--steps; 0; give 1 or more"),
+    ('{"messages": []}', ("--steps", "0"), "--steps 0 is too small; give 1 or more"),
     (None, (), "No such file"),
 ], ids=["empty", "other lines", "no answers", "no steps", "no file"])  # yapf: disable
 def test_lessons_that_cannot_be_are_one_line_and_write_nothing(data: str | None, words: tuple[str, ...], told: str, tmp_path: Path) -> None:

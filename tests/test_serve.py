@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -139,6 +140,47 @@ def test_a_stuck_server_gives_up(tmp_path):
         assert client.process.wait(timeout=10) == 70
 
 
+def served_by(code, tmp_path, **changes):
+    """Return a row whose server is `code`, in the form textcraft, and the path that finds it."""
+    (tmp_path / "special.py").write_text(code)
+    row = rows()["form-textcraft"].model_copy(update={"app": "special:app", **changes})
+    return row, f"{tmp_path}{os.pathsep}{ROOT / row.folder}"
+
+
+RANDOM = """
+import random, time
+from fastapi import FastAPI
+app, ids = FastAPI(), iter(range(1000))
+
+@app.post("/create")
+async def create(body: dict):
+    random.seed(0)
+    return {"id": next(ids)}
+
+@app.post("/reset")
+def reset(body: dict):
+    random.seed(body["data_idx"])
+    time.sleep(0.02)
+    return {"observation": str(random.random())}
+
+@app.post("/close")
+async def close(body: dict):
+    return True
+"""
+
+
+def test_an_item_stays_the_same_under_load_where_resets_take_turns(tmp_path):
+    row, path = served_by(RANDOM, tmp_path, serial_reset=True)
+    with running(row, tmp_path, PYTHONPATH=path) as client, ThreadPoolExecutor(8) as threads:
+
+        def play(item):
+            session = client.create()
+            return item, client.reset(session, item)
+
+        found = set(threads.map(play, [number % 4 for number in range(64)]))
+    assert len(found) == 4
+
+
 def test_listings_are_sorted(tmp_path):
     for name in ("c", "a", "b"):
         (tmp_path / name).touch()
@@ -164,6 +206,57 @@ def test_a_runaway_query_is_stopped_and_the_connection_lives_on(limited):
     assert connection.cursor().execute("SELECT 1").fetchall() == [(1, )]
 
 
+# SqlGymEnv as upstream has it: the action's query, then the reference query, whose error is compared like a result.
+QUERIES = """
+import sqlite3
+from fastapi import FastAPI
+app, db = FastAPI(), sqlite3.connect(":memory:")
+SLOW = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
+gold = {"query": SLOW}
+
+def run(query):
+    try:
+        return db.cursor().execute(query).fetchall()
+    except Exception as error:
+        return str(error)
+
+@app.post("/create")
+async def create(body: dict):
+    return {"id": 0}
+
+@app.post("/reset")
+async def reset(body: dict):
+    gold["query"] = SLOW if body["data_idx"] else "SELECT 1"
+    return {"observation": "ask"}
+
+@app.post("/step")
+async def step(body: dict):
+    found = run(SLOW if body["action"] == "slow" else body["action"])
+    right = found != "interrupted" and set(found) == set(run(gold["query"]))
+    return {"observation": str(found), "reward": float(right), "done": True}
+
+@app.post("/close")
+async def close(body: dict):
+    return True
+"""
+
+
+def test_a_reference_query_that_is_stopped_is_an_error_and_no_score(tmp_path):
+    row, path = served_by(QUERIES, tmp_path, sqlite_seconds=0.3)
+    with running(row, tmp_path, PYTHONPATH=path) as client:
+        session = client.create()
+        client.reset(session, 0)
+        assert client.step(session, "SELECT 1").reward == 1.0
+        assert client.step(session, "slow") == ("interrupted", 0.0, True)  # the action's own: a score
+        client.reset(session, 5)
+        for action in ("SELECT 1", "SELECT 'interrupted'"):
+            with pytest.raises(ServerError, match=r"the reference query took longer than 0\.3 s") as caught:
+                client.step(session, action)
+            assert caught.value.status == 500
+        client.reset(session, 0)
+        assert client.step(session, "SELECT 1").reward == 1.0
+
+
 def test_attach_is_refused(limited, tmp_path):
     connection = sqlite3.connect(":memory:")
     with pytest.raises(sqlite3.DatabaseError, match="not authorized"):
@@ -181,6 +274,44 @@ def test_the_callers_variables_survive_an_import_that_sets_them(tmp_path, monkey
     assert (os.environ["SITE"], os.environ["OTHER"]) == ("mine", "theirs")
     os.environ["SITE"] = "free again"
     assert os.environ["SITE"] == "free again"
+
+
+@pytest.mark.parametrize("mine,found", [("http://mine/v1", "http://mine/v1"), ("", None), (None, None)])
+def test_an_optional_variable_that_an_import_empties_is_the_callers_or_absent(mine, found, tmp_path, monkeypatch):
+    (tmp_path / "emptier.py").write_text("import os\nos.environ['JUDGE_URL'] = ''\napp = 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "emptier", raising=False)
+    monkeypatch.setenv("JUDGE_URL", mine or "")
+    if mine is None:
+        monkeypatch.delenv("JUDGE_URL")
+    serve.load("emptier:app", ["JUDGE_URL"], ["JUDGE_URL"])
+    assert os.environ.get("JUDGE_URL") == found
+    os.environ.pop("JUDGE_URL", None)
+
+
+def test_an_optional_key_is_not_missed():
+    key = {"name": "JUDGE_URL", "how": "ask"}
+    assert serve.lacks({"name": "x", "keys": [key]}, "", {}) == ["JUDGE_URL is not set; it is: ask"]
+    assert serve.lacks({"name": "x", "keys": [{**key, "optional": True}]}, "", {}) == []
+
+
+def test_memory_is_the_servers_own_and_its_childrens_or_the_containers():
+    ours = {30: serve.Process(1, 30, 5), 31: serve.Process(30, 30, 5), 32: serve.Process(31, 32, 5)}
+    strangers = {1: serve.Process(0, 1, 5), 40: serve.Process(1, 40, 5)}
+    assert serve.own({**ours, **strangers}, 30) == {30, 31, 32}
+    # In a container: docker-init leads the session; the health check comes from outside of it.
+    inside = {1: serve.Process(0, 1, 5), 7: serve.Process(1, 1, 5), 9: serve.Process(0, 0, 5)}
+    assert serve.own(inside, 7) == {1, 7, 9}
+
+
+def test_memory_on_a_shared_machine_is_not_the_machines():
+    code = "import serve; print(serve.memory_mb())"
+    shown = subprocess.run([sys.executable, "-c", code],
+                           cwd=ROOT / "servers",
+                           capture_output=True,
+                           text=True,
+                           start_new_session=True).stdout
+    assert 1 < float(shown) < 60  # pytest alone, its neighbour, is larger
 
 
 def test_a_package_that_is_imported_and_never_used_need_not_be_there(tmp_path, monkeypatch):

@@ -178,10 +178,14 @@ async function open(number, focus) {
 }
 
 function close() {
+  history.replaceState(null, "", location.pathname + location.search);
+  hide();
+}
+
+function hide() {
   const number = state.open;
   state.open = null;
   at("viewer").hidden = true;
-  history.replaceState(null, "", location.pathname + location.search);
   draw();
   const button = document.querySelector(`#table tr[data-number="${number}"] button`);
   (button || at("text")).focus();
@@ -190,6 +194,7 @@ function close() {
 function follow() {
   const number = places.get(new URLSearchParams(location.hash.slice(1)).toString());
   if (number !== undefined) open(number, true);
+  else if (state.open !== null) hide();  // the way back led to the page itself
 }
 
 function step(by) {

@@ -161,7 +161,7 @@ def read_checkpoint(files: RankFiles) -> Checkpoint:
     } for names, shape in dict.fromkeys(entry.mesh for entry in first.values()) if shape]
     checkpoint = Checkpoint(files, tensors, offsets, sizes, meshes)
     if files.missing:
-        checkpoint.notes.append(f"without rank {_ranks(files.missing)}: the others hold a complete replica")
+        checkpoint.notes.append(f"without rank {files.missing_text}: the others hold a complete replica")
     _check_replicas(checkpoint)
     return checkpoint
 
@@ -176,7 +176,7 @@ def _layout(name: str, shape: tuple[int, ...], holders: tuple[tuple[int, Box], .
     if fault and files.missing:
         raise MergeError(
             f"{len(files.paths)} of {files.world_size} ranks are in "
-            f"{', '.join(map(str, files.folders))}; missing: rank {_ranks(files.missing)} "
+            f"{', '.join(map(str, files.folders))}; missing: rank {files.missing_text} "
             f"(model_world_size_{files.world_size}_rank_{files.missing[0]}.pt); copy it there, or name its "
             "folder with one more --local-dir")
     if fault:
@@ -232,7 +232,7 @@ def _read_entries(shard: ShardFile, rank: int) -> dict[str, Entry]:
         raise MergeError(f"{shard.path}: holds a {type(content).__name__} in place of a state dict")
     meshes: dict[int, Mesh] = {}
     entries: dict[str, Entry] = {}
-    for key, value in content.items():
+    for key, value in dict.items(content):  # an OrderedDict may have been pickled with an attribute `items`
         if not isinstance(key, str):
             raise MergeError(f"{shard.path}: a key of the state dict is a {type(key).__name__}, not a name")
         name = plain_name(key)

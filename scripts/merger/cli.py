@@ -1,15 +1,24 @@
 """The command line of the merger."""
 import argparse
+import contextlib
 import errno
+import io
+import math
+import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from merger import MergeError, __version__
 
+if TYPE_CHECKING:
+    from merger.checkpoint import Checkpoint
+
 MISUSE, INTERRUPTED, TERMINATED = 2, 130, 143
+NOTHING = "nothing was changed"
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 DTYPES = ("bfloat16", "float16", "float32", "keep")
 
@@ -22,9 +31,10 @@ def byte_count(text: str) -> int:
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     unit = UNITS.get(match[2].upper()) if match else None
-    if match is None or unit is None or float(match[1]) * unit < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write it like 5GB or 500MB")
-    return int(float(match[1]) * unit)
+    count = float(match[1]) * unit if match and unit else 0.0
+    if not 1 <= count < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is no size; write it like 5GB or 500MB")
+    return int(count)
 
 
 def thread_count(text: str) -> int:
@@ -36,6 +46,21 @@ def thread_count(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 256:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of threads; give 1 to 256")
     return int(text)
+
+
+def lora_alpha(text: str) -> float:
+    """Return LoRA's alpha, a number above 0.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    try:
+        alpha = float(text)
+    except ValueError:
+        alpha = math.nan
+    if not 0 < alpha < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is no alpha; give the training's, a number above 0")
+    return alpha
 
 
 class _Parser(argparse.ArgumentParser):
@@ -78,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--lora",
                    choices=("adapter", "fuse"),
                    help="LoRA weights: save the adapter, or add it to the base weights (default: stop and say so)")
-    p.add_argument("--lora-alpha", type=float, metavar="A", help="LoRA's alpha, where lora_train_meta.json has none")
+    p.add_argument("--lora-alpha", type=lora_alpha, metavar="A", help="LoRA's alpha, where lora_train_meta.json has none")
     p.add_argument("--tied-weights",
                    choices=("keep", "drop"),
                    help="tied weights whose values differ: keep both, or drop the copy (default: stop and say so)")
@@ -92,7 +117,8 @@ def parser() -> argparse.ArgumentParser:
                    help="let transformers run the checkpoint's own code to check the keys")
     p.add_argument("--verify",
                    action="store_true",
-                   help="read sources and result again: checksums, every element, and the model's keys")
+                   help="read sources and result again: checksums, every element (of fused LoRA: within the rounding), "
+                   "and the model's keys")
     p.add_argument("--force", action="store_true", help="replace weights that are already in the save folder")
     p.add_argument("--hf-upload-path", "--hf_upload_path", metavar="USER/NAME", help="Hub repository to upload to")
     p.add_argument("--private", action="store_true", help="create that repository as a private one")
@@ -109,19 +135,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the merger; return its exit code."""
     args = parser().parse_args(argv)
     signal.signal(signal.SIGTERM, _terminate)
+    _prepare_streams()
+    _raise_file_limit()
+    if missing := _missing_packages(args.json):
+        return _fail(f"needs {', '.join(missing)}, which {sys.executable} has not; pip install {' '.join(missing)}")
     try:
         return _run(args)
     except MergeError as error:
         return _fail(str(error))
     except OSError as error:
         return _fail(_explain(error))
-    except KeyboardInterrupt:
-        print("merge: interrupted; nothing was changed", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"merge: interrupted; {str(stop) or NOTHING}", file=sys.stderr)
         return INTERRUPTED
 
 
 def _terminate(*_: object) -> None:
     sys.exit(TERMINATED)  # as an exception, so that what was staged is removed
+
+
+def _prepare_streams() -> None:
+    """Let any text be printed: a closed standard error swallows it, what an encoding has not is escaped."""
+    if sys.stderr is None:
+        sys.stderr = io.StringIO()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _raise_file_limit() -> None:
+    """Let the process open as many files as it may: two for each rank and each output file."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for limit in (hard, 10240):  # macOS refuses the "unlimited" that it names, and takes its OPEN_MAX
+        with contextlib.suppress(ValueError, OSError):
+            return resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))
+
+
+def _missing_packages(json: bool) -> list[str]:
+    return [name for name in ("numpy", "ml_dtypes", *(() if json else ("rich", ))) if find_spec(name) is None]
 
 
 def _fail(text: str) -> int:
@@ -132,10 +186,31 @@ def _fail(text: str) -> int:
 def _explain(error: OSError) -> str:
     where = f" ({error.filename})" if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk filled up while writing{where}; nothing was changed; free space or choose another --save-dir"
+        return f"the disk filled up while writing{where}; {NOTHING}; free space or choose another --save-dir"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{error.strerror}{where}; nothing was changed; mend the permissions or choose another --save-dir"
-    return f"{error.strerror or error}{where}; nothing was changed"
+        return f"{error.strerror}{where}; {NOTHING}; mend the permissions or choose another --save-dir"
+    if error.errno == errno.EMFILE:
+        return f"{error.strerror}{where}; {NOTHING}; raise the limit with ulimit -Hn, or choose a larger --max-shard-size"
+    return f"{error.strerror or error}{where}; {NOTHING}"
+
+
+def _report(print_it: Callable[[], object], done: str = NOTHING) -> None:
+    """Print a result; where that fails, `done` is what the user must know.
+
+    Raises:
+        MergeError: standard output is closed, its reader has left, or its disk is full.
+    """
+    try:
+        if sys.stdout is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        print_it()
+        sys.stdout.flush()
+    except OSError as error:
+        if sys.stdout is not None:  # or what is still buffered fails once more when Python ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise MergeError(f"the result cannot be printed ({error.strerror}); {done}") from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(done) from None
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -159,29 +234,32 @@ def _run(args: argparse.Namespace) -> int:
                       quiet=args.json)
     if args.inspect:
         checkpoint, facts = merging.inspect(options)
-        if args.json:
-            show.print_json(facts)
-        else:
-            show.print_table("checkpoint", _inspect_rows(facts))
-            show.print_tensors(checkpoint)
+        _report(lambda: show.print_json(facts) if args.json else _print_inspection(checkpoint, facts))
         return MISUSE if facts["problems"] else 0
     if args.dry_run:
         plan = merging.plan_only(options)
-        show.print_json(plan) if args.json else show.print_table("plan (nothing was written)", _plan_rows(plan))
+        _report(lambda: show.print_json(plan)
+                if args.json else show.print_table("plan (nothing was written)", _plan_rows(plan)))
     elif args.verify_only:
         result = merging.verify_only(options)
-        if args.json:
-            show.print_json(result)
-        else:
-            print(f"{result['folder']}: {result['tensors']} tensors, {show.size_text(result['bytes'])}, equal to the "
-                  f"shards in every element ({result['seconds']:.1f} s)")
+        _report(lambda: show.print_json(result) if args.json else print(_verified_line(result)))
     else:
         record = merging.merge(options)
-        if args.json:
-            show.print_json(record)
-        else:
-            show.print_table("merge", show.summary_rows(record))
+        _report(lambda: show.print_json(record) if args.json else show.print_table("merge", show.summary_rows(record)),
+                f"{record['folder']} is complete" + (" and uploaded" if "uploaded" in record else ""))
     return 0
+
+
+def _verified_line(result: dict[str, Any]) -> str:
+    from merger import show
+    return (f"{result['folder']}: {result['tensors']} tensors, {show.size_text(result['bytes'])}, equal to the shards in "
+            f"{show.equality_text(result)} ({result['seconds']:.1f} s)")
+
+
+def _print_inspection(checkpoint: "Checkpoint", facts: dict[str, Any]) -> None:
+    from merger import show
+    show.print_table("checkpoint", _inspect_rows(facts))
+    show.print_tensors(checkpoint)
 
 
 def _inspect_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:

@@ -76,7 +76,6 @@ class Sources:
         self._dropped: set[int] = set()
 
     def __enter__(self) -> "Sources":
-        _raise_file_limit(2 * len(self.checkpoint.files.paths) + 64)
         for rank, path in self.checkpoint.files.paths.items():
             fd = self._fds[rank] = os.open(path, os.O_RDONLY)
             if is_cached(fd, self.checkpoint.sizes[rank]):
@@ -213,14 +212,15 @@ def fused(block: Block, weight: np.ndarray, sources: Sources) -> np.ndarray:
     """Return `weight` + scale * (b @ a) in float32, for the rows of the block."""
     fusion, columns = block.output.fusion, block.output.source.shape[-1]
     assert fusion is not None
-    a, b = _factors(sources, fusion.a, fusion.b)
+    a, b = factors(sources, fusion.a, fusion.b)
     first, rows = block.start // columns, block.numel // columns
     delta = (b[first:first + rows] @ a) * np.float32(fusion.scale)
     return weight.astype(np.float32) + delta.reshape(-1)
 
 
 @lru_cache(maxsize=4)
-def _factors(sources: Sources, a: Tensor, b: Tensor) -> tuple[np.ndarray, np.ndarray]:
+def factors(sources: Sources, a: Tensor, b: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Return two LoRA matrices in float32; all blocks of a weight need them whole."""
     return sources.read_tensor(a).astype(np.float32), sources.read_tensor(b).astype(np.float32)
 
 
@@ -292,13 +292,3 @@ def write_files(checkpoint: Checkpoint,
         for stream in streams:
             stream.flush()
         return tally
-
-
-def _raise_file_limit(needed: int) -> None:
-    try:
-        import resource
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if soft < needed:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (min(needed, hard) if hard > 0 else needed, hard))
-    except (ImportError, ValueError, OSError):
-        return  # opening the files says it better

@@ -1,8 +1,10 @@
 """Find the ranks' files of a checkpoint below the folders that the user named."""
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from merger import MergeError
@@ -12,6 +14,7 @@ STEP_FOLDER = re.compile(r"global_step_(\d+)")
 PATTERN = "model_world_size_*_rank_*.pt"
 ROLES = ("actor", "critic")
 MERGED = "huggingface"
+LISTED = 8  # of the ranks that are missing: a name may claim a world of any size
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,14 @@ class RankFiles:
 
     @property
     def missing(self) -> list[int]:
-        """The ranks without a file."""
-        return [rank for rank in range(self.world_size) if rank not in self.paths]
+        """The ranks without a file, the first `LISTED` of them."""
+        return list(islice((rank for rank in range(self.world_size) if rank not in self.paths), LISTED))
+
+    @property
+    def missing_text(self) -> str:
+        """The ranks without a file, as a list that ends."""
+        listed, count = self.missing, self.world_size - len(self.paths)
+        return ", ".join(map(str, listed)) + (f" and {count - len(listed)} more" if count > len(listed) else "")
 
     def find(self, name: str) -> Path | None:
         """Return the first of the folders' files or folders called `name`."""
@@ -46,10 +55,10 @@ def find_checkpoint(local_dirs: Sequence[str]) -> RankFiles:
         MergeError: there is none, or more than one, or a rank twice; the text names the folder and the remedy.
     """
     notes: list[str] = []
-    folders = []
+    folders: list[Path] = []
     for name in local_dirs:
         folder = _checkpoint_folder(Path(name), notes)
-        if folder not in folders:
+        if os.path.realpath(folder) not in map(os.path.realpath, folders):
             folders.append(folder)
     files = [(folder / name, int(match[1]), int(match[2])) for folder in folders for name in _names(folder)
              if (match := RANK_FILE.fullmatch(name))]
@@ -60,6 +69,8 @@ def find_checkpoint(local_dirs: Sequence[str]) -> RankFiles:
             notes.append(f"left out {path.name}: fsdp_config.json names world size {world_size}")
         elif rank >= world_size:
             raise MergeError(f"{path} names rank {rank} of {world_size}; ranks count from 0, so rename or remove it")
+        elif rank in paths and os.path.realpath(path) == os.path.realpath(paths[rank]):
+            continue
         elif rank in paths:
             raise MergeError(f"rank {rank} is there twice, as {paths[rank]} and {path}; remove one of them")
         else:
@@ -76,7 +87,7 @@ def _world_size(folders: Sequence[Path], found: set[int]) -> int:
         if config.is_file():
             try:
                 return int(json.loads(config.read_text())["world_size"])
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
                 raise MergeError(f"{config} names no world_size ({error}); mend or remove it") from error
     if len(found) > 1:
         sizes = ", ".join(map(str, sorted(found)))

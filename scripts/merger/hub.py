@@ -56,8 +56,16 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
-def model_card(record: Mapping[str, Any], base_model: str | None) -> str:
+def add_card(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write a model card into `folder` where it has none."""
+    card = folder / CARD_NAME
+    if not card.exists():
+        card.write_text(model_card(record))
+
+
+def model_card(record: Mapping[str, Any]) -> str:
     """Return a model card with the facts of `merge.json`."""
+    base_model = record.get("base_model")
     head = ["---", "library_name: transformers", *([f"base_model: {base_model}"] if base_model else []), "---"]
     mesh = ", ".join(f"{name} {size}" for mesh in record["meshes"] for name, size in mesh.items()) or "none"
     rows = [("tensors", f"{record['tensors']:,}"), ("parameters", f"{record['parameters']:,}"),

@@ -1,6 +1,6 @@
 """What a merge is asked for, and every check and decision that comes before the first byte is written."""
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ class Job:
         texts: files to write beside the weights, by name.
         dropped: tied copies that are left out.
         verdict: what the config check found, or None where none was made (an adapter has no model config).
+        published: whether the merged folder is in its place.
     """
     checkpoint: Checkpoint
     files: list[OutputFile]
@@ -64,11 +65,17 @@ class Job:
     verdict: Verdict | None
     base_model: str | None
     notes: list[str] = field(default_factory=list)
+    published: bool = False
 
     @property
     def outputs(self) -> list[Output]:
         """The tensors to write."""
         return [output for file in self.files for output, _ in file.tensors]
+
+    @property
+    def fused(self) -> int:
+        """How many of them are sums with LoRA weights, of which only the rounding's limits can be checked."""
+        return sum(output.fusion is not None for output in self.outputs)
 
     @property
     def nbytes(self) -> int:
@@ -87,7 +94,6 @@ def prepare(options: Options, checkpoint: Checkpoint | None = None) -> Job:
     Raises:
         MergeError: the first fault found.
     """
-    device = check_device(options.device)
     files = checkpoint.files if checkpoint else find_checkpoint(options.local_dirs)
     target = target_folder(options, files)
     publish.check_target(target, files.folders)
@@ -95,9 +101,24 @@ def prepare(options: Options, checkpoint: Checkpoint | None = None) -> Job:
     if present and not options.force:
         raise MergeError(f"{target} already holds weights ({present[0]}); pass --force to replace them, or another "
                          "--save-dir")
+    job = lay_out(options, files, target, config_folder(files), checkpoint)
+    _check_space(target, job.files, publish.companions(job.config_dir, target))
+    return job
+
+
+def lay_out(options: Options,
+            files: RankFiles,
+            target: Path,
+            config_dir: Path,
+            checkpoint: Checkpoint | None = None) -> Job:
+    """Check the checkpoint and decide what its merged model is made of, whatever `target` holds.
+
+    Raises:
+        MergeError: the first fault found.
+    """
+    device = check_device(options.device)
     if options.lora == "adapter":
-        return _prepare_adapter(options, checkpoint or read_checkpoint(files), target, device)
-    config_dir = config_folder(files)
+        return _lay_out_adapter(options, checkpoint or read_checkpoint(files), target, device)
     config = read_config(config_dir)
     checkpoint = checkpoint or read_checkpoint(files)
     named = _plain_weights(options, checkpoint)
@@ -115,13 +136,12 @@ def prepare(options: Options, checkpoint: Checkpoint | None = None) -> Job:
     written = {output.dtype for output in outputs if output.dtype in CONVERTED}
     config = with_dtype(config, written.pop() if len(written) == 1 else None)
     files_out = split_files(outputs, options.max_shard_size)
-    _check_space(target, files_out)
     return Job(checkpoint, files_out, target, config_dir, MODEL_STEM, device, {CONFIG_NAME: dump_json(config)},
                sorted(dropped), verdict,
                config.get("_name_or_path") or None, notes)
 
 
-def _prepare_adapter(options: Options, checkpoint: Checkpoint, target: Path, device: str) -> Job:
+def _lay_out_adapter(options: Options, checkpoint: Checkpoint, target: Path, device: str) -> Job:
     if not lora.has_lora(checkpoint.tensors):
         raise MergeError("--lora adapter: the checkpoint holds no LoRA weights; leave the flag out")
     found = lora.read_lora(checkpoint.tensors, checkpoint.files, options.lora_alpha)
@@ -129,7 +149,6 @@ def _prepare_adapter(options: Options, checkpoint: Checkpoint, target: Path, dev
         Output(name, tensor, output_dtype(tensor.dtype, options.dtype)) for name, tensor in lora.adapter(found).items()
     ]
     files_out = split_files(outputs, sum(output.nbytes for output in outputs), lora.ADAPTER_STEM)
-    _check_space(target, files_out)
     config_dir = next((folder / MERGED for folder in checkpoint.files.folders if (folder / MERGED).is_dir()), target)
     base = read_config(config_dir).get("_name_or_path") if (config_dir / CONFIG_NAME).is_file() else None
     texts = {"adapter_config.json": dump_json(lora.adapter_config(found, checkpoint.tensors, base or None))}
@@ -156,11 +175,19 @@ def _resolve_ties(options: Options, config: dict[str, Any], named: Named,
     """Return the config, and of each tied group the copies to leave out with the name that stands for them.
 
     That their bytes are equal is seen while the first is copied, unless the user has decided.
+
+    Raises:
+        MergeError: LoRA changes one of a tied group, so that no tensor can stand for all.
     """
     groups = tied_by_config(config, list(named)) if verdict.silent else verdict.tied
     dropped = {}
     for group in groups:
         first, *copies = [name for name in group if name in named] or [""]
+        adapted = next((name for name in (first, *copies) if name and named[name][1]), None)
+        if adapted and not (copies and options.tied_weights == "keep"):
+            remedy = "pass --tied-weights keep to save each" if copies else "use --lora adapter"
+            raise MergeError(f"LoRA changes {adapted}, which the config ties to "
+                             f"{next(name for name in group if name != adapted)}; {remedy}")
         if copies and options.tied_weights == "keep":
             config = untied(config)
         else:
@@ -184,9 +211,9 @@ def _outputs(options: Options, named: Named, dropped: dict[str, str]) -> list[Ou
     ]
 
 
-def config_folder(files: RankFiles) -> Path:
-    """Return the folder with the checkpoint's config.json: `huggingface/`, or beside the ranks' files."""
-    candidates = [path for folder in files.folders for path in (folder / MERGED, folder)]
+def config_folder(files: RankFiles, *others: Path) -> Path:
+    """Return the folder with the model's config.json: `huggingface/`, or beside the ranks' files, or one of `others`."""
+    candidates = [*(path for folder in files.folders for path in (folder / MERGED, folder)), *others]
     return next((path for path in candidates if (path / CONFIG_NAME).is_file()), candidates[0])
 
 
@@ -197,8 +224,16 @@ def target_folder(options: Options, files: RankFiles) -> Path:
     return files.folders[0] / (ADAPTER_FOLDER if options.lora == "adapter" else MERGED)
 
 
-def _check_space(target: Path, files: Sequence[OutputFile]) -> None:
-    needed, free = sum(file.size for file in files), free_bytes(target)
+def merged_folder(options: Options, files: RankFiles) -> Path:
+    """Return where an earlier merge went: the adapter's folder where only that holds one."""
+    target, adapter = target_folder(options, files), files.folders[0] / ADAPTER_FOLDER
+    elsewhere = not options.save_dir and not (target / publish.RECORD_NAME).is_file()
+    return adapter if elsewhere and (adapter / publish.RECORD_NAME).is_file() else target
+
+
+def _check_space(target: Path, files: Sequence[OutputFile], companions: Iterable[Path]) -> None:
+    needed = sum(file.size for file in files) + sum(path.stat().st_size for path in companions)
+    free = free_bytes(target)
     if needed > free:
         raise MergeError(f"{size_text(needed)} are needed for {target}, {size_text(free)} are free; "
                          "free space or choose another --save-dir")

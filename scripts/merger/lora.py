@@ -5,6 +5,7 @@ so the fused weight is base + scale * (b @ a).
 """
 import json
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -85,9 +86,9 @@ def known_alpha(lora: Lora) -> float:
     """Return alpha.
 
     Raises:
-        MergeError: it is not recorded, or 0, which would leave the base model as it is.
+        MergeError: it is not recorded, or no number, or 0, which would leave the base model as it is.
     """
-    if not lora.alpha or not isinstance(lora.alpha, (int, float)):
+    if not isinstance(lora.alpha, (int, float)) or not 0 < abs(lora.alpha) <= sys.float_info.max:
         raise MergeError(f"{META_NAME} records lora_alpha {lora.alpha}; pass the training's with --lora-alpha")
     return lora.alpha
 

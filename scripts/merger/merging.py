@@ -10,7 +10,17 @@ from merger.checkpoint import Checkpoint, read_checkpoint
 from merger.copying import THREADS, HostConverter, Tally, write_files
 from merger.discover import find_checkpoint
 from merger.gpu import TorchConverter
-from merger.job import MODEL_STEM, Job, Options, free_bytes, prepare, target_folder
+from merger.job import (
+    MODEL_STEM,
+    Job,
+    Options,
+    config_folder,
+    free_bytes,
+    lay_out,
+    merged_folder,
+    prepare,
+    target_folder,
+)
 from merger.model_check import complaint
 from merger.modelconfig import CONFIG_NAME, dump_json, read_config
 from merger.plan import BLOCK_BYTES, INDEX_NAME, index_json
@@ -22,24 +32,37 @@ def merge(options: Options) -> dict[str, Any]:
 
     Raises:
         MergeError, OSError: nothing was changed.
+        KeyboardInterrupt: with what is complete all the same, if anything.
     """
     began = time.monotonic()
     api = hub.log_in(options.hf_upload_path) if options.hf_upload_path else None
     files = find_checkpoint(options.local_dirs)
     target = target_folder(options, files)
+    publish.restore(target)  # by default it holds the checkpoint's config
     # An upload that broke off left a finished merge behind.
     record = same_merge(options, files, target) if api is not None and not options.force else None
     if record is None:
+        publish.check_replaceable(target)
         job = prepare(options)
         for note in job.notes:
             if not options.quiet:
                 show.say(note)
-        record = carry_out(job, options, began)
+        try:
+            record = carry_out(job, options, began)
+        except KeyboardInterrupt:  # the folder that was replaced may take its time to go
+            raise KeyboardInterrupt(f"{target} is complete" if job.published else "") from None
     else:
         show.say(f"{target} holds this merge already; going on with the upload")
+        if options.verify:
+            record["verified"] = verify_only(options)["verified"]
     record["folder"] = str(target)
     if api is not None and options.hf_upload_path:
-        record["uploaded"] = hub.upload(api, Path(record["folder"]), options.hf_upload_path, options.private)
+        hub.add_card(target, record)
+        try:
+            record["uploaded"] = hub.upload(api, target, options.hf_upload_path, options.private)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"{target} is complete; run the same command again to go on with the "
+                                    "upload") from None
     return record
 
 
@@ -48,9 +71,8 @@ def carry_out(job: Job, options: Options, began: float) -> dict[str, Any]:
     threads = options.threads or THREADS
     converter = HostConverter if job.device == "cpu" else partial(TorchConverter, device=job.device)
     with publish.Staging(job.target) as staging:
+        publish.copy_companions(job.config_dir, staging.folder, job.target)
         publish.keep_companions(job.target, staging.folder)
-        if job.config_dir != job.target:
-            publish.copy_companions(job.config_dir, staging.folder)
         with show.progress("merging", job.nbytes, options.quiet) as step:
             tally = write_files(job.checkpoint, job.files, staging.folder, threads, step, converter)
         _check_finite(options, tally)
@@ -63,10 +85,10 @@ def carry_out(job: Job, options: Options, began: float) -> dict[str, Any]:
             _verify(job, options, staging.folder, threads)
         record = make_record(job, options, tally, threads, time.monotonic() - began)
         publish.write_file(staging.folder / publish.RECORD_NAME, dump_json(record).encode())
-        card = staging.folder / hub.CARD_NAME
-        if options.hf_upload_path and not card.exists():
-            card.write_text(hub.model_card(record, job.base_model))
+        if options.hf_upload_path:
+            hub.add_card(staging.folder, record)
         staging.publish()
+        job.published = True
     return record
 
 
@@ -83,7 +105,8 @@ def _check_finite(options: Options, tally: Tally) -> None:
 def _verify(job: Job, options: Options, folder: Path, threads: int) -> None:
     """Compare the sources with their checksums, the output in `folder` with the sources, and its keys with the model."""
     stored = verify.read_folder(folder, job.stem)
-    verify.check_sources(job.checkpoint, threads)
+    with show.progress("checking the shards", sum(job.checkpoint.sizes.values()), options.quiet) as step:
+        verify.check_sources(job.checkpoint, threads, step)
     with show.progress("verifying", sum(output.nbytes for output in job.outputs), options.quiet) as step:
         verify.check_output(job.checkpoint, job.outputs, stored, step)
     if job.stem != MODEL_STEM:
@@ -101,13 +124,14 @@ def verify_only(options: Options) -> dict[str, Any]:
     """
     began = time.monotonic()
     files = find_checkpoint(options.local_dirs)
-    target = target_folder(options, files)
-    again = replace(as_requested(options, read_record(target)), save_dir=str(target), force=True)
-    job = prepare(again)
+    target = merged_folder(options, files)
+    again = as_requested(options, read_record(target))
+    job = lay_out(again, files, target, config_folder(files, target))
     _verify(job, again, target, options.threads or THREADS)
     return {
         "folder": str(target),
         "tensors": len(job.outputs),
+        "fused": job.fused,
         "bytes": sum(output.nbytes for output in job.outputs),
         "verified": True,
         "seconds": round(time.monotonic() - began, 3)
@@ -117,6 +141,7 @@ def verify_only(options: Options) -> dict[str, Any]:
 def plan_only(options: Options) -> dict[str, Any]:
     """Return what `merge` would do: files, sizes, memory and space."""
     began = time.monotonic()
+    publish.check_replaceable(target_folder(options, find_checkpoint(options.local_dirs)))
     job = prepare(options)
     return {
         "folder": str(job.target),

@@ -7,7 +7,6 @@ version counts them. The parent needs neither torch nor transformers, and its me
 import contextlib
 import gc
 import hashlib
-import io
 import json
 import os
 import subprocess
@@ -66,29 +65,39 @@ def ask(config_dir: Path, shapes: Mapping[str, Sequence[int]], trust_remote_code
             for name, shape in shapes.items()
         }
     }
-    memory = _memory(config_dir, request)
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        return Verdict(**json.loads(memory.read_text()))
+    cache = _cache()
+    memory = cache / _digest(config_dir, request) if cache else None
+    if memory:
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            return Verdict(**json.loads(memory.read_text()))
     process = subprocess.run([sys.executable, "-m", "merger.model_check"],
                              input=json.dumps(request), capture_output=True, cwd=SCRIPTS, text=True)  # yapf: disable
     if process.returncode:
         last = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
         return Verdict(unknown=last[:300])
     verdict = Verdict(**json.loads(process.stdout))
-    if not verdict.silent:
+    if memory and not verdict.silent:
         _remember(memory, process.stdout)
     return verdict
 
 
-def _memory(config_dir: Path, request: Mapping[str, Any]) -> Path:
-    """Return the file that remembers the answer to `request`."""
+def _cache() -> Path | None:
+    """Return the folder of the answers that are remembered; None where the user has no home."""
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # no $HOME and no entry in the system's list of users, as in some containers
+        return None
+    return cache / "agentgym-rl-workbench" / "model-checks"
+
+
+def _digest(config_dir: Path, request: Mapping[str, Any]) -> str:
+    """Return the name of the file that remembers the answer to `request`."""
     asked = {**request, "config_dir": None, "versions": [sys.version, *map(_version, ("torch", "transformers"))]}
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode())
     for path in [Path(__file__), config_dir / CONFIG_NAME, *sorted(config_dir.glob("*.py"))]:
         with contextlib.suppress(OSError):
             digest.update(path.read_bytes())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "agentgym-rl-workbench" / "model-checks" / f"{digest.hexdigest()}.json"
+    return f"{digest.hexdigest()}.json"
 
 
 def _remember(memory: Path, answer: str) -> None:
@@ -196,10 +205,10 @@ def complaint(verdict: Verdict, config: Mapping[str, Any], config_path: Path) ->
 def main() -> None:
     """Answer one request on standard input with one JSON object on standard output."""
     gc.disable()  # importing makes a million objects and no garbage
-    with contextlib.redirect_stdout(io.StringIO()):  # custom code may print
+    with os.fdopen(os.dup(1), "w") as out:
+        os.dup2(2, 1)  # custom code may print, and so may the programs that it starts
         request = json.load(sys.stdin)
-        answer = check(Path(request["config_dir"]), request["shapes"], request["trust_remote_code"])
-    print(json.dumps(answer))
+        out.write(json.dumps(check(Path(request["config_dir"]), request["shapes"], request["trust_remote_code"])))
 
 
 if __name__ == "__main__":

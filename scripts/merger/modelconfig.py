@@ -64,5 +64,5 @@ def tied_by_config(config: dict[str, Any], names: list[str]) -> list[list[str]]:
 
 
 def dump_json(value: Any) -> str:
-    """Return `value` as the indented JSON that model folders hold."""
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    """Return `value` as the indented JSON that model folders hold; in ASCII, as a folder's name may be no UTF-8."""
+    return json.dumps(value, indent=2) + "\n"

@@ -2,28 +2,29 @@
 
 The output is staged in a hidden folder beside the target. `renameat2(RENAME_EXCHANGE)` swaps the two in one step
 (Linux 3.15; macOS has `renamex_np`); so whoever looks, also after a kill -9, sees the old folder or the new one.
+Some file systems cannot (NFS): there the old folder is moved aside, and put back by the next merge after a kill.
 A lock on the staging folder, which dies with its process, tells a merge that runs from the leftovers of one that died.
 """
 import ctypes
 import errno
+import fcntl
+import glob
 import os
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from merger import MergeError
-
-try:
-    import fcntl
-except ImportError:  # Windows: no locks, so leftovers are not recognised
-    fcntl = None  # type: ignore[assignment]
+from merger import MergeError, show
+from merger.discover import RANK_FILE
 
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2  # linux/fs.h
 RENAME_SWAP = 2  # macOS stdio.h
 RECORD_NAME = "merge.json"
+ASIDE = ".old"  # ends the name of a folder that was replaced, until it is removed
 # The names that transformers and PEFT load weights by; a merge replaces these and leaves every other file alone.
 WEIGHT = re.compile(
     r"(model|pytorch_model|tf_model|flax_model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin|h5|msgpack)"
@@ -37,6 +38,11 @@ def is_weight(name: str) -> bool:
     [True, True, False, False]
     """
     return WEIGHT.fullmatch(name) is not None
+
+
+def is_replaced(name: str) -> bool:
+    """Tell whether a merge replaces or removes a file of its target: weights, and what says how to load those."""
+    return is_weight(name) or name in (RECORD_NAME, "adapter_config.json")
 
 
 def weights_in(folder: Path) -> list[str]:
@@ -53,18 +59,25 @@ class Staging:
 
     def __init__(self, target: Path) -> None:
         self.target = Path(os.path.realpath(target))  # a link keeps pointing at the folder that is replaced
-        self.folder = self.target.with_name(f".{self.target.name}.merging-{os.getpid()}")
-        self._lock = -1
+        # In containers that share a disk the same process number comes again and again.
+        self.folder = self.target.with_name(f"{_prefix(self.target)}{os.getpid()}.{os.urandom(4).hex()}")
+        self.aside = self.folder.with_name(self.folder.name + ASIDE)
+        self._locks: list[int] = []
+        self._parents: list[Path] = []
 
     def __enter__(self) -> "Staging":
         try:
+            self._parents = [parent for parent in self.target.parents if not parent.exists()]
             self.target.parent.mkdir(parents=True, exist_ok=True)
-            _remove_leftovers(self.target)
+            _clear_leftovers(self.target)
             while not self._claim():
                 pass
             if self.target.is_dir():
                 shutil.copymode(self.target, self.folder)
-        except OSError as error:
+        except BaseException as error:
+            self.__exit__()
+            if not isinstance(error, OSError):
+                raise
             raise MergeError(
                 f"cannot write in {self.target.parent}: {error.strerror}; choose another --save-dir") from error
         return self
@@ -72,81 +85,200 @@ class Staging:
     def _claim(self) -> bool:
         """Make and lock the folder; False where a merge that starts beside this one took it for a leftover meanwhile."""
         os.mkdir(self.folder)
-        self._lock = os.open(self.folder, os.O_RDONLY)
-        if _try_lock(self._lock) and self.folder.exists() and os.path.samestat(os.fstat(self._lock),
-                                                                               self.folder.stat()):
+        lock = os.open(self.folder, os.O_RDONLY)
+        if _lock(lock) is not False and self.folder.exists() and os.path.samestat(os.fstat(lock), self.folder.stat()):
+            self._locks.append(lock)
             return True
-        os.close(self._lock)
-        self._lock = -1
+        os.close(lock)
         shutil.rmtree(self.folder, ignore_errors=True)
         return False
 
     def __exit__(self, *_: object) -> None:
-        # Before publishing this removes what was staged; after an exchange, the folder that was replaced.
-        shutil.rmtree(self.folder, ignore_errors=True)
-        if self._lock >= 0:
-            os.close(self._lock)
+        try:
+            _retire(self.aside, self.target)
+            _remove(self.folder)
+            for parent in self._parents:
+                with suppress(OSError):  # it holds something: the target, where that was published
+                    parent.rmdir()
+        finally:
+            for lock in self._locks:
+                os.close(lock)
 
     def publish(self) -> None:
-        """Make the staged folder the target, in one step, and flush that to disk."""
+        """Make the staged folder the target, in one step where the system can, and flush that to disk."""
         sync_folder(self.folder)
         if self.target.is_dir():
-            exchange(self.folder, self.target)
+            self._locks.append(os.open(self.target, os.O_RDONLY))
+            _lock(self._locks[-1])  # a merge that starts now shall not take what is put aside for a leftover
+            replace(self.folder, self.target, self.aside)
         else:
             os.rename(self.folder, self.target)
         _sync_directory(self.target.parent)
 
 
-def _remove_leftovers(target: Path) -> None:
+def restore(target: Path) -> None:
+    """Put `target` back where a merge died after moving it aside; for file systems that cannot exchange two folders."""
+    target = Path(os.path.realpath(target))
+    for path in _leftovers(target):
+        if path.name.endswith(ASIDE) and not target.exists():
+            with _locked(path) as locked:
+                if locked is not False:  # where a merge without locks runs after all, it fails, and nothing is lost
+                    os.rename(path, target)
+                    show.say(f"put {target} back, which a merge that died had moved aside")
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name}.merging-"
+
+
+def _leftovers(target: Path) -> list[Path]:
+    return sorted(path for path in target.parent.glob(f"{glob.escape(_prefix(target))}*") if path.is_dir())
+
+
+def _clear_leftovers(target: Path) -> None:
     """Remove staging folders of merges that died; refuse where one lives."""
-    for path in target.parent.glob(f".{target.name}.merging-*"):
+    restore(target)
+    for path in _leftovers(target):
         try:
-            lock = os.open(path, os.O_RDONLY)
+            with _locked(path) as locked:
+                if locked is False:
+                    process = path.name.removeprefix(_prefix(target)).partition(".")[0]
+                    raise MergeError(f"another merge is writing {target} (process {process}); "
+                                     "wait for it or choose another --save-dir")
+                if path.name.endswith(ASIDE):
+                    _retire(path, target)
+                elif locked:
+                    _remove(path)
+                else:
+                    show.say(f"left {path}: this file system does not tell whether a merge still writes there; "
+                             "remove it if none does")
         except FileNotFoundError:  # its merge has just ended
             continue
-        try:
-            if not _try_lock(lock):
-                raise MergeError(f"another merge is writing {target} (process {path.name.rpartition('-')[2]}); "
-                                 "wait for it or choose another --save-dir")
-            shutil.rmtree(path, ignore_errors=True)
-        finally:
-            os.close(lock)
+
+
+def _retire(aside: Path, target: Path) -> None:
+    """Remove the folder that `target` replaced; what appeared in it while the merge ran moves to `target`."""
+    if not os.path.isdir(aside) or not os.path.isdir(target):
+        return
+    try:
+        for path, place in _missing_companions(aside, target):
+            os.rename(path, place)
+    except OSError as error:
+        show.say(f"left {aside}: {error.filename} came there while the merge ran and cannot be moved to {target} "
+                 f"({error.strerror}); move it and remove the folder")
+        return
+    _remove(aside)
+
+
+def _remove(folder: Path) -> None:
+    """Remove `folder` with read-only folders in it, or say that it stays."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if os.path.isdir(folder):
+        _make_writable(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+    if os.path.isdir(folder):
+        show.say(f"left {folder}: something in it cannot be removed; mend the permissions and remove it")
+
+
+def _make_writable(folder: Path) -> None:
+    with suppress(OSError):  # another user's
+        folder.chmod(0o700)
+        for path in folder.iterdir():
+            if _is_folder(path):
+                _make_writable(path)
 
 
 def check_target(target: Path, sources: Sequence[Path]) -> None:
-    """Refuse a target that could not be replaced in one step, or that holds the checkpoint itself.
+    """Refuse a target that is no folder, or that holds the checkpoint itself.
 
     Raises:
         MergeError: naming it.
     """
     if target.exists() and not target.is_dir():
         raise MergeError(f"--save-dir {target} is a file; name a folder")
-    real = Path(os.path.realpath(target))
-    if os.path.ismount(real):
-        raise MergeError(f"--save-dir {target} is a mount point, which cannot be replaced in one step; "
-                         "name a folder inside it")
     for source in sources:
-        if real == (folder := Path(os.path.realpath(source))) or real in folder.parents:
+        if _holds(target, source):
             raise MergeError(
                 f"--save-dir {target} holds the checkpoint itself; name a folder for the merged model, such "
                 f"as {source / 'huggingface'}")
 
 
-def _try_lock(fd: int) -> bool:
-    """Lock `fd` and return True, or return False where another process holds it."""
-    if fcntl is None:
-        return True
+def check_replaceable(target: Path) -> None:
+    """Refuse a target that another folder cannot take the place of.
+
+    Raises:
+        MergeError: it is a mount point or has one in it, or this process runs in it.
+    """
+    real = Path(os.path.realpath(target))
+    for point in _mounts(real):
+        if point == real:
+            raise MergeError(f"--save-dir {target} is a mount point, which cannot be replaced in one step; "
+                             "name a folder inside it")
+        raise MergeError(f"--save-dir {target} has the mount point {point} in it, which cannot move to another folder; "
+                         "unmount it or choose another --save-dir")
+    with suppress(FileNotFoundError):  # the current folder is gone already
+        if _holds(target, Path.cwd()):
+            raise MergeError(f"--save-dir {target} holds the current folder, which would be replaced by another; "
+                             "change to a folder outside it first")
+
+
+def _mounts(folder: Path) -> list[Path]:
+    """Return the mount points at and below `folder`, in order."""
+    try:
+        table = Path("/proc/self/mountinfo").read_bytes()  # knows bind mounts too; see proc_pid_mountinfo(5)
+    except OSError:  # macOS
+        found = [folder, *(Path(parent, name) for parent, names, _ in os.walk(folder) for name in names)]
+        return sorted(path for path in found if os.path.ismount(path))
+    names = [line.split()[4] for line in table.splitlines()]
+    points = [
+        Path(os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda code: bytes([int(code[1], 8)]), name))) for name in names
+    ]
+    return sorted(point for point in points if point == folder or folder in point.parents)
+
+
+def _lock(fd: int) -> bool | None:
+    """Lock a folder; return False where another process holds it, None where the file system does not tell.
+
+    NFS does not: it locks only what is open for writing, which a folder never is (flock(2)).
+    """
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system without locks
-        return True
+    except OSError:
+        return None
     return True
 
 
-def exchange(a: Path, b: Path) -> None:
-    """Swap two folders in one step; where the system cannot, in three renames.
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool | None]:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        yield _lock(fd)
+    finally:
+        os.close(fd)
+
+
+def replace(staging: Path, target: Path, aside: Path) -> None:
+    """Make `staging` the target, and the target `aside`.
+
+    Raises:
+        OSError: `staging` and `target` are as they were.
+    """
+    if exchange(staging, target):
+        os.rename(staging, aside)
+        return
+    try:
+        os.rename(target, aside)
+        os.rename(staging, target)  # a process killed just here leaves no target; see `restore`
+    except BaseException:
+        if aside.exists() and not target.exists():
+            os.rename(aside, target)
+        raise
+
+
+def exchange(a: Path, b: Path) -> bool:
+    """Swap two folders in one step; return False where the system cannot.
 
     Raises:
         OSError: the swap failed; both folders are as they were.
@@ -157,18 +289,14 @@ def exchange(a: Path, b: Path) -> None:
             code = libc.renamex_np(os.fsencode(a), os.fsencode(b), RENAME_SWAP)
         else:
             code = libc.renameat2(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE)
-    except (AttributeError, TypeError, OSError):  # an older C library, Windows
-        code = -1
-        ctypes.set_errno(errno.ENOSYS)
+    except (AttributeError, OSError):  # an older C library
+        return False
     if code == 0:
-        return
+        return True
     fault = ctypes.get_errno()
-    if fault not in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM):
-        raise OSError(fault, os.strerror(fault), str(b))
-    aside = a.with_name(a.name + ".old")
-    os.rename(b, aside)
-    os.rename(a, b)
-    os.rename(aside, a)
+    if fault in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM):
+        return False
+    raise OSError(fault, os.strerror(fault), str(b))
 
 
 def sync_folder(folder: Path) -> None:
@@ -196,43 +324,92 @@ def _sync_directory(folder: Path) -> None:
 
 
 def keep_companions(target: Path, staging: Path) -> None:
-    """Take over everything but weights from `target` into `staging`, as hard links: subfolders may be large."""
-    if not target.is_dir():
+    """Take over from `target` what `staging` lacks, but for weights, as hard links: subfolders may be large."""
+    if target.is_dir():
+        for path, place in _missing_companions(target, staging):
+            _link(path, place)
+
+
+def _missing_companions(old: Path, new: Path) -> Iterator[tuple[Path, Path]]:
+    for path in sorted(old.iterdir()):
+        if not is_replaced(path.name):
+            yield from _missing(path, new / path.name)
+
+
+def _missing(old: Path, new: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield `old` and its place `new` where nothing is there; a folder that is in both places is looked into."""
+    if not os.path.lexists(new):
+        yield old, new
+    elif _is_folder(old) and _is_folder(new):
+        for path in sorted(old.iterdir()):
+            yield from _missing(path, new / path.name)
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _link(source: Path, place: Path) -> None:
+    """Make `place` a hard link to `source`; of a folder, a folder with links to its files."""
+    if _is_folder(source):
+        place.mkdir()
+        for path in source.iterdir():
+            _link(path, place / path.name)
+        shutil.copystat(source, place)
         return
-    for path in sorted(target.iterdir()):
-        if is_weight(path.name) or path.name == RECORD_NAME:
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.copytree(path, staging / path.name, symlinks=True, copy_function=_link)
-        else:
-            _link(path, staging / path.name)
+    try:
+        os.link(source, place, follow_symlinks=False)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, place, follow_symlinks=False)
 
 
-def copy_companions(source: Path, staging: Path) -> None:
-    """Copy config, tokenizer, processor and custom code from `source` to `staging`, byte for byte.
+def companions(source: Path, target: Path) -> Iterator[Path]:
+    """Yield the files and folders of `source` that a model takes along: config, tokenizer, processor and custom code.
 
-    Links are followed (hub snapshots are made of them); file modes stay.
+    From beside the ranks' files only other files are taken, and no `.pt`. The target, whose files are kept anyway, and
+    folders that hold it are left out.
     """
-    if not source.is_dir():
+    if not source.is_dir() or os.path.realpath(source) == os.path.realpath(target):
         return
-    for path in sorted(source.iterdir()):
-        if path.name == RECORD_NAME or is_weight(path.name) or path.name.startswith("."):
-            continue
+    found = [path for path in sorted(source.iterdir()) if not path.name.startswith(".") and not is_replaced(path.name)]
+    if any(RANK_FILE.fullmatch(path.name) for path in found):
+        found = [path for path in found if not path.is_dir() and path.suffix != ".pt"]
+    for path in found:
+        yield from _tree(path, target)
+
+
+def _tree(path: Path, target: Path) -> Iterator[Path]:
+    """Yield `path` and all below it, folders first."""
+    if not path.is_dir():
+        yield path
+    elif path.name != "__pycache__" and not _holds(path, target):
+        yield path
+        for below in sorted(path.iterdir()):
+            yield from _tree(below, target)
+
+
+def _holds(folder: Path, path: Path) -> bool:
+    """Tell whether `path` is `folder` or lies in it, links followed."""
+    inner, outer = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    return inner == outer or outer in inner.parents
+
+
+def copy_companions(source: Path, staging: Path, target: Path) -> None:
+    """Copy the companions of a model that goes to `target` from `source` to `staging`, an empty folder, byte for byte.
+
+    Links are followed (hub snapshots are made of them); modes stay.
+    """
+    pairs = [(path, staging / path.relative_to(source)) for path in companions(source, target)]
+    for path, place in pairs:
         if path.is_dir():
-            shutil.copytree(path, staging / path.name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+            place.mkdir()
         else:
-            write_file(staging / path.name, path.read_bytes())
-            shutil.copystat(path, staging / path.name)
+            shutil.copyfile(path, place)
+    for path, place in reversed(pairs):  # a folder's mode may forbid to write in it
+        shutil.copystat(path, place)
 
 
 def write_file(path: Path, data: bytes) -> None:
     """Write `data` to a new file at `path`; a hard link there is replaced, never written through."""
     path.unlink(missing_ok=True)
     path.write_bytes(data)
-
-
-def _link(source: str | Path, target: str | Path) -> None:
-    try:
-        os.link(source, target, follow_symlinks=False)
-    except OSError:  # a file system without hard links
-        shutil.copy2(source, target, follow_symlinks=False)

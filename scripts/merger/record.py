@@ -1,5 +1,6 @@
 """`merge.json`: what was merged from what, how, and by which versions."""
 import json
+import os
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -9,6 +10,7 @@ from merger import MergeError, __version__, publish
 from merger.copying import Tally
 from merger.discover import RankFiles
 from merger.job import Job, Options
+from merger.plan import INDEX_NAME
 
 
 def sources(files: RankFiles) -> list[dict[str, Any]]:
@@ -18,7 +20,7 @@ def sources(files: RankFiles) -> list[dict[str, Any]]:
         stat = path.stat()
         found.append({
             "file": path.name,
-            "folder": str(path.parent),
+            "folder": os.path.realpath(path.parent),
             "rank": rank,
             "bytes": stat.st_size,
             "modified": stat.st_mtime_ns
@@ -49,6 +51,8 @@ def make_record(job: Job, options: Options, tally: Tally, threads: int, seconds:
         "dtype": options.dtype,
         "files": file_sizes(job),
         "tensors": len(job.outputs),
+        "fused": job.fused,
+        "base_model": job.base_model,
         "parameters": job.parameters,
         "tied_dropped": job.dropped,
         "nan": sum(tally.nan.values()),
@@ -112,10 +116,17 @@ def as_requested(options: Options, record: dict[str, Any]) -> Options:
 
 
 def same_merge(options: Options, files: RankFiles, folder: Path) -> dict[str, Any] | None:
-    """Return the record in `folder` if it is of the same files merged in the same way."""
+    """Return the record in `folder` if it is of the same files merged in the same way, and nothing is lost since."""
     try:
         record = read_record(folder)
     except MergeError:
         return None
     same = record["requested"] == requested(options) and record["sources"] == sources(files)
-    return record if same and publish.weights_in(folder) else None
+    return record if same and is_whole(record, folder) else None
+
+
+def is_whole(record: dict[str, Any], folder: Path) -> bool:
+    """Tell whether `folder` holds the weights that its record names, of their sizes, their index, and no others."""
+    found = publish.weights_in(folder)
+    files = [{"name": name, "bytes": (folder / name).stat().st_size} for name in found if name != INDEX_NAME]
+    return record.get("files") == files and (INDEX_NAME in found) == (len(files) > 1)

@@ -7,7 +7,7 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,13 +144,17 @@ def _locate(fd: int, size: int, info: zipfile.ZipInfo) -> Record:
     return Record(offset, info.file_size, info.CRC)
 
 
-def damaged_records(shard: ShardFile, keys: Iterator[str] | None = None) -> Iterator[str]:
-    """Yield the keys of those records whose bytes do not have the CRC32 that the archive names."""
+def damaged_records(shard: ShardFile, progress: Callable[[int], None]) -> Iterator[str]:
+    """Yield the keys of those records whose bytes do not have the CRC32 that the archive names.
+
+    What `progress` raises, after each `CRC_CHUNK` bytes at the latest, ends it.
+    """
     with open(shard.path, "rb", buffering=0) as file:
-        for key in keys if keys is not None else iter(shard.records):
-            record, crc = shard.records[key], 0
+        for key, record in shard.records.items():
+            crc = 0
             for start in range(0, record.size, CRC_CHUNK):
-                crc = zlib.crc32(os.pread(file.fileno(), min(CRC_CHUNK, record.size - start), record.offset + start),
-                                 crc)
+                chunk = os.pread(file.fileno(), min(CRC_CHUNK, record.size - start), record.offset + start)
+                crc = zlib.crc32(chunk, crc)
+                progress(len(chunk))
             if crc != record.crc:
                 yield key

@@ -119,8 +119,8 @@ def mesh_text(meshes: list[dict[str, int]]) -> str:
 
 
 def print_json(value: Mapping[str, Any]) -> None:
-    """Print one JSON object on one line."""
-    print(json.dumps(value, ensure_ascii=False))
+    """Print one JSON object on one line, in ASCII: whatever the encoding and the folders' names."""
+    print(json.dumps(value))
 
 
 def print_table(title: str, rows: list[tuple[str, str]]) -> None:
@@ -132,7 +132,7 @@ def print_table(title: str, rows: list[tuple[str, str]]) -> None:
     table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(name, Text(value))
-    _console().print(table)
+    _print(table)
 
 
 def print_tensors(checkpoint: Checkpoint) -> None:
@@ -148,12 +148,25 @@ def print_tensors(checkpoint: Checkpoint) -> None:
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for kind, count in kinds.most_common():
         table.add_row(kind.replace("[", "\\["), str(count), size_text(sizes[kind]))
-    _console().print(table)
+    _print(table)
 
 
-def _console() -> Any:
+def _print(table: Any) -> None:
     from rich.console import Console
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    with console.capture() as text:  # by itself it ends the program where the reader of a pipe has left
+        console.print(table)
+    print(text.get(), end="")
+
+
+def equality_text(result: Mapping[str, Any]) -> str:
+    """Return how far a verified result is known to be that of the shards.
+
+    >>> equality_text({"fused": 0}), equality_text({"fused": 2})
+    ('every element', '2 fused tensors within the rounding, all others in every element')
+    """
+    fused = result.get("fused", 0)
+    return f"{fused} fused tensors within the rounding, all others in every element" if fused else "every element"
 
 
 def summary_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -168,7 +181,7 @@ def summary_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("dropped", ", ".join(record["tied_dropped"]) or "nothing"),
         ("NaN, infinite", f"{record['nan']}, {record['inf']}"),
         ("config check", record["model_check"]),
-        ("verified", "yes, every element" if record["verified"] else "no (--verify does)"),
+        ("verified", f"yes, {equality_text(record)}" if record["verified"] else "no (--verify does)"),
         ("time", f"{record['seconds']:.1f} s, {size_text(rate)}/s read, on {record['device']}"),
         ("folder", record["folder"]),
         *([("uploaded", record["uploaded"])] if "uploaded" in record else []),

@@ -6,8 +6,9 @@ of the plan does not hide itself.
 import json
 import math
 import mmap
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 
 from merger import MergeError
 from merger.checkpoint import Checkpoint
-from merger.copying import Sources
+from merger.copying import Sources, factors
 from merger.direct import page_buffer
 from merger.dtypes import NUMPY, SAFETENSORS, itemsize
 from merger.layout import Box
@@ -24,7 +25,6 @@ from merger.plan import BLOCK_BYTES, INDEX_NAME, Output
 from merger.shardfile import damaged_records, read_shard_file
 
 TORCH_DTYPES = {code: dtype for dtype, code in SAFETENSORS.items()}
-FUSED_TOLERANCE = 2.0**-7  # two roundings to bfloat16 of one float32 sum in another order
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def read_header(path: Path) -> dict[str, Stored]:
     """Return the tensors of one safetensors file by name.
 
     Raises:
-        MergeError: the file ends early.
+        MergeError: the file ends early, or its header places a tensor where it does not fit.
     """
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -72,24 +72,36 @@ def read_header(path: Path) -> dict[str, Stored]:
             raise MergeError(f"{path} is not a whole safetensors file; merge again with --force")
         header: dict[str, Any] = json.loads(file.read(length))
     header.pop("__metadata__", None)
-    if 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0) != size:
+    stored, end = {}, 0
+    for name, entry in header.items():
+        dtype, shape, (first, last) = TORCH_DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+        if first < 0 or last - first != math.prod(shape) * itemsize(dtype):
+            raise MergeError(f"{path} places {name} of shape {list(shape)} at bytes {first} to {last}; merge again with "
+                             "--force")
+        stored[name] = Stored(path, dtype, shape, 8 + length + first)
+        end = max(end, last)
+    if 8 + length + end != size:
         raise MergeError(f"{path} is not a whole safetensors file; merge again with --force")
-    return {
-        name: Stored(path, TORCH_DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
-        for name, entry in header.items()
-    }
+    return stored
 
 
-def check_sources(checkpoint: Checkpoint, threads: int) -> None:
+def check_sources(checkpoint: Checkpoint, threads: int, progress: Callable[[int], None]) -> None:
     """Compare every record of the ranks' files with the CRC32 that torch stored beside it.
 
     Raises:
         MergeError: naming the file and the tensor whose bytes changed since they were written.
     """
+    lock, stop = threading.Lock(), threading.Event()
+
+    def step(count: int) -> None:
+        if stop.is_set():
+            raise CancelledError
+        with lock:
+            progress(count)
 
     def check(rank: int) -> None:
         shard = read_shard_file(checkpoint.path(rank))
-        for key in damaged_records(shard):
+        for key in damaged_records(shard, step):
             begin, end = shard.records[key].offset, shard.records[key].offset + shard.records[key].size
             name = next(
                 (name for name, tensor in checkpoint.tensors.items() if begin <= checkpoint.offset(rank, tensor) < end),
@@ -98,8 +110,12 @@ def check_sources(checkpoint: Checkpoint, threads: int) -> None:
                              "its bytes changed after it was saved; copy it again")
 
     with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(check, checkpoint.files.paths):
-            pass
+        try:
+            for _ in pool.map(check, checkpoint.files.paths):
+                pass
+        except BaseException:  # Ctrl-C too: the pool waits for its threads, so let them end
+            stop.set()
+            raise
 
 
 def check_output(checkpoint: Checkpoint, outputs: Sequence[Output], stored: Mapping[str, Stored],
@@ -167,18 +183,31 @@ def _compare(sources: Sources, output: Output, stored: Stored, maps: _Maps, rank
         data = sources.read(rank, begin + position * size, part.numel * size, buffer)
         values = data.view(NUMPY[source.dtype]).reshape(part.shape)
         found = whole[part.slices]
-        if output.fusion is None:
-            with np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
+            if output.fusion is None:
                 same = _bits(values.astype(NUMPY[output.dtype])) == _bits(found)
-        else:
-            delta = sources.read_tensor(output.fusion.b).astype(np.float32)[part.slices[0]] @ sources.read_tensor(
-                output.fusion.a).astype(np.float32)[:, part.slices[1]]
-            wanted = values.astype(np.float32) + np.float32(output.fusion.scale) * delta
-            same = np.isclose(found.astype(np.float32), wanted, rtol=FUSED_TOLERANCE, atol=1e-7)
+            else:
+                a, b = factors(sources, output.fusion.a, output.fusion.b)
+                same = is_fused(found, values, a[:, part.slices[1]], b[part.slices[0]], output.fusion.scale)
         if not same.all():
             raise MergeError(f"{output.name} in {stored.path} differs from rank {rank}'s piece in "
                              f"{int(np.size(same) - np.count_nonzero(same))} elements of the block at "
                              f"{list(part.start)}; merge again with --force")
+
+
+def is_fused(found: np.ndarray, weight: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float) -> np.ndarray:
+    """Tell for each element of `found`, in the output's type, whether it is one that weight + scale * (b @ a) may give.
+
+    A float32 sum of r products is off by at most (r + 2) * 2^-24 of the sum of their magnitudes, in whatever order it
+    is taken (Higham, Accuracy and Stability of Numerical Algorithms, 3.1): twice that, as there are two of them here.
+    Rounding to the output's type is monotonic, so what lies between the rounded ends is right.
+    """
+    weight, scale32 = weight.astype(np.float32), np.float32(scale)
+    wanted = weight + scale32 * (b @ a)
+    slack = np.abs(weight) + np.abs(scale32) * (np.abs(b) @ np.abs(a))
+    slack *= np.float32((len(a) + 3) * 2.0**-23)
+    low, exact, high = (values.astype(found.dtype) for values in (wanted - slack, wanted, wanted + slack))
+    return ((low <= found) & (found <= high)) | (found == exact) | (np.isnan(found) & np.isnan(exact))
 
 
 def _bits(values: np.ndarray) -> np.ndarray:

@@ -42,7 +42,7 @@ def find(folder: Path) -> Checkpoint:
     if shards is None:
         if has_weights(folder):
             return Checkpoint(folder)
-        below = sorted(path.parent for path in folder.glob("global_step_*/actor/*.pt"))
+        below = sorted((path.parent for path in folder.glob("global_step_*/actor/*.pt")), key=step_of)
         raise ValueError(
             f"--checkpoint {folder}: neither shards (model_world_size_*_rank_*.pt) nor a Hugging Face model "
             f"(config.json, *.safetensors); " +
@@ -56,6 +56,12 @@ def find(folder: Path) -> Checkpoint:
             f"them, or `invoke merge --local-dir {shards} --force`")
     current = is_current(model, shards)
     return Checkpoint(model, shards, merge=not current, force=not current)
+
+
+def step_of(actor: Path) -> int:
+    """Return the step of a checkpoint's actor folder: global_step_100/actor is 100."""
+    found = re.search(r"\d+$", actor.parent.name)
+    return int(found[0]) if found else -1
 
 
 def rank_files(folder: Path) -> list[Path]:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,11 +11,13 @@ from invoke.exceptions import Exit
 
 from tasks.lib import docker
 from tasks.lib.mounts import FOLDERS
-from tasks.lib.settings import ROOT, SETTINGS, read_dotenv
+from tasks.lib.settings import ROOT, SETTINGS, hide_logins, read_dotenv, resolve
 from tasks.lib.sources import GYM, RL, choose_sources
 
 OK, NOTE, MISSING = "ok", "note", "missing"
 DISK_GB = 32
+# What may stand in .env and is no setting: Compose's own, and the consent that plain Compose passes on.
+NO_SETTINGS = {"COMPOSE_FILE", "COMPOSE_PROFILES", "I_UNDERSTAND"}
 FILES = ("docker-compose.yml", "docker-compose.cpu.yml", "docker/base.Dockerfile", "docker/train.Dockerfile",
          "docker/scripts.Dockerfile", "Dockerfile.eval")
 
@@ -47,6 +49,14 @@ def check_engine(version: str) -> Check:
     return Check("engine", MISSING, version, f"install Docker Engine {docker.ENGINE_AT_LEAST} or newer")
 
 
+def check_engine_for_environments(version: str) -> Check:
+    """Judge whether the engine can build environment servers, for which the other images' engine may be too old."""
+    if int(version.split(".")[0]) >= docker.ENGINE_AT_LEAST_FOR_ENVIRONMENTS:
+        return Check("environments", OK, f"engine {version} builds environment servers")
+    return Check("environments", NOTE, f"engine {version} builds no environment servers",
+                 f"install Docker Engine {docker.ENGINE_AT_LEAST_FOR_ENVIRONMENTS} or newer, or use --runner local")
+
+
 def check_compose(version: str) -> Check:
     """Judge Compose's version, such as 2.26.1-4 or v2.39.0."""
     major = version.rpartition("version ")[2].lstrip("v").split(".")[0]
@@ -64,11 +74,11 @@ def check_disk(free_bytes: int, place: str) -> Check:
                  f"the images need {DISK_GB} GB; free some, or run `invoke clean.cache`")
 
 
-def check_dotenv(exists: bool, variables: Mapping[str, str]) -> Check:
-    """Judge `.env`: it may be absent; a name that nothing reads is probably mistyped."""
+def check_dotenv(exists: bool, variables: Mapping[str, str], keys: Collection[str] = ()) -> Check:
+    """Judge `.env`: it may be absent; a name that is no setting and none of the environments' `keys` is mistyped."""
     if not exists:
         return Check(".env", OK, "absent, so the defaults hold", "")
-    unknown = sorted(set(variables) - set(SETTINGS))
+    unknown = sorted(set(variables) - set(SETTINGS) - set(keys) - NO_SETTINGS)
     if unknown:
         return Check(".env", NOTE, f"unknown: {', '.join(unknown)}", "compare with .env.example")
     return Check(".env", OK, f"{len(variables)} settings")
@@ -80,7 +90,11 @@ def check_sources(root: Path, settings: Mapping[str, str]) -> list[Check]:
         chosen = choose_sources(root, settings)
     except ValueError as error:
         return [Check("sources", MISSING, str(error), "see AGENTGYM_RL_SRC and AGENTGYM_SRC in .env.example")]
-    return [Check(name, OK, chosen.get(name) or f"{SETTINGS[name].default} (downloaded)") for name in (RL, GYM)]
+    return [
+        Check(name, OK,
+              hide_logins(chosen[name]) if name in chosen else f"{SETTINGS[name].default} (downloaded)")
+        for name in (RL, GYM)
+    ]
 
 
 def check_files(root: Path) -> Check:
@@ -107,17 +121,39 @@ def all_checks() -> Iterator[Check]:
     """Look at everything that the project needs, Docker first."""
     yield from _docker_checks()
     dotenv = read_dotenv()
-    yield check_dotenv((ROOT / ".env").is_file(), dotenv)
+    yield check_dotenv((ROOT / ".env").is_file(), dotenv, environment_keys())
     yield from check_sources(ROOT, {**dotenv, **os.environ})
     yield check_files(ROOT)
 
 
+def environment_keys() -> set[str]:
+    """Return the variables that the environments ask for; none where their rows cannot be read."""
+    from tasks.lib.environments import environments
+    try:
+        rows = environments(ROOT / resolve("ENVIRONMENTS"))
+    except (OSError, ValueError):
+        return set()
+    return {key.name for row in rows.values() for key in row.keys}
+
+
+def _compose_reads() -> Check:
+    """Let Compose read its files and `.env`, in which it accepts less than we do."""
+    try:
+        docker.ask(lambda client: client.compose.config(return_json=True), profiles=["*"])
+    except Exit as error:
+        said = (error.message or "Compose gives no reason").removeprefix("docker: ")
+        return Check("settings", MISSING, said, "mend what Compose names: .env, or docker-compose.override.yml")
+    return Check("settings", OK, "Compose reads its files and .env")
+
+
 def _docker_checks() -> Iterator[Check]:
     try:
-        yield check_engine(docker.engine_version())
+        version = docker.engine_version()
     except Exit as error:
         yield Check("engine", MISSING, "none answers", (error.message or "start Docker").removeprefix("docker: "))
         return
+    yield check_engine(version)
+    yield check_engine_for_environments(version)
     for name, question, judge in (
         ("compose", lambda client: client.compose.version(), check_compose),
         ("buildx", lambda client: client.buildx.version(), lambda version: Check("buildx", OK, version)),
@@ -126,6 +162,7 @@ def _docker_checks() -> Iterator[Check]:
             yield judge(docker.ask(question))
         except Exit:
             yield Check(name, MISSING, "not installed", f"install the plugin docker-{name}-plugin")
+    yield _compose_reads()
     yield check_nvidia(docker.has_nvidia_runtime())
     place = Path(docker.ask(lambda client: client.system.info().docker_root_dir) or "/")
     # The engine may run elsewhere (Docker Desktop, a remote host), with a folder that is not here.

@@ -7,6 +7,9 @@ from tasks.lib.environments import Environment
 
 # No environment's vocabulary holds it, and no JSON reader stumbles over it.
 BAD_ACTION = "\u2603 no such action"
+SAME_ITEM, APART = "same item twice the same", "two sessions apart"
+# How many sessions a check holds at once, where it is more than one.
+SESSIONS = {SAME_ITEM: 2, APART: 3}
 
 
 @dataclass(frozen=True)
@@ -14,7 +17,7 @@ class Finding:
     """One line of the table.
 
     Attributes:
-        holds: None where the row says that the server has no such thing.
+        holds: None where the row says that the server has no such thing, or too few sessions for it.
     """
     check: str
     holds: bool | None
@@ -128,14 +131,18 @@ class Conformance:
             ("create", self.create),
             ("reset", self.reset),
             ("step", self.step),
-            ("same item twice the same", self.same_item),
-            ("two sessions apart", self.sessions_apart),
+            (SAME_ITEM, self.same_item),
+            (APART, self.sessions_apart),
             ("bad id is an error", self.bad_id),
             ("bad action leaves the session usable", self.bad_action),
             ("close", self.close),
         ]
         findings = []
         for name, check in checks:
+            needed, allowed = SESSIONS.get(name, 1), self.row.max_sessions
+            if allowed is not None and needed > allowed:
+                findings.append(Finding(name, None, f"needs {needed} sessions, the server allows {allowed}"))
+                continue
             try:
                 findings.append(Finding(name, True, check()))
             except ServerError as error:

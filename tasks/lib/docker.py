@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from invoke.context import Context
 from invoke.exceptions import Exit
 
-from tasks.lib.settings import ROOT, read_dotenv, resolve, secret_values
+from tasks.lib.settings import ROOT, hide_logins, read_dotenv, resolve, secret_values
 
 if TYPE_CHECKING:
     from python_on_whales import DockerClient
@@ -32,15 +32,19 @@ if TYPE_CHECKING:
 Answer = TypeVar("Answer")
 
 ENGINE_AT_LEAST = 24
+# The environment servers' health check asks often at the start only (--start-interval): cheap when it counts.
+ENGINE_AT_LEAST_FOR_ENVIRONMENTS = 25
 INTERRUPTED = 130
 COMMAND_NOT_FOUND = 127
 NO_DOCKER = "docker: no docker command on PATH; install Docker Engine 24 or newer with Compose v2 and Buildx"
 
+ENGINE_DOWN = "engine down"  # `engine_down` says more
+
 # What Docker says, and what a user can do about it. The first match counts.
 REMEDIES = (
     (r"permission denied while trying to connect", "add yourself to the group docker, then log in again"),
-    (r"Cannot connect to the Docker daemon|error during connect|failed to connect to the docker API",
-     "the Docker engine does not answer; start it (sudo systemctl start docker)"),
+    (r"Cannot connect to the Docker daemon|error during connect|failed to connect to the docker API|"
+     r"unable to (parse|resolve) docker (host|endpoint)", ENGINE_DOWN),
     (r"port is already allocated|address already in use", "the port is in use; choose another with ENV_PORT"),
     (r"could not select device driver",
      "the engine has no NVIDIA runtime; install nvidia-container-toolkit, or pass --gpus none"),
@@ -55,20 +59,44 @@ REMEDIES = (
      "a download failed; check the network, PACKAGE_INDEX_URL and CA_BUNDLE"),
 )
 
+# How Docker begins what it says itself, where a command in a container says something on the same stream.
+DOCKER_SAYS = (r"Error response from daemon|error during connect|Cannot connect to the Docker daemon|"
+               r"failed to connect to the docker API|permission denied while trying to connect|Failed to initialize")
+
 # Runs in docker's place under --dry: notes how many arguments there are, then each, and does nothing else.
 RECORDER = 'printf "%s\\0" "$#" "$@" >>"$DRY_RECORD"'
 
 
 def remedy(said: str) -> str | None:
     """Return what a user can do about Docker's message `said`, where that is known."""
-    return next((advice for pattern, advice in REMEDIES if re.search(pattern, said, re.IGNORECASE)), None)
+    advice = next((advice for pattern, advice in REMEDIES if re.search(pattern, said, re.IGNORECASE)), None)
+    return engine_down(os.environ) if advice == ENGINE_DOWN else advice
+
+
+def engine_down(environ: Mapping[str, str]) -> str:
+    """Return what to do about an engine that does not answer; DOCKER_HOST says where it was looked for."""
+    host = environ.get("DOCKER_HOST")
+    if host:
+        return f"no Docker engine answers at DOCKER_HOST={hide_logins(host)}; start that one, or unset DOCKER_HOST"
+    return "the Docker engine does not answer; start it (sudo systemctl start docker)"
+
+
+def docker_said(argv: Sequence[str], said: str) -> str:
+    """Return what of `said`, the standard error of `argv`, is Docker's own: with `compose run`, not the command's.
+
+    Docker says what stopped it last.
+    """
+    lines = said.splitlines()
+    if not ("compose" in argv[:2] and "run" in argv) or not lines:
+        return said
+    return lines[-1] if re.match(DOCKER_SAYS, lines[-1]) else ""
 
 
 def redact(text: str, secrets: Sequence[str]) -> str:
     """Return `text` without the values in `secrets` and without logins inside URLs."""
     for secret in secrets:
         text = text.replace(secret, "***")
-    return re.sub(r"(\w+://)[^/\s@:]+(:[^/\s@]*)?@", r"\1***@", text)
+    return hide_logins(text)
 
 
 def compose_files(root: Path, cpu: bool) -> list[Path]:
@@ -89,10 +117,14 @@ def caller_variables(environ: Mapping[str, str], dotenv: Mapping[str, str]) -> d
     return {name: str(value) for name, value in ids.items() if not (environ.get(name) or dotenv.get(name))}
 
 
-def command_line(argv: Sequence[str], variables: Mapping[str, str]) -> str:
-    """Return `argv` as a user would type it in a shell, with the variables that it needs before it."""
-    settings = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
-    return " ".join([*settings, shlex.join(argv)])
+def command_line(argv: Sequence[str], variables: Mapping[str, str], secrets: Sequence[str] = ()) -> str:
+    """Return `argv` as a user would type it in a shell, with the variables that it needs before it, redacted."""
+
+    def word(text: str) -> str:  # redacted before it is quoted, which changes a secret that has a quote in it
+        hidden = redact(text, secrets)
+        return hidden if hidden == "***" else shlex.quote(hidden)
+
+    return " ".join([*(f"{name}={word(value)}" for name, value in variables.items()), *map(word, argv)])
 
 
 def interactive() -> bool:
@@ -172,8 +204,8 @@ def execute(client: DockerClient, container: str, command: Sequence[str], user: 
         capture_stderr=False)
 
 
-def require_engine(c: Context) -> None:
-    """Stop with one clear line where no engine answers, or one that is too old. `--dry` asks nothing.
+def require_engine(c: Context, at_least: int = ENGINE_AT_LEAST) -> None:
+    """Stop with one clear line where no engine answers, or one below `at_least`. `--dry` asks nothing.
 
     Raises:
         Exit: see above.
@@ -181,8 +213,9 @@ def require_engine(c: Context) -> None:
     if c.config.run.dry:
         return
     version = engine_version()
-    if int(version.split(".")[0]) < ENGINE_AT_LEAST:
-        raise Exit(f"docker: engine {version} is too old; install Docker Engine {ENGINE_AT_LEAST} or newer", code=1)
+    if int(version.split(".")[0]) < at_least:
+        what = "" if at_least == ENGINE_AT_LEAST else " for environment servers"
+        raise Exit(f"docker: engine {version} is too old{what}; install Docker Engine {at_least} or newer", code=1)
 
 
 def engine_version() -> str:
@@ -193,7 +226,7 @@ def engine_version() -> str:
     """
     server = ask(lambda docker: docker.version().server)
     if server is None or not server.version:
-        raise Exit("docker: " + REMEDIES[1][1], code=1)
+        raise Exit(f"docker: {engine_down(os.environ)}", code=1)
     return server.version
 
 
@@ -284,7 +317,7 @@ def _print_commands(action: Callable[[DockerClient], Any], profiles: Sequence[st
         words = iter(record.read_text().split("\0")[:-1])
     for count in words:
         argv = ["docker", *islice(words, int(count))]
-        print(redact(command_line(argv, variables if "compose" in argv[:2] else {}), secret_values()), flush=True)
+        print(command_line(argv, variables if "compose" in argv[:2] else {}, secret_values()), flush=True)
 
 
 def _drain(result: Any) -> None:
@@ -357,7 +390,7 @@ def _failures_as_exit(shown: bool) -> Iterator[None]:
         raise Exit(NO_DOCKER, code=COMMAND_NOT_FOUND) from None
     except DockerException as error:
         said = redact((error.stderr or error.stdout or "").strip(), secret_values())
-        advice = remedy(said)
+        advice = remedy(docker_said(error.docker_command, said))
         if advice:
             raise Exit(f"docker: {advice}", code=error.return_code) from None
         message = said.splitlines()[-1] if said and not shown else None

@@ -4,6 +4,7 @@ import shutil
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -41,14 +42,19 @@ def adopt(row: Environment, folder: Path, source: Path) -> None:
     missing = row.missing_data(source)
     if missing:
         raise DataError(f"{source} has no {missing[0].path}; {row.name} needs {', '.join(d.path for d in row.data)}")
+    target = source.resolve()  # before a link goes that it may lead through
+    if folder.resolve() == target:
+        return
     if folder.is_symlink():
         folder.unlink()
+    elif folder.is_file():
+        raise DataError(f"{folder} is a file; move it away, and run it again")
     elif folder.is_dir() and any(folder.iterdir()):
         raise DataError(f"{folder} is not empty; move it away, or leave --from out")
     elif folder.is_dir():
         folder.rmdir()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    folder.symlink_to(source.resolve())
+    folder.symlink_to(target)
 
 
 def url_size(url: str) -> int:
@@ -122,6 +128,12 @@ def download(url: str, target: Path, size: int, say: Say) -> None:
     part.rename(target)
 
 
+def damaged(archive: Path, error: Exception) -> DataError:
+    """Remove `archive`, so that the next try fetches it anew, and return what to say."""
+    archive.unlink(missing_ok=True)
+    return DataError(f"{archive.name} is damaged ({error}) and was removed; run it again to fetch it anew")
+
+
 def unzip(archive: Path, folder: Path) -> None:
     """Unpack `archive`, checking every file, and remove it.
 
@@ -134,8 +146,8 @@ def unzip(archive: Path, folder: Path) -> None:
                 if not (folder / name).resolve().is_relative_to(folder.resolve()):
                     raise DataError(f"{archive.name} holds {name}, which leads out of {folder}")
             zipped.extractall(folder)
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise DataError(f"{archive} is damaged ({error}); remove it and run it again") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise damaged(archive, error) from None
     archive.unlink()
 
 
@@ -149,7 +161,6 @@ def unpack(data: Data, archive: Path, folder: Path) -> None:
     top, unpacked = path.parts[0], archive.with_name("unpacked")
     if (folder / top).is_dir() and any((folder / top).iterdir()):
         raise DataError(f"{folder / top} is there without {path.name}; move it away, and run it again")
-    shutil.rmtree(unpacked, ignore_errors=True)  # half of it, from a try that was stopped
     unzip(archive, unpacked)
     if not (unpacked / path).exists():
         # BIRD's dev.zip holds dev_20240627/ where AgentGym wants dev/.
@@ -163,7 +174,11 @@ def unpack(data: Data, archive: Path, folder: Path) -> None:
 
 
 def finish(data: Data, parts: Sequence[Path], folder: Path) -> None:
-    """Make of the fetched `parts` what the row asks for."""
+    """Make of the fetched `parts` what the row asks for.
+
+    Raises:
+        DataError: an archive is damaged (it is gone then), or `folder` has something in its place.
+    """
     target = folder / data.path
     target.parent.mkdir(parents=True, exist_ok=True)
     if data.then == "join":
@@ -174,8 +189,11 @@ def finish(data: Data, parts: Sequence[Path], folder: Path) -> None:
                 part.unlink()  # at once: two copies of 60 GB need not lie side by side
         target.with_name(target.name + ".part").rename(target)
     elif data.then == "gunzip":
-        with gzip.open(parts[0]) as packed, target.with_name(target.name + ".part").open("wb") as whole:
-            shutil.copyfileobj(packed, whole, CHUNK)
+        try:
+            with gzip.open(parts[0]) as packed, target.with_name(target.name + ".part").open("wb") as whole:
+                shutil.copyfileobj(packed, whole, CHUNK)
+        except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+            raise damaged(parts[0], error) from None
         target.with_name(target.name + ".part").rename(target)
         parts[0].unlink()
     elif data.then == "unzip":
@@ -201,19 +219,31 @@ def sizes(row: Environment, folder: Path) -> dict[str, int]:
     return found
 
 
+def fetched(folder: Path) -> int:
+    """Return the bytes that earlier tries left of what is to fetch; what they half unpacked goes."""
+    for half in (folder / PARTS).glob("*/unpacked"):
+        shutil.rmtree(half, ignore_errors=True)
+    return sum(path.stat().st_size for path in (folder / PARTS).rglob("*") if path.is_file())
+
+
 def fetch(row: Environment, folder: Path, say: Say) -> list[Data]:
     """Fetch what is missing and can be fetched; return what the user must get by hand.
 
     Raises:
         DataError: too little space, or a source that fails.
     """
+    if folder.is_file():
+        raise DataError(f"{folder} is a file; move it away, and run it again")
     to_fetch = sizes(row, folder)
     if to_fetch:
         folder.mkdir(parents=True, exist_ok=True)
+        have = fetched(folder)
         total, free = sum(to_fetch.values()), shutil.disk_usage(folder).free
-        say(f"{row.name}: {human(total)} to fetch into {folder}, {human(free)} free")
-        if total * SPACE_FACTOR > free:
-            raise DataError(f"{row.name} needs about {human(total * SPACE_FACTOR)} to fetch and unpack, "
+        needed = total * SPACE_FACTOR - have
+        here = f" ({human(have)} of it came before)" if have else ""
+        say(f"{row.name}: {human(total)} to fetch into {folder}{here}, {human(free)} free")
+        if needed > free:
+            raise DataError(f"{row.name} needs about {human(needed)} more to fetch and unpack, "
                             f"{human(free)} are free in {folder}")
     for data in row.missing_data(folder):
         if not (data.url or data.hub):

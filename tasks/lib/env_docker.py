@@ -1,13 +1,16 @@
 """Environment servers as containers: what `env.up`, `env.down` and `build.env` do with Docker.
 
-The services come from .run/env/<name>/compose.json, written for each start, beside the project's own Compose file and
-in the same project: other containers reach them by name, and `invoke down` stops them too.
+The services come from .run/env/<name>/compose.json, written for each start (for each build: build.json), beside the
+project's own Compose file and in the same project: other containers reach them by name, and `invoke down` stops them
+too.
 """
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,7 +34,7 @@ from tasks.lib.environments import Environment
 from tasks.lib.settings import SETTINGS, resolve
 
 if TYPE_CHECKING:
-    from python_on_whales import DockerClient
+    from python_on_whales import Container, DockerClient
 
 # Other environments' services are in the same project but not in the files at hand; Compose need not say so.
 QUIET = {"COMPOSE_IGNORE_ORPHANS": "true"}
@@ -44,8 +47,10 @@ class Server:
     """One container of an environment."""
     id: str
     environment: str
+    service: str
     role: str
     port: int
+    bind: str
     state: str
     restarts: int
 
@@ -56,11 +61,17 @@ def servers(name: str = "") -> list[Server]:
     filters: list[tuple[Literal["label"], str]] = [("label", f"com.docker.compose.project={project}"),
                                                    ("label", f"{LABEL}={name}" if name else LABEL)]
     found = docker.ask(lambda client: client.container.list(all=True, filters=filters))
-    return [
-        Server(container.id, (labels := container.config.labels or {})[LABEL], labels.get(ROLE_LABEL, "server"),
-               int(labels[PORT_LABEL]), container.state.status or "", container.restart_count or 0)
-        for container in found
-    ]
+    return [describe(container) for container in found]
+
+
+def describe(container: Container) -> Server:
+    """Return what the tasks want to know of a container."""
+    labels = container.config.labels or {}
+    published = (container.host_config.port_bindings or {}).values()
+    bind = next((place.host_ip for places in published for place in places or [] if place.host_ip), "")
+    return Server(container.id, labels[LABEL], labels.get("com.docker.compose.service", ""),
+                  labels.get(ROLE_LABEL, "server"), int(labels[PORT_LABEL]), bind, container.state.status or "",
+                  container.restart_count or 0)
 
 
 def build_section(row: Environment, root: Path, gym: str, rows_file: str) -> dict[str, Any]:
@@ -94,16 +105,21 @@ def image_name(row: Environment, tag: str = "") -> str:
     return docker.image_name(f"agentgym/env-{row.name}", tag)
 
 
-def write_model(row: Environment, options: Options, data: Path, build: dict[str, Any], tag: str = "") -> Path:
-    """Write the Compose file for `row` and return its path."""
-    home = RUN / row.name
-    home.mkdir(parents=True, exist_ok=True)
-    if options.replicas > 1:
+def write_private(path: Path, text: str) -> None:
+    """Write a file that only its owner can read, since a source's URL may have a login; make its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        os.fchmod(file.fileno(), 0o600)  # it may be there from before
+        file.write(text)
+
+
+def write_model(path: Path, row: Environment, options: Options, data: Path, build: dict[str, Any], tag: str) -> None:
+    """Write the Compose file for `row` to `path`, and the proxy's rules beside it where there are replicas."""
+    home = path.parent
+    write_private(path, json.dumps(compose_model(row, options, image_name(row, tag), home, data, build), indent=2))
+    if options.replicas > 1:  # not private: HAProxy's own user in the container reads it
         addresses = [f"{service_name(row, number)}:{REPLICA_PORT}" for number in range(options.replicas)]
         (home / "haproxy.cfg").write_text(proxy_config(row, options.port, addresses, dns=True))
-    path = home / "compose.json"
-    path.write_text(json.dumps(compose_model(row, options, image_name(row, tag), home, data, build), indent=2))
-    return path
 
 
 def services(row: Environment, options: Options) -> list[str]:
@@ -134,16 +150,21 @@ def up(c: Context, row: Environment, options: Options, file: Path, wait: float, 
     wanted = services(row, options)
     started = False
     try:
-        surroundings: dict[str, Any] = {"variables": {**QUIET, **variables}, "files": [file]}
-        if c.config.run.dry:
-            docker.drive(c, lambda client: client.compose.up(wanted, detach=True), **surroundings)
-        else:  # `ask`: a failure is one line, and a start says nothing of its own
-            docker.ask(lambda client: client.compose.up(wanted, detach=True, quiet=True, force_recreate=True),
-                       **surroundings)
+        # quiet: a failure is one line, and a start says nothing of its own
+        docker.drive(c,
+                     lambda client: client.compose.up(wanted, detach=True, quiet=True, force_recreate=True),
+                     variables={
+                         **QUIET,
+                         **variables
+                     },
+                     files=[file])
+        if not c.config.run.dry:
             wait_until_ready(row, options, wait)
         started = True
     finally:
         if not started:
+            with suppress(Exit):
+                keep_logs(row.name)
             down(c, row.name)
     return url(options)
 
@@ -163,8 +184,8 @@ def wait_until_ready(row: Environment, options: Options, wait: float) -> None:
         left = end - time.monotonic()
         if left <= 0:
             raise Exit(
-                f"env.up: {row.name} was not ready after {wait:g} s: {reason}; give it longer with --wait, "
-                "or look at `docker logs` while it starts",
+                f"env.up: {row.name} was not ready after {wait:g} s: {reason}; see `invoke env.logs --env {row.name}`, "
+                "or give it longer with --wait",
                 code=1)
         reason = probe(row, url(options), options.replicas, seen, left) or reason
         if len(seen) == options.replicas:
@@ -173,8 +194,14 @@ def wait_until_ready(row: Environment, options: Options, wait: float) -> None:
 
 
 def printing(container: str, follow: bool) -> Callable[[DockerClient], Any]:
-    """Return the action that prints a container's log."""
-    return lambda client: client.container.logs(container, follow=follow, stream=True)
+    """Return the action that prints a container's log.
+
+    python-on-whales' own call reads an inspection first, whose answer `--dry` does not give.
+    """
+    from python_on_whales.utils import stream_stdout_and_stderr
+    flags = ["--follow"] if follow else []
+    return lambda client: stream_stdout_and_stderr(
+        [*client.client_config.docker_cmd, "container", "logs", *flags, container])
 
 
 def last_line(container: str) -> str:
@@ -184,13 +211,20 @@ def last_line(container: str) -> str:
     return lines[-1].strip() if lines else "it said nothing"
 
 
+def keep_logs(name: str) -> None:
+    """Write what the environment's containers printed to its run folder, for `env.logs` after they are gone."""
+    for server in servers(name):
+        said = docker.ask(lambda client, found=server: client.container.logs(found.id))  # type: ignore[misc]
+        write_private(RUN / name / f"{server.service}.log", said)
+
+
 def down(c: Context, name: str) -> bool:
     """Stop and remove the environment's containers; False where there was none."""
-    found = [] if c.config.run.dry else servers(name)
+    found = servers(name)
     if not found:
         return False
     # The proxy first: a client then sees a refused connection, not a replica that is down.
     ids = [server.id for server in sorted(found, key=lambda server: server.role != "proxy")]
-    docker.ask(lambda client: client.container.stop(ids, time=10))
-    docker.ask(lambda client: client.container.remove(ids, force=True, volumes=True))
+    docker.drive(c, lambda client: client.container.stop(ids, time=10))
+    docker.drive(c, lambda client: client.container.remove(ids, force=True, volumes=True))
     return True

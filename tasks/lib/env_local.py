@@ -5,6 +5,7 @@ runs from (data is linked into it), its log, and state.json, which names the pro
 """
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -117,10 +118,35 @@ def started(process: subprocess.Popen, role: str, port: int) -> dict[str, Any]:
 
 def states(folder: Path = RUN) -> dict[str, dict[str, Any]]:
     """Return the state of every local server that was started and not stopped, by environment."""
-    found = {}
-    for path in sorted(folder.glob("*/state.json")):
-        with suppress(ValueError):
-            found[path.parent.name] = json.loads(path.read_text())
+    found = {path.parent.name: read_state(path) for path in sorted(folder.glob("*/state.json"))}
+    return {name: state for name, state in found.items() if state is not None}
+
+
+def read_state(path: Path) -> dict[str, Any] | None:
+    """Return what a state file says; None where it is torn or not ours."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        state = json.loads(path.read_text())
+        if all({"pid", "born", "role"} <= set(entry) for entry in state["processes"]):
+            return {"url": "", **state, "port": int(state["port"])}
+    return None
+
+
+def write_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a state file at once: whoever reads it finds the one before or this one, never half of it."""
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(state))
+    new.replace(path)
+
+
+def launched_from(home: Path) -> list[dict[str, Any]]:
+    """Return the processes that serve from `home`, by their command lines: for a state that cannot be read."""
+    import psutil
+    ours = {str(home / "row.json"), str(home / "haproxy.cfg")}
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if ours.intersection(process.info["cmdline"] or []):
+            with suppress(psutil.Error):
+                found.append(identity(process.pid))
     return found
 
 
@@ -152,29 +178,34 @@ def up(row: Environment,
     def launch(argv: Sequence[str], role: str, port: int, variables: Mapping[str, str]) -> None:
         process = processes.launch(argv, home / f"{role}.log", {**environ, **variables}, copy)
         state["processes"].append(started(process, role, port))
-        (home / "state.json").write_text(json.dumps(state))
+        write_state(home / "state.json", state)
 
-    for number, port in enumerate(ports):
-        host = options.bind if options.replicas == 1 else "127.0.0.1"
-        argv = [
-            str(python),
-            str(ROOT / "servers" / "serve.py"),
-            str(row_file), "--source",
-            str(copy), "--data",
-            str(data), "--host", host, "--port",
-            str(port)
-        ]
-        launch(argv, f"server-{number}", port, {"HOME": str(home / "home"), **server_variables(row, options, number)})
-    if proxy and options.replicas > 1:
-        config = home / "haproxy.cfg"
-        addresses = [f"127.0.0.1:{port}" for port in ports]
-        config.write_text(proxy_config(row, options.port, addresses).replace("bind :", f"bind {options.bind}:", 1))
-        launch([proxy, "-db", "-f", str(config)], "proxy", options.port, {})
+    ready = False
     try:
+        for number, port in enumerate(ports):
+            host = options.bind if options.replicas == 1 else "127.0.0.1"
+            argv = [
+                str(python),
+                str(ROOT / "servers" / "serve.py"),
+                str(row_file), "--source",
+                str(copy), "--data",
+                str(data), "--host", host, "--port",
+                str(port)
+            ]
+            # The row's `before` says `python`: the server's own, not the caller's.
+            path = os.pathsep.join((str(python.parent), environ.get("PATH", os.defpath)))
+            variables = {"HOME": str(home / "home"), "PATH": path, **server_variables(row, options, number)}
+            launch(argv, f"server-{number}", port, variables)
+        if proxy and options.replicas > 1:
+            config = home / "haproxy.cfg"
+            addresses = [f"127.0.0.1:{port}" for port in ports]
+            config.write_text(proxy_config(row, options.port, addresses).replace("bind :", f"bind {options.bind}:", 1))
+            launch([proxy, "-db", "-f", str(config)], "proxy", options.port, {})
         wait_until_ready(row, options, state, home, wait)
-    except LocalError:
-        down(row.name, folder)
-        raise
+        ready = True
+    finally:
+        if not ready:  # Ctrl-C too: the servers are sessions of their own and do not see it
+            down(row.name, folder)
     return state["url"]
 
 
@@ -222,6 +253,7 @@ def down(name: str, folder: Path = RUN) -> bool:
     path = folder / name / "state.json"
     if not path.is_file():
         return False
-    processes.stop(json.loads(path.read_text())["processes"])
+    state = read_state(path)
+    processes.stop(state["processes"] if state else launched_from(folder / name))
     path.unlink()
     return True

@@ -41,7 +41,8 @@ def choose_port(wanted: int, free: Callable[[int], bool]) -> int:
     for port in range(wanted, min(wanted + SEARCHED_PORTS, 65536)):
         if free(port):
             return port
-    raise ValueError(f"no port from {wanted} to {wanted + SEARCHED_PORTS - 1} is free; choose one with --port")
+    last = min(wanted + SEARCHED_PORTS, 65536) - 1
+    raise ValueError(f"no port from {wanted} to {last} is free; choose one with --port")
 
 
 def refusal(row: Environment, data: Path, environ: Mapping[str, str], understood: bool) -> str | None:
@@ -199,6 +200,9 @@ def compose_model(row: Environment, options: Options, image: str, home: Path, da
                 }
             },
         }
+        if row.gpu:  # as x-gpus of docker-compose.yml: device_ids and not count, so that GPUS says "all" or "0,1"
+            device = {"driver": "nvidia", "device_ids": ["${GPUS:-all}"], "capabilities": ["gpu"]}
+            service["deploy"] = {"resources": {"reservations": {"devices": [device]}}}
         if data.is_dir():
             service["volumes"] = [{
                 "type": "bind",

@@ -1,47 +1,47 @@
 """Start, find and stop environment servers, whichever runner they use."""
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import urllib.request
 from dataclasses import asdict, dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from invoke.context import Context
 from invoke.exceptions import Exit
 
-from tasks.lib import docker, env_docker, env_local
+from tasks.lib import docker, env_docker, env_local, env_users, gpus
 from tasks.lib.env_plan import Options, choose_port, refusal, service_name
 from tasks.lib.environments import Environment, environment, environments
+from tasks.lib.programs import RUNNERS
 from tasks.lib.settings import ROOT, read_dotenv, resolve
 from tasks.lib.sources import GYM, choose_sources, is_url
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-RUNNERS = ("auto", "docker", "local")
-
 
 @dataclass(frozen=True)
 class Running:
-    """An environment that is up.
+    """An environment that was started and not stopped.
 
     Attributes:
         runner: docker or local.
+        url: its address for programs on this machine.
         port: where its entry listens.
-        servers: how many server processes or containers it has.
-        state: running, or what Docker says in its place.
+        servers: how many server processes or containers run.
+        state: running, or what Docker says in its place of a part of it.
+        up: whether it serves: its entry runs, and a server behind it.
     """
     runner: str
+    url: str
     port: int
     servers: int
     state: str
-
-    @property
-    def url(self) -> str:
-        """Its address for programs on this machine."""
-        return f"http://127.0.0.1:{self.port}"
+    up: bool
 
 
 def rows_path() -> Path:
@@ -82,6 +82,33 @@ def whole_number(task: str, flag: str, value: str, least: int) -> int:
     if not value.isdecimal() or int(value) < least:
         raise Exit(f"{task}: --{flag} {value} is no whole number of at least {least}", code=2)
     return int(value)
+
+
+def port_number(task: str, name: str, value: str) -> int:
+    """Return the port that the user typed.
+
+    Raises:
+        Exit: it is none.
+    """
+    if not value.isdecimal() or not 1 <= int(value) <= 65535:
+        raise Exit(f"{task}: {name} {value} is no port; choose one from 1 to 65535", code=2)
+    return int(value)
+
+
+def require_address(task: str, bind: str) -> None:
+    """Stop with one line where nothing can listen on `bind`.
+
+    Raises:
+        Exit: it is no IPv4 address, or none of this machine's.
+    """
+    try:
+        ipaddress.IPv4Address(bind)
+    except ValueError:
+        raise Exit(f"{task}: ENV_BIND={bind} is no IPv4 address; use 127.0.0.1, or 0.0.0.0 for all of this machine's",
+                   code=2) from None
+    if not env_local.port_is_free(0, bind):  # port 0 is any port
+        raise Exit(f"{task}: ENV_BIND={bind} is no address of this machine; use 127.0.0.1, or 0.0.0.0 for all of them",
+                   code=2)
 
 
 def settings() -> dict[str, str]:
@@ -138,13 +165,14 @@ def local_source(task: str, row: Environment) -> Path:
 
 
 def running() -> dict[str, list[Running]]:
-    """Return what is up, by environment; without an engine, the local servers only."""
+    """Return what was started and not stopped, by environment; without an engine, the local servers only."""
     found: dict[str, list[Running]] = {}
     for name, state in env_local.states().items():
         alive = [entry for entry in state["processes"] if env_local.is_running(entry)]
         if alive:
             count = sum(entry["role"] != "proxy" for entry in alive)
-            found.setdefault(name, []).append(Running("local", state["port"], count, "running"))
+            up = count > 0 and any(entry["port"] == state["port"] for entry in alive)
+            found.setdefault(name, []).append(Running("local", state["url"], state["port"], count, "running", up))
     try:
         containers = env_docker.servers()
     except Exit:
@@ -153,8 +181,16 @@ def running() -> dict[str, list[Running]]:
         mine = [server for server in containers if server.environment == name]
         count = sum(server.role != "proxy" and server.state == "running" for server in mine)
         shown = next((server.state for server in mine if server.state != "running"), "running")
-        found.setdefault(name, []).append(Running("docker", mine[0].port, count, shown))
+        entry = next((server for server in mine if server.role == "proxy"), mine[0])
+        url = env_local.url(Options(port=entry.port, bind=entry.bind))
+        up = count > 0 and entry.state == "running"
+        found.setdefault(name, []).append(Running("docker", url, entry.port, count, shown, up))
     return found
+
+
+def serving() -> dict[str, Running]:
+    """Return the environments that are up, by name."""
+    return {name: one for name, found in running().items() for one in reversed(found) if one.up}
 
 
 def local_url(row: Environment) -> str | None:
@@ -169,16 +205,15 @@ def pick_port(task: str, row: Environment, flag: str, bind: str) -> int:
     Raises:
         Exit: the port asked for is taken, or none is free.
     """
+    require_address(task, bind)
     if flag:
-        port = whole_number(task, "port", flag, 1)
+        port = port_number(task, "--port", flag)
         if not env_local.port_is_free(port, bind):
             raise Exit(f"{task}: port {port} is taken; leave --port out, or choose another", code=1)
         return port
     wanted = settings().get("ENV_PORT") or str(row.port)
-    if not wanted.isdecimal():
-        raise Exit(f"{task}: ENV_PORT={wanted} is no port number", code=2)
     try:
-        port = choose_port(int(wanted), lambda port: env_local.port_is_free(port, bind))
+        port = choose_port(port_number(task, "ENV_PORT", wanted), lambda port: env_local.port_is_free(port, bind))
     except ValueError as error:
         raise Exit(f"{task}: {error}", code=1) from None
     if port != int(wanted):
@@ -195,7 +230,12 @@ def start(c: Context, task: str, row: Environment, options: Options, runner: str
     reason = refusal(row, data_folder(row), settings(), options.understood)
     if reason:
         raise Exit(f"{task}: {reason}", code=2)
-    remember(row, options, runner)
+    if not c.config.run.dry:
+        if row.name in running():  # what is left of a server that ended
+            stop(c, row.name)
+        for old in logs(row.name):
+            old.unlink()
+        remember(row, options, runner)
     if runner == "local":
         if c.config.run.dry:
             print(f"{task}: would start {row.name} as a process of this machine on port {options.port}")
@@ -206,53 +246,97 @@ def start(c: Context, task: str, row: Environment, options: Options, runner: str
         except env_local.LocalError as error:
             raise Exit(f"{task}: {error}", code=1) from None
     from tasks.build import build_variables
-    docker.require_engine(c)
+    docker.require_engine(c, docker.ENGINE_AT_LEAST_FOR_ENVIRONMENTS)
+    require_gpu(c, task, row)
     variables = build_variables("")
-    file = model(task, row, options)
-    if build or not (c.config.run.dry or images_exist(row, options)):
+    file = model(c, task, row, options, "compose.json")
+    if build or not images_exist(row, options):
         env_docker.build(c, row, options, file, variables)
     return env_docker.up(c, row, options, file, wait, variables)
 
 
+def require_gpu(c: Context, task: str, row: Environment) -> None:
+    """Stop with one line where `row` needs a GPU that the engine cannot give. `--dry` asks the engine nothing.
+
+    Raises:
+        Exit: see above; also where GPUS is no choice.
+    """
+    if not row.gpu:
+        return
+    try:
+        reason = gpus.refusal(row.name, resolve("GPUS"), c.config.run.dry or docker.has_nvidia_runtime())
+    except ValueError as error:
+        raise Exit(f"{task}: {error}", code=2) from None
+    if reason:
+        raise Exit(f"{task}: {reason}", code=2)
+
+
 def images_exist(row: Environment, options: Options) -> bool:
-    """Tell whether all images that `row` needs are built."""
+    """Tell whether all images that `row` needs are built; without an engine, which `--dry` does without, none is."""
     proxy = docker.image_name("agentgym/env-proxy")
-    return docker.image_exists(env_docker.image_name(row)) and (options.replicas == 1 or docker.image_exists(proxy))
+    try:
+        return docker.image_exists(env_docker.image_name(row)) and (options.replicas == 1 or docker.image_exists(proxy))
+    except Exit:
+        return False
 
 
-def model(task: str, row: Environment, options: Options, tag: str = "") -> Path:
-    """Write the row's Compose file and return its path."""
+def model(c: Context, task: str, row: Environment, options: Options, name: str, tag: str = "") -> Path:
+    """Write the row's Compose file, `name` in its run folder, and return its path; under `--dry` write nothing."""
+    path = env_local.RUN / row.name / name
     gym = gym_source(task) if row.source == "agentgym" else ""
-    build = env_docker.build_section(row, ROOT, gym, resolve("ENVIRONMENTS"))
-    return env_docker.write_model(row, options, data_folder(row), build, tag)
+    if not c.config.run.dry:
+        build = env_docker.build_section(row, ROOT, gym, resolve("ENVIRONMENTS"))
+        env_docker.write_model(path, row, options, data_folder(row), build, tag)
+    return path
 
 
 def remember(row: Environment, options: Options, runner: str) -> None:
     """Note how the row was started, for `env.restart`."""
     path = env_local.RUN / row.name / "options.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"runner": runner, **asdict(options)}))
+    env_docker.write_private(path, json.dumps({"runner": runner, **asdict(options)}))
 
 
 def recall(row: Environment) -> tuple[Options, str] | None:
-    """Return how the row was last started, and with which runner."""
+    """Return how the row was last started, and with which runner; None where that was not noted, or is torn."""
     path = env_local.RUN / row.name / "options.json"
     if not path.is_file():
         return None
-    noted = json.loads(path.read_text())
-    runner = noted.pop("runner")
-    return Options(**noted), runner
+    try:
+        noted = json.loads(path.read_text())
+        runner = noted.pop("runner")
+        return Options(**noted), runner
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def logs(name: str) -> list[Path]:
+    """Return the logs in the environment's run folder: those of its local server, or of the last start that failed."""
+    state = env_local.states().get(name)
+    home = env_local.RUN / name
+    return [home / f"{entry['role']}.log" for entry in state["processes"]] if state else sorted(home.glob("*.log"))
 
 
 def stop(c: Context, name: str) -> bool:
     """Stop the environment's server, whichever runner it has; False where none was up."""
-    local = env_local.down(name)
+    if not c.config.run.dry:
+        env_users.keep(name)
+    local = stop_local(c, name)
     try:
         return env_docker.down(c, name) or local
-    except Exit:
-        if local:  # no engine, so no container of ours either
-            return True
+    except Exit as error:
+        if local or error.code == docker.COMMAND_NOT_FOUND:  # no engine, so no container of ours either
+            return local
         raise
+
+
+def stop_local(c: Context, name: str) -> bool:
+    """Stop the environment's local server; under `--dry`, print the commands that would."""
+    if not c.config.run.dry:
+        return env_local.down(name)
+    alive = [one for one in env_local.states().get(name, {}).get("processes", []) if env_local.is_running(one)]
+    for entry in alive:
+        print(f"kill -TERM -- -{entry['pid']}")
+    return bool(alive)
 
 
 def sessions(found: Running) -> Mapping[str, Any] | None:
@@ -264,7 +348,7 @@ def sessions(found: Running) -> Mapping[str, Any] | None:
             with opener.open(f"{found.url}/_sessions?replica={number}", timeout=2) as reply:
                 for key, value in json.loads(reply.read()).items():
                     total[key] += value
-        except (OSError, ValueError):
+        except (OSError, ValueError, HTTPException):
             return None
     return total if found.servers else None
 

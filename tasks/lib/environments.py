@@ -36,6 +36,7 @@ class Protocol(Row):
     done: str = "done"
     reward_when_done: bool = False
     faults: tuple[str, ...] = ()
+    fault_starts: tuple[str, ...] = ()
     close: bool
 
 
@@ -91,10 +92,11 @@ class Data(Row):
 
 
 class Key(Row):
-    """A variable without which the server refuses to start; secret unless `public`."""
+    """A variable without which the server refuses to start, unless `optional`; secret unless `public`."""
     name: str
     how: str
     public: bool = False
+    optional: bool = False
 
 
 class Prompt(Row):
@@ -123,6 +125,7 @@ class Environment(Row):
     programs: tuple[str, ...] = ()
     port: int = Field(ge=1024, le=65535)
     memory_mb: int
+    gpu: bool = False
     session_mb: float | None = None
     max_sessions: int | None = None
     concurrency: int
@@ -132,6 +135,7 @@ class Environment(Row):
     reward_range: tuple[float, float]
     request_seconds: float | None = None
     sqlite_seconds: float | None = None
+    serial_reset: bool = False
     read_only: bool = True
     tmpfs: tuple[str, ...] = ()
     before: tuple[tuple[str, ...], ...] = ()
@@ -157,8 +161,8 @@ class Environment(Row):
         return [data for data in self.data if not (folder / data.path).exists()]
 
     def missing_keys(self, environ: Mapping[str, str]) -> list[Key]:
-        """Return the keys that `environ` does not set."""
-        return [key for key in self.keys if not environ.get(key.name)]
+        """Return the keys that are a must and that `environ` does not set."""
+        return [key for key in self.keys if not (key.optional or environ.get(key.name))]
 
 
 def parse(tables: Mapping[str, Any]) -> dict[str, Environment]:
@@ -169,6 +173,10 @@ def parse(tables: Mapping[str, Any]) -> dict[str, Environment]:
     """
     found = {}
     for name, table in tables.items():
+        if not isinstance(table, Mapping):
+            raise ValueError(f"environments.toml: {name} is no table; a row begins with [{name}]")
+        if "name" in table:
+            raise ValueError(f"environments.toml: {name}.name: the table's own name is the row's; leave the key out")
         try:
             found[name] = Environment(name=name, **table)
         except ValidationError as error:
@@ -189,12 +197,17 @@ def environments(path: Path = ROWS) -> dict[str, Environment]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is no TOML, or a row does not fit.
+        ValueError: it cannot be read, is no TOML, or a row does not fit.
     """
     try:
-        return parse(tomllib.loads(path.read_text()))
-    except tomllib.TOMLDecodeError as error:
+        tables = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; ENVIRONMENTS must name a file with rows") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path.name}: {error}") from None
+    return parse(tables)
 
 
 def environment(name: str, path: Path = ROWS) -> Environment:

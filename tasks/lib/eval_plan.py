@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RUNS = Path("saves") / "eval"
-NEEDED = ("aiohttp", "openai", "pydantic", "rich", "jinja2", "numpy", "tenacity", "matplotlib")
+NEEDED = ("aiohttp", "openai", "psutil", "pydantic", "rich", "jinja2", "numpy", "tenacity", "matplotlib")
 MAX_TOKENS = 4096  # the runner's default
 
 

@@ -19,6 +19,19 @@ class GpuChoice:
     notice: str = ""
 
 
+def refusal(name: str, setting: str, nvidia: bool) -> str | None:
+    """Return why an environment that needs a GPU gets none, and the remedy; None where it gets one.
+
+    Raises:
+        ValueError: GPUS, `setting`, is no choice.
+    """
+    if setting == "none":
+        return f"{name} needs an NVIDIA GPU, and GPUS=none; set GPUS to all, or to indices such as 0,1"
+    if choose_gpus("", setting, nvidia).cpu:
+        return f"{name} needs an NVIDIA GPU: the engine has no NVIDIA runtime; install nvidia-container-toolkit"
+    return None
+
+
 def choose_gpus(flag: str, setting: str, nvidia: bool) -> GpuChoice:
     """Decide on GPUs.
 

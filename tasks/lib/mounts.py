@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from tasks.lib.settings import BadSetting
+
 WORKSPACE = PurePosixPath("/workspace")
 # Folders outside the mounts appear under this prefix: under their own name they could hide the image's own.
 OUTSIDE = PurePosixPath("/host")
@@ -55,13 +57,23 @@ def ensure_folders(root: Path, environ: Mapping[str, str]) -> list[Path]:
     """Create the mounted folders that are absent, as the caller, and return those created.
 
     Root creating them for another user's containers (HOST_UID) hands them over.
+
+    Raises:
+        BadSetting: an id that is no number, or a link to a folder that is not there.
     """
     created = []
+    ids = {name: environ[name] for name in ("HOST_UID", "HOST_GID") if environ.get(name)}
+    for name, value in ids.items():
+        if not value.isdecimal():
+            raise BadSetting(f"{name}={value} is no number; `id -u` and `id -g` tell yours")
     for folder in FOLDERS:
         path = root / folder
+        if path.is_symlink() and not path.exists():
+            raise BadSetting(f"{path} is a link to {os.readlink(path)}, which is not there; create that folder, "
+                             "or remove the link")
         if not path.exists():
             path.mkdir()
             created.append(path)
-            if os.getuid() == 0 and environ.get("HOST_UID"):
-                os.chown(path, int(environ["HOST_UID"]), int(environ.get("HOST_GID") or environ["HOST_UID"]))
+            if os.getuid() == 0 and "HOST_UID" in ids:
+                os.chown(path, int(ids["HOST_UID"]), int(ids.get("HOST_GID") or ids["HOST_UID"]))
     return created

@@ -1,10 +1,13 @@
 """Run the project's own programs on this machine, as the user would type them."""
 import os
 import shlex
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 
 from invoke.context import Context
 from invoke.exceptions import Exit
@@ -54,6 +57,28 @@ def run_module(c: Context, module: str, args: Sequence[str], env: Mapping[str, s
     inherited = dict(os.environ if env is None else env)
     path = os.pathsep.join(filter(None, (str(ROOT), inherited.get("PYTHONPATH"))))
     _run(c, [sys.executable, "-m", module, *args], {**inherited, "PYTHONPATH": path})
+
+
+@contextmanager
+def as_ctrl_c() -> Iterator[None]:
+    """Answer SIGTERM, as a cluster's scheduler sends it, like Ctrl-C, and pass it on to what this program runs."""
+    import psutil
+
+    def press(signum: int, frame: FrameType | None) -> None:
+        for child in psutil.Process().children():
+            with suppress(OSError, psutil.Error):
+                if os.getpgid(child.pid) == os.getpgrp():  # not the servers, which have a group of their own
+                    child.terminate()
+        answer = signal.getsignal(signal.SIGINT)
+        if not callable(answer):  # a shell's background job ignores Ctrl-C
+            raise KeyboardInterrupt
+        answer(signal.SIGINT, frame)
+
+    before = signal.signal(signal.SIGTERM, press)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(c: Context, argv: Sequence[str], env: Mapping[str, str] | None) -> None:

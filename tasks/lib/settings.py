@@ -1,10 +1,15 @@
 """One place that knows every setting: flag, then environment, then `.env`, then the default."""
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+class BadSetting(ValueError):
+    """A setting that cannot be; the message is for the user."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,9 @@ SETTINGS: dict[str, Setting] = {
     "HOST_GID":
     Setting("1000", "Group id in the containers. The tasks pass yours; set it for plain docker compose."),
     "GPUS":
-    Setting("all", "GPUs of train, scripts, model-merger and serve: all, none (tasks only), or indices such as 0,1."),
+    Setting(
+        "all",
+        "GPUs of train, scripts, model-merger, serve and searchqa: all, none (tasks only), or indices such as 0,1."),
     "SHM_SIZE":
     Setting("32g", "Shared memory of the containers train and serve."),
     "IPC_MODE":
@@ -103,6 +110,10 @@ SETTINGS: dict[str, Setting] = {
     Setting("16g", "Memory limit of plain `docker compose --profile env`; the tasks take each environment's own."),
     "ENV_READ_ONLY":
     Setting("true", "Read-only root of plain `docker compose --profile env`; webarena needs false."),
+    "ENV_STAGE":
+    Setting("", "Build stage of plain `docker compose --profile env`, where it is not called like the environment."),
+    "ENV_FOLDER":
+    Setting("demo", "Folder that the stage demo copies in plain `docker compose --profile env`: environments/mine."),
     "SPACY_MODEL":
     Setting(SPACY_MODEL, "webshop's language model, a wheel. Set but empty: skipped, and webshop does not start."),
     "MOVIE_KEY":
@@ -111,6 +122,20 @@ SETTINGS: dict[str, Setting] = {
     Setting("", "Todoist API token, for the environment todo, which deletes that account's projects.", secret=True),
     "SHEET_EMAIL":
     Setting("", "Address that the environment sheet shares its sheets with.", secret=True),
+    "SHOPPING":
+    Setting("", "Address of webarena's shop."),
+    "SHOPPING_ADMIN":
+    Setting("", "Address of webarena's shop's administration."),
+    "REDDIT":
+    Setting("", "Address of webarena's forum."),
+    "GITLAB":
+    Setting("", "Address of webarena's GitLab."),
+    "MAP":
+    Setting("", "Address of webarena's map."),
+    "WIKIPEDIA":
+    Setting("", "Address of webarena's Wikipedia."),
+    "HOMEPAGE":
+    Setting("", "Address of webarena's home page."),
     # Training
     "WANDB_API_KEY":
     Setting("", "Weights & Biases key.", secret=True),
@@ -133,12 +158,18 @@ SETTINGS: dict[str, Setting] = {
 def read_dotenv(path: Path = ROOT / ".env") -> dict[str, str]:
     """Return the variables of a `.env` file; an absent file has none.
 
+    Raises:
+        BadSetting: it is no text.
+
     `dotenv_values` and not `load_dotenv`: the latter would change the environment that Docker Compose sees.
     """
     if not path.is_file():
         return {}
     from dotenv import dotenv_values
-    return {name: value for name, value in dotenv_values(path).items() if value is not None}
+    try:
+        return {name: value for name, value in dotenv_values(path).items() if value is not None}
+    except UnicodeDecodeError:
+        raise BadSetting(f"{path} is not UTF-8; save it as UTF-8") from None
 
 
 def resolve(name: str,
@@ -160,6 +191,11 @@ def resolve_path(name: str, flag: str | None = None) -> str:
     """Return the path setting `name`; a relative flag starts where the user stands, any other at the project's root."""
     value = flag or resolve(name)
     return value if flag or not value else str(ROOT / value)
+
+
+def hide_logins(text: str) -> str:
+    """Return `text` without the logins in its URLs; what stands before the last @ of a host is one."""
+    return re.sub(r"(\w+://)[^/\s]*@", r"\1***@", text)
 
 
 def secret_values(environ: Mapping[str, str] | None = None, dotenv: Mapping[str, str] | None = None) -> list[str]:

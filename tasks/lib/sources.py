@@ -1,8 +1,11 @@
 """Where the sources of AgentGym-RL and AgentGym are: a checkout nearby, or what the settings say."""
+import os
 import re
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
+
+from tasks.lib.settings import hide_logins
 
 RL, GYM = "AGENTGYM_RL_SRC", "AGENTGYM_SRC"
 # What tells a checkout, relative to its root.
@@ -41,9 +44,9 @@ def check_source(name: str, source: str, root: Path) -> str:
     """
     if is_url(source):
         if "#" not in source:
-            raise ValueError(f"{name}={source} is not pinned; add #<commit>")
+            raise ValueError(f"{name}={hide_logins(source)} is not pinned; add #<commit>")
         return source
-    folder = (root / Path(source).expanduser()).resolve()
+    folder = (root / os.path.expanduser(source)).resolve()  # Path.expanduser raises for a user that is not there
     for place in (folder, folder.parent):
         if (place / MARKS[name]).is_dir():
             return str(place)
@@ -69,18 +72,18 @@ def revision(source: str) -> str:
     """Return the commit of a checkout or of a pinned URL, with `-dirty` for local changes; `unknown` where none is."""
     if is_url(source):
         return source.partition("#")[2].partition(":")[0] or "unknown"
-    said = subprocess.run(["git", "-C", source, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
-                          capture_output=True,
-                          text=True,
-                          check=False)
-    return said.stdout.strip() or "unknown"
+    return _git(source, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*") or "unknown"
 
 
 def origin(source: Path) -> str:
     """Return the public address of a checkout's remote, without any login; `unknown` where there is none."""
-    said = subprocess.run(["git", "-C", str(source), "remote", "get-url", "origin"],
-                          capture_output=True,
-                          text=True,
-                          check=False)
-    url = re.sub(r"^(\w+://)[^/@]+@", r"\1", said.stdout.strip())
+    url = hide_logins(_git(str(source), "remote", "get-url", "origin")).replace("***@", "", 1)
     return url if is_url(url) else "unknown"
+
+
+def _git(folder: str, *words: str) -> str:
+    """Return what git says about `folder`; empty where it says nothing, or there is no git."""
+    try:
+        return subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        return ""

@@ -186,7 +186,8 @@ def test_pull_asks_the_registry_for_the_public_base_only(built: Workbench) -> No
 
 
 def test_compose_file_is_valid_with_every_profile(engine: None) -> None:
-    for files in ([], ["-f", "docker-compose.yml", "-f", "docker-compose.cpu.yml"]):
+    overrides = ("docker-compose.cpu.yml", "docker-compose.gpu-env.yml")
+    for files in ([], *(["-f", "docker-compose.yml", "-f", name] for name in overrides)):
         done = subprocess.run(["docker", "compose", *files, "--profile", "*", "config", "-q"],
                               cwd=ROOT,
                               capture_output=True,

@@ -154,6 +154,34 @@ def test_two_environments_run_side_by_side_and_go_down_one_by_one(servers: Workb
     assert servers.containers() == []
 
 
+def test_a_server_that_ended_is_not_up_and_comes_up_again(servers: Workbench) -> None:
+    up(servers, "form-textcraft", "--replicas", "2")
+    servers.docker("stop", "--time", "1", *servers.containers(service="env-form-textcraft"))
+    asked = servers.invoke("env.check", "--env", "form-textcraft", env={"ENVIRONMENTS": FIXTURES})
+    assert asked.returncode == 1 and "form-textcraft is not up" in asked.stderr
+    assert up(servers, "form-textcraft").create() and len(servers.containers()) == 1
+    again = servers.invoke("env.up", "--env", "form-textcraft", env={"ENVIRONMENTS": FIXTURES})
+    assert "form-textcraft is up already" in again.stdout
+
+
+@pytest.mark.parametrize("replicas", ["1", "2"])
+def test_the_address_that_it_is_published_on_is_the_one_that_is_asked(servers: Workbench, replicas: str) -> None:
+    said = servers.invoke("env.up",
+                          "--env",
+                          "form-maze",
+                          "--replicas",
+                          replicas,
+                          "--runner",
+                          "docker",
+                          env={
+                              "ENVIRONMENTS": FIXTURES,
+                              "ENV_BIND": "127.0.0.2"
+                          })
+    assert "is ready: http://127.0.0.2:" in said.stdout, said.stderr
+    checked = servers.invoke("env.check", "--env", "form-maze", env={"ENVIRONMENTS": FIXTURES})
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
 def test_the_container_is_contained(servers: Workbench) -> None:
     up(servers, "form-textcraft")
     found = json.loads(servers.docker("inspect", servers.containers()[0]))[0]
@@ -194,6 +222,26 @@ def test_the_raw_compose_command_works(servers: Workbench) -> None:
     assert "demo is down" in servers.invoke("env.down", "--env", "demo").stdout
 
 
+def test_an_environment_of_one_s_own_as_the_guide_adds_it(servers: Workbench) -> None:
+    shutil.copytree(ROOT / "demo", servers.root / "environments/mine", ignore=shutil.ignore_patterns("__pycache__"))
+    table = (ROOT / "environments.toml").read_text().partition("[demo]\n")[2]
+    row = ("[mine]\n" + table).replace("[demo.", "[mine.").replace('folder = "demo"',
+                                                                   'folder = "environments/mine"\nstage = "demo"')
+    rows = servers.root / "environments/own.toml"
+    rows.write_text(row.replace("port = 36016", "port = 36777"))
+    own = {"ENVIRONMENTS": "environments/own.toml"}
+    done = servers.invoke("env.up", "--env", "mine", "--runner", "docker", env=own)
+    assert url_in(done.stdout).endswith(":36777"), done.stderr[-3000:]
+    assert servers.invoke("env.check", "--env", "mine", env=own).returncode == 0
+    assert servers.invoke("env.down", "--env", "mine", env=own).stdout == "mine is down\n"
+    servers.docker("rmi", servers.image("agentgym/env-mine"))
+    raw = {**own, "ENV": "mine", "ENV_STAGE": "demo", "ENV_FOLDER": "environments/mine", "ENV_PORT": "36777"}
+    done = servers.compose("--profile", "env", "up", "-d", "--wait", env=raw)
+    assert done.returncode == 0, done.stderr
+    client = Client("http://127.0.0.1:36777", environments(rows)["mine"].protocol.model_dump())
+    assert client.reset(client.create(), 0).startswith("find")
+
+
 def test_restart_starts_it_as_it_was(servers: Workbench) -> None:
     client = up(servers, "form-textcraft", "--replicas", "2", "--session-ttl", "77")
     old = client.create()
@@ -212,8 +260,46 @@ def test_dry_prints_the_command_and_starts_nothing(servers: Workbench) -> None:
                           "docker",
                           env={"ENVIRONMENTS": FIXTURES})
     assert done.returncode == 0, done.stderr
-    assert re.search(r"docker compose .*compose\.json.* up --detach env-form-textcraft", done.stdout)
+    lines = done.stdout.splitlines()
+    assert re.search(r"docker compose .*compose\.json up --detach --force-recreate env-form-textcraft$", lines[-1])
     assert servers.containers() == []
+    absent = servers.invoke("--dry",
+                            "env.up",
+                            "--env",
+                            "form-textcraft",
+                            "--runner",
+                            "docker",
+                            env={
+                                "ENVIRONMENTS": FIXTURES,
+                                "IMAGE_TAG": "absent"
+                            })
+    assert [line.split("compose.json ")[1].split()[0] for line in absent.stdout.splitlines()] == ["build", "up"]
+
+
+def test_dry_prints_the_commands_for_a_server_that_is_up(servers: Workbench) -> None:
+    up(servers, "form-textcraft")
+    container = servers.docker("ps", "-q", "--no-trunc", "--filter", f"label=com.docker.compose.project={servers.name}")
+
+    def dry(task: str) -> list[str]:
+        done = servers.invoke("--dry", task, "--env", "form-textcraft", env={"ENVIRONMENTS": FIXTURES})
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    stop = [f"docker container stop {container}", f"docker container rm --force --volumes {container}"]
+    assert dry("env.down") == stop
+    assert dry("env.logs") == [f"docker container logs {container}"]
+    assert dry("env.shell")[0].endswith(f" {container} bash")
+    assert dry("env.restart")[:2] == stop and " up --detach --force-recreate " in dry("env.restart")[2]
+    assert servers.docker("inspect", "-f", "{{.State.Status}}", container) == "running"
+    images = servers.invoke("--dry", "clean.images")
+    assert servers.image("agentgym/env-form-textcraft") in images.stdout and "image rm" in images.stdout
+
+
+def test_the_log_of_a_start_that_failed_is_kept(servers: Workbench) -> None:
+    failed = servers.invoke("env.up", "--env", "fault-dies", "--runner", "docker", env={"ENVIRONMENTS": FIXTURES})
+    assert failed.returncode == 1 and servers.containers() == []
+    shown = servers.invoke("env.logs", "--env", "fault-dies", env={"ENVIRONMENTS": FIXTURES})
+    assert shown.returncode == 0 and "told to" in shown.stdout, shown.stdout + shown.stderr
 
 
 def play(client: Client, item: int, results: dict, number: int, pause: float) -> None:

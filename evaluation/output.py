@@ -1,0 +1,53 @@
+"""Standard output that may go away: a pipe whose reader has left, a disk that is full."""
+import io
+import os
+from contextlib import suppress
+from typing import TextIO
+
+
+class Output(io.TextIOBase):
+    """Standard output; what is said after it has gone is lost, and nothing else.
+
+    Attributes:
+        gone: why it cannot be written; None while it can.
+    """
+    encoding: str = "utf-8"
+
+    def __init__(self, file: TextIO) -> None:
+        self.file = file
+        self.encoding = file.encoding
+        self.gone: OSError | None = None
+
+    def write(self, text: str) -> int:
+        """Write `text`, or lose it."""
+        if not self.gone:
+            try:
+                self.file.write(text)
+            except OSError as error:
+                self._lose(error)
+        return len(text)
+
+    def flush(self) -> None:
+        """Hand on what was written, or lose it."""
+        if not self.gone:
+            try:
+                self.file.flush()
+            except OSError as error:
+                self._lose(error)
+
+    def isatty(self) -> bool:
+        """Tell whether somebody looks."""
+        return not self.gone and self.file.isatty()
+
+    def fileno(self) -> int:
+        """Return the file's number."""
+        return self.file.fileno()
+
+    def close(self) -> None:
+        """Leave the file open: it is the process's."""
+
+    def _lose(self, error: OSError) -> None:
+        self.gone = error
+        # What is still buffered would fail again when Python ends, with words and an exit code of its own.
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())

@@ -1,0 +1,50 @@
+"""The tasks' edge: what a user can mend is one line and an exit code there, never a traceback."""
+import errno
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from invoke.collection import Collection
+from invoke.exceptions import Exit
+
+from tasks.lib.settings import BadSetting
+
+INTERRUPTED = 130
+REMEDIES = {
+    errno.EACCES: "give yourself access (chown, chmod)",
+    errno.EPERM: "give yourself access (chown, chmod)",
+    errno.ENOSPC: "free some disk",
+}
+
+
+def line(error: OSError) -> str:
+    """Return what failed, with which file, and the remedy where one is known."""
+    said = f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
+    return "; ".join(filter(None, (said, REMEDIES.get(error.errno or 0))))
+
+
+def guarded(name: str, body: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the task `body`, which leaves with `Exit` where system, setting or package stops it, and on Ctrl-C."""
+
+    @wraps(body)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return body(*args, **kwargs)
+        except OSError as error:
+            raise Exit(f"{name}: {line(error)}", code=2) from None
+        except BadSetting as error:
+            raise Exit(f"{name}: {error}", code=2) from None
+        except ModuleNotFoundError as error:
+            raise Exit(f"{name}: this Python has no {error.name}; `pip install -r requirements-dev.txt`", code=2) from None
+        except KeyboardInterrupt:
+            raise Exit(f"{name}: interrupted", code=INTERRUPTED) from None
+
+    return run
+
+
+def guard(collection: Collection, prefix: str = "") -> None:
+    """Guard every task of `collection`."""
+    for name, task in collection.tasks.items():
+        task.body = guarded(prefix + name, task.body)
+    for name, inner in collection.collections.items():
+        guard(inner, f"{prefix}{name}.")

@@ -1,0 +1,49 @@
+"""Evaluations that use one environment server: the first starts it, and the last to leave stops it."""
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tasks.lib.env_local import RUN
+
+STARTED = "an evaluation started it"
+
+
+@contextmanager
+def alone(name: str) -> Iterator[None]:
+    """Let one evaluation at a time look whether the server is up, start it or stop it."""
+    RUN.mkdir(parents=True, exist_ok=True)
+    with (RUN / f"{name}.turn").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+class User:
+    """One evaluation's use of a server, from `alone` on; it ends with the process, however that ends."""
+
+    def __init__(self, name: str) -> None:
+        self._file = (RUN / f"{name}.users").open("a+")
+        fcntl.flock(self._file, fcntl.LOCK_SH)
+
+    def started(self) -> None:
+        """Note that an evaluation started the server, so that the last one stops it."""
+        self._file.truncate(0)
+        self._file.write(STARTED)
+        self._file.flush()
+
+    def leave(self) -> tuple[bool, bool]:
+        """Tell whether an evaluation started the server, and whether another one still uses it."""
+        with self._file:
+            self._file.seek(0)
+            ours = self._file.read() == STARTED
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return ours, True
+            return ours, False
+
+
+def keep(name: str) -> None:
+    """Forget that an evaluation started the server: it was stopped, or the user wants it up."""
+    path = RUN / f"{name}.users"
+    if path.exists():  # emptied, not removed: evaluations that use the server hold their locks on this very file
+        path.write_text("")
