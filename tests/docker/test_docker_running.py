@@ -360,7 +360,7 @@ def test_doctor_reports_every_check(built: Workbench) -> None:
     done = built.invoke("doctor", "--json")
     checks = {one["name"]: one for one in json.loads(done.stdout)["checks"]}
     assert set(checks) == {
-        "engine", "compose", "buildx", "nvidia", "disk", ".env", "AGENTGYM_RL_SRC", "AGENTGYM_SRC", "files"
+        "engine", "environments", "compose", "buildx", "nvidia", "disk", "settings", ".env", "AGENTGYM_RL_SRC", "AGENTGYM_SRC", "files"
     }
     assert checks["engine"]["found"] == built.docker("version", "--format", "{{.Server.Version}}")
     assert checks["AGENTGYM_RL_SRC"]["found"] == str(built.sources)

@@ -105,7 +105,7 @@ def test_this_form_conforms_behind_the_proxy_too(servers: Workbench, name: str) 
     ("fault-consent", [], r"env.up: this fixture deletes everything; pass --i-understand to go on"),
     ("form-textcrft", [],
      r"env.up: no environment 'form-textcrft' in environments.toml; did you mean form-textcraft.*"),
-    ("form-textcraft", ["--port", "x"], r"env.up: --port x is no whole number of at least 1"),
+    ("form-textcraft", ["--port", "x"], r"env.up: --port x is no port; choose one from 1 to 65535"),
     ("form-textcraft", ["--replicas", "0"], r"env.up: --replicas 0 is no whole number of at least 1"),
     ("form-textcraft", ["--runner", "cloud"], r"env.up: unknown runner 'cloud'; choose one of auto, docker, local"),
 ])
