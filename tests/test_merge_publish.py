@@ -67,8 +67,9 @@ def test_an_exchange_that_fails_changes_nothing(tmp_path: Path) -> None:
 def test_a_folder_takes_the_place_of_another(way: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     if way == "in two renames":
         request.getfixturevalue("no_exchange")
-    publish.replace(folder(tmp_path / "new", x="new"), folder(tmp_path / "out", x="old"), tmp_path / "aside")
-    assert listing(tmp_path) == {"out": None, "out/x": b"new", "aside": None, "aside/x": b"old"}
+    publish.replace(folder(tmp_path / "new", x="new"), folder(tmp_path / "out", x="old"))
+    beside = "new.old" if way == "in two renames" else "new.replaced"
+    assert listing(tmp_path) == {"out": None, "out/x": b"new", beside: None, f"{beside}/x": b"old"}
 
 
 @pytest.mark.parametrize("fault", [OSError(5, "Input/output error"), KeyboardInterrupt()], ids=["a fault", "Ctrl-C"])
@@ -84,7 +85,7 @@ def test_the_first_of_two_renames_is_undone_where_the_second_fails(fault: BaseEx
 
     monkeypatch.setattr(os, "rename", fail)
     with untouched(tmp_path), pytest.raises(type(fault)):
-        publish.replace(new, out, tmp_path / "aside")
+        publish.replace(new, out)
 
 
 def test_a_staged_folder_becomes_the_target(tmp_path: Path) -> None:
@@ -168,6 +169,15 @@ def test_a_folder_that_a_dead_merge_moved_aside_comes_back(tmp_path: Path) -> No
     assert listing(tmp_path) == {"out": None, "out/x": b"old"}
 
 
+def test_a_folder_that_was_replaced_does_not_come_back_where_the_user_moved_the_new_one(tmp_path: Path) -> None:
+    folder(tmp_path / ".out.merging-4000001.replaced", x="old")  # its merge died before it could remove it
+    for _ in range(2):
+        with publish.Staging(tmp_path / "out") as staging:
+            (staging.folder / "x").write_text("new")
+            staging.publish()
+    assert listing(tmp_path) == {"out": None, "out/x": b"new"}
+
+
 def test_a_folder_that_a_live_merge_moved_aside_stays_there(tmp_path: Path) -> None:
     aside = folder(tmp_path / ".out.merging-4000001.old", x="old")
     lock = os.open(aside, os.O_RDONLY)
@@ -220,9 +230,10 @@ def test_what_cannot_be_moved_to_the_target_is_not_removed(tmp_path: Path, monke
     with publish.Staging(out) as staging:
         (out / "note.txt").write_text("mine")
         staging.publish()
-    assert (staging.aside / "note.txt").read_text() == "mine"
+    replaced = staging.folder.with_name(staging.folder.name + publish.REPLACED)
+    assert (replaced / "note.txt").read_text() == "mine"
     (line, ) = capsys.readouterr().err.splitlines()
-    assert f"left {staging.aside}" in line and "Permission denied" in line
+    assert f"left {replaced}" in line and "Permission denied" in line
 
 
 def test_a_target_may_be_a_link_to_a_folder(tmp_path: Path) -> None:

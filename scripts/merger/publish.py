@@ -24,7 +24,9 @@ AT_FDCWD = -100
 RENAME_EXCHANGE = 2  # linux/fs.h
 RENAME_SWAP = 2  # macOS stdio.h
 RECORD_NAME = "merge.json"
-ASIDE = ".old"  # ends the name of a folder that was replaced, until it is removed
+# These end the name of a folder that makes room, until it is removed: one that was moved aside before the new one came,
+# and one that changed places with it.
+ASIDE, REPLACED = ".old", ".replaced"
 # The names that transformers and PEFT load weights by; a merge replaces these and leaves every other file alone.
 WEIGHT = re.compile(
     r"(model|pytorch_model|tf_model|flax_model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin|h5|msgpack)"
@@ -61,7 +63,6 @@ class Staging:
         self.target = Path(os.path.realpath(target))  # a link keeps pointing at the folder that is replaced
         # In containers that share a disk the same process number comes again and again.
         self.folder = self.target.with_name(f"{_prefix(self.target)}{os.getpid()}.{os.urandom(4).hex()}")
-        self.aside = self.folder.with_name(self.folder.name + ASIDE)
         self._locks: list[int] = []
         self._parents: list[Path] = []
 
@@ -95,7 +96,8 @@ class Staging:
 
     def __exit__(self, *_: object) -> None:
         try:
-            _retire(self.aside, self.target)
+            for ending in (ASIDE, REPLACED):
+                _retire(_ending(self.folder, ending), self.target)
             _remove(self.folder)
             for parent in self._parents:
                 with suppress(OSError):  # it holds something: the target, where that was published
@@ -110,7 +112,7 @@ class Staging:
         if self.target.is_dir():
             self._locks.append(os.open(self.target, os.O_RDONLY))
             _lock(self._locks[-1])  # a merge that starts now shall not take what is put aside for a leftover
-            replace(self.folder, self.target, self.aside)
+            replace(self.folder, self.target)
         else:
             os.rename(self.folder, self.target)
         _sync_directory(self.target.parent)
@@ -125,6 +127,10 @@ def restore(target: Path) -> None:
                 if locked is not False:  # where a merge without locks runs after all, it fails, and nothing is lost
                     os.rename(path, target)
                     show.say(f"put {target} back, which a merge that died had moved aside")
+
+
+def _ending(folder: Path, ending: str) -> Path:
+    return folder.with_name(folder.name + ending)
 
 
 def _prefix(target: Path) -> str:
@@ -145,7 +151,7 @@ def _clear_leftovers(target: Path) -> None:
                     process = path.name.removeprefix(_prefix(target)).partition(".")[0]
                     raise MergeError(f"another merge is writing {target} (process {process}); "
                                      "wait for it or choose another --save-dir")
-                if path.name.endswith(ASIDE):
+                if path.name.endswith((ASIDE, REPLACED)):
                     _retire(path, target)
                 elif locked:
                     _remove(path)
@@ -259,15 +265,16 @@ def _locked(folder: Path) -> Iterator[bool | None]:
         os.close(fd)
 
 
-def replace(staging: Path, target: Path, aside: Path) -> None:
-    """Make `staging` the target, and the target `aside`.
+def replace(staging: Path, target: Path) -> None:
+    """Make `staging` the target, and put the target beside it.
 
     Raises:
         OSError: `staging` and `target` are as they were.
     """
     if exchange(staging, target):
-        os.rename(staging, aside)
+        os.rename(staging, _ending(staging, REPLACED))
         return
+    aside = _ending(staging, ASIDE)
     try:
         os.rename(target, aside)
         os.rename(staging, target)  # a process killed just here leaves no target; see `restore`
