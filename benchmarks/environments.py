@@ -39,44 +39,76 @@ class Load:
         self.latencies: list[float] = []
         self.errors = 0
 
-    async def session(self, http: aiohttp.ClientSession, number: int, end: float) -> None:
-        """Play one session until `end`."""
-        protocol = self.row.protocol
-        base = self.urls[number % len(self.urls)] + protocol.prefix
+    async def run(self, sessions: int, seconds: float, running: Sequence[psutil.Process]) -> tuple[float, list[float]]:
+        """Run `sessions` sessions at once; return the seconds that their steps took, and each process's cores.
 
-        async def post(route: str, body: Any) -> Any:
-            async with http.post(base + route, json=body) as reply:
-                if reply.status != 200:
-                    raise ServerError(f"HTTP {reply.status}")
-                answer = await reply.json(content_type=None)
-                if isinstance(answer, dict) and answer.get("error"):
-                    raise ServerError(answer["error"])
-                return answer
+        All are open before the clock starts: a create can cost a server as much as ten steps.
+        """
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(connector=connector) as http:
+            players = [Player(http, self.row, self.urls[number % len(self.urls)], number) for number in range(sessions)]
+            await asyncio.gather(*(player.open() for player in players))
+            busy = [sum(process.cpu_times()[:2]) for process in running]
+            begun = time.perf_counter()
+            await asyncio.gather(*(self.play(player, begun + seconds) for player in players))
+            elapsed = time.perf_counter() - begun
+            cores = [(sum(process.cpu_times()[:2]) - before) / elapsed
+                     for process, before in zip(running, busy, strict=True)]
+            await asyncio.gather(*(player.close() for player in players))
+            return elapsed, cores
 
-        created = await post("/create", protocol.create)
-        session = created[protocol.id_reply] if protocol.id_reply else created
-        reset = {protocol.id: session, protocol.item: self.row.check.items[number % 2], **protocol.reset}
-        step = {protocol.id: session, "action": self.row.check.action}
-        await post("/reset", reset)
+    async def play(self, player: "Player", end: float) -> None:
+        """Step one session until `end`."""
         while (begun := time.perf_counter()) < end:
             try:
-                reply = await post("/step", step)
+                done = await player.step()
             except ServerError:
                 self.errors += 1
                 continue
             self.latencies.append(time.perf_counter() - begun)
-            if reply[protocol.done]:
-                await post("/reset", reset)
-        if protocol.close:
-            await post("/close", {protocol.id: session})
+            if done:
+                await player.reset()
 
-    async def run(self, sessions: int, seconds: float) -> float:
-        """Run `sessions` sessions at once; return the seconds from the first step's start to the last one's end."""
-        connector = aiohttp.TCPConnector(limit=0)
-        async with aiohttp.ClientSession(connector=connector) as http:
-            begun = time.perf_counter()
-            await asyncio.gather(*(self.session(http, number, begun + seconds) for number in range(sessions)))
-            return time.perf_counter() - begun
+
+class Player:
+    """One session of a server."""
+
+    def __init__(self, http: aiohttp.ClientSession, row: Environment, url: str, number: int) -> None:
+        self.http, self.row, self.base = http, row, url + row.protocol.prefix
+        self.item = row.check.items[number % 2]
+        self.session: Any = None
+
+    async def open(self) -> None:
+        """Create the session and reset it to its item."""
+        protocol = self.row.protocol
+        created = await self._post("/create", protocol.create)
+        self.session = created[protocol.id_reply] if protocol.id_reply else created
+        await self.reset()
+
+    async def reset(self) -> None:
+        """Begin the item (again)."""
+        protocol = self.row.protocol
+        await self._post("/reset", {protocol.id: self.session, protocol.item: self.item, **protocol.reset})
+
+    async def step(self) -> bool:
+        """Take the row's action; tell whether the episode ended."""
+        protocol = self.row.protocol
+        reply = await self._post("/step", {protocol.id: self.session, "action": self.row.check.action})
+        return bool(reply[protocol.done])
+
+    async def close(self) -> None:
+        """Close the session, where the server can."""
+        if self.row.protocol.close:
+            await self._post("/close", {self.row.protocol.id: self.session})
+
+    async def _post(self, route: str, body: Any) -> Any:
+        async with self.http.post(self.base + route, json=body) as reply:
+            if reply.status != 200:
+                raise ServerError(f"HTTP {reply.status}")
+            answer = await reply.json(content_type=None)
+            if isinstance(answer, dict) and answer.get("error"):
+                raise ServerError(answer["error"])
+            return answer
 
 
 @contextmanager
@@ -119,11 +151,7 @@ def measure(row: Environment, urls: Sequence[str], sessions: int, seconds: float
             running: Sequence[psutil.Process]) -> dict[str, Any]:
     """Return steps a second, latencies in ms, and how busy generator and servers were, in cores."""
     load = Load(row, urls)
-    own = psutil.Process()
-    busy = [sum(process.cpu_times()[:2]) for process in (own, *running)]
-    elapsed = asyncio.run(load.run(sessions, seconds))
-    cores = [(sum(process.cpu_times()[:2]) - before) / elapsed
-             for process, before in zip((own, *running), busy, strict=True)]
+    elapsed, cores = asyncio.run(load.run(sessions, seconds, (psutil.Process(), *running)))
     ordered = sorted(load.latencies)
     return {
         "steps_per_s": round(len(ordered) / elapsed, 1),
