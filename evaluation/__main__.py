@@ -91,7 +91,10 @@ def parser() -> argparse.ArgumentParser:
         default="",
         help="address of its server (default: $ENV_SERVER, then this machine and the row's port)")
     add("--model", default="", help="model of the endpoint, or expert or random (default: $MODEL, then gpt-4o-mini)")
-    add("--base-url", type=_endpoint, default="", help="OpenAI-compatible endpoint (default: $OPENAI_BASE_URL, then OpenAI's own)")
+    add("--base-url",
+        type=_endpoint,
+        default="",
+        help="OpenAI-compatible endpoint (default: $OPENAI_BASE_URL, then OpenAI's own)")
     add("--base-url-as",
         default="",
         help="what the configuration calls the endpoint, where its address differs from run to run")
@@ -104,9 +107,15 @@ def parser() -> argparse.ArgumentParser:
         default="",
         help="FILE, 0-99 or textcraft_3,textcraft_5 (default: AgentGym's list, then the row's first)")
     add("--limit", type=_count, default=None, help="play at most so many items (default: all)")
-    add("--shuffle-seed", type=_whole, default=None, help="shuffle the items with this seed before --limit (default: no)")
+    add("--shuffle-seed",
+        type=_whole,
+        default=None,
+        help="shuffle the items with this seed before --limit (default: no)")
     add("--samples", type=_count, default=1, help="attempts at each item, for Avg@k and Pass@k (default: 1)")
-    add("--seed", type=_whole, default=None, help="make draws repeatable: sent to the endpoint, another for each attempt")
+    add("--seed",
+        type=_whole,
+        default=None,
+        help="make draws repeatable: sent to the endpoint, another for each attempt")
     add("--temperature", default="1.0", help="0 to 5, or none to leave it out (default: 1.0)")
     add("--top-p", type=_share, default=None, help="0 to 1 (default: left out)")
     add("--max-tokens", type=_amount, default=4096, help="of one completion, 0 to leave it out (default: 4096)")
@@ -251,7 +260,8 @@ def run_command(options: argparse.Namespace) -> int:
     if options.quiet:
         say(f"{settings.model}: {show.one_line(summary)}")
     else:
-        show_numbers(console, {settings.model: summary}, settings.out, options.upstream_compat, [settings.prompt.source])
+        show_numbers(console, {settings.model: summary}, settings.out, options.upstream_compat,
+                     [settings.prompt.source])
     if records:
         path = settings.out / REPORT
         report.write(path, [report.Run(settings.model, read_run(settings.out), records, summary)],
@@ -291,30 +301,21 @@ def show_numbers(console: "Console", summaries: Mapping[str, Mapping[str, Any]],
             console.print(show.upstream_line(summary), highlight=False)
 
 
-def rescored(records: list[dict[str, Any]], row: Any) -> list[dict[str, Any]]:
-    """Return the records with success and scaled reward as `row` says, from the raw rewards."""
-    return [{
-        **record, "success":
-        row.success.holds(record["reward"]),
-        "scaled":
-        row.scaled(record["reward"]),
-        "outcome": ("success" if row.success.holds(record["reward"]) else
-                    "failure" if record["outcome"] == "success" else record["outcome"])
-    } if record["reward"] is not None else record for record in records]
-
-
 def rescore_command(options: argparse.Namespace) -> int:
     """Compute numbers again, and write summary and report anew."""
     from evaluation import report, show
-    from evaluation.records import REPORT, read_attempts, read_run
-    from evaluation.rows import Row, read_row
+    from evaluation.records import REPORT, RUN, read_run
+    from evaluation.rescoring import keep_rule, read_scored, row_of
+    from evaluation.rows import read_row
     console = show.console()
     for name in options.folders:
         folder = Path(name)
-        told, records = read_run(folder), read_attempts(folder)
+        told = read_run(folder)
         config = told["config"]
-        row = read_row(config["env"], Path(options.environments)) if options.environments else Row(**told["row"])
-        records = rescored(records, row)
+        own = row_of(told["row"], folder / RUN)
+        row = read_row(config["env"], Path(options.environments)) if options.environments else own
+        keep_rule(folder, row if options.environments else None)
+        records = read_scored(folder)
         wall = sum(work["seconds"] for work in told["work"])
         summary = conclude(folder, records, config["samples"],
                            len(config["items"]) * config["samples"], price_of(options.prices, config["model"]), wall)
@@ -405,13 +406,14 @@ def summary_of(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         Misuse: the attempts are damaged.
     """
     from evaluation.numbers import summarize
-    from evaluation.records import ATTEMPTS, SUMMARY, read_attempts
+    from evaluation.records import ATTEMPTS, SUMMARY
+    from evaluation.rescoring import read_scored
     try:
         if (folder / SUMMARY).stat().st_mtime_ns >= (folder / ATTEMPTS).stat().st_mtime_ns:
             return json.loads((folder / SUMMARY).read_text())
     except (OSError, ValueError):
         pass
-    return summarize(read_attempts(folder), config["samples"], len(config["items"]) * config["samples"])
+    return summarize(read_scored(folder), config["samples"], len(config["items"]) * config["samples"])
 
 
 def list_command(options: argparse.Namespace) -> int:
@@ -485,7 +487,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if output.gone is None:
         return code
     if not isinstance(output.gone, BrokenPipeError):  # whose reader wanted no more
-        print(f"eval: standard output cannot be written: {output.gone.strerror}; give it another place", file=sys.stderr)
+        print(f"eval: standard output cannot be written: {output.gone.strerror}; give it another place",
+              file=sys.stderr)
     return code if command == "run" else code or FAILED  # a run has left everything in its folder
 
 

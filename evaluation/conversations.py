@@ -4,9 +4,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from evaluation.episodes import opening
+from evaluation.problems import Misuse
 from evaluation.prompts import Prompt
-from evaluation.records import read_attempts, read_run
+from evaluation.records import RUN, read_run
+from evaluation.rescoring import read_scored
 
 
 def conversation(prompt: Prompt, record: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -29,11 +33,15 @@ def lines(folder: Path, every: bool = False) -> Iterable[str]:
     Its `messages` are the whole conversation, the form in which chat models are fine-tuned.
 
     Raises:
-        Misuse: no run in `folder`.
+        Misuse: no run in `folder`, or a damaged one.
     """
-    prompt = Prompt(**read_run(folder)["prompt"])
+    try:
+        prompt = Prompt(**read_run(folder)["prompt"])
+    except ValidationError as error:
+        raise Misuse(f"{folder / RUN}: the prompt's {error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}; "
+                     "restore the file") from None
     # By item: the order in which attempts end differs from run to run.
-    for record in sorted(read_attempts(folder), key=lambda one: (one["index"], one["sample"])):
+    for record in sorted(read_scored(folder), key=lambda one: (one["index"], one["sample"])):
         if record["turns"] and (record["success"] or (every and record["reward"] is not None)):
             told = {key: record[key] for key in ("item", "sample", "reward", "success")}
             yield json.dumps({"messages": conversation(prompt, record), **told}, ensure_ascii=False)

@@ -13,7 +13,7 @@ from evaluation.items import Item
 from evaluation.model import Message, Model, Usage
 from evaluation.problems import ContextOverflow, EnvironmentFault, ModelFault, Stopped
 from evaluation.prompts import VOCABULARY, Prompt
-from evaluation.protocol import CLOSE_SECONDS, NOT_CREATED, First, Server
+from evaluation.protocol import CLOSE_SECONDS, FULL, NOT_CREATED, First, Server
 from evaluation.rows import Row
 
 SCORED = ("success", "failure", "max_rounds", "token_limit", "context_overflow")
@@ -143,6 +143,7 @@ class Episode:
 async def open_session(server: Server, wait: float) -> int:
     """Create a session, waiting up to `wait` seconds for a server that is away or full.
 
+    While it is our own sessions that fill it, their ends are waited for as long as it takes.
     Asks again only where nothing can have been created: a create that was sent is never sent twice.
 
     Raises:
@@ -153,10 +154,12 @@ async def open_session(server: Server, wait: float) -> int:
         try:
             return await _create(server)
         except EnvironmentFault as fault:
-            refused = not fault.sent or fault.status in NOT_CREATED
-            if not refused or time.monotonic() + delay > end:
+            now, refused = time.monotonic(), not fault.sent or fault.status in NOT_CREATED
+            if fault.status == FULL and server.held:
+                end = now + wait
+            if not refused or now >= end:
                 raise
-        await asyncio.sleep(delay * random.uniform(0.5, 1.0))
+        await asyncio.sleep(min(delay, end - now) * random.uniform(0.5, 1.0))
         delay = min(5.0, 1.7 * delay)
 
 

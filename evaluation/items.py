@@ -12,7 +12,7 @@ from evaluation.rows import Row
 
 COLLECTED = Path(__file__).resolve().parents[1] / "item_maps.json"  # written when the image is built
 
-_RANGE = re.compile(r"(\d+)-(\d+)")
+_RANGE = re.compile(r"(\d{1,18})-(\d{1,18})")
 _TRIAL = re.compile(r"trial_T\d+_\d+_\d+$")
 _NUMBER = re.compile(r"(?:^|_)(\d+)$")
 
@@ -75,8 +75,9 @@ def item_of(name: str | int, env: str, category: str = "", trials: Mapping[str, 
     trial = _TRIAL.search(name)
     if trial:
         if trial[0] not in (trials or {}):
-            raise ValueError(f"{name} is a trial's name, and no item map has it; set AGENTGYM_SRC to an AgentGym checkout "
-                             "(the image reads the maps when it is built)")
+            raise ValueError(
+                f"{name} is a trial's name, and no item map has it; set AGENTGYM_SRC to an AgentGym checkout "
+                "(the image reads the maps when it is built)")
         return Item(name, (trials or {})[trial[0]], category)
     number = _NUMBER.search(name)
     if number is None:
@@ -105,15 +106,15 @@ def read_list(path: Path) -> list[str | int]:
         Misuse: it cannot be read so.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise Misuse(f"item list {path} cannot be read: {error}") from None
+    if not text.lstrip().startswith(("[", "{", '"')):
+        return [line.strip() for line in text.splitlines() if line.strip()]
     try:
         entries = json.loads(text)
-    except ValueError:
-        if text.lstrip()[:1] in "[{":
-            raise Misuse(f"item list {path} is no JSON; expected [{{\"item_id\": \"env_0\"}}, …]") from None
-        return [line.strip() for line in text.splitlines() if line.strip()]
+    except (ValueError, RecursionError):
+        raise Misuse(f"item list {path} is no JSON; expected [{{\"item_id\": \"env_0\"}}, …]") from None
     names = [entry.get("item_id") if isinstance(entry, dict) else entry
              for entry in entries] if isinstance(entries, list) else [None]
     if any(isinstance(name, bool) or not isinstance(name, str | int) for name in names):
@@ -142,8 +143,8 @@ def category_of(file: Path, env: str) -> str:
     return file.stem.removeprefix("lmrlgym_").removeprefix(f"{env}_").removesuffix("_test")
 
 
-def in_lists(whole: Path | None, parts: Sequence[Path], env: str,
-             trials: Mapping[str, int]) -> list[tuple[str | int, str]]:
+def in_lists(whole: Path | None, parts: Sequence[Path], env: str, trials: Mapping[str,
+                                                                                  int]) -> list[tuple[str | int, str]]:
     """Return the items of the list `whole`, or of all `parts` where there is none, each with its category.
 
     A category's list may name an item in another form than the whole list does: 7, searchqa_7.
@@ -168,15 +169,13 @@ def _numbered(name: str | int, env: str, trials: Mapping[str, int], file: Path) 
         raise Misuse(f"items of {file.name}: {error}") from None
 
 
-def choose(
-    row: Row,
-    items: str = "",
-    limit: int | None = None,
-    shuffle_seed: int | None = None,
-    root: Path = Path("."),
-    maps: Sequence[Sequence[Mapping[str, Any]]] = (),
-    collected: Path = COLLECTED
-) -> tuple[list[Item], str]:
+def choose(row: Row,
+           items: str = "",
+           limit: int | None = None,
+           shuffle_seed: int | None = None,
+           root: Path = Path("."),
+           maps: Sequence[Sequence[Mapping[str, Any]]] = (),
+           collected: Path = COLLECTED) -> tuple[list[Item], str]:
     """Return the items to play and where they come from.
 
     Args:
@@ -203,7 +202,7 @@ def choose(
                 raise Misuse(f"--items {piece} ends before it begins; write {span[2]}-{span[1]}")
             if span and int(span[2]) - int(span[1]) >= 1_000_000:
                 raise Misuse(f"--items {piece} is more than a million items; choose fewer")
-            if not span and (piece.endswith(".json") or "/" in piece):
+            if not span and (piece.endswith(".json") or "/" in piece) and not _TRIAL.search(piece):
                 raise Misuse(f"no item list {piece}; name a file, or items such as 0-99 or {row.name}_3")
             found += [(n, "") for n in range(int(span[1]), int(span[2]) + 1)] if span else [(piece, "")]
     else:

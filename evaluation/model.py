@@ -1,5 +1,7 @@
 """The model: an OpenAI-compatible chat endpoint, or a scripted player that needs none."""
+import asyncio
 import ipaddress
+import math
 import random
 import re
 import time
@@ -22,11 +24,17 @@ HOPELESS = {
     403: "the key may not use this model; check OPENAI_API_KEY and MODEL",
     404: "there is no such model or address; check MODEL and OPENAI_BASE_URL",
 }
+BROKE = "insufficient_quota"  # OpenAI says it with a 429
 LONGEST_WAIT = 60.0
-# What OpenAI, vLLM, llama.cpp, TGI, Anthropic's and others' endpoints say of a conversation that is too long.
+REFUSALS = 3  # attempts refused before any was answered: then it is the configuration, and no longer the items
+EMPTY = "(empty)"
+# What OpenAI, vLLM, llama.cpp, TGI, Anthropic's, LiteLLM's and others' endpoints say of a conversation that is too long.
 _OVERFLOW = re.compile(
-    r"context[_ ](length|window|size)|maximum (context|model|sequence|input|prompt)|(prompt|input|message)s? (is |are )?too long|"
-    r"reduce the length|too many (input |prompt )?tokens|input token count|max_model_len", re.IGNORECASE)
+    r"context[_ -]?(length|window|size|limit)|maximum (context|model|sequence|input|prompt)|"
+    r"(prompt|input|message)s? (is |are )?too long|reduce the length|too many (input |prompt )?tokens|input token count|"
+    r"max_model_len|max_new_tokens`? must be|`?inputs`? must have less|range of input length|"
+    r"exceed(s|ed)? (the )?(model|max(imum)?)( message| model)? (token|length)", re.IGNORECASE)
+_MODERATION = re.compile(r"moderat|flagged|content.?(filter|policy|management)", re.IGNORECASE)
 
 Message = dict[str, str]
 
@@ -109,9 +117,29 @@ class Model(Protocol):
 
 
 def overflowed(status: int, message: str, code: str = "") -> bool:
-    """Tell whether an answer with an error means that the conversation is too long for the model."""
-    return status == 413 or code == "context_length_exceeded" or (status in (400, 422)
-                                                                  and bool(_OVERFLOW.search(message)))
+    """Tell whether an answer with an error means that the conversation is too long for the model.
+
+    A 413 alone does not: it may be a proxy's limit, or one of tokens a minute.
+    """
+    return code == "context_length_exceeded" or (status in (400, 413, 422) and code != "rate_limit_exceeded"
+                                                 and bool(_OVERFLOW.search(message)))
+
+
+def said_in(body: Any) -> str:
+    """Return what the body of an error says, which endpoints put at different places; empty where it says nothing."""
+    if isinstance(body, str):
+        return body.strip()
+    if isinstance(body, list):
+        return "; ".join(filter(None, map(said_in, body)))
+    if isinstance(body, dict):
+        return next(filter(None, (said_in(body.get(key)) for key in ("message", "error", "detail", "msg"))), "")
+    return ""
+
+
+def code_in(body: Any) -> str:
+    """Return the word for the error that its body has, or nothing."""
+    return next((str(body[key])
+                 for key in ("code", "type") if isinstance(body.get(key), str)), "") if isinstance(body, dict) else ""
 
 
 def retry_after(headers: Mapping[str, str], now: float) -> float | None:
@@ -119,14 +147,13 @@ def retry_after(headers: Mapping[str, str], now: float) -> float | None:
     from email.utils import parsedate_to_datetime
     milliseconds, said = headers.get("retry-after-ms"), headers.get("retry-after")
     try:
-        if milliseconds is not None:
-            return max(0.0, float(milliseconds) / 1000)
-        return None if said is None else max(0.0, float(said))
+        seconds = float(said or "") if milliseconds is None else float(milliseconds) / 1000
+        return max(0.0, seconds) if math.isfinite(seconds) else None
     except ValueError:
         pass
     try:
         return max(0.0, parsedate_to_datetime(said or "").timestamp() - now)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 
@@ -192,7 +219,7 @@ class ChatModel:
     """An OpenAI-compatible endpoint.
 
     The client's own retries are off: tenacity does them, so that they can be counted and Retry-After is honoured up
-    to any length that the wait allows.
+    to `patience`, seconds; who asks for more than that is not waited for.
     """
 
     def __init__(self,
@@ -202,9 +229,12 @@ class ChatModel:
                  sampling: Sampling = Sampling(),
                  timeout: float = 600.0,
                  tries: int = 8,
-                 concurrency: int = 64) -> None:
+                 concurrency: int = 64,
+                 patience: float = 3600.0) -> None:
         import openai
         self.name, self.sampling, self.tries, self.key = name, sampling, tries, key
+        self.timeout, self.patience = timeout, patience
+        self.refused: set[tuple[int, int]] = set()  # attempts, while none has been answered
         # base_url="" must not reach the client: it would take OPENAI_BASE_URL, which may be set but empty.
         base_url = base_url or "https://api.openai.com/v1"
         # A proxy cannot reach this machine as we do, and would be shown the key.
@@ -217,8 +247,8 @@ class ChatModel:
         self.answered = False
 
     def player(self, item: int, sample: int, seed: int | None) -> "ChatPlayer":
-        """Return a player; the item is of no account, since the conversation tells it."""
-        return ChatPlayer(self, seed)
+        """Return a player; what the item is, the conversation tells."""
+        return ChatPlayer(self, (item, sample), seed)
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -236,14 +266,19 @@ class ChatModel:
         }
         return {key: value for key, value in wanted.items() if value is not None}
 
-    async def complete(self, messages: Sequence[Message], seed: int | None) -> Completion:
+    async def complete(self, messages: Sequence[Message], seed: int | None, of: tuple[int, int] = (0, 0)) -> Completion:
         """Return the completion; tries again what may pass.
+
+        An empty message is sent as it is; to endpoints that refuse one, as EMPTY.
+
+        Args:
+            of: the attempt, item and sample.
 
         Raises:
             ContextOverflow: the conversation is too long.
             ModelFault: the tries are used up, or the request is refused for good.
-            Misuse: every further request would be refused: the key, the model's name, a parameter, a first request
-                that is too long already.
+            Misuse: every further request would be refused: the key, the model's name; a parameter, or a first request
+                that is too long already, once REFUSALS attempts were refused and none was answered.
         """
         import openai
         import tenacity
@@ -255,22 +290,31 @@ class ChatModel:
 
         retrying = tenacity.AsyncRetrying(stop=tenacity.stop_after_attempt(self.tries),
                                           wait=_wait,
-                                          retry=tenacity.retry_if_exception(may_pass),
+                                          retry=tenacity.retry_if_exception(self._may_pass),
                                           before_sleep=count,
                                           reraise=True)
 
         async def once() -> Completion:
             begun = time.perf_counter()
-            answer = await self.client.chat.completions.create(
-                model=self.name,
-                messages=list(messages),  # type: ignore[arg-type]
-                **self.fields(seed))
+            try:
+                async with asyncio.timeout(self.timeout):  # the client's own is of each read, and a body may drip
+                    answer = await self.client.chat.completions.create(
+                        model=self.name,
+                        messages=list(messages),  # type: ignore[arg-type]
+                        **self.fields(seed))
+            except RecursionError:
+                raise ValueError("its JSON is nested too deeply") from None
             return completion_of(answer, time.perf_counter() - begun, retries)
 
         try:
             completion: Completion = await retrying(once)
         except openai.APIStatusError as error:
-            raise self._refused(error, retries) from None
+            filled = [{**one, "content": one["content"] if one["content"].strip() else EMPTY} for one in messages]
+            if error.status_code in (400, 422) and filled != list(messages) and not self._overflowed(error):
+                return await self.complete(filled, seed, of)
+            raise self._refused(error, retries, of) from None
+        except TimeoutError:
+            raise ModelFault(f"no answer within {self.timeout:g} s (after {retries + 1} tries)", retries) from None
         except (openai.APIError, ValueError, AttributeError) as error:
             said = str(error) if isinstance(error, openai.APIError) else f"the answer is no chat completion: {error}"
             if isinstance(error, openai.APIConnectionError) and not isinstance(error, openai.APITimeoutError):
@@ -283,22 +327,41 @@ class ChatModel:
                                   completion.usage)
         return completion
 
-    def _refused(self, error: "openai.APIStatusError", retries: int) -> Exception:
-        status, body = error.status_code, error.body if isinstance(error.body, dict) else {}
-        message = str(body.get("message") or error.message)
-        line = self._clean(" ".join(message.split())[:300])
-        if overflowed(status, message, str(body.get("code") or "")):
+    def _overflowed(self, error: "openai.APIStatusError") -> bool:
+        return overflowed(error.status_code, said_in(error.body) or error.message, code_in(error.body))
+
+    def _may_pass(self, error: BaseException) -> bool:
+        """Tell whether the same request may succeed, soon enough."""
+        import openai
+        if not may_pass(error):
+            return False
+        if not isinstance(error, openai.APIStatusError):
+            return True
+        return (retry_after(error.response.headers, time.time()) or 0.0) <= self.patience
+
+    def _refused(self, error: "openai.APIStatusError", retries: int, of: tuple[int, int]) -> Exception:
+        status = error.status_code
+        message = " ".join(self._clean(said_in(error.body) or error.message).split())
+        line = message[:300]
+        if status == 429 and code_in(error.body) == BROKE:
+            status = 402
+        if status in HOPELESS and status != 403:
+            return Misuse(f"model {self.name}: HTTP {error.status_code}, {HOPELESS[status]} ({line})")
+        if self._overflowed(error):
             if self.answered:
-                return ContextOverflow(self._clean(message))
+                return ContextOverflow(message)
             # No conversation has grown yet, so what is asked for is too much: a score of 0 would be ours, not the model's.
-            return Misuse(f"model {self.name}: HTTP {status}: {line}; the first request does not fit into the model's "
-                          f"context: lower --max-tokens ({self.sampling.max_tokens} now, 0 leaves it out)")
-        if status in HOPELESS:
+            line += ("; the first request does not fit into the model's context: lower --max-tokens "
+                     f"({self.sampling.max_tokens} now, 0 leaves it out)")
+        elif status == 403 and not self.answered and not _MODERATION.search(message):
             return Misuse(f"model {self.name}: HTTP {status}, {HOPELESS[status]} ({line})")
+        elif 400 <= status < 500 and status not in RETRIED and not self.answered:
+            line += "; change what is sent (--temperature none, --max-tokens 0, --extra-body)"
         if 400 <= status < 500 and status not in RETRIED and not self.answered:
-            # Nothing has worked yet, so the request itself does not fit this endpoint.
-            return Misuse(f"model {self.name}: HTTP {status}: {line}; change what is sent (--temperature none, "
-                          "--max-tokens 0, --extra-body)")
+            # One item may be refused for what is in it; if several are and nothing has worked yet, it is the request.
+            self.refused.add(of)
+            if len(self.refused) >= REFUSALS:
+                return Misuse(f"model {self.name}: HTTP {status}: {line}")
         return ModelFault(f"HTTP {status}: {line} (after {retries + 1} tries)", retries)
 
     def _clean(self, text: str) -> str:
@@ -316,9 +379,9 @@ def may_pass(error: BaseException) -> bool:
     """Tell whether the same request may succeed later."""
     import openai
     if isinstance(error, openai.APIStatusError):
-        return error.status_code in RETRIED or error.status_code >= 500
+        return (error.status_code in RETRIED or error.status_code >= 500) and code_in(error.body) != BROKE
     # A malformed answer is a fault of the server's, like a 500: openai gives a ValueError or an object without choices.
-    return isinstance(error, openai.APIError | ValueError | AttributeError)
+    return isinstance(error, openai.APIError | ValueError | AttributeError | TimeoutError)
 
 
 def _wait(state: Any) -> float:
@@ -342,9 +405,9 @@ def redacted_url(url: str) -> str:
 class ChatPlayer:
     """One attempt at a chat endpoint."""
 
-    def __init__(self, model: ChatModel, seed: int | None) -> None:
-        self.model, self.seed = model, seed
+    def __init__(self, model: ChatModel, of: tuple[int, int], seed: int | None) -> None:
+        self.model, self.of, self.seed = model, of, seed
 
     async def reply(self, messages: Sequence[Message]) -> Completion:
         """Return the completion of the conversation."""
-        return await self.model.complete(messages, self.seed)
+        return await self.model.complete(messages, self.seed, self.of)

@@ -84,6 +84,11 @@ def by_item(records: Sequence[Record]) -> dict[str, list[Record]]:
     return items
 
 
+def by_number(records: Sequence[Record]) -> dict[int, list[Record]]:
+    """Return the scored records by the number that the server knows the item by: lists spell its id in several ways."""
+    return {group[0]["index"]: group for group in by_item(records).values()}
+
+
 def scores(records: Sequence[Record], samples: int) -> dict[str, Any]:
     """Return reward, success and Pass@k of `records`, of which each item should have `samples`."""
     items = by_item(records)
@@ -213,7 +218,7 @@ def tasks(records: Sequence[Record]) -> set[str]:
 
 
 def compare(one: Sequence[Record], other: Sequence[Record], same_words: bool = True) -> dict[str, Any]:
-    """Return the paired difference of two runs, other minus one, on the items that both have.
+    """Return the paired difference of two runs, other minus one, on the items that both have, whatever they call them.
 
     Items that flipped: solved in most samples of one run and not of the other. An item that began with another
     observation is another task under the same id (AgentGym's textcraft_3 depends on the server's files): it is left
@@ -222,13 +227,13 @@ def compare(one: Sequence[Record], other: Sequence[Record], same_words: bool = T
     Args:
         same_words: whether both prompts dress the first observation alike; if not, its digest tells nothing.
     """
-    left, right = by_item(one), by_item(other)
+    left, right = by_number(one), by_number(other)
     both = [item for item in left if item in right]
     known = {item: (tasks(left[item]), tasks(right[item])) for item in both} if same_words else {}
     strange = {item for item, (a, b) in known.items() if a and b and a != b}
     common = [item for item in both if item not in strange]
 
-    def means(group: Mapping[str, list[Record]], key: str) -> list[float]:
+    def means(group: Mapping[int, list[Record]], key: str) -> list[float]:
         return [fmean(float(record[key]) for record in group[item]) for item in common]
 
     def difference(key: str) -> dict[str, Any] | None:
@@ -236,6 +241,7 @@ def compare(one: Sequence[Record], other: Sequence[Record], same_words: bool = T
         return figure([b - a for a, b in pairs], bounded=False)
 
     before, after = means(left, "success"), means(right, "success")
+    called = [str(left[number][0]["item"]) for number in common]
     return {
         "items": len(common),
         "other_task": len(strange),
@@ -243,6 +249,6 @@ def compare(one: Sequence[Record], other: Sequence[Record], same_words: bool = T
         "only_other": len(right) - len(both),
         "reward": difference("scaled"),
         "success": difference("success"),
-        "gained": [item for item, a, b in zip(common, before, after, strict=True) if a < 0.5 <= b],
-        "lost": [item for item, a, b in zip(common, before, after, strict=True) if b < 0.5 <= a],
+        "gained": [item for item, a, b in zip(called, before, after, strict=True) if a < 0.5 <= b],
+        "lost": [item for item, a, b in zip(called, before, after, strict=True) if b < 0.5 <= a],
     }

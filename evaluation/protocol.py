@@ -4,7 +4,8 @@ aiohttp and not httpx: a step of a text game costs its server half a millisecond
 """
 import asyncio
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -20,7 +21,8 @@ from evaluation.rows import Protocol
 KEEP_ALIVE = 4.0
 CLOSE_SECONDS = 10.0
 # Answers that say that nothing was created: every session is in use (429), or no replica is up (503).
-NOT_CREATED = (429, 503)
+FULL = 429
+NOT_CREATED = (FULL, 503)
 UNCHANGED = (404, 405)
 
 
@@ -55,6 +57,17 @@ def short(value: Any, width: int = 200) -> str:
     return text if len(text) <= width else text[:width - 1] + "…"
 
 
+def text_of(observation: Any) -> str:
+    """Return an observation as text.
+
+    Raises:
+        TypeError: it is null: a server that has none to give. The word None must not reach the model.
+    """
+    if observation is None:
+        raise TypeError("null")
+    return str(observation)
+
+
 def session_in(reply: Any, key: str) -> int:
     """Return the session's id in a reply of POST /create.
 
@@ -75,9 +88,9 @@ def first_in(reply: Any, protocol: Protocol) -> First:
     """
     try:
         if protocol.observation == "list":
-            return First(str(reply[0]), [])
+            return First(text_of(reply[0]), [])
         actions = reply.get("available_actions")
-        text = "\n".join(str(reply[key]) for key in protocol.observation_keys)
+        text = "\n".join(text_of(reply[key]) for key in protocol.observation_keys)
         return First(text, [str(action) for action in actions] if isinstance(actions, list) else [])
     except (KeyError, IndexError, TypeError, AttributeError):
         raise EnvironmentFault(f"POST /reset: no observation in {short(reply)}", 200) from None
@@ -92,12 +105,13 @@ def step_in(reply: Any, protocol: Protocol) -> Step:
     try:
         done = bool(reply[protocol.done])
         reward = float(reply[protocol.reward])
-        observation = str(reply[protocol.state])
+        observation = text_of(reply[protocol.state])
         upstream = float(reply["score"]) if protocol.reward != "score" and "score" in reply else None
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise EnvironmentFault(f"POST /step: no observation, reward and end in {short(reply)}", 200) from None
-    if reward != reward:
-        raise EnvironmentFault("POST /step: the reward is not a number (NaN)", 200)
+    if not math.isfinite(reward) or not math.isfinite(upstream or 0.0):
+        raise EnvironmentFault(f"POST /step: the reward is not a number ({reward if upstream is None else upstream})",
+                               200)
     if any(mark in observation for mark in protocol.faults) or observation.startswith(protocol.fault_starts):
         raise EnvironmentFault(f"POST /step: {short(observation)}", 200)
     return Step(observation, 0.0 if protocol.reward_when_done and not done else reward, done, upstream)
@@ -128,8 +142,15 @@ class Server:
         self.on_open, self.on_close = on_open, on_close
         self.opened = self.closed = self.lost = 0
         self._pool: list[int] = []
+        self._held: set[int] = set()
+        self._twice: set[int] = set()  # of those, what the server handed out again: whose state it has, nobody knows
         self._closes = True  # until the server says that it has no such route
         self._http: aiohttp.ClientSession | None = None
+
+    @property
+    def held(self) -> int:
+        """How many sessions are in use by us."""
+        return len(self._held)
 
     @property
     def pooled(self) -> int:
@@ -175,21 +196,35 @@ class Server:
     async def _post(self, route: str, body: Any) -> Any:
         return await self._call("POST", self.base + route, "POST " + route, json=body)
 
+    async def _of(self, session: int, call: Awaitable[Any]) -> Any:
+        """Return the answer to a request in the session, unless somebody else has it too."""
+        reply = await call
+        if session in self._twice:
+            raise EnvironmentFault(f"session {session}: the server handed it out a second time", 200)
+        return reply
+
     async def create(self) -> int:
         """Open a session, or take one from the pool, and return its id.
 
         Raises:
-            EnvironmentFault: the server did not create one.
+            EnvironmentFault: the server did not create one, or gave an id that is in use: AgentGym's sqlgym does under
+                load, and so does any server that was started again, whose ids begin anew.
             Stopped: it cannot be noted; it is closed again.
         """
         if self._pool:
-            return self._pool.pop()
+            session = self._pool.pop()
+            self._held.add(session)
+            return session
         create = self.protocol.create
         reply = await self._call("POST", self.base + "/create", "POST /create",
                                  **({} if create is None else {
                                      "json": create
                                  }))
         session = session_in(reply, self.protocol.id_reply)
+        if session in self._held:
+            self._twice.add(session)
+            raise EnvironmentFault(f"POST /create: the server handed out session {session}, which is in use", 200)
+        self._held.add(session)
         self.opened += 1
         try:
             self.on_open(session)
@@ -201,24 +236,38 @@ class Server:
     async def reset(self, session: int, item: int) -> First:
         """Put the item with the number `item` before the session."""
         protocol = self.protocol
-        reply = await self._post("/reset", {protocol.id: session, protocol.item: item, **protocol.reset})
+        reply = await self._of(session,
+                               self._post("/reset", {
+                                   protocol.id: session,
+                                   protocol.item: item,
+                                   **protocol.reset
+                               }))
         if protocol.observation == "get":
-            return First(str(await self.get("/observation", session)), [])
+            reply = {key: await self.get("/observation", session) for key in protocol.observation_keys}
         return first_in(reply, protocol)
 
     async def get(self, route: str, session: int) -> Any:
         """Return the answer to a GET for the session."""
-        return await self._call("GET", self.base + route, "GET " + route, params={self.protocol.id: str(session)})
+        return await self._of(
+            session, self._call("GET", self.base + route, "GET " + route, params={self.protocol.id: str(session)}))
 
     async def step(self, session: int, action: str) -> Step:
         """Take `action` in the session."""
-        return step_in(await self._post("/step", {self.protocol.id: session, "action": action}), self.protocol)
+        reply = await self._of(session, self._post("/step", {self.protocol.id: session, "action": action}))
+        return step_in(reply, self.protocol)
 
     async def give_back(self, session: int, clean: bool) -> None:
         """Close the session, or pool it where the server has no close; `clean` tells that its state is known.
 
         Never raises: a session that cannot be closed is counted as lost.
         """
+        try:
+            await self._end(session, clean and session not in self._twice)
+        finally:
+            self._held.discard(session)
+            self._twice.discard(session)
+
+    async def _end(self, session: int, clean: bool) -> None:
         if self._closes:
             try:
                 async with asyncio.timeout(CLOSE_SECONDS):

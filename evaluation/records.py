@@ -17,15 +17,22 @@ from types import TracebackType
 from typing import IO, Any
 
 from evaluation import surrogates
-from evaluation.episodes import ERRORS
+from evaluation.episodes import ERRORS, SCORED
 from evaluation.problems import Misuse, Stopped
 
 ATTEMPTS, SUPERSEDED, RUN, SESSIONS = "attempts.jsonl", "superseded.jsonl", "run.json", "sessions.jsonl"
-SUMMARY, REPORT, LOCK = "summary.json", "report.html", ".lock"
+SUMMARY, REPORT, LOCK, RULE = "summary.json", "report.html", ".lock", "rule.json"
 Key = tuple[str, int]
 FIELDS = ("item", "index", "category", "sample", "seed", "outcome", "success", "reward", "scaled", "upstream_reward",
           "rounds", "invalid_actions", "usage", "seconds", "model_seconds", "env_seconds", "model_retries", "error",
           "tries_before", "started", "task", "first", "turns")
+TYPES: dict[str, Any] = {
+    **dict.fromkeys(("item", "category", "outcome", "error", "started", "task", "first", "server"), str),
+    **dict.fromkeys(("index", "sample", "rounds", "invalid_actions", "model_retries"), int),
+    **dict.fromkeys(("seconds", "model_seconds", "env_seconds"), int | float),
+    **dict.fromkeys(("reward", "scaled", "upstream_reward"), int | float | None),
+    **dict.fromkeys(("turns", "tries_before"), list), "usage": dict
+}
 
 
 def key_of(record: Mapping[str, Any]) -> Key:
@@ -93,6 +100,10 @@ def read_lines(path: Path,
             missing = [field for field in fields if field not in value]
             if missing:
                 raise ValueError(f"line {number} has no {missing[0]}")
+            strange = [field for field in fields if not isinstance(value[field], TYPES.get(field, object))]
+            if strange or ("outcome" in fields and value["outcome"] not in (*SCORED, *ERRORS)):
+                field = strange[0] if strange else "outcome"
+                raise ValueError(f"line {number} has {field} {json.dumps(value[field])[:60]}")
     except ValueError as error:
         raise Misuse(f"{path}: {error}; {remedy}") from None
     if repair and size < len(data):
@@ -107,8 +118,8 @@ def is_run(told: Any) -> bool:
     if not all(isinstance(told.get(key), dict) for key in ("config", "row", "prompt")):
         return False
     config = told["config"]
-    return (all(isinstance(config.get(key), str) for key in ("env", "model")) and isinstance(config.get("items"), list)
-            and isinstance(config.get("samples"), int)
+    return (isinstance(told.get("revision"), str) and all(isinstance(config.get(key), str) for key in ("env", "model"))
+            and isinstance(config.get("items"), list) and isinstance(config.get("samples"), int)
             and all(isinstance(work, dict) and isinstance(work.get("seconds"), int | float) for work in told["work"]))
 
 
@@ -231,7 +242,7 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove an earlier run's files from the folder."""
-        for name in (ATTEMPTS, SUPERSEDED, RUN, SUMMARY, REPORT):
+        for name in (ATTEMPTS, SUPERSEDED, RUN, SUMMARY, REPORT, RULE):
             (self.folder / name).unlink(missing_ok=True)
 
     def begin(self, config: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
@@ -261,16 +272,20 @@ class RunFolder:
         latest = latest_of(lines, config) if resumed else {}
         try:
             self._set_aside(lines, latest)
+            (self.folder / RULE).unlink(missing_ok=True)
             if not resumed:
                 write_whole(run, json.dumps({"config": config, **facts, "work": []}, indent=1))
             self.attempts, self.sessions = Lines(self.folder / ATTEMPTS), Lines(self.folder / SESSIONS)
         except OSError as error:
-            raise Stopped(f"{run} cannot be written: {error.strerror}; make room and run the same command again") from None
+            raise Stopped(
+                f"{run} cannot be written: {error.strerror}; make room and run the same command again") from None
         self.spoilt = {key: record for key, record in latest.items() if record["outcome"] in ERRORS}
         self.records = {key: record for key, record in latest.items() if key not in self.spoilt}
         self.earlier = {
-            key: [*record["tries_before"], {name: record[name]
-                                            for name in ("outcome", "error", "usage")}]
+            key: [*record["tries_before"], {
+                name: record[name]
+                for name in ("outcome", "error", "usage")
+            }]
             for key, record in self.spoilt.items()
         }
         return resumed
@@ -324,8 +339,8 @@ def open_sessions(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[int]]:
     found: dict[str, dict[int, None]] = {}
     for line in lines:
         sessions = found.setdefault(line["server"], {})
-        if "open" in line:
+        if isinstance(line.get("open"), int):
             sessions[line["open"]] = None
-        elif "close" in line:
+        elif isinstance(line.get("close"), int):
             sessions.pop(line["close"], None)
     return {server: list(sessions) for server, sessions in found.items() if sessions}

@@ -39,8 +39,8 @@ def names(labels: Sequence[tuple[str, Path]]) -> list[str]:
     The models; where these repeat, with the folders' names, then with their paths, then with a number.
     """
     called = [model for model, _ in labels]
-    for longer in ([f"{model} ({folder.name})" for model, folder in labels], [f"{model} ({folder})"
-                                                                              for model, folder in labels]):
+    for longer in ([f"{model} ({folder.name})"
+                    for model, folder in labels], [f"{model} ({folder})" for model, folder in labels]):
         if len(set(called)) == len(called):
             return called
         called = longer
@@ -49,12 +49,13 @@ def names(labels: Sequence[tuple[str, Path]]) -> list[str]:
 
 def load(folders: Sequence[Path], price_of: Any = lambda model: None) -> list[Run]:
     """Return the runs in `folders`, called as `names` says."""
-    from evaluation.records import read_attempts, read_run
+    from evaluation.records import read_run
+    from evaluation.rescoring import read_scored
     told = [read_run(folder) for folder in folders]
     called = names([(one["config"]["model"], folder) for one, folder in zip(told, folders, strict=True)])
     runs = []
     for name, one, folder in zip(called, told, folders, strict=True):
-        config, records = one["config"], read_attempts(folder)
+        config, records = one["config"], read_scored(folder)
         wall = sum(work["seconds"] for work in one["work"])
         numbers = summarize(records, config["samples"],
                             len(config["items"]) * config["samples"], price_of(config["model"]), wall)
@@ -186,10 +187,12 @@ def difference_lines(runs: Sequence[Run]) -> list[dict[str, Any]]:
     lines = []
     for run in runs[1:]:
         found = compare(runs[0].records, run.records, same_words=dress(run) == dress(runs[0]))
-        other = f" ({found['other_task']} more were another task and are left out)" if found["other_task"] else ""
+        apart = [(found["other_task"], "more were another task and are left out"),
+                 (found["only_one"], "only in the first"), (found["only_other"], "only in the other")]
+        said = ", ".join(f"{count} {words}" for count, words in apart if count)
         lines.append({
             "name": f"{run.name} − {runs[0].name}",
-            "items": f"{found['items']}{other}",
+            "items": f"{found['items']} ({said})" if said else str(found["items"]),
             "success": show.with_interval(found["success"]),
             "reward": show.with_interval(found["reward"]),
             "gained": found["gained"],

@@ -71,8 +71,9 @@ async def wait_for(server: Server, name: str, seconds: float, say: Callable[[str
     end, told = time.monotonic() + seconds, False
     while not await server.answers():
         if time.monotonic() > end:
-            raise Misuse(f"no environment server at {server.shown}; start it with `invoke env.up --env {name}`, or name "
-                         "its address with --server")
+            raise Misuse(
+                f"no environment server at {server.shown}; start it with `invoke env.up --env {name}`, or name "
+                "its address with --server")
         if not told:
             say(f"waiting for the environment server at {server.shown}")
             told = True

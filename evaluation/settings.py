@@ -62,7 +62,7 @@ class Settings:
         if self.model in NAMES:
             return ScriptedModel(self.model, self.row, self.root)
         return ChatModel(self.model, api_key(self.base_url), self.base_url, self.sampling, self.request_timeout,
-                         self.model_tries, self.concurrency)
+                         self.model_tries, self.concurrency, self.limits.seconds)
 
 
 def api_key(base_url: str, environ: Mapping[str, str] | None = None) -> str:
@@ -184,7 +184,9 @@ def decide(options: argparse.Namespace) -> Settings:
     model = options.model or environ.get("MODEL") or DEFAULT_MODEL
     base_url = options.base_url or environ.get("OPENAI_BASE_URL") or ""
     if base_url:
-        check_url("--base-url", base_url)
+        base_url = check_url("--base-url", base_url)
+    if not model.isprintable():
+        raise Misuse(f"--model {model!a} has characters that no name has; write it again")
     scripted = model in NAMES
     server = check_url("--server", options.server or environ.get("ENV_SERVER") or f"http://127.0.0.1:{row.port}")
     # An address with the row's own prefix at its end is one that `invoke env.up` prints.

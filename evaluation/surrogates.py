@@ -25,5 +25,8 @@ def loads(data: bytes) -> Any:
     Raises:
         ValueError: it is no JSON.
     """
-    value = json.loads(data)
-    return replaced(value) if b"\\ud" in data or b"\\uD" in data else value
+    try:
+        value = json.loads(data)
+        return replaced(value) if b"\\ud" in data or b"\\uD" in data else value
+    except RecursionError:
+        raise ValueError("nested too deeply") from None

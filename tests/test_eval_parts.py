@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluation import numbers, prompts, records
+from evaluation import numbers, prompts, records, surrogates
 from evaluation.__main__ import main
 from evaluation.actions import parse, phrase
 from evaluation.episodes import derived_seed, first_message, judge, opening
 from evaluation.items import COLLECTED, category_of, check_owner, choose, item_of, trial_numbers
-from evaluation.model import loopback, overflowed, redacted_url, retry_after
+from evaluation.model import loopback, overflowed, redacted_url, retry_after, said_in
 from evaluation.problems import EnvironmentFault, Misuse, Stopped
 from evaluation.prompts import Prompt
 from evaluation.protocol import First, first_in, session_in, step_in
@@ -91,9 +91,11 @@ def test_an_item_id_of_this_form_is_understood(name, number, shown):
 
 
 def test_an_alfworld_trial_is_looked_up_and_not_read_as_a_number():
-    trials = trial_numbers([[{"item_id": 12, "task_type": "look-Mug-1", "task_id": "trial_T20190907_174127_043461"}]])
+    told = [{"item_id": 12, "task_type": "look-Mug-1", "task_id": "trial_T20190907_174127_043461"}]
+    trials = trial_numbers([told])
     name = "alfworld_look-Mug-1_trial_T20190907_174127_043461"
     assert item_of(name, "alfworld", trials=trials).number == 12
+    assert choose(row("alfworld"), "look-Mug-1/trial_T20190907_174127_043461", maps=[told])[0][0].number == 12
     with pytest.raises(ValueError, match="no item map"):
         item_of(name, "alfworld")
 
@@ -186,18 +188,25 @@ def test_training_items_are_the_next_best_and_the_rows_first_the_last(tmp_path):
 
 
 @pytest.mark.parametrize("items,told", [("9-3", "ends before it begins"), ("0-9999999", "more than a million"), ("x.json", "no item list"),
-                                        ("apple", "no number"), ("544", "no item 544"), ("3,3", "comes twice"), (",", "there are none")])
+                                        ("apple", "no number"), ("544", "no item 544"), ("3,3", "comes twice"), (",", "there are none"),
+                                        ("0-" + "9" * 5000, "no number"), ("9" * 5000, "digits")])
 def test_items_that_cannot_be_are_refused(items, told, tmp_path):
     with pytest.raises(Misuse, match=told):
         choose(row("textcraft"), items, root=tmp_path)
 
 
 @pytest.mark.parametrize("text,told", [('[{"id": 3}]', "without item_id"), ('[{"item_id": ', "is no JSON"), ("[true]", "without item_id"),
-                                       ('{"a": 1}', "without item_id")])
+                                       ('{"a": 1}', "without item_id"), ("[" * 200_000, "is no JSON")])
 def test_a_list_of_another_form_is_refused(text, told, tmp_path):
     (tmp_path / "list.json").write_text(text)
     with pytest.raises(Misuse, match=told):
         choose(row("textcraft"), str(tmp_path / "list.json"))
+
+
+@pytest.mark.parametrize("text,numbers_in", [("5", [5]), ("5\n6\n", [5, 6]), ("\ufeff5\n6", [5, 6]), ("\ufeff[5, 6]", [5, 6])])
+def test_a_list_may_be_plain_lines(text, numbers_in, tmp_path):
+    (tmp_path / "list.txt").write_text(text, encoding="utf-8")
+    assert [item.number for item in choose(row("textcraft"), str(tmp_path / "list.txt"))[0]] == numbers_in
 
 
 # Prompts
@@ -342,7 +351,8 @@ def test_what_is_no_session_is_a_fault(reply):
     "observation": "o",
     "reward": math.nan,
     "done": True
-}])
+}, {"observation": "o", "reward": math.inf, "done": True}, {"observation": "o", "reward": 10**400, "done": True},
+                                   {"observation": None, "reward": 0, "done": False}])
 def test_what_is_no_step_is_a_fault(reply):
     with pytest.raises(EnvironmentFault):
         step_in(reply, row("textcraft").protocol)
@@ -353,8 +363,14 @@ def test_the_first_observation_is_found_in_each_form():
     assert first_in(["o", None], Protocol(observation="list", **form)) == ("o", [])
     assert first_in({"observation": "o", "available_actions": ["a"]}, Protocol(observation="reply", **form)) == ("o", ["a"])
     assert first_in({"task_description": "t", "observation": "o"}, row("sciworld").protocol).observation == "t\no"
-    with pytest.raises(EnvironmentFault):
-        first_in({}, Protocol(observation="reply", **form))
+    for reply in ({}, {"observation": None}):
+        with pytest.raises(EnvironmentFault):
+            first_in(reply, Protocol(observation="reply", **form))
+
+
+def test_what_is_nested_too_deeply_is_no_json():
+    with pytest.raises(ValueError, match="nested"):
+        surrogates.loads(b"[" * 200_000)
 
 
 # The model's answers
@@ -362,11 +378,17 @@ def test_the_first_observation_is_found_in_each_form():
 
 @pytest.mark.parametrize("status,message,code,is_one", [
     (400, "This model's maximum context length is 8192 tokens.", "", True), (400, "x", "context_length_exceeded", True),
-    (400, "Input is too long for requested model", "", True), (413, "", "", True), (400, "temperature must be 1", "", False),
+    (400, "Input is too long for requested model", "", True), (413, "", "", False), (413, "prompt is too long: 9 tokens > 8", "", True),
+    (413, "Request too large on tokens per minute (TPM): Limit 6000, Requested 7000", "rate_limit_exceeded", False),
+    (400, "input length and `max_tokens` exceed context limit: 9 + 9 > 8", "", True), (400, "exceeded model token limit: 8192", "", True),
+    (400, "Range of input length should be [1, 30720]", "", True), (400, "Prompt exceeds max length", "", True),
+    (400, "total tokens of image and text exceed max message tokens", "", True), (400, "litellm.ContextWindowExceededError: no", "", True),
+    (422, "Input validation error: `inputs` must have less than 1024 tokens. Given: 2000", "", True),
+    (429, "maximum context length", "", False), (400, "temperature must be 1", "", False),
     (400, "temperature exceeds the maximum of 1", "", False), (400, "max_tokens 4096 exceeds the maximum output tokens of 2048", "", False),
     (400, "The input token count (9) exceeds the maximum number of tokens allowed (8).", "", True),
     (400, "the request exceeds the available context size", "", True), (400, "This model's maximum prompt length is 9", "", True),
-    (500, "maximum context length", "", False), (422, "`inputs` tokens + `max_new_tokens` must be <= 4096; reduce the length", "", True),
+    (500, "maximum context length", "", False), (422, "`inputs` tokens + `max_new_tokens` must be <= 4096. Given: 4000 `inputs` tokens", "", True),
 ])
 def test_an_overflow_is_told_from_other_refusals(status, message, code, is_one):
     assert overflowed(status, message, code) is is_one
@@ -381,9 +403,24 @@ def test_addresses_of_this_machine_are_known(url, is_one):
 
 @pytest.mark.parametrize("headers,seconds", [({"retry-after": "2"}, 2.0), ({"retry-after-ms": "1500"}, 1.5), ({}, None),
                                              ({"retry-after": "Thu, 01 Jan 1970 00:01:40 GMT"}, 40.0), ({"retry-after": "soon"}, None),
-                                             ({"retry-after": "-3"}, 0.0)])
+                                             ({"retry-after": "-3"}, 0.0), ({"retry-after": "inf"}, None),
+                                             ({"retry-after-ms": "nan"}, None),
+                                             ({"retry-after": "Mon, 01 Jan 99999999999999999999 00:00:00 GMT"}, None)])
 def test_retry_after_is_read_in_all_its_forms(headers, seconds):
     assert retry_after(headers, now=60.0) == seconds
+
+
+@pytest.mark.parametrize("body", [
+    {"message": "no room"}, {"detail": "no room"}, {"error": "no room"}, {"error": {"message": "no room"}}, "no room ", ["no room"],
+    {"detail": [{"loc": ["body"], "msg": "no room", "type": "x"}]}, {"message": "", "error": {"detail": "no room"}},
+])
+def test_an_errors_text_is_found_wherever_it_stands(body):
+    assert said_in(body) == "no room"
+
+
+@pytest.mark.parametrize("body", [None, 5, {}, {"error": None}, {"error": {"code": 7}}, []])
+def test_an_error_that_says_nothing_has_no_text(body):
+    assert said_in(body) == ""
 
 
 def test_seeds_differ_by_item_and_sample_and_fit_an_int32():
@@ -447,7 +484,7 @@ def test_equal_rewards_do_not_claim_certainty():
 def attempt(item, sample=0, outcome="success", reward=1.0, category="", upstream=None):
     scored = outcome in numbers.SCORED
     return {
-        "item": item, "sample": sample, "outcome": outcome, "category": category, "success": outcome == "success" if scored else None,
+        "item": item, "index": int(item.rsplit("_", 1)[-1]) if item[-1].isdigit() else ord(item[-1]), "sample": sample, "outcome": outcome, "category": category, "success": outcome == "success" if scored else None,
         "reward": reward if scored else None, "scaled": reward if scored else None,
         "upstream_reward": (reward if upstream is None else upstream) if scored else None, "rounds": 3, "invalid_actions": 1,
         "model_retries": 0, "tries_before": [], "model_seconds": 0.5, "env_seconds": 0.25,
@@ -486,6 +523,12 @@ def test_a_comparison_is_paired():
     found = numbers.compare(one, other)
     assert (found["items"], found["only_other"], found["gained"], found["lost"]) == (10, 1, ["5", "6", "7"], ["0"])
     assert found["success"]["mean"] == pytest.approx(0.2) and found["success"]["low"] < 0.2 < found["success"]["high"]
+
+
+def test_items_are_paired_however_their_lists_spell_them():
+    one, other = [attempt(f"maze_{n}") for n in range(4)], [attempt(f"lmrlgym_maze_{n}", outcome="failure", reward=0.0) for n in range(5)]
+    found = numbers.compare(one, other)
+    assert (found["items"], found["only_one"], found["only_other"], found["lost"]) == (4, 0, 1, [f"maze_{n}" for n in range(4)])
 
 
 def test_another_task_under_the_same_id_is_no_pair():
@@ -617,6 +660,7 @@ def test_an_address_is_taken_as_it_is(url):
     (["run", "--prices", "/nowhere", "--env", "demo", "--model", "expert"], "--prices"), (["run", "--fresh", "--resume", "--env", "demo"], "contradict"),
     (["run", "--env", "demo", "--model", "expert", "--items", "textcraft_3"], "is one of textcraft"),
     (["run", "--env", "demo", "--base-url", "ftp"], "--base-url: 'ftp' is no address; write it like http://127.0.0.1:8000/v1"),
+    (["run", "--env", "demo", "--model", "a\udcffb"], "--model 'a\\udcffb' has characters"),
     (["run", "--limit", "x"], "--limit: x is no whole number"), (["run", "--limit", "0"], "--limit: 0 is not at least 1"),
     (["run", "--time-limit", "soon"], "--time-limit: soon is no number"), (["run", "--seed", "x"], "--seed: x is no whole number"), (["run", "--env", "demo", "--max-error-rate", "7"], "--max-error-rate"),
     (["prompts", "--agentgym", "/nowhere"], "no prompt of"), (["run", "--env", "demo", "--resume", "--model", "expert"], "no run in"),

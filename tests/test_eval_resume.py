@@ -226,11 +226,11 @@ def test_a_kill_between_a_new_record_and_the_end_of_the_run_doubles_nothing(tmp_
     new = {**RECORD, "started": "2"}
     config = {"env": "x", "model": "m", "samples": 1, "items": ["a"]}
     with records.RunFolder(tmp_path) as folder:
-        folder.begin(config, {"row": {}, "prompt": {}})
+        folder.begin(config, {"row": {}, "prompt": {}, "revision": "x"})
     for name, lines in ((records.ATTEMPTS, [old, new]), (records.SUPERSEDED, [old])):
         (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
     with records.RunFolder(tmp_path) as folder:
-        folder.begin(config, {"row": {}, "prompt": {}})
+        folder.begin(config, {"row": {}, "prompt": {}, "revision": "x"})
         assert list(folder.records.values()) == [new] and folder.earlier == {}
     assert records.read_lines(tmp_path / records.ATTEMPTS) == [new]
     assert records.read_lines(tmp_path / records.SUPERSEDED) == [old]
@@ -301,11 +301,15 @@ def test_a_run_that_was_stopped_tells_of_what_was_not_played_again(tmp_path):
 
 
 @pytest.mark.parametrize("line,told", [("{}", "line 2 has no item"), ("5", "line 2 is no JSON object"), ('{"item": "a"}', "line 2 has no index"),
-                                       ("null", "line 2 is no JSON object")])
+                                       ("null", "line 2 is no JSON object"), ("usage=5", "line 2 has usage 5"),
+                                       ('outcome="won"', 'line 2 has outcome "won"'), ("sample=[]", "line 2 has sample []")])
 def test_a_line_that_is_no_attempt_is_told_and_no_traceback(line, told, tmp_path, capsys):
     with environment() as env, endpoint(counter_player) as model:
         argv = words(tmp_path / "out", env.url, model.base_url, "--items", "0")
         assert main(argv) == 0
+        if "=" in line:
+            name, _, value = line.partition("=")
+            line = json.dumps({**attempts(tmp_path / "out")[0], name: json.loads(value)})
         with (tmp_path / "out" / "attempts.jsonl").open("a") as file:
             file.write(line + "\n")
         for command in (argv, ["rescore", str(tmp_path / "out")]):
@@ -463,3 +467,39 @@ def test_rescore_needs_no_model_and_follows_the_rule(tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["success"]["mean"] == 1.0
     capsys.readouterr()
     assert main(["list", str(tmp_path)]) == 0 and "form-textcraft" in capsys.readouterr().out
+
+
+def test_a_rule_that_takes_the_best_step_is_followed_from_the_records(tmp_path):
+    said = iter(["win", "add", "add"])
+
+    def play(path, number, body):
+        if path != "/step":
+            return None
+        return Answer({"observation": "on", "reward": float(body["action"] == "win"), "done": False})
+
+    with environment(play) as env, endpoint(lambda messages, body: next(said)) as model:
+        assert main(words(tmp_path / "out", env.url, model.base_url, "--items", "0", "--max-round", "3")) == 0
+    assert by_key(tmp_path / "out")[("form-textcraft_0", 0)]["outcome"] == "max_rounds"
+    best = FIXTURE_ROWS.read_text().replace("success = { at_least = 1.0 }", "success = { at_least = 1.0, best = true }")
+    (tmp_path / "rows.toml").write_text(best)
+    assert main(["rescore", str(tmp_path / "out"), "--environments", str(tmp_path / "rows.toml")]) == 0
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["reward"]["mean"] == 1.0
+    assert main(["rescore", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["reward"]["mean"] == 0.0
+
+
+def test_a_damaged_list_of_sessions_and_a_damaged_row_are_no_traceback(tmp_path, capsys):
+    with environment() as env, endpoint(counter_player) as model:
+        argv = words(tmp_path / "out", env.url, model.base_url, "--items", "0")
+        assert main(argv) == 0
+        with (tmp_path / "out" / "sessions.jsonl").open("a") as file:
+            file.write(json.dumps({"server": env.url, "open": [5]}) + "\n")
+        assert main(argv) == 0
+    told = json.loads((tmp_path / "out" / "run.json").read_text())
+    for name, command in (("row", ["rescore", str(tmp_path / "out")]),
+                          ("prompt", ["conversations", str(tmp_path / "out"), "--out", str(tmp_path / "talks")])):
+        (tmp_path / "out" / "run.json").write_text(json.dumps({**told, name: {}}))
+        capsys.readouterr()
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert "run.json: the " + name in error and error.count("\n") == 1

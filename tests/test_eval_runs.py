@@ -3,9 +3,12 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
 
@@ -302,6 +305,29 @@ def test_a_full_server_is_waited_for(tmp_path):
     assert record["outcome"] == "success" and record["tries_before"] == []
 
 
+def test_our_own_sessions_are_waited_for_as_long_as_they_take(tmp_path):
+    busy = Answer({"error": "all 2 sessions are in use"}, 429)
+    with environment() as env, endpoint(lambda messages, body: Answer(completion(counter_player(messages, body)), delay=0.3)) as model:
+        env.fault = lambda path, number, body: busy if path == "/create" and len(env.sessions) >= 2 else None
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0-5", "--concurrency", "6", "--env-wait", "0.5") == 0
+    assert all(record["tries_before"] == [] for record in attempts(tmp_path / "out"))
+
+
+def test_a_session_that_is_handed_out_twice_scores_for_nobody(tmp_path):
+    def twice(path, number, body):
+        if path == "/create" and number in (3, 5) and env.sessions:
+            return Answer({"id": max(env.sessions)})  # as AgentGym's sqlgym does under load
+        return None
+
+    with environment() as env, endpoint(lambda messages, body: Answer(completion(counter_player(messages, body)), delay=0.05)) as model:
+        env.fault = twice
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0-9", "--concurrency", "4") == 0
+        assert env.after_done == 0
+    assert outcomes(tmp_path / "out") == {str(n): "failure" if n % 2 else "success" for n in range(10)}
+    errors = [one["error"] for record in attempts(tmp_path / "out") for one in record["tries_before"]]
+    assert any("which is in use" in error for error in errors) and any("a second time" in error for error in errors)
+
+
 def test_an_episode_that_takes_too_long_is_a_timeout_and_no_score(tmp_path):
     with environment() as env, endpoint(lambda messages, body: Answer(completion("add"), delay=0.2)) as model:
         assert run(tmp_path / "out", env.url, model.base_url, "--items", "0", "--time-limit", "0.5", "--max-round", "50") == 1
@@ -433,7 +459,93 @@ def test_a_first_request_that_does_not_fit_the_endpoint_is_misuse_and_no_score(m
         assert env.sessions == {}
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and message in error and told in error
-    assert attempts(tmp_path / "out") == []
+    assert {one["outcome"] for one in attempts(tmp_path / "out")} <= {"model_error"}  # two, before it was clear
+
+
+@pytest.mark.parametrize("body", [{"error": "TEXT"}, {"detail": "TEXT"}, {"message": "TEXT"}, b"TEXT"], ids=str)
+def test_an_overflow_is_known_in_whatever_form_the_endpoint_says_it(body, tmp_path):
+    text = "This model's maximum context length is 4096 tokens"
+    body = text.encode() if isinstance(body, bytes) else dict.fromkeys(body, text)
+    say = lambda messages, _: Answer(body, 400) if len(messages) > 3 else "add"  # noqa: E731
+    with environment() as env, endpoint(say) as model:
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0") == 0
+    record, = attempts(tmp_path / "out")
+    assert record["outcome"] == "context_overflow" and text in record["error"]
+
+
+@pytest.mark.parametrize("answer", [failure(400, "This model's maximum context length is 9 tokens"), failure(403, "your input was flagged"),
+                                    failure(400, "the content management policy")], ids=["too long", "moderation", "a filter"])
+@pytest.mark.parametrize("item", [0, 3])
+def test_an_item_that_is_refused_for_itself_stops_no_run(answer, item, tmp_path):
+    say = lambda messages, body: answer if messages[2]["content"] == f"count {item}" else counter_player(messages, body)  # noqa: E731
+    with environment() as env, endpoint(say) as model:
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0-3", "--concurrency", "1", "--max-error-rate", "1") == 0
+    found = outcomes(tmp_path / "out")
+    # A prompt that never fitted says nothing of the model's play; once the endpoint has answered, a long one is the model's.
+    lost = "context_overflow" if "context" in answer.body["error"]["message"] and item == 3 else "model_error"
+    assert found == {"0": "success", "1": "failure", "2": "success", "3": "failure", str(item): lost}
+
+
+@pytest.mark.parametrize("answer", [failure(429, "wait until tomorrow", retry_after="86400"), failure(429, "no credit", "insufficient_quota")],
+                         ids=["a wait that is longer than the episode", "no money"])
+def test_what_does_not_pass_soon_is_not_waited_for(answer, tmp_path, capsys):
+    begun = time.monotonic()
+    with environment() as env, endpoint(lambda messages, body: answer) as model:
+        code = run(tmp_path / "out", env.url, model.base_url, "--items", "0")
+        assert len(model.requests) == 1 and env.sessions == {}
+    out, error = capsys.readouterr()
+    assert time.monotonic() - begun < 5 and answer.body["error"]["message"] in out + error
+    assert (code, "nothing left to pay" in error) == ((2, True) if answer.body["error"]["code"] else (1, False))
+
+
+def test_an_endpoint_that_takes_no_empty_message_gets_a_word_for_it(tmp_path):
+    def say(messages, body):
+        if any(not one["content"] for one in messages):
+            return failure(400, "assistant message must have content")
+        return None if len(messages) == 3 else counter_player(messages, body)
+
+    with environment() as env, endpoint(lambda *_: completion(say(*_)) if not isinstance(say(*_), Answer) else say(*_)) as model:
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0") == 0
+    record, = attempts(tmp_path / "out")
+    assert (record["outcome"], record["invalid_actions"], record["turns"][0]["completion"]) == ("success", 1, "")
+
+
+def test_a_body_that_drips_is_given_up_in_time(tmp_path):
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def drip():
+        with suppress(OSError):
+            while True:
+                line, _ = listener.accept()
+                line.sendall(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 1000\r\n\r\n")
+                threading.Thread(target=trickle, args=(line, ), daemon=True).start()
+
+    def trickle(line):
+        with suppress(OSError):
+            while True:
+                line.sendall(b" ")
+                time.sleep(0.1)
+
+    threading.Thread(target=drip, daemon=True).start()
+    begun = time.monotonic()
+    with environment() as env, listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        assert run(tmp_path / "out", env.url, url, "--items", "0", "--request-timeout", "0.5", "--model-tries", "2") == 1
+    record, = attempts(tmp_path / "out")
+    assert time.monotonic() - begun < 10 and record["outcome"] == "model_error" and "no answer within 0.5 s" in record["error"]
+
+
+def test_a_key_across_the_end_of_a_long_error_is_not_kept_in_part(tmp_path):
+    with environment() as env, endpoint(lambda messages, body: failure(503, "x" * 290 + " " + KEY)) as model:
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0", "--model-tries", "1") == 1
+    assert KEY[:6] not in (tmp_path / "out" / "attempts.jsonl").read_text()
+
+
+def test_an_address_with_a_stroke_at_its_end_is_the_same(tmp_path):
+    with environment() as env, endpoint(counter_player) as model:
+        for base in (model.base_url, model.base_url + "/"):
+            assert run(tmp_path / "out", env.url, base, "--items", "0") == 0
+    assert len(model.requests) == 3
 
 
 def said(content, finish="stop", **more):
@@ -536,8 +648,18 @@ def test_a_rescored_run_is_shown_so_everywhere(tmp_path, capsys):
     assert summary(folder)["success"]["mean"] == 1.0 and "100.0 %" in (folder / "report.html").read_text()
     capsys.readouterr()
     assert main(["list", str(tmp_path / "runs")]) == 0 and "100.0 %" in capsys.readouterr().out
-    os.utime(folder / "attempts.jsonl")  # as after a run that went on and was killed
-    assert main(["list", str(tmp_path / "runs")]) == 0 and "50.0 %" in capsys.readouterr().out
+    assert main(["conversations", str(folder), "--out", str(tmp_path / "talks")]) == 0
+    assert len((tmp_path / "talks").read_text().splitlines()) == 2
+    assert main(["report", str(folder)]) == 0 and "100.0 %" in (folder / "report.html").read_text()
+    shutil.copytree(folder, tmp_path / "runs" / "two")
+    capsys.readouterr()
+    assert main(["compare", str(folder), str(tmp_path / "runs" / "two"), "--out", str(tmp_path / "both.html")]) == 0
+    assert capsys.readouterr().out.count("100.0 %") >= 2
+    told = json.loads((folder / "run.json").read_text())["config"]["base_url"]
+    (folder / "attempts.jsonl").write_text("".join((folder / "attempts.jsonl").read_text().splitlines(True)[:1]))
+    with environment() as env, endpoint(counter_player) as model:  # played on, it goes by its own rule
+        assert run(folder, env.url, model.base_url, "--items", "0-1", "--base-url-as", told) == 0
+    assert summary(folder)["success"]["mean"] == 0.5
 
 
 def test_a_damaged_run_is_named_and_hides_no_other(tmp_path, capsys):

@@ -1,0 +1,91 @@
+"""Another rule for a run that was played: success and scaled reward again, from the rewards of its steps.
+
+    rule.json   in a run's folder: the row that `rescore --environments` took; report, compare, conversations and list
+                go by it, until the run is played on or rescored by its own
+"""
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from evaluation.problems import Misuse, Stopped
+from evaluation.records import RULE, read_attempts, write_whole
+from evaluation.rows import Row
+
+
+def row_of(table: Any, file: Path) -> Row:
+    """Return the row in a run's file.
+
+    Raises:
+        Misuse: it is none.
+    """
+    try:
+        return Row.model_validate(table)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise Misuse(
+            f"{file}: the row's {'.'.join(map(str, first['loc'])) or 'table'}: {first['msg']}; restore the file"
+        ) from None
+
+
+def keep_rule(folder: Path, row: Row | None) -> None:
+    """Let the run in `folder` be counted by `row`; None is by its own.
+
+    Raises:
+        Stopped: it cannot be noted.
+    """
+    path = folder / RULE
+    try:
+        if row is None:
+            path.unlink(missing_ok=True)
+        else:
+            write_whole(path, json.dumps(row.model_dump(mode="json", by_alias=True), indent=1) + "\n")
+    except OSError as error:
+        raise Stopped(f"{path} cannot be written: {error.strerror}; make room and run `rescore` again") from None
+
+
+def reward_of(record: Mapping[str, Any], row: Row) -> float:
+    """Return the episode's reward as `row` counts it: the last step's, or the best."""
+    reward = 0.0
+    for turn in record["turns"]:
+        if "reward" in turn:
+            reward = row.success.counts(reward, turn["reward"])
+    return reward
+
+
+def rescored(records: Iterable[dict[str, Any]], row: Row) -> list[dict[str, Any]]:
+    """Return the records with reward, success and scaled reward as `row` says.
+
+    A success that the rule undoes becomes a failure, also where the episode had reached its last round.
+    """
+    found = []
+    for record in records:
+        if record["reward"] is not None:
+            reward = reward_of(record, row)
+            success, outcome = row.success.holds(reward), record["outcome"]
+            record = {
+                **record, "reward": reward,
+                "success": success,
+                "scaled": row.scaled(reward),
+                "outcome": "success" if success else "failure" if outcome == "success" else outcome
+            }
+        found.append(record)
+    return found
+
+
+def read_scored(folder: Path) -> list[dict[str, Any]]:
+    """Return the attempts of a run's folder, by the rule that it was rescored with, if it was.
+
+    Raises:
+        Misuse: a file is damaged.
+    """
+    records, path = read_attempts(folder), folder / RULE
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return records
+    except (OSError, ValueError) as error:
+        raise Misuse(f"{path} cannot be read: {error}; run `rescore` again") from None
+    return rescored(records, row_of(table, path))
