@@ -211,7 +211,8 @@ def build_model(sample: Sample) -> Any:
         "vision": transformers.LlavaForConditionalGeneration,
     }
     model = classes.get(sample.model, transformers.Qwen2ForCausalLM)(model_config(sample))
-    model.config.architectures = [type(model).__name__]
+    # verl's critic keeps the name of the causal model that it was made from.
+    model.config.architectures = ["Qwen2ForCausalLM" if sample.model == "critic" else type(model).__name__]
     if sample.model == "lora":
         from peft import LoraConfig, TaskType, get_peft_model
         model = get_peft_model(

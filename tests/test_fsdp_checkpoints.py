@@ -96,6 +96,19 @@ def test_transformers_loads_the_merged_model(name: str, samples: dict[str, Sampl
     assert torch.equal(found, wanted)
 
 
+@pytest.mark.parametrize("name", ["critic, FSDP1", "critic, FSDP2"])
+def test_a_critic_s_config_names_a_critic_whatever_the_training_left_there(name: str, spoil: Callable[..., Sample],
+                                                                           tmp_path: Path) -> None:
+    sample = spoil(name)
+    assert sample.config["architectures"] == ["Qwen2ForCausalLM"]  # as verl leaves it
+    run = merge("--local-dir", sample.actor, "--save-dir", tmp_path / "out", "--verify")
+    assert run.code == 0 and "config.json names Qwen2ForTokenClassification, not Qwen2ForCausalLM" in run.err
+    assert json.loads((tmp_path / "out/config.json").read_text())["architectures"] == ["Qwen2ForTokenClassification"]
+    sample.configure(architectures=["Qwen2ForTokenClassification"])
+    assert "Qwen2ForCausalLM" not in merge("--local-dir", sample.actor, "--save-dir", tmp_path / "again").err
+    assert differences(weights(tmp_path / "again"), weights(tmp_path / "out")) == []
+
+
 def test_a_tokenizer_of_the_checkpoint_works_in_the_merged_model(samples: dict[str, Sample], tmp_path: Path) -> None:
     merge("--local-dir", samples["FSDP1, 4 ranks"].actor, "--save-dir", tmp_path / "out", "--json").record()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -299,8 +312,8 @@ def test_damage_to_fused_lora_is_found(dtype: str, damage: str, samples: dict[st
 
 
 @pytest.mark.parametrize(("meta", "args", "culprit"), [
-    ({"r": 8, "lora_alpha": 0}, [], "lora_alpha 0"),
-    (None, [], "lora_alpha None"),
+    ({"r": 8, "lora_alpha": 0}, [], "lora_alpha is recorded as 0"),
+    (None, [], "lora_alpha is not recorded"),
     ({"r": 4, "lora_alpha": 16}, [], "r = 4"),
 ], ids=["alpha 0", "no record", "another r"])  # yapf: disable
 @pytest.mark.parametrize("mode", ["adapter", "fuse"])
@@ -322,6 +335,50 @@ def test_a_lora_adapter_is_found_again_to_be_compared(spoil: Callable[..., Sampl
     merge("--local-dir", sample.actor, "--lora", "adapter", "--json").record()
     result = merge("--local-dir", sample.actor, "--verify-only", "--json").record()
     assert result["folder"] == str(sample.actor / "lora_adapter") and result["tensors"] == 8
+
+
+def peft_s_record(sample: Sample, **changes: object) -> None:
+    """Leave PEFT's own record where verl leaves it, and not AgentGym-RL's."""
+    (sample.actor / "lora_train_meta.json").unlink(missing_ok=True)
+    (sample.actor / "lora_adapter").mkdir(exist_ok=True)
+    told = {"r": 8, "lora_alpha": 16, "task_type": "CAUSAL_LM", "alpha_pattern": {}, "use_dora": False, **changes}
+    (sample.actor / "lora_adapter/adapter_config.json").write_text(json.dumps(told))
+
+
+@pytest.mark.parametrize("stabilized", [False, True])
+def test_alpha_and_scale_come_from_peft_s_own_record(stabilized: bool, spoil: Callable[..., Sample], tmp_path: Path) -> None:
+    import peft
+    sample = spoil("LoRA, FSDP1")
+    base, adapted = base_and_adapted(sample)
+    if stabilized:
+        config = peft.LoraConfig(task_type=peft.TaskType.CAUSAL_LM, r=8, lora_alpha=16, use_rslora=True,
+                                 target_modules=["q_proj", "v_proj"])  # yapf: disable
+        state = adapted.state_dict()
+        adapted = peft.get_peft_model(base, config)
+        adapted.load_state_dict(state)
+    wanted = adapted.merge_and_unload().state_dict()
+    peft_s_record(sample, use_rslora=stabilized)
+    args = ["--local-dir", sample.actor, "--save-dir", tmp_path / "out", "--dtype", "float32", "--verify", "--json"]
+    merge(*args, "--lora", "fuse").record()
+    found = weights(tmp_path / "out")
+    assert all(torch.allclose(found[key], wanted[key], rtol=1e-6, atol=1e-7) for key in found)
+    merge(*args[:3], tmp_path / "adapter", "--lora", "adapter", "--json").record()
+    told = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert (told["use_rslora"], told["lora_alpha"], told["task_type"]) == (stabilized, 16, "CAUSAL_LM")
+
+
+@pytest.mark.parametrize(("changes", "culprit"), [
+    ({"alpha_pattern": {"q_proj": 4}}, 'alpha_pattern {"q_proj": 4}'),
+    ({"use_dora": True}, "use_dora true"),
+    ({"r": 4}, "adapter_config.json says r = 4"),
+])
+@pytest.mark.parametrize("alpha", [[], ["--lora-alpha", "16"]])
+def test_what_peft_s_record_says_and_we_cannot_is_refused(changes: dict[str, object], culprit: str, alpha: list[str],
+                                                          spoil: Callable[..., Sample], tmp_path: Path) -> None:
+    sample = spoil("LoRA, FSDP1")
+    peft_s_record(sample, **changes)
+    with untouched(tmp_path):
+        assert culprit in merge("--local-dir", sample.actor, "--lora", "fuse", "--save-dir", tmp_path / "o", *alpha).refusal
 
 
 def test_alpha_may_come_from_the_flag(spoil: Callable[..., Sample], tmp_path: Path) -> None:

@@ -261,7 +261,7 @@ def test_ctrl_c_during_the_upload_says_that_the_merge_is_complete(server: Hub, s
                        "the upload\n")
 
 
-@pytest.mark.parametrize("name", ["merged", "user/", "/merged", "a/b/c"])
+@pytest.mark.parametrize("name", ["merged", "user/", "/merged", "a/b/c", "a/b c", "\u00e4/b", "a/b--c"])
 def test_a_name_that_is_no_repository_s_is_refused(name: str) -> None:
     with pytest.raises(MergeError, match="user/name"):
         hub.log_in(name)

@@ -13,12 +13,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
 from fsdp_samples import skip_or_fail
-from merging import PROGRAM, Sample, differences, listing, run_program, unchecked, untouched, weights
+from merging import PROGRAM, Sample, ask_here, differences, listing, run_program, unchecked, untouched, weights
 
 TENSORS, ELEMENTS = 16, 1 << 20
 KILLS = 30
@@ -277,6 +278,30 @@ def test_a_second_merge_into_the_same_folder_is_refused(checkpoint: Path, tmp_pa
     assert second.code == 2 and "another merge is writing" in second.err and str(first.pid) in second.err
     assert first.wait(timeout=60) == 0
     assert (tmp_path / "out/model.safetensors").is_file() and hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize("when", ["before the staging", "while it writes"])
+def test_weights_that_came_since_the_first_look_are_not_replaced(when: str, checkpoint: Path, tmp_path: Path,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    from merger import MergeError, merging
+    from merger.job import Options, prepare
+    monkeypatch.setattr("merger.model_check.ask", ask_here)
+    target, write_files = tmp_path / "out", merging.write_files
+
+    def another_s(*args: Any, **kwargs: Any) -> Any:
+        target.mkdir()
+        (target / "model.safetensors").write_bytes(b"another merge's")
+        return write_files(*args, **kwargs) if args else None
+
+    options = Options((str(checkpoint), ), save_dir=str(target), quiet=True, allow=frozenset({"keys"}))
+    job = prepare(options)
+    if when == "before the staging":
+        another_s()
+    else:
+        monkeypatch.setattr(merging, "write_files", another_s)
+    with pytest.raises(MergeError, match="already holds weights"):
+        merging.carry_out(job, options, 0.0)
+    assert listing(tmp_path) == {"out": None, "out/model.safetensors": b"another merge's"}
 
 
 def test_merges_into_neighbouring_folders_do_not_disturb_each_other(checkpoint: Path, tmp_path: Path,

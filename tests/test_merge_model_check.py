@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from merger import model_check
 from merger.model_check import Verdict, ask, complaint
-from merging import Sample, run_program
+from merging import Sample, merge, run_program
 
 SHAPES = {"a.weight": (2, 3)}
 
@@ -152,3 +152,39 @@ def test_custom_code_runs_only_when_trusted(spoil: Callable[..., Sample], tmp_pa
     assert run.record()["model_check"].startswith("not made") and not trace.exists()
     run = run_program(*args, "--force", "--trust-remote-code", env=env)
     assert run.record()["model_check"].startswith("keys and shapes as") and trace.exists()
+
+
+def save_whole(model: Any, actor: Path) -> None:
+    """Write `model` as a checkpoint of one rank."""
+    import torch
+    (actor / "huggingface").mkdir(parents=True)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(actor / "huggingface")
+    torch.save(dict(model.state_dict()), actor / "model_world_size_1_rank_0.pt")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_what_a_model_keeps_in_float32_is_not_rounded(dtype: str, tmp_path: Path) -> None:
+    """A rounded routing bias sends tokens to other experts: DeepSeek-V3's differ in the third digit."""
+    import torch
+    import transformers
+    from safetensors.torch import load_file
+    config = transformers.DeepseekV3Config(vocab_size=32, hidden_size=16, intermediate_size=16, moe_intermediate_size=8,
+                                           num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, n_routed_experts=8,
+                                           n_group=2, topk_group=1, num_experts_per_tok=2, first_k_dense_replace=1, q_lora_rank=8,
+                                           kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=4)  # yapf: disable
+    model = transformers.DeepseekV3ForCausalLM(config)
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    bias = model.state_dict()[name]
+    with torch.no_grad():
+        bias.copy_(5 + 0.01 * torch.randn(bias.shape))
+    save_whole(model, tmp_path / "actor")
+    run = merge("--local-dir", tmp_path / "actor", "--save-dir", tmp_path / "out", "--dtype", dtype, "--verify")
+    assert ("keep their type" in run.err) == (dtype != "float32")
+    assert run.code == 0
+    found = load_file(tmp_path / "out/model.safetensors")
+    assert torch.equal(found.pop(name), bias) and {str(value.dtype) for value in found.values()} == {f"torch.{dtype}"}
+    told = json.loads((tmp_path / "out/config.json").read_text())
+    assert (told.get("dtype") or told.get("torch_dtype")) == dtype
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype)
+    assert torch.equal(loaded.state_dict()[name], bias)

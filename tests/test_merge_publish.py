@@ -307,6 +307,7 @@ def test_companions_are_copied_and_weights_are_not(tmp_path: Path) -> None:
     folder(source / "code/__pycache__", **{"a.pyc": "a"})
     (source / "code").chmod(0o550)
     (source / "link.txt").symlink_to(source / "tokenizer.json")
+    (source / "code/loop").symlink_to(source)  # copied, it would have no end
     os.chmod(source / "tokenizer.json", 0o640)
     staging = folder(tmp_path / "staging")
     publish.copy_companions(source, staging, tmp_path / "out")

@@ -102,6 +102,12 @@ def as_half(state: dict[str, Any]) -> None:
     state[Q_PROJ] = DTensor(old._local_tensor.half(), old._spec, requires_grad=False)
 
 
+def turn_order(state: dict[str, Any]) -> None:
+    """Say that the weight's dimension was cut along the mesh's second dimension first, as torch 2.13 can."""
+    from torch.distributed.tensor._dtensor_spec import ShardOrderEntry
+    object.__setattr__(state[Q_PROJ]._spec, "shard_order", (ShardOrderEntry(0, (1, 0)), ))
+
+
 # (sample, what spoils it, what the one line must contain)
 FAULTS: dict[str, tuple[str, Callable[[Sample], Any], list[str]]] = {
     "a rank's file is missing": (
@@ -159,6 +165,11 @@ FAULTS: dict[str, tuple[str, Callable[[Sample], Any], list[str]]] = {
         ["world sizes 4, 8"]),
     "a file names a rank beyond the world": (
         "FSDP1, 4 ranks", lambda s: shutil.copy(s.rank(0), s.actor / "model_world_size_4_rank_4.pt"), ["rank 4 of 4"]),
+    "a pipe stands where a rank's file should": (
+        "FSDP1, 4 ranks", lambda s: (s.rank(1).unlink(), os.mkfifo(s.actor / "model_world_size_4_rank_1.pt")),
+        ["rank_1.pt", "is no file"]),
+    "a weight was cut in another order than the mesh's": (
+        "FSDP2 and TP, 2 x 2 ranks", lambda s: edit_ranks(s, turn_order), [Q_PROJ, "in the order [1, 0]"]),
     "output exists": (
         "FSDP1, 4 ranks", lambda s: (s.huggingface / "model-00001-of-00009.safetensors").write_bytes(b"old"),
         ["model-00001-of-00009.safetensors", "--force"]),

@@ -287,6 +287,10 @@ def _dtensor(shard: ShardFile, rank: int, value: Record, meshes: dict[int, Mesh]
         raise MergeError(f"{shard.path}: is named rank {rank} but was written by rank {mesh.rank}; "
                          "were files renamed or exchanged?")
     placements = tuple(_placement(record) for record in spec.state["placements"])
+    for order in spec.state.get("shard_order") or ():  # (tensor dimension, mesh dimensions), torch 2.13
+        if list(order.args[1]) != sorted(order.args[1]):
+            raise MergeError(f"its dimension {order.args[0]} was cut along the mesh's dimensions in the order "
+                             f"{list(order.args[1])}, which is not read; save it with torch's default order")
     box = box_of(shape, placements, mesh.shape, mesh.coordinate)
     if local.shape != box.shape and not (0 in local.shape and box.numel == 0):
         raise MergeError(f"rank {rank} should hold a piece of shape {list(box.shape)} of {list(shape)}, but holds "

@@ -103,7 +103,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--lora",
                    choices=("adapter", "fuse"),
                    help="LoRA weights: save the adapter, or add it to the base weights (default: stop and say so)")
-    p.add_argument("--lora-alpha", type=lora_alpha, metavar="A", help="LoRA's alpha, where lora_train_meta.json has none")
+    p.add_argument("--lora-alpha",
+                   type=lora_alpha,
+                   metavar="A",
+                   help="LoRA's alpha, where lora_train_meta.json has none")
     p.add_argument("--tied-weights",
                    choices=("keep", "drop"),
                    help="tied weights whose values differ: keep both, or drop the copy (default: stop and say so)")
@@ -252,8 +255,9 @@ def _run(args: argparse.Namespace) -> int:
 
 def _verified_line(result: dict[str, Any]) -> str:
     from merger import show
-    return (f"{result['folder']}: {result['tensors']} tensors, {show.size_text(result['bytes'])}, equal to the shards in "
-            f"{show.equality_text(result)} ({result['seconds']:.1f} s)")
+    return (
+        f"{result['folder']}: {result['tensors']} tensors, {show.size_text(result['bytes'])}, equal to the shards in "
+        f"{show.equality_text(result)} ({result['seconds']:.1f} s)")
 
 
 def _print_inspection(checkpoint: "Checkpoint", facts: dict[str, Any]) -> None:

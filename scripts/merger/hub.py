@@ -20,8 +20,14 @@ def log_in(repo_id: str) -> Any:
         raise MergeError(f"--hf-upload-path {repo_id} is no Hub repository; write it as user/name")
     try:
         from huggingface_hub import HfApi, get_token
+        from huggingface_hub.utils import validate_repo_id
     except ImportError:
         raise MergeError("--hf-upload-path needs huggingface_hub; pip install huggingface_hub") from None
+    try:
+        validate_repo_id(repo_id)
+    except ValueError as error:
+        raise MergeError(f"--hf-upload-path {repo_id!r} is no Hub repository's name ({_one_line(error)}); write it as "
+                         "user/name") from None
     if not get_token():
         raise MergeError("--hf-upload-path needs a token; set HF_TOKEN or run `hf auth login`")
     api = HfApi()

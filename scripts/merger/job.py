@@ -1,6 +1,6 @@
 """What a merge is asked for, and every check and decision that comes before the first byte is written."""
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,13 @@ from merger.discover import MERGED, RankFiles, find_checkpoint
 from merger.dtypes import CONVERTED, output_dtype
 from merger.gpu import check_device
 from merger.model_check import Verdict, complaint
-from merger.modelconfig import CONFIG_NAME, dump_json, read_config, tied_by_config, untied, with_dtype
+from merger.modelconfig import CONFIG_NAME, dump_json, for_critic, read_config, tied_by_config, untied, with_dtype
 from merger.plan import Fusion, Output, OutputFile, split_files
 from merger.show import size_text
 
 ADAPTER_FOLDER = "lora_adapter"
 MODEL_STEM = "model"
+ROUTING_BIAS = "e_score_correction_bias"
 
 Named = dict[str, tuple[Tensor, Fusion | None]]
 
@@ -97,10 +98,7 @@ def prepare(options: Options, checkpoint: Checkpoint | None = None) -> Job:
     files = checkpoint.files if checkpoint else find_checkpoint(options.local_dirs)
     target = target_folder(options, files)
     publish.check_target(target, files.folders)
-    present = publish.weights_in(target)
-    if present and not options.force:
-        raise MergeError(f"{target} already holds weights ({present[0]}); pass --force to replace them, or another "
-                         "--save-dir")
+    publish.check_free(target, options.force)
     job = lay_out(options, files, target, config_folder(files), checkpoint)
     _check_space(target, job.files, publish.companions(job.config_dir, target))
     return job
@@ -122,18 +120,23 @@ def lay_out(options: Options,
     config = read_config(config_dir)
     checkpoint = checkpoint or read_checkpoint(files)
     named = _plain_weights(options, checkpoint)
+    config, changed = for_critic(config, named)
     verdict = model_check.ask(config_dir, {
         name: tensor.shape
         for name, (tensor, _) in named.items()
-    }, options.trust_remote_code)
-    notes = list(checkpoint.notes)
+    }, options.trust_remote_code, config["architectures"][0] if changed else "")
+    notes = [*checkpoint.notes, *changed]
     if verdict.silent:
         notes.append(f"keys were not checked against a model: {verdict.silent}")
     if "keys" not in options.allow and (fault := complaint(verdict, config, config_dir / CONFIG_NAME)):
         raise MergeError(fault)
     config, dropped = _resolve_ties(options, config, named, verdict)
-    outputs = _outputs(options, named, dropped)
-    written = {output.dtype for output in outputs if output.dtype in CONVERTED}
+    kept = kept_whole(named, options.dtype, verdict)
+    if kept:
+        notes.append(f"{len(kept)} tensors keep their type, as the model does not work with them rounded: {kept[0]}"
+                     f"{', …' if len(kept) > 1 else ''}")
+    outputs = _outputs(options, named, dropped, kept)
+    written = {output.dtype for output in outputs if output.dtype in CONVERTED and output.name not in kept}
     config = with_dtype(config, written.pop() if len(written) == 1 else None)
     files_out = split_files(outputs, options.max_shard_size)
     return Job(checkpoint, files_out, target, config_dir, MODEL_STEM, device, {CONFIG_NAME: dump_json(config)},
@@ -195,7 +198,23 @@ def _resolve_ties(options: Options, config: dict[str, Any], named: Named,
     return config, dropped
 
 
-def _outputs(options: Options, named: Named, dropped: dict[str, str]) -> list[Output]:
+def kept_whole(named: Named, wanted: str, verdict: Verdict) -> list[str]:
+    """Return the float32 tensors that loading in `wanted` would leave as they are.
+
+    transformers' models name them (`_keep_in_fp32_modules_strict`; those of `_keep_in_fp32_modules` for float16 only).
+    DeepSeek's routing bias is one whatever the version says: rounded, it sends tokens to other experts.
+    """
+    modules = {
+        "bfloat16": [*verdict.fp32, ROUTING_BIAS],
+        "float16": [*verdict.fp32, *verdict.fp32_in_half, ROUTING_BIAS]
+    }.get(wanted, [])
+    return [
+        name for name, (tensor, _) in named.items()
+        if tensor.dtype == "float32" and any(f".{module}." in f".{name}." for module in modules)
+    ]
+
+
+def _outputs(options: Options, named: Named, dropped: dict[str, str], kept: Collection[str] = ()) -> list[Output]:
     twins: dict[str, tuple[Tensor, ...]] = {}
     for copy, first in dropped.items():
         ours, theirs = named[first][0], named[copy][0]
@@ -206,8 +225,8 @@ def _outputs(options: Options, named: Named, dropped: dict[str, str]) -> list[Ou
                              "--tied-weights keep or --tied-weights drop")
         twins[first] = (*twins.get(first, ()), theirs)
     return [
-        Output(name, tensor, output_dtype(tensor.dtype, options.dtype), fusion, twins.get(name, ()))
-        for name, (tensor, fusion) in named.items() if name not in dropped
+        Output(name, tensor, output_dtype(tensor.dtype, "keep" if name in kept else options.dtype), fusion,
+               twins.get(name, ())) for name, (tensor, fusion) in named.items() if name not in dropped
     ]
 
 

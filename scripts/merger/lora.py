@@ -1,9 +1,11 @@
 """LoRA weights in a sharded checkpoint (PEFT's names): write them as an adapter, or add them to the base weights.
 
 PEFT computes base(x) + scale * b(a(x)) with scale = lora_alpha / r (Hu et al. 2021, https://arxiv.org/abs/2106.09685),
-so the fused weight is base + scale * (b @ a).
+so the fused weight is base + scale * (b @ a); rank-stabilized LoRA has scale = lora_alpha / sqrt(r)
+(Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
 """
 import json
+import math
 import re
 import sys
 from collections.abc import Mapping
@@ -19,6 +21,10 @@ PREFIX = "base_model.model."
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.(?:(?P<adapter>[^.]+)\.)?weight")
 UNSUPPORTED = (".lora_magnitude_vector", ".lora_embedding_", ".modules_to_save.")
 META_NAME = "lora_train_meta.json"
+# verl writes PEFT's own record into this folder of the checkpoint.
+ADAPTER_CONFIG = "lora_adapter/adapter_config.json"
+# Its entries that change the sum in ways that are not computed here.
+OTHER_SUMS = ("use_dora", "alpha_pattern", "rank_pattern", "fan_in_fan_out", "use_qalora", "lora_bias")
 ADAPTER_STEM = "adapter_model"
 
 
@@ -29,6 +35,12 @@ class Lora:
     rank: int
     alpha: float | None
     task_type: str | None
+    rank_stabilized: bool = False
+
+    @property
+    def scale(self) -> float:
+        """What b @ a is multiplied with."""
+        return known_alpha(self) / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
 
 def has_lora(tensors: Mapping[str, Tensor]) -> bool:
@@ -37,7 +49,7 @@ def has_lora(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def read_lora(tensors: Mapping[str, Tensor], files: RankFiles, alpha: float | None) -> Lora:
-    """Collect the factors; take r from their shapes and alpha from the flag or `lora_train_meta.json`.
+    """Collect the factors; take r from their shapes and alpha from the flag, `lora_train_meta.json` or PEFT's record.
 
     Raises:
         MergeError: half a pair, several adapters, ranks that differ, DoRA and its like, a record that disagrees.
@@ -60,17 +72,24 @@ def read_lora(tensors: Mapping[str, Tensor], files: RankFiles, alpha: float | No
     ranks = {pair["A"].shape[0] for pair in sides.values()}
     if len(ranks) != 1:
         raise MergeError(f"LoRA ranks differ between modules ({sorted(ranks)}); merge it with PEFT")
-    meta = _meta(files)
+    config, meta = _recorded(files, ADAPTER_CONFIG), _recorded(files, META_NAME)
     rank = ranks.pop()
-    if meta.get("r", rank) != rank:
-        raise MergeError(f"{META_NAME} says r = {meta['r']}, but the weights have r = {rank}; mend the file")
-    chosen = alpha if alpha is not None else meta.get("lora_alpha")
+    for name, record in ((META_NAME, meta), (ADAPTER_CONFIG, config)):
+        if record.get("r", rank) != rank:
+            raise MergeError(f"{name} says r = {record['r']}, but the weights have r = {rank}; mend the file")
+    other = next((name for name in OTHER_SUMS if config.get(name)), None)
+    if other:
+        raise MergeError(
+            f"{ADAPTER_CONFIG} has {other} {json.dumps(config[other])[:60]}, which is not supported; merge it "
+            "with PEFT")
+    recorded = {**config, **meta}
+    chosen = alpha if alpha is not None else recorded.get("lora_alpha")
     factors = {module: (pair["A"], pair["B"]) for module, pair in sides.items()}
-    return Lora(factors, rank, chosen, meta.get("task_type"))
+    return Lora(factors, rank, chosen, recorded.get("task_type"), bool(config.get("use_rslora")))
 
 
-def _meta(files: RankFiles) -> dict[str, Any]:
-    path = files.find(META_NAME)
+def _recorded(files: RankFiles, name: str) -> dict[str, Any]:
+    path = files.find(name)
     if path is None:
         return {}
     try:
@@ -89,13 +108,14 @@ def known_alpha(lora: Lora) -> float:
         MergeError: it is not recorded, or no number, or 0, which would leave the base model as it is.
     """
     if not isinstance(lora.alpha, (int, float)) or not 0 < abs(lora.alpha) <= sys.float_info.max:
-        raise MergeError(f"{META_NAME} records lora_alpha {lora.alpha}; pass the training's with --lora-alpha")
+        found = "is not recorded" if lora.alpha is None else f"is recorded as {json.dumps(lora.alpha)}"
+        raise MergeError(f"lora_alpha {found} ({META_NAME}, {ADAPTER_CONFIG}); pass the training's with --lora-alpha")
     return lora.alpha
 
 
 def fuse(tensors: Mapping[str, Tensor], lora: Lora) -> dict[str, tuple[Tensor, Fusion | None]]:
     """Return the base model's tensors by their plain names, those with LoRA factors with their fusion."""
-    scale = known_alpha(lora) / lora.rank
+    scale = lora.scale
     fused: dict[str, tuple[Tensor, Fusion | None]] = {}
     for name, tensor in tensors.items():
         if ".lora_" in name:
@@ -139,6 +159,7 @@ def adapter_config(lora: Lora, tensors: Mapping[str, Tensor], base_model: str | 
         "r": lora.rank,
         "target_modules": target_modules(list(lora.factors), list(tensors)),
         "task_type": lora.task_type,
+        "use_rslora": lora.rank_stabilized,
     }
 
 

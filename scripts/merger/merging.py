@@ -71,6 +71,7 @@ def carry_out(job: Job, options: Options, began: float) -> dict[str, Any]:
     threads = options.threads or THREADS
     converter = HostConverter if job.device == "cpu" else partial(TorchConverter, device=job.device)
     with publish.Staging(job.target) as staging:
+        publish.check_free(job.target, options.force)  # another merge may have ended since the first look
         publish.copy_companions(job.config_dir, staging.folder, job.target)
         publish.keep_companions(job.target, staging.folder)
         with show.progress("merging", job.nbytes, options.quiet) as step:
@@ -87,6 +88,7 @@ def carry_out(job: Job, options: Options, began: float) -> dict[str, Any]:
         publish.write_file(staging.folder / publish.RECORD_NAME, dump_json(record).encode())
         if options.hf_upload_path:
             hub.add_card(staging.folder, record)
+        publish.check_free(job.target, options.force)
         staging.publish()
         job.published = True
     return record

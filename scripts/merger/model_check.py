@@ -33,6 +33,8 @@ class Verdict:
         unexpected: names that the checkpoint has and the model has not.
         mismatched: (name, shape in the checkpoint, shape in the model).
         tied: groups of names that the model keeps as one tensor.
+        fp32, fp32_in_half: modules that the model keeps in float32 when it is loaded in bfloat16 or float16, and in
+            float16 only.
         transformers: version.
         torch: version.
     """
@@ -42,6 +44,8 @@ class Verdict:
     unexpected: list[str] = field(default_factory=list)
     mismatched: list[list[Any]] = field(default_factory=list)
     tied: list[list[str]] = field(default_factory=list)
+    fp32: list[str] = field(default_factory=list)
+    fp32_in_half: list[str] = field(default_factory=list)
     transformers: str = ""
     torch: str = ""
 
@@ -51,8 +55,13 @@ class Verdict:
         return self.unknown or self.broken
 
 
-def ask(config_dir: Path, shapes: Mapping[str, Sequence[int]], trust_remote_code: bool) -> Verdict:
+def ask(config_dir: Path,
+        shapes: Mapping[str, Sequence[int]],
+        trust_remote_code: bool,
+        architecture: str = "") -> Verdict:
     """Return what transformers makes of `shapes` (elements by name) under the config in `config_dir`.
+
+    `architecture` stands for the one that the config names, where that is not the weights'.
 
     The answer depends on the config, the names and shapes and the installed versions alone, so it is remembered: the
     next checkpoint of the same run needs no process with torch and transformers in it.
@@ -60,6 +69,7 @@ def ask(config_dir: Path, shapes: Mapping[str, Sequence[int]], trust_remote_code
     request = {
         "config_dir": str(config_dir.absolute()),
         "trust_remote_code": trust_remote_code,
+        "architecture": architecture,
         "shapes": {
             name: list(shape)
             for name, shape in shapes.items()
@@ -115,7 +125,10 @@ def _version(package: str) -> str | None:
         return None
 
 
-def check(config_dir: Path, shapes: Mapping[str, Sequence[int]], trust_remote_code: bool) -> dict[str, Any]:
+def check(config_dir: Path,
+          shapes: Mapping[str, Sequence[int]],
+          trust_remote_code: bool,
+          architecture: str = "") -> dict[str, Any]:
     """Return the fields of a `Verdict` for a checkpoint of `shapes` (elements by name). Runs in the child."""
     import torch
     import transformers
@@ -124,12 +137,14 @@ def check(config_dir: Path, shapes: Mapping[str, Sequence[int]], trust_remote_co
     versions = {"transformers": transformers.__version__, "torch": torch.__version__}
     try:
         config = transformers.AutoConfig.from_pretrained(config_dir, trust_remote_code=trust_remote_code)
+        if architecture:
+            config.architectures = [architecture]
         model_class = _model_class(config, config_dir, trust_remote_code)
         with torch.device("meta"):
             model = model_class(config)
     except Exception as error:  # an unknown architecture, custom code that is not trusted, a broken config
         text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        broken = _is_known(config_dir) and not isinstance(error, ImportError)
+        broken = _is_known(config_dir, architecture) and not isinstance(error, ImportError)
         return {"broken" if broken else "unknown": text, **versions}
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -148,15 +163,17 @@ def check(config_dir: Path, shapes: Mapping[str, Sequence[int]], trust_remote_co
         "unexpected": sorted(info["unexpected_keys"]),
         "mismatched": _mismatched(info["mismatched_keys"], shapes, model),
         "tied": tied,
+        "fp32": sorted(getattr(model, "_keep_in_fp32_modules_strict", None) or ()),
+        "fp32_in_half": sorted(getattr(model, "_keep_in_fp32_modules", None) or ()),
         **versions
     }
 
 
-def _is_known(config_dir: Path) -> bool:
+def _is_known(config_dir: Path, architecture: str) -> bool:
     """Tell whether transformers itself has the model that the config names, so that a failure is the config's fault."""
     import transformers
     config = read_config(config_dir)
-    architecture = (config.get("architectures") or [""])[0]
+    architecture = architecture or (config.get("architectures") or [""])[0]
     return config.get("model_type") in transformers.CONFIG_MAPPING and hasattr(transformers, architecture)
 
 
@@ -208,7 +225,10 @@ def main() -> None:
     with os.fdopen(os.dup(1), "w") as out:
         os.dup2(2, 1)  # custom code may print, and so may the programs that it starts
         request = json.load(sys.stdin)
-        out.write(json.dumps(check(Path(request["config_dir"]), request["shapes"], request["trust_remote_code"])))
+        out.write(
+            json.dumps(
+                check(Path(request["config_dir"]), request["shapes"], request["trust_remote_code"],
+                      request["architecture"])))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """The model's config.json: read it, and say in it what the merged weights are."""
 import copy
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from merger import MergeError
 
 CONFIG_NAME = "config.json"
+CAUSAL = "ForCausalLM"
 DTYPE_KEYS = ("dtype", "torch_dtype")  # transformers 5 writes the first, 4 the second; both read the second
 
 
@@ -26,6 +28,23 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise MergeError(f"{path} holds a {type(config).__name__}, not a JSON object")
     return config
+
+
+def for_critic(config: dict[str, Any], names: Collection[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return `config` naming the model that the weights `names` are of, and a note of what was changed, if anything.
+
+    verl trains a critic as a token classifier that it makes from a causal model, and saves the causal model's config: by
+    its `architectures` the head `score` would be dropped and a random `lm_head` put in its place.
+    """
+    architectures = config.get("architectures")
+    named = architectures[0] if isinstance(architectures, list) and architectures else None
+    head = any(name.endswith("lm_head.weight") for name in names)
+    if not isinstance(named, str) or not named.endswith(CAUSAL) or "score.weight" not in names or head:
+        return config, []
+    critic = named.removesuffix(CAUSAL) + "ForTokenClassification"
+    return {
+        **config, "architectures": [critic]
+    }, [f"the weights are a critic's (score.weight): config.json names {critic}, not {named}"]
 
 
 def with_dtype(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:

@@ -52,6 +52,18 @@ def weights_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if is_weight(path.name)) if folder.is_dir() else []
 
 
+def check_free(target: Path, force: bool) -> None:
+    """Refuse to replace weights unasked.
+
+    Raises:
+        MergeError: there are some in `target`, and not `force`.
+    """
+    present = weights_in(target)
+    if present and not force:
+        raise MergeError(f"{target} already holds weights ({present[0]}); pass --force to replace them, or another "
+                         "--save-dir")
+
+
 class Staging:
     """A hidden folder beside `target` that becomes `target` on `publish`, and vanishes otherwise.
 
@@ -386,10 +398,10 @@ def companions(source: Path, target: Path) -> Iterator[Path]:
 
 
 def _tree(path: Path, target: Path) -> Iterator[Path]:
-    """Yield `path` and all below it, folders first."""
+    """Yield `path` and all below it, folders first; but not a link to a folder that it lies in, which has no end."""
     if not path.is_dir():
         yield path
-    elif path.name != "__pycache__" and not _holds(path, target):
+    elif path.name != "__pycache__" and not _holds(path, target) and not _holds(path, path.parent):
         yield path
         for below in sorted(path.iterdir()):
             yield from _tree(below, target)

@@ -4,6 +4,7 @@ Since torch 1.6 `torch.save` writes a zip archive of stored (never compressed) r
 `NAME/data/KEY` for each storage (torch/csrc/../caffe2/serialize/inline_container.cc).
 """
 import os
+import stat
 import struct
 import zipfile
 import zlib
@@ -97,6 +98,8 @@ def read_shard_file(path: Path) -> ShardFile:
         MergeError: the file is no such archive, is truncated or damaged, or its pickle is not on the allow-list.
     """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
+            raise MergeError(f"{path}: is no file; put the rank's there")
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             try:

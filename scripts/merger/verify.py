@@ -76,8 +76,9 @@ def read_header(path: Path) -> dict[str, Stored]:
     for name, entry in header.items():
         dtype, shape, (first, last) = TORCH_DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
         if first < 0 or last - first != math.prod(shape) * itemsize(dtype):
-            raise MergeError(f"{path} places {name} of shape {list(shape)} at bytes {first} to {last}; merge again with "
-                             "--force")
+            raise MergeError(
+                f"{path} places {name} of shape {list(shape)} at bytes {first} to {last}; merge again with "
+                "--force")
         stored[name] = Stored(path, dtype, shape, 8 + length + first)
         end = max(end, last)
     if 8 + length + end != size:
