@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 FAILED, MISUSE, INTERRUPTED = 1, 2, 130
+COMPARED = "saves/eval/compare.html"
 
 
 def _number(text: str) -> float:
@@ -160,7 +161,7 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("folders", nargs="+", help="folders of runs")
     report.add_argument("--out",
                         default="",
-                        help="the file (default: report.html in the run's folder, or compare.html)")
+                        help="the file (default: report.html in the run's folder, or saves/eval/compare.html)")
     _numbers_flags(report)
 
     compare = commands.add_parser("compare", help="compare runs with the first of them, item by item")
@@ -331,7 +332,7 @@ def report_command(options: argparse.Namespace) -> int:
     from evaluation.records import REPORT
     folders = [Path(name) for name in options.folders]
     runs = report.load(folders, lambda model: price_of(options.prices, model))
-    path = Path(options.out) if options.out else folders[0] / REPORT if len(folders) == 1 else Path("compare.html")
+    path = Path(options.out) if options.out else folders[0] / REPORT if len(folders) == 1 else Path(COMPARED)
     report.write(path, runs, options.upstream_compat)
     print(f"report: {path}")
     return 0
@@ -363,7 +364,7 @@ def compare_command(options: argparse.Namespace) -> int:
                       highlight=False,
                       markup=False,
                       soft_wrap=True)
-    path = Path(options.out or "saves/eval/compare.html")
+    path = Path(options.out or COMPARED)
     report.write(path, runs, options.upstream_compat)
     print(f"report: {path}")
     return 0

@@ -43,11 +43,16 @@ def key_of(record: Mapping[str, Any]) -> Key:
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that it is either as before or whole."""
     beside = path.with_name(path.name + ".new")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise
 
 
 def whole_lines(data: bytes) -> tuple[list[Any], int]:

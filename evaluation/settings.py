@@ -16,7 +16,7 @@ from evaluation.model import ChatModel, Model, Sampling, redacted_url
 from evaluation.players import NAMES, ScriptedModel
 from evaluation.problems import Misuse
 from evaluation.prompts import Prompt, find
-from evaluation.rows import Row, read_row, rows_file
+from evaluation.rows import BESIDE, Row, read_row, rows_file
 
 DEFAULT_MODEL = "gpt-4o-mini"
 OPENAI = "https://api.openai.com/v1"
@@ -237,4 +237,4 @@ def decide(options: argparse.Namespace) -> Settings:
                     max_error_rate=options.max_error_rate,
                     config=config,
                     out=Path(options.out) if options.out else Path(options.root) / "saves" / "eval" / name,
-                    root=path.resolve().parent)
+                    root=BESIDE.parent if path.resolve().is_relative_to(BESIDE.parent) else path.resolve().parent)

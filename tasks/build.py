@@ -82,7 +82,7 @@ def build_images(c: Context, images: tuple[Image, ...], no_cache: bool, pull: bo
     for image in images:
         for need in map(image_of, image.needs):
             if need not in images:
-                docker.require_image(c, docker.image_name(need.name, tag), f"build.{need.service}")
+                docker.require_image(c, docker.image_name(need.name, tag), need.task)
         rows.append(build_image(c, image, variables, no_cache, pull, cpu))
     if push:
         for image in images:

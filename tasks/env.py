@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,18 +24,20 @@ RUNNER_HELP = "auto, docker, or local (a process of this machine in a virtual en
 CONSENT_HELP = "Agree to what the environment does to real accounts; it says what when this is missing."
 
 
-@task(positional=[],
-      auto_shortflags=False,
-      help={
-          "env": ENV_HELP,
-          "port": "Port on this machine (default: $ENV_PORT, then the environment's own; the next free one if taken).",
-          "replicas": "Servers behind the one URL (default: 1); a server is one process on one core.",
-          "session_ttl": "Seconds after which an idle session is closed, 0 for never (default: 3600).",
-          "build": "Build the image first, even where there is one.",
-          "wait": WAIT_HELP,
-          "runner": RUNNER_HELP,
-          "i_understand": CONSENT_HELP,
-      })
+@task(
+    positional=[],
+    auto_shortflags=False,
+    help={
+        "env": ENV_HELP,
+        "port":
+        "Port on this machine (default: $ENV_PORT, then the environment's own; where that is taken, the next free one).",
+        "replicas": "Servers behind the one URL (default: 1); a server is one process on one core.",
+        "session_ttl": "Seconds after which an idle session is closed, 0 for never (default: 3600).",
+        "build": "Build the image first, even where there is one.",
+        "wait": WAIT_HELP,
+        "runner": RUNNER_HELP,
+        "i_understand": CONSENT_HELP,
+    })
 def up(c: Context,
        env: str = "",
        port: str = "",
@@ -52,23 +55,31 @@ def up(c: Context,
     count = env_runs.whole_number("env.up", "replicas", replicas, 1)
     ttl = env_runs.whole_number("env.up", "session-ttl", session_ttl, 0)
     seconds = env_runs.whole_number("env.up", "wait", wait, 1)
+    if port:
+        env_runs.port_number("env.up", "--port", port)
     chosen = env_runs.choose_runner("env.up", runner)
-    others = env_runs.serving()
-    if row.name in others:
+    with nullcontext() if c.config.run.dry else env_users.alone(row.name):
+        others = env_runs.serving()
+        if row.name in others:
+            if not c.config.run.dry:
+                env_users.keep(row.name)  # also where an evaluation started it
+            print(
+                f"{row.name} is up already: {others[row.name].url} (`invoke env.restart --env {row.name}` starts anew)")
+            if port or (replicas, session_ttl, build) != ("1", "3600", False):
+                print(
+                    f"its flags are those that it was started with; for others `invoke env.down --env {row.name}` first"
+                )
+            return
+        bind = resolve("ENV_BIND")
+        options = Options(port=env_runs.pick_port("env.up", row, port, bind),
+                          replicas=count,
+                          session_ttl=ttl,
+                          bind=bind,
+                          understood=i_understand,
+                          aliases=not others)
+        url = env_runs.start(c, "env.up", row, options, chosen, build, seconds)
         if not c.config.run.dry:
-            env_users.keep(row.name)  # also where an evaluation started it
-        print(f"{row.name} is up already: {others[row.name].url} (`invoke env.restart --env {row.name}` starts anew)")
-        return
-    bind = resolve("ENV_BIND")
-    options = Options(port=env_runs.pick_port("env.up", row, port, bind),
-                      replicas=count,
-                      session_ttl=ttl,
-                      bind=bind,
-                      understood=i_understand,
-                      aliases=not others)
-    url = env_runs.start(c, "env.up", row, options, chosen, build, seconds)
-    if not c.config.run.dry:
-        announce(row, options, chosen, url)
+            announce(row, options, chosen, url)
 
 
 def dry(c: Context, what: str) -> bool:
@@ -103,7 +114,7 @@ def down(c: Context, env: str = "") -> None:
 @task(positional=[], auto_shortflags=False, help={"env": ENV_HELP, "wait": WAIT_HELP})
 def restart(c: Context, env: str = "", wait: str = "120") -> None:
     """Stop a server and start it as it was."""
-    from tasks.lib import env_runs
+    from tasks.lib import env_runs, env_users
     row = env_runs.find_row("env.restart", env)
     seconds = env_runs.whole_number("env.restart", "wait", wait, 1)
     noted = env_runs.recall(row)
@@ -112,10 +123,11 @@ def restart(c: Context, env: str = "", wait: str = "120") -> None:
             return
         raise Exit(f"env.restart: {row.name} was never started here; `invoke env.up --env {row.name}`", code=2)
     options, runner = noted
-    env_runs.stop(c, row.name)
-    url = env_runs.start(c, "env.restart", row, options, runner, False, seconds)
-    if not c.config.run.dry:
-        announce(row, options, runner, url)
+    with nullcontext() if c.config.run.dry else env_users.alone(row.name):
+        env_runs.stop(c, row.name)
+        url = env_runs.start(c, "env.restart", row, options, runner, False, seconds)
+        if not c.config.run.dry:
+            announce(row, options, runner, url)
 
 
 @task(name="list", positional=[], auto_shortflags=False)

@@ -327,7 +327,7 @@ def _over_runs(c: Context,
       iterable=["run"],
       help={
           "run": RUN_HELP,
-          "out": "The file to write (default: report.html in the run's folder).",
+          "out": "The file to write (default: report.html in the run's folder; of several, saves/eval/compare.html).",
           "prices": PRICES_HELP,
           "upstream_compat": COMPAT_HELP
       })
@@ -337,6 +337,7 @@ def report(c: Context,
            prices: str = "",
            upstream_compat: bool = False) -> None:
     """Write a run's report again, or one of several."""
+    out = out or (str(ROOT / "saves" / "eval" / "compare.html") if len(run or []) > 1 else "")
     _over_runs(c, "report", run, {"out": out, "prices": prices, "upstream_compat": upstream_compat})
 
 

@@ -83,27 +83,35 @@ def demo_server(c: Context) -> Iterator[str]:
     Raises:
         Exit: it does not start.
     """
-    from tasks.lib import env_local, env_runs
+    from tasks.lib import env_local, env_runs, env_users
     from tasks.lib.env_plan import Options, choose_port
     row = env_runs.find_row("quickstart", "demo")
-    already = env_runs.local_url(row)
-    options = Options(choose_port(row.port, env_local.port_is_free))
-    if already or c.config.run.dry:
-        yield already or env_local.url(options)
+    if c.config.run.dry:
+        yield env_runs.local_url(row) or env_local.url(Options(choose_port(row.port, env_local.port_is_free)))
         return
+    with env_users.alone(row.name):
+        user, url = env_users.User(row.name), env_runs.local_url(row)
+        if url is None:
+            options = Options(choose_port(row.port, env_local.port_is_free))
+            try:
+                # This Python has what the demo needs: no virtual environment is made, which would take a network.
+                url = env_local.up(row,
+                                   options,
+                                   ROOT,
+                                   ROOT / "data" / row.name,
+                                   os.environ,
+                                   wait=120,
+                                   python=Path(sys.executable))
+            except env_local.LocalError as error:
+                raise Exit(f"quickstart: {error}", code=1) from None
+            user.started()
     try:
-        # This Python has what the demo needs: no virtual environment is made, which would take a network.
-        yield env_local.up(row,
-                           options,
-                           ROOT,
-                           ROOT / "data" / row.name,
-                           os.environ,
-                           wait=120,
-                           python=Path(sys.executable))
-    except env_local.LocalError as error:
-        raise Exit(f"quickstart: {error}", code=1) from None
+        yield url
     finally:
-        env_local.down(row.name)
+        with env_users.alone(row.name):
+            ours, shared = user.leave()
+            if ours and not shared:
+                env_local.down(row.name)
 
 
 def play(c: Context, url: str, model: str, items: range, run: str = "", base_url: str = "") -> Path:

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
 
@@ -70,11 +71,40 @@ def test_a_local_server_comes_up_conforms_and_goes_down(name, up):
     checked = invoke("env.check", "--env", name)
     assert checked.returncode == 0 and len(re.findall("  yes  ", checked.stdout)) == 8, checked.stdout
     again = invoke("env.up", "--env", name, "--runner", "local")
-    assert again.returncode == 0 and f"{name} is up already" in again.stdout
+    assert again.returncode == 0 and f"{name} is up already" in again.stdout and "its flags" not in again.stdout
+    other = invoke("env.up", "--env", name, "--runner", "local", "--replicas", "3")
+    assert other.returncode == 0 and f"for others `invoke env.down --env {name}` first" in other.stdout
+    assert invoke("env.up", "--env", name, "--runner", "local", "--port", "0").returncode == 2
     assert re.search(rf"^{name} +\w+ +local x1 +\d+ ", invoke("env.list").stdout, re.M)
     assert invoke("env.down", "--env", name).stdout == f"{name} is down\n"
     assert processes_of(name) == []
     assert invoke("env.down", "--env", name).stdout == f"{name} was not up\n"
+
+
+def test_two_that_start_the_same_server_take_turns(up):
+    with ThreadPoolExecutor() as pool:
+        second = pool.submit(lambda: (time.sleep(0.3), invoke("env.up", "--env", "form-maze", "--runner", "local"))[1])
+        up("form-maze")
+        done = second.result()
+    assert done.returncode == 0 and "form-maze is up already" in done.stdout, done.stdout + done.stderr
+
+
+def test_rows_that_are_not_there_and_a_wrong_row_are_named(tmp_path):
+    missing = invoke("env.list", ENVIRONMENTS="nofile.toml")
+    assert missing.returncode == 2 and re.fullmatch(r"env.list: no .*nofile.toml; ENVIRONMENTS must name a file with rows\n",
+                                                    missing.stderr)
+    own = tmp_path / "own.toml"
+    own.write_text(re.sub(r"rounds = \d+\n", "", (ROOT / "environments.toml").read_text(), count=1))
+    wrong = invoke("env.list", ENVIRONMENTS=str(own))
+    assert wrong.returncode == 2 and re.fullmatch(r"env.list: own.toml: \w+.rounds: Field required\n", wrong.stderr)
+
+
+@pytest.mark.parametrize("said,reason", [
+    ("", "no message"), ("one line\n", "one line"),
+    ("  × Failed to fetch: `x`\n  ├─▶ sending\n  ╰─▶ invalid peer certificate\n\nhint: pass --flag\n", "Failed to fetch: `x`: invalid peer certificate"),
+])
+def test_a_programs_reason_is_shown_and_not_its_hints(said, reason):
+    assert env_local.reason_in(said) == reason
 
 
 def test_down_stops_exactly_its_own_process_group(up, tmp_path):
@@ -172,6 +202,7 @@ def test_children_that_outlive_the_server_are_stopped_too(tmp_path):
     ("form-textcrft", [], 2,
      r"env.up: no environment 'form-textcrft' in environments.toml; did you mean form-textcraft.*"),
     ("form-textcraft", ["--wait", "soon"], 2, r"env.up: --wait soon is no whole number of at least 1"),
+    ("form-textcraft", ["--wait", "99999999999999"], 2, r"env.up: --wait 99999999999999 is more than 2000000; give less"),
 ])
 def test_a_fault_is_one_line_and_leaves_nothing(name, words, code, line):
     done = invoke("env.up", "--env", name, "--runner", "local", *words)

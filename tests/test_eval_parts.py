@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
 
@@ -673,6 +674,28 @@ def test_misuse_is_one_line_and_exit_code_2(argv, told, capsys, monkeypatch, tmp
     error = capsys.readouterr().err
     assert told in error and error.count("\n") == 1 and "Traceback" not in error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_cannot_be_put_in_place_leaves_no_other(tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OSError):
+        records.write_whole(tmp_path / "out", "text")
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_the_players_of_an_environment_in_a_file_of_its_own_are_found(tmp_path, monkeypatch):
+    own = ROOT / "environments" / "own-of-the-test.toml"
+    monkeypatch.chdir(ROOT)
+    own.parent.mkdir(exist_ok=True)
+    demo = re.search(r"\[demo\].*?(?=\n\[(?!demo)|\Z)", ROWS.read_text(), re.DOTALL)[0]
+    own.write_text(demo.replace("[demo", "[mine"))
+    try:
+        monkeypatch.setenv("ENVIRONMENTS", str(own))
+        assert main(["run", "--env", "mine", "--model", "expert", "--check"]) == 0
+    finally:
+        own.unlink()
+        with suppress(OSError):  # it holds somebody's own
+            own.parent.rmdir()
 
 
 def test_the_rows_file_is_found_from_anywhere(tmp_path, monkeypatch):

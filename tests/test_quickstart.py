@@ -13,6 +13,7 @@ import sample_checkpoint
 import torch
 import train_sample
 import transformers
+from invoke import MockContext
 from invoke.exceptions import Exit
 from merging import SCRIPTS
 from safetensors.torch import load_file, save_file
@@ -27,6 +28,21 @@ def test_the_trained_agent_is_above_chance_and_the_expert_above_all(story: Story
     assert story.success("expert") == 1.0
     assert story.success("untrained") == 0.0
     assert story.success("trained") > story.success("random") + 0.2
+
+
+def test_a_server_that_the_user_wants_to_keep_is_kept() -> None:
+    from tasks.lib import env_local, env_runs, env_users
+    row = env_runs.find_row("test", "demo")
+    env_local.down(row.name)
+    try:
+        with quickstart.demo_server(MockContext()) as url:
+            assert env_runs.local_url(row) == url
+        assert env_runs.local_url(row) is None
+        with quickstart.demo_server(MockContext()) as url:
+            env_users.keep(row.name)  # as `invoke env.up --env demo` does
+        assert env_runs.local_url(row) == url
+    finally:
+        env_local.down(row.name)
 
 
 def test_it_shows_a_table_and_writes_a_report(story: Story) -> None:

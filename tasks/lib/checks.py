@@ -91,9 +91,10 @@ def check_sources(root: Path, settings: Mapping[str, str]) -> list[Check]:
     except ValueError as error:
         return [Check("sources", MISSING, str(error), "see AGENTGYM_RL_SRC and AGENTGYM_SRC in .env.example")]
     return [
-        Check(name, OK,
-              hide_logins(chosen[name]) if name in chosen else f"{SETTINGS[name].default} (downloaded)")
-        for name in (RL, GYM)
+        Check(
+            name, OK,
+            hide_logins(chosen[name])
+            if name in chosen else f"{SETTINGS[name].default} (fetched when an image is built)") for name in (RL, GYM)
     ]
 
 

@@ -70,7 +70,7 @@ def run(c: Context,
     source = image_of(IMAGE_FROM.get(service, service))
     docker.require_engine(c)
     choice = gpus_for(c, service, gpus)
-    docker.require_image(c, docker.image_name(source.name), f"build.{source.service}")
+    docker.require_image(c, docker.image_name(source.name), source.task)
     if not c.config.run.dry:
         for folder in ensure_folders(ROOT, {**read_dotenv(), **os.environ}):
             print(f"{service}: created {folder}", file=sys.stderr, flush=True)

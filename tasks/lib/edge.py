@@ -35,7 +35,8 @@ def guarded(name: str, body: Callable[..., Any]) -> Callable[..., Any]:
         except BadSetting as error:
             raise Exit(f"{name}: {error}", code=2) from None
         except ModuleNotFoundError as error:
-            raise Exit(f"{name}: this Python has no {error.name}; `pip install -r requirements-dev.txt`", code=2) from None
+            raise Exit(f"{name}: this Python has no {error.name}; `pip install -r requirements-dev.txt`",
+                       code=2) from None
         except KeyboardInterrupt:
             raise Exit(f"{name}: interrupted", code=INTERRUPTED) from None
 

@@ -46,8 +46,15 @@ def uv() -> str:
 def _quietly(argv: Sequence[str], what: str) -> None:
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     if done.returncode:
-        lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
-        raise LocalError(f"{what} failed: {lines[-1].strip()}")
+        raise LocalError(f"{what} failed: {reason_in(done.stderr or done.stdout)}")
+
+
+def reason_in(said: str) -> str:
+    """Return why a program failed: its first line and the last, without hints about its own flags."""
+    lines = [line.strip(" ×│├╰─▶") for line in said.splitlines()]
+    hint = next((number for number, line in enumerate(lines) if line.lower().startswith("hint:")), len(lines))
+    told = [line for line in lines[:hint] if line] or ["no message"]
+    return told[0] if len(told) == 1 else f"{told[0]}: {told[-1]}"
 
 
 def ensure_venv(row: Environment, folder: Path) -> Path:
@@ -57,7 +64,8 @@ def ensure_venv(row: Environment, folder: Path) -> Path:
     venv, stamp = folder / "venv", folder / "venv" / ".made-from"
     if not stamp.is_file() or stamp.read_text() != wanted:
         _quietly([uv(), "venv", "--quiet", "--clear", "--python", row.python,
-                  str(venv)], f"no Python {row.python} on PATH that works (install it, or use --runner docker); fetching one")
+                  str(venv)],
+                 f"no Python {row.python} on PATH that works (install it, or use --runner docker); fetching one")
         # --no-deps: the file is a whole freeze that ran, and some packages' own requirements contradict it.
         _quietly([
             uv(), "pip", "install", "--quiet", "--no-deps", "--python",
@@ -88,7 +96,8 @@ def prepare(row: Environment,
     home = folder / row.name
     package = source / row.folder
     if not package.is_dir():
-        raise LocalError(f"no {row.folder} in {source}; set AGENTGYM_SRC to an AgentGym checkout")
+        remedy = "set AGENTGYM_SRC to an AgentGym checkout" if row.source == "agentgym" else "correct `folder` in its row"
+        raise LocalError(f"no {row.folder} in {source}; {remedy}")
     for program in row.programs:
         if not shutil.which(program):
             raise LocalError(f"{row.name} needs {program} on PATH" +

@@ -23,6 +23,8 @@ from tasks.lib.sources import GYM, choose_sources, is_url
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+MOST = 2_000_000  # poll(2) counts milliseconds in 31 bits
+
 
 @dataclass(frozen=True)
 class Running:
@@ -57,7 +59,9 @@ def find_row(task: str, name: str) -> Environment:
     """
     try:
         return environment(resolve("ENV", name), rows_path())
-    except (ValueError, FileNotFoundError) as error:
+    except FileNotFoundError as error:
+        raise Exit(f"{task}: no {error.filename}; ENVIRONMENTS must name a file with rows", code=2) from None
+    except ValueError as error:
         raise Exit(f"{task}: {error}", code=2) from None
 
 
@@ -69,7 +73,9 @@ def all_rows(task: str) -> dict[str, Environment]:
     """
     try:
         return environments(rows_path())
-    except (ValueError, FileNotFoundError) as error:
+    except FileNotFoundError as error:
+        raise Exit(f"{task}: no {error.filename}; ENVIRONMENTS must name a file with rows", code=2) from None
+    except ValueError as error:
         raise Exit(f"{task}: {error}", code=2) from None
 
 
@@ -77,10 +83,12 @@ def whole_number(task: str, flag: str, value: str, least: int) -> int:
     """Return the number that the user typed.
 
     Raises:
-        Exit: it is none, or below `least`.
+        Exit: it is none, below `least`, or above MOST, which no clock of the system takes as seconds.
     """
-    if not value.isdecimal() or int(value) < least:
+    if not value.isdecimal() or int(value[:20]) < least:
         raise Exit(f"{task}: --{flag} {value} is no whole number of at least {least}", code=2)
+    if int(value[:20]) > MOST:
+        raise Exit(f"{task}: --{flag} {value} is more than {MOST}; give less", code=2)
     return int(value)
 
 

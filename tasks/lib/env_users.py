@@ -1,4 +1,7 @@
-"""Evaluations that use one environment server: the first starts it, and the last to leave stops it."""
+"""Commands that start and stop one environment server take turns.
+
+Of the evaluations that use one, the first starts it, and the last to leave stops it.
+"""
 import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +13,14 @@ STARTED = "an evaluation started it"
 
 @contextmanager
 def alone(name: str) -> Iterator[None]:
-    """Let one evaluation at a time look whether the server is up, start it or stop it."""
+    """Let one command at a time look whether the server is up, start it or stop it."""
     RUN.mkdir(parents=True, exist_ok=True)
     with (RUN / f"{name}.turn").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another command that starts or stops {name}", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

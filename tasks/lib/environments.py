@@ -165,8 +165,8 @@ class Environment(Row):
         return [key for key in self.keys if not (key.optional or environ.get(key.name))]
 
 
-def parse(tables: Mapping[str, Any]) -> dict[str, Environment]:
-    """Return the environments of parsed TOML `tables`, by name.
+def parse(tables: Mapping[str, Any], file: str = ROWS.name) -> dict[str, Environment]:
+    """Return the environments of parsed TOML `tables`, by name; `file` is what messages call them.
 
     Raises:
         ValueError: a row does not fit; the message names row, key and fault in one line.
@@ -174,19 +174,19 @@ def parse(tables: Mapping[str, Any]) -> dict[str, Environment]:
     found = {}
     for name, table in tables.items():
         if not isinstance(table, Mapping):
-            raise ValueError(f"environments.toml: {name} is no table; a row begins with [{name}]")
+            raise ValueError(f"{file}: {name} is no table; a row begins with [{name}]")
         if "name" in table:
-            raise ValueError(f"environments.toml: {name}.name: the table's own name is the row's; leave the key out")
+            raise ValueError(f"{file}: {name}.name: the table's own name is the row's; leave the key out")
         try:
             found[name] = Environment(name=name, **table)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, (name, *first["loc"])))
-            raise ValueError(f"environments.toml: {where}: {first['msg']}") from None
+            raise ValueError(f"{file}: {where}: {first['msg']}") from None
     ports: dict[int, str] = {}
     for row in found.values():
         if row.port in ports:
-            raise ValueError(f"environments.toml: {row.name}.port: {row.port} is the port of {ports[row.port]} too")
+            raise ValueError(f"{file}: {row.name}.port: {row.port} is the port of {ports[row.port]} too")
         ports[row.port] = row.name
     return found
 
@@ -207,7 +207,7 @@ def environments(path: Path = ROWS) -> dict[str, Environment]:
         raise ValueError(f"{path}: {error.strerror}; ENVIRONMENTS must name a file with rows") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path.name}: {error}") from None
-    return parse(tables)
+    return parse(tables, path.name)
 
 
 def environment(name: str, path: Path = ROWS) -> Environment:

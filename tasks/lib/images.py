@@ -18,6 +18,11 @@ class Image:
     profile: str
     needs: tuple[str, ...] = ()
 
+    @property
+    def task(self) -> str:
+        """The task that builds it."""
+        return "build." + {"eval-runner": "eval"}.get(self.service, self.service)
+
 
 # In dependency order; what `build.all` builds.
 IMAGES = (
