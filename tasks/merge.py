@@ -104,7 +104,7 @@ def run_in_container(c: Context, folders: list[str], save_dir: str, gpus: str, f
           "max_shard_size": "Largest output file, such as 5GB (default: 5GB).",
           "threads": "Copying threads (default: chosen by the program).",
           "lora": "What to do with LoRA weights: adapter or fuse (default: stop and say so).",
-          "lora_alpha": "LoRA's alpha, where lora_train_meta.json has none.",
+          "lora_alpha": "LoRA's alpha, where neither lora_train_meta.json nor lora_adapter/adapter_config.json has it.",
           "allow": "Accept a finding: keys (they do not fit the config) or nonfinite (NaN, infinite). Repeatable.",
           "tied_weights": "Where tied weights differ: keep both, or drop the copy (default: stop and say so).",
           "verify": "Read the result again and compare it with the shards, tensor by tensor.",

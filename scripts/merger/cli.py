@@ -106,7 +106,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--lora-alpha",
                    type=lora_alpha,
                    metavar="A",
-                   help="LoRA's alpha, where lora_train_meta.json has none")
+                   help="LoRA's alpha, where neither lora_train_meta.json nor lora_adapter/adapter_config.json has it")
     p.add_argument("--tied-weights",
                    choices=("keep", "drop"),
                    help="tied weights whose values differ: keep both, or drop the copy (default: stop and say so)")
