@@ -305,17 +305,15 @@ def show_numbers(console: "Console", summaries: Mapping[str, Mapping[str, Any]],
 def rescore_command(options: argparse.Namespace) -> int:
     """Compute numbers again, and write summary and report anew."""
     from evaluation import report, show
-    from evaluation.records import REPORT, RUN, read_run
-    from evaluation.rescoring import keep_rule, read_scored, row_of
+    from evaluation.records import REPORT, read_run
+    from evaluation.rescoring import keep_rule, read_scored
     from evaluation.rows import read_row
     console = show.console()
     for name in options.folders:
         folder = Path(name)
         told = read_run(folder)
         config = told["config"]
-        own = row_of(told["row"], folder / RUN)
-        row = read_row(config["env"], Path(options.environments)) if options.environments else own
-        keep_rule(folder, row if options.environments else None)
+        keep_rule(folder, read_row(config["env"], Path(options.environments)) if options.environments else None)
         records = read_scored(folder)
         wall = sum(work["seconds"] for work in told["work"])
         summary = conclude(folder, records, config["samples"],

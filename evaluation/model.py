@@ -288,11 +288,12 @@ class ChatModel:
             nonlocal retries
             retries += 1
 
-        retrying = tenacity.AsyncRetrying(stop=tenacity.stop_after_attempt(self.tries),
-                                          wait=_wait,
-                                          retry=tenacity.retry_if_exception(self._may_pass),
-                                          before_sleep=count,
-                                          reraise=True)
+        retrying = tenacity.AsyncRetrying(
+            stop=tenacity.stop_after_attempt(self.tries),
+            wait=_wait,
+            retry=tenacity.retry_if_exception(lambda error: may_pass(error, self.patience)),
+            before_sleep=count,
+            reraise=True)
 
         async def once() -> Completion:
             begun = time.perf_counter()
@@ -330,34 +331,21 @@ class ChatModel:
     def _overflowed(self, error: "openai.APIStatusError") -> bool:
         return overflowed(error.status_code, said_in(error.body) or error.message, code_in(error.body))
 
-    def _may_pass(self, error: BaseException) -> bool:
-        """Tell whether the same request may succeed, soon enough."""
-        import openai
-        if not may_pass(error):
-            return False
-        if not isinstance(error, openai.APIStatusError):
-            return True
-        return (retry_after(error.response.headers, time.time()) or 0.0) <= self.patience
-
     def _refused(self, error: "openai.APIStatusError", retries: int, of: tuple[int, int]) -> Exception:
         status = error.status_code
         message = " ".join(self._clean(said_in(error.body) or error.message).split())
         line = message[:300]
-        if status == 429 and code_in(error.body) == BROKE:
-            status = 402
-        if status in HOPELESS and status != 403:
-            return Misuse(f"model {self.name}: HTTP {error.status_code}, {HOPELESS[status]} ({line})")
-        if self._overflowed(error):
-            if self.answered:
-                return ContextOverflow(message)
+        hopeless = HOPELESS.get(402 if code_in(error.body) == BROKE else status)
+        if hopeless and not (status == 403 and (self.answered or _MODERATION.search(message))):
+            return Misuse(f"model {self.name}: HTTP {status}, {hopeless} ({line})")
+        too_long = self._overflowed(error)
+        if too_long and self.answered:
+            return ContextOverflow(message)
+        if 400 <= status < 500 and status not in RETRIED and not self.answered:
             # No conversation has grown yet, so what is asked for is too much: a score of 0 would be ours, not the model's.
             line += ("; the first request does not fit into the model's context: lower --max-tokens "
-                     f"({self.sampling.max_tokens} now, 0 leaves it out)")
-        elif status == 403 and not self.answered and not _MODERATION.search(message):
-            return Misuse(f"model {self.name}: HTTP {status}, {HOPELESS[status]} ({line})")
-        elif 400 <= status < 500 and status not in RETRIED and not self.answered:
-            line += "; change what is sent (--temperature none, --max-tokens 0, --extra-body)"
-        if 400 <= status < 500 and status not in RETRIED and not self.answered:
+                     f"({self.sampling.max_tokens} now, 0 leaves it out)"
+                     if too_long else "; change what is sent (--temperature none, --max-tokens 0, --extra-body)")
             # One item may be refused for what is in it; if several are and nothing has worked yet, it is the request.
             self.refused.add(of)
             if len(self.refused) >= REFUSALS:
@@ -375,11 +363,13 @@ def _limits(concurrency: int) -> Any:
     return httpx2.Limits(max_connections=None, max_keepalive_connections=concurrency)
 
 
-def may_pass(error: BaseException) -> bool:
-    """Tell whether the same request may succeed later."""
+def may_pass(error: BaseException, patience: float) -> bool:
+    """Tell whether the same request may succeed later, and within the `patience` seconds that one can wait."""
     import openai
     if isinstance(error, openai.APIStatusError):
-        return (error.status_code in RETRIED or error.status_code >= 500) and code_in(error.body) != BROKE
+        passes = error.status_code in RETRIED or error.status_code >= 500
+        asked = retry_after(error.response.headers, time.time()) or 0.0
+        return passes and code_in(error.body) != BROKE and asked <= patience
     # A malformed answer is a fault of the server's, like a 500: openai gives a ValueError or an object without choices.
     return isinstance(error, openai.APIError | ValueError | AttributeError | TimeoutError)
 

@@ -196,7 +196,7 @@ class Server:
     async def _post(self, route: str, body: Any) -> Any:
         return await self._call("POST", self.base + route, "POST " + route, json=body)
 
-    async def _of(self, session: int, call: Awaitable[Any]) -> Any:
+    async def _only_ours(self, session: int, call: Awaitable[Any]) -> Any:
         """Return the answer to a request in the session, unless somebody else has it too."""
         reply = await call
         if session in self._twice:
@@ -236,24 +236,24 @@ class Server:
     async def reset(self, session: int, item: int) -> First:
         """Put the item with the number `item` before the session."""
         protocol = self.protocol
-        reply = await self._of(session,
-                               self._post("/reset", {
-                                   protocol.id: session,
-                                   protocol.item: item,
-                                   **protocol.reset
-                               }))
+        reply = await self._only_ours(
+            session, self._post("/reset", {
+                protocol.id: session,
+                protocol.item: item,
+                **protocol.reset
+            }))
         if protocol.observation == "get":
             reply = {key: await self.get("/observation", session) for key in protocol.observation_keys}
         return first_in(reply, protocol)
 
     async def get(self, route: str, session: int) -> Any:
         """Return the answer to a GET for the session."""
-        return await self._of(
+        return await self._only_ours(
             session, self._call("GET", self.base + route, "GET " + route, params={self.protocol.id: str(session)}))
 
     async def step(self, session: int, action: str) -> Step:
         """Take `action` in the session."""
-        reply = await self._of(session, self._post("/step", {self.protocol.id: session, "action": action}))
+        reply = await self._only_ours(session, self._post("/step", {self.protocol.id: session, "action": action}))
         return step_in(reply, self.protocol)
 
     async def give_back(self, session: int, clean: bool) -> None:

@@ -8,26 +8,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from evaluation.problems import Misuse, Stopped
 from evaluation.records import RULE, read_attempts, write_whole
 from evaluation.rows import Row
-
-
-def row_of(table: Any, file: Path) -> Row:
-    """Return the row in a run's file.
-
-    Raises:
-        Misuse: it is none.
-    """
-    try:
-        return Row.model_validate(table)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise Misuse(
-            f"{file}: the row's {'.'.join(map(str, first['loc'])) or 'table'}: {first['msg']}; restore the file"
-        ) from None
 
 
 def keep_rule(folder: Path, row: Row | None) -> None:
@@ -83,9 +66,9 @@ def read_scored(folder: Path) -> list[dict[str, Any]]:
     """
     records, path = read_attempts(folder), folder / RULE
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        row = Row.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         return records
-    except (OSError, ValueError) as error:
-        raise Misuse(f"{path} cannot be read: {error}; run `rescore` again") from None
-    return rescored(records, row_of(table, path))
+    except (OSError, ValueError) as error:  # pydantic's is one, of several lines
+        raise Misuse(f"{path} cannot be read ({str(error).splitlines()[0]}); run `rescore` again") from None
+    return rescored(records, row)

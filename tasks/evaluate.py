@@ -24,6 +24,7 @@ PRICES_HELP = "TOML or JSON file with input and output of each model, for a mill
 COMPAT_HELP = "Add the figures as AgentGym's own evaluation would count them."
 # By name: none of these values is ever in an argument.
 VARIABLES = ("MODEL", "OPENAI_API_KEY", "OPENAI_BASE_URL")
+COMPARED = str(ROOT / "saves" / "eval" / "compare.html")
 # A checkpoint's name and address are known once it is served.
 CHECKPOINT = "checkpoint"
 
@@ -46,29 +47,27 @@ def served(c: Context, row: "Environment", runner: str, understood: bool, second
     if c.config.run.dry:
         yield _start(c, row, runner, understood, seconds)
         return
-    with env_users.alone(row.name):
-        user = env_users.User(row.name)
+
+    def find() -> str | None:
         up = env_runs.serving().get(row.name)
         if up and runner == "docker" and up.runner == "local":
             raise Exit(
                 f"eval: {row.name} is up as a process of this machine, which a container cannot reach; "
                 f"`invoke env.down --env {row.name}`, or --runner local",
                 code=2)
-        if up:
-            url = env_runs.container_url(row, Options(port=up.port)) if runner == "docker" else up.url
+        if up is None:
+            return None
+        return env_runs.container_url(row, Options(port=up.port)) if runner == "docker" else up.url
+
+    def leave(shared: bool) -> None:
+        if shared:
+            print(f"eval: left {row.name} up, another evaluation uses it", flush=True)
         else:
-            url = _start(c, row, runner, understood, seconds)
-            user.started()
-    try:
+            env_runs.stop(c, row.name)
+            print(f"eval: stopped {row.name}", flush=True)
+
+    with env_users.using(row.name, find, lambda: _start(c, row, runner, understood, seconds), leave) as url:
         yield url
-    finally:
-        with env_users.alone(row.name):
-            ours, shared = user.leave()
-            if ours and shared:
-                print(f"eval: left {row.name} up, another evaluation uses it", flush=True)
-            elif ours:
-                env_runs.stop(c, row.name)
-                print(f"eval: stopped {row.name}", flush=True)
 
 
 def _start(c: Context, row: "Environment", runner: str, understood: bool, seconds: int) -> str:
@@ -337,7 +336,7 @@ def report(c: Context,
            prices: str = "",
            upstream_compat: bool = False) -> None:
     """Write a run's report again, or one of several."""
-    out = out or (str(ROOT / "saves" / "eval" / "compare.html") if len(run or []) > 1 else "")
+    out = out or (COMPARED if len(run or []) > 1 else "")
     _over_runs(c, "report", run, {"out": out, "prices": prices, "upstream_compat": upstream_compat})
 
 
@@ -360,7 +359,7 @@ def compare(c: Context,
     _over_runs(c,
                "compare",
                run, {
-                   "out": out or str(ROOT / "saves" / "eval" / "compare.html"),
+                   "out": out or COMPARED,
                    "prices": prices,
                    "upstream_compat": upstream_compat
                },

@@ -89,29 +89,27 @@ def demo_server(c: Context) -> Iterator[str]:
     if c.config.run.dry:
         yield env_runs.local_url(row) or env_local.url(Options(choose_port(row.port, env_local.port_is_free)))
         return
-    with env_users.alone(row.name):
-        user, url = env_users.User(row.name), env_runs.local_url(row)
-        if url is None:
-            options = Options(choose_port(row.port, env_local.port_is_free))
-            try:
-                # This Python has what the demo needs: no virtual environment is made, which would take a network.
-                url = env_local.up(row,
-                                   options,
-                                   ROOT,
-                                   ROOT / "data" / row.name,
-                                   os.environ,
-                                   wait=120,
-                                   python=Path(sys.executable))
-            except env_local.LocalError as error:
-                raise Exit(f"quickstart: {error}", code=1) from None
-            user.started()
+
+    def start() -> str:
+        options = Options(choose_port(row.port, env_local.port_is_free))
+        # This Python has what the demo needs: no virtual environment is made, which would take a network.
+        return env_local.up(row,
+                            options,
+                            ROOT,
+                            ROOT / "data" / row.name,
+                            os.environ,
+                            wait=120,
+                            python=Path(sys.executable))
+
+    def leave(shared: bool) -> None:
+        if not shared:
+            env_local.down(row.name)
+
     try:
-        yield url
-    finally:
-        with env_users.alone(row.name):
-            ours, shared = user.leave()
-            if ours and not shared:
-                env_local.down(row.name)
+        with env_users.using(row.name, lambda: env_runs.local_url(row), start, leave) as url:
+            yield url
+    except env_local.LocalError as error:
+        raise Exit(f"quickstart: {error}", code=1) from None
 
 
 def play(c: Context, url: str, model: str, items: range, run: str = "", base_url: str = "") -> Path:

@@ -91,7 +91,7 @@ def test_two_that_start_the_same_server_take_turns(up):
 
 def test_rows_that_are_not_there_and_a_wrong_row_are_named(tmp_path):
     missing = invoke("env.list", ENVIRONMENTS="nofile.toml")
-    assert missing.returncode == 2 and re.fullmatch(r"env.list: no .*nofile.toml; ENVIRONMENTS must name a file with rows\n",
+    assert missing.returncode == 2 and re.fullmatch(r"env.list: .*nofile.toml: No such file or directory; ENVIRONMENTS must name a file with rows\n",
                                                     missing.stderr)
     own = tmp_path / "own.toml"
     own.write_text(re.sub(r"rounds = \d+\n", "", (ROOT / "environments.toml").read_text(), count=1))

@@ -488,7 +488,7 @@ def test_a_rule_that_takes_the_best_step_is_followed_from_the_records(tmp_path):
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["reward"]["mean"] == 0.0
 
 
-def test_a_damaged_list_of_sessions_and_a_damaged_row_are_no_traceback(tmp_path, capsys):
+def test_damaged_sessions_rule_and_prompt_are_no_traceback(tmp_path, capsys):
     with environment() as env, endpoint(counter_player) as model:
         argv = words(tmp_path / "out", env.url, model.base_url, "--items", "0")
         assert main(argv) == 0
@@ -496,10 +496,11 @@ def test_a_damaged_list_of_sessions_and_a_damaged_row_are_no_traceback(tmp_path,
             file.write(json.dumps({"server": env.url, "open": [5]}) + "\n")
         assert main(argv) == 0
     told = json.loads((tmp_path / "out" / "run.json").read_text())
-    for name, command in (("row", ["rescore", str(tmp_path / "out")]),
-                          ("prompt", ["conversations", str(tmp_path / "out"), "--out", str(tmp_path / "talks")])):
-        (tmp_path / "out" / "run.json").write_text(json.dumps({**told, name: {}}))
+    talk = ["conversations", str(tmp_path / "out"), "--out", str(tmp_path / "talks")]
+    for name, text, culprit in (("rule.json", "{}", "rule.json cannot be read"), ("rule.json", "{", "rule.json cannot be read"),
+                                ("run.json", json.dumps({**told, "prompt": {}}), "run.json: the prompt")):
+        (tmp_path / "out" / name).write_text(text)
         capsys.readouterr()
-        assert main(command) == 2
+        assert main(talk) == 2
         error = capsys.readouterr().err
-        assert "run.json: the " + name in error and error.count("\n") == 1
+        assert culprit in error and error.count("\n") == 1

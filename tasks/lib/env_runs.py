@@ -59,8 +59,6 @@ def find_row(task: str, name: str) -> Environment:
     """
     try:
         return environment(resolve("ENV", name), rows_path())
-    except FileNotFoundError as error:
-        raise Exit(f"{task}: no {error.filename}; ENVIRONMENTS must name a file with rows", code=2) from None
     except ValueError as error:
         raise Exit(f"{task}: {error}", code=2) from None
 
@@ -73,8 +71,6 @@ def all_rows(task: str) -> dict[str, Environment]:
     """
     try:
         return environments(rows_path())
-    except FileNotFoundError as error:
-        raise Exit(f"{task}: no {error.filename}; ENVIRONMENTS must name a file with rows", code=2) from None
     except ValueError as error:
         raise Exit(f"{task}: {error}", code=2) from None
 

@@ -3,7 +3,7 @@
 Of the evaluations that use one, the first starts it, and the last to leave stops it.
 """
 import fcntl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from tasks.lib.env_local import RUN
@@ -47,6 +47,28 @@ class User:
             except BlockingIOError:
                 return ours, True
             return ours, False
+
+
+@contextmanager
+def using(name: str, find: Callable[[], str | None], start: Callable[[], str], leave: Callable[[bool],
+                                                                                               None]) -> Iterator[str]:
+    """Give a server's address while it is used: what `find` tells, or where none is up, what `start` returns.
+
+    `leave` is called at the end where it was started for its users alone; it is told whether there still is another one.
+    """
+    with alone(name):
+        user = User(name)
+        url = find()
+        if url is None:
+            url = start()
+            user.started()
+    try:
+        yield url
+    finally:
+        with alone(name):
+            ours, shared = user.leave()
+            if ours:
+                leave(shared)
 
 
 def keep(name: str) -> None:

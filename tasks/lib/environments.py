@@ -196,13 +196,10 @@ def environments(path: Path = ROWS) -> dict[str, Environment]:
     """Return every row of `path`.
 
     Raises:
-        FileNotFoundError: no such file.
         ValueError: it cannot be read, is no TOML, or a row does not fit.
     """
     try:
         tables = tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        raise
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}; ENVIRONMENTS must name a file with rows") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
