@@ -12,9 +12,10 @@ from evaluation.rows import Row
 
 COLLECTED = Path(__file__).resolve().parents[1] / "item_maps.json"  # written when the image is built
 
-_RANGE = re.compile(r"(\d{1,18})-(\d{1,18})")
+_RANGE = re.compile(r"(\d+)-(\d+)")
 _TRIAL = re.compile(r"trial_T\d+_\d+_\d+$")
 _NUMBER = re.compile(r"(?:^|_)(\d+)$")
+MOST_DIGITS = 18  # beyond, no server counts, and Python refuses some texts
 
 
 class Item(NamedTuple):
@@ -82,6 +83,8 @@ def item_of(name: str | int, env: str, category: str = "", trials: Mapping[str, 
     number = _NUMBER.search(name)
     if number is None:
         raise ValueError(f"{name!r} has no number at its end")
+    if len(number[1]) > MOST_DIGITS:
+        raise ValueError(f"{name[:30]}… has {len(number[1])} digits, more than any item's number")
     return Item(f"{env}_{int(name)}" if name.isdecimal() else name, int(number[1]), category)
 
 
@@ -198,6 +201,8 @@ def choose(row: Row,
         found, origin = [], "--items"
         for piece in filter(None, (part.strip() for part in items.split(","))):
             span = _RANGE.fullmatch(piece)
+            if span and max(map(len, span.groups())) > MOST_DIGITS:
+                raise Misuse(f"--items {piece[:30]}… is more than a million items; choose fewer")
             if span and int(span[1]) > int(span[2]):
                 raise Misuse(f"--items {piece} ends before it begins; write {span[2]}-{span[1]}")
             if span and int(span[2]) - int(span[1]) >= 1_000_000:

@@ -236,10 +236,13 @@ def write(path: Path, runs: Sequence[Run], compat: bool = False) -> None:
     """Write the page to `path`.
 
     Raises:
+        Misuse: `path` is a folder.
         Stopped: it cannot be written.
     """
-    from evaluation.problems import Stopped
+    from evaluation.problems import Misuse, Stopped
     from evaluation.records import write_whole
+    if path.is_dir():
+        raise Misuse(f"{path} is a folder; name a file with --out")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, render(runs, compat))

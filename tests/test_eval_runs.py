@@ -688,6 +688,10 @@ def test_files_go_into_new_folders_and_a_place_that_cannot_be_is_one_line(tmp_pa
     assert main(["conversations", str(tmp_path / "out"), "--out", str(tmp_path / "new" / "talks.jsonl" / "x")]) == 2
     error = capsys.readouterr().err
     assert "cannot be written" in error and error.count("\n") == 1
+    before = sorted(tmp_path.iterdir())
+    assert main(["report", str(tmp_path / "out"), "--out", str(tmp_path / "new")]) == 2
+    error = capsys.readouterr().err
+    assert "is a folder" in error and error.count("\n") == 1 and sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize("where,code,told", [("| head -1", 0, ""), (">/dev/full", 0, "No space left on device"), (">&-", 0, "")])
