@@ -49,9 +49,8 @@ def names(labels: Sequence[tuple[str, Path]]) -> list[str]:
 
 def load(folders: Sequence[Path], price_of: Any = lambda model: None) -> list[Run]:
     """Return the runs in `folders`, called as `names` says."""
-    from evaluation.records import read_run
-    from evaluation.rescoring import read_scored
-    told = [read_run(folder) for folder in folders]
+    from evaluation.rescoring import read_scored, read_told
+    told = [read_told(folder) for folder in folders]
     called = names([(one["config"]["model"], folder) for one, folder in zip(told, folders, strict=True)])
     runs = []
     for name, one, folder in zip(called, told, folders, strict=True):

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.problems import Misuse, Stopped
-from evaluation.records import RULE, read_attempts, write_whole
-from evaluation.rows import Row
+from evaluation.records import RULE, read_attempts, read_run, write_whole
+from evaluation.rows import RESULTS_DEPEND_ON, Row
 
 
 def keep_rule(folder: Path, row: Row | None) -> None:
@@ -58,17 +58,38 @@ def rescored(records: Iterable[dict[str, Any]], row: Row) -> list[dict[str, Any]
     return found
 
 
+def read_rule(folder: Path) -> Row | None:
+    """Return the row that the run in `folder` was rescored by; None where that is its own.
+
+    Raises:
+        Misuse: the file is damaged.
+    """
+    path = folder / RULE
+    try:
+        return Row.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:  # pydantic's is one, of several lines
+        raise Misuse(f"{path} cannot be read ({str(error).splitlines()[0]}); run `rescore` again") from None
+
+
 def read_scored(folder: Path) -> list[dict[str, Any]]:
-    """Return the attempts of a run's folder, by the rule that it was rescored with, if it was.
+    """Return the attempts of a run's folder, by the rule that it was rescored by, if it was.
 
     Raises:
         Misuse: a file is damaged.
     """
-    records, path = read_attempts(folder), folder / RULE
-    try:
-        row = Row.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return records
-    except (OSError, ValueError) as error:  # pydantic's is one, of several lines
-        raise Misuse(f"{path} cannot be read ({str(error).splitlines()[0]}); run `rescore` again") from None
-    return rescored(records, row)
+    records, row = read_attempts(folder), read_rule(folder)
+    return records if row is None else rescored(records, row)
+
+
+def read_told(folder: Path) -> dict[str, Any]:
+    """Return run.json, with the rule that the run was rescored by in its configuration, so that a comparison shows it.
+
+    Raises:
+        Misuse: a file is damaged.
+    """
+    told, row = read_run(folder), read_rule(folder)
+    if row is not None:
+        told["config"]["row"] = row.model_dump(mode="json", include=RESULTS_DEPEND_ON)
+    return told

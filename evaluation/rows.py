@@ -65,6 +65,10 @@ class PromptPlace(Table):
     text: str = ""
 
 
+# What a run's configuration has of a row.
+RESULTS_DEPEND_ON = {"action", "reward_range", "protocol", "success"}
+
+
 class Row(Table):
     """One environment."""
     name: str

@@ -16,7 +16,7 @@ from evaluation.model import ChatModel, Model, Sampling, redacted_url
 from evaluation.players import NAMES, ScriptedModel
 from evaluation.problems import Misuse
 from evaluation.prompts import Prompt, find
-from evaluation.rows import BESIDE, Row, read_row, rows_file
+from evaluation.rows import BESIDE, RESULTS_DEPEND_ON, Row, read_row, rows_file
 
 DEFAULT_MODEL = "gpt-4o-mini"
 OPENAI = "https://api.openai.com/v1"
@@ -196,7 +196,7 @@ def decide(options: argparse.Namespace) -> Settings:
     rounds = max_round(options.max_round, environ, row)
     config = {
         "env": row.name,
-        "row": row.model_dump(mode="json", include={"action", "reward_range", "protocol", "success"}),
+        "row": row.model_dump(mode="json", include=RESULTS_DEPEND_ON),
         "prompt": {
             "source": prompt.source,
             "sha256": prompt.sha256()

@@ -655,6 +655,10 @@ def test_a_rescored_run_is_shown_so_everywhere(tmp_path, capsys):
     capsys.readouterr()
     assert main(["compare", str(folder), str(tmp_path / "runs" / "two"), "--out", str(tmp_path / "both.html")]) == 0
     assert capsys.readouterr().out.count("100.0 %") >= 2
+    assert main(["rescore", str(tmp_path / "runs" / "two")]) == 0
+    capsys.readouterr()
+    assert main(["compare", str(folder), str(tmp_path / "runs" / "two"), "--out", str(tmp_path / "both.html")]) == 0
+    assert "row.success.at_least: was 0.0, is 1.0" in capsys.readouterr().out  # two rules are no small print
     told = json.loads((folder / "run.json").read_text())["config"]["base_url"]
     (folder / "attempts.jsonl").write_text("".join((folder / "attempts.jsonl").read_text().splitlines(True)[:1]))
     with environment() as env, endpoint(counter_player) as model:  # played on, it goes by its own rule
