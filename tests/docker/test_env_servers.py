@@ -327,7 +327,9 @@ def test_a_replica_that_dies_takes_its_own_sessions_only(servers: Workbench) -> 
         player.start()
     time.sleep(1.5)
     victim = servers.containers(service="env-demo-1")[0]
-    servers.docker("exec", victim, "python", "-c", KILL_SERVER)
+    # The container ends with its server, at times before this command is through: it is killed with it then (137).
+    killer = servers.run("docker", "exec", victim, "python", "-c", KILL_SERVER)
+    assert killer.returncode in (0, 137), killer.stdout + killer.stderr
     for player in players:
         player.join()
     lost = {number for number, (session, result) in results.items() if isinstance(result, ServerError)}
