@@ -531,6 +531,7 @@ def run_offline(program: Callable[[], None], name: str, save_dir: Path) -> int:
     # Before torch is imported: no GPU is needed or wanted, and gloo would look up this host's name, which a container
     # without a network cannot.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # four ranks share the cores: who waits sleeps
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:

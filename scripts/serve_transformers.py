@@ -60,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"serve: --name {options.name!r}; use letters, digits, dot, dash, underscore", file=sys.stderr)
         return 2
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
+    # Threads that wait for each other sleep. Spinning, they made every request twenty times as slow as soon as another
+    # program wanted a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
     from transformers.cli.transformers import main as transformers
     with tempfile.TemporaryDirectory() as place:
