@@ -65,11 +65,16 @@ class Client:
 
     def __init__(self, url: str, protocol: Dict[str, Any], timeout: float = 30.0) -> None:
         self.protocol = {**DEFAULTS, **protocol}
-        self.base = url.rstrip("/") + self.protocol["prefix"]
+        self.root = url.rstrip("/")
+        self.base = self.root + self.protocol["prefix"]
         self.timeout = timeout
 
-    def _call(self, route: str, body: Optional[Dict[str, Any]] = None, query: Optional[Dict[str, Any]] = None) -> Any:
-        url = self.base + route + ("?" + urllib.parse.urlencode(query) if query else "")
+    def _call(self,
+              route: str,
+              body: Optional[Dict[str, Any]] = None,
+              query: Optional[Dict[str, Any]] = None,
+              base: str = "") -> Any:
+        url = (base or self.base) + route + ("?" + urllib.parse.urlencode(query) if query else "")
         method = "GET" if query else "POST"
         what = method + " " + route
         try:
@@ -143,6 +148,13 @@ class Client:
                 return False
             raise
 
+    def sessions(self, replica: int = 0) -> Dict[str, Any]:
+        """Return what servers/serve.py says of a replica: sessions live and pooled, memory_mb, pid."""
+        reply = self._call("/_sessions", query={"replica": replica}, base=self.root)
+        if not isinstance(reply, dict):
+            raise ServerError("GET /_sessions: no table in " + json.dumps(reply)[:200], 200)
+        return reply
+
 
 def check_ready(client: Client, item: int) -> int:
     """Create, reset and close one session; return its id.
@@ -158,6 +170,18 @@ def check_ready(client: Client, item: int) -> int:
     return session
 
 
+def check_server(client: Client, row: Dict[str, Any]) -> None:
+    """Raise a `ServerError` unless the row's server is ready.
+
+    Where a session is what the user had to agree to, since it changes real accounts, none is opened: it is asked for
+    its sessions only.
+    """
+    if row.get("consent"):
+        client.sessions()
+    else:
+        check_ready(client, row["check"]["items"][0])
+
+
 def main(argv: Optional[list] = None) -> int:
     """Return 0 when the server of the row is ready, 1 with one line when it is not."""
     parser = argparse.ArgumentParser(description="Tell whether an environment server is ready.")
@@ -168,7 +192,7 @@ def main(argv: Optional[list] = None) -> int:
     with open(options.row) as file:
         row = json.load(file)
     try:
-        check_ready(Client(options.url, row["protocol"], options.timeout), row["check"]["items"][0])
+        check_server(Client(options.url, row["protocol"], options.timeout), row)
     except ServerError as error:
         if error.status == 429:  # every session is in use, which no server manages that is not ready
             return 0

@@ -3,8 +3,8 @@
     python serve.py ROW.json --source DIR [--data DIR] [--host 127.0.0.1] [--port 8000] [--session-ttl 3600]
 
 ROW.json is the environment's table of environments.toml, DIR of --source the folder that its package folder lies in.
-The process exits with 2 and one line where data, keys or consent are missing. The server's own application runs unchanged; upstream's start commands only call uvicorn with an access log that costs
-a line for every step. Around it:
+The process exits with 2 and one line where data, keys or consent are missing. The server's own application runs
+unchanged; upstream's start commands only call uvicorn with an access log that costs a line for every step. Around it:
 
 - `os.listdir` is sorted, so that an item id is the same task on every machine (with PYTHONHASHSEED=0, which must be
   set before Python starts).
@@ -16,7 +16,7 @@ a line for every step. Around it:
   client of wordle reads the vocabulary first) sees it as a reset to the row's first item leaves it.
 - Where the row says serial_reset, creates and resets run one at a time: textcraft's draw from Python's one random
   generator in several threads, and an item would differ from one time to the next.
-- GET /_sessions tells how many sessions are live and how much memory the server has.
+- GET /_sessions tells how many sessions are live, how much memory the server has, and its process id.
 
 It runs with every environment's own Python and uvicorn, so: Python 3.8, no other dependency.
 """
@@ -48,6 +48,7 @@ ID_EPOCH = 1_600_000_000
 RECYCLE_AT = 0.8  # of the memory limit
 MISUSE, RECYCLED, STUCK = 2, 75, 70  # exit codes
 ATTACH = 24  # SQLITE_ATTACH
+BODY_SECONDS = 60  # for a request's body to come
 INTERRUPTED = "interrupted"  # what SQLite says of a query that was stopped
 
 # The queries that were stopped in the request that runs now; threads that work for the request see it too.
@@ -93,6 +94,7 @@ class Sessions:
         self.ttl, self.limit, self.replica, self.replicas = ttl, limit, replica, replicas
         self.after_tending = after_tending
         self.live: Dict[int, Session] = {}
+        self.leaving: Set[Session] = set()  # closed while a request was in them
         self.in_use: Set[int] = set()
         self.pool: List[int] = []
         self.opening = 0
@@ -106,7 +108,17 @@ class Sessions:
             return await self.app(scope, receive, send)
         path, posted = scope["path"], scope["method"] == "POST"
         if path == "/_sessions":
-            return await answer(send, 200, {"live": len(self.live), "pooled": len(self.pool), "memory_mb": memory_mb()})
+            return await answer(send, 200, {
+                "live": len(self.live),
+                "pooled": len(self.pool),
+                "memory_mb": memory_mb(),
+                "pid": os.getpid()
+            })
+        if posted:  # before the clock starts: a client that stalls is no server that is stuck
+            try:
+                receive = replay(await asyncio.wait_for(read(receive), BODY_SECONDS), receive)
+            except asyncio.TimeoutError:
+                return await answer(send, 408, {"error": f"the request's body did not come within {BODY_SECONDS} s"})
         token = object()
         self.started[token] = time.monotonic()
         try:
@@ -119,7 +131,7 @@ class Sessions:
             del self.started[token]
 
     async def _create(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self.limit is not None and len(self.live) + self.opening >= self.limit:
+        if self.limit is not None and len(self.live) + len(self.leaving) + self.opening >= self.limit:
             return await answer(send, 429, {"error": f"all {self.limit} sessions of this server are in use"})
         if self.pool:
             public = self._register(Session(self.pool.pop(), pristine=False))
@@ -228,6 +240,8 @@ class Sessions:
     def _drop(self, public: int) -> Session:
         session = self.live.pop(public)
         self.in_use.discard(session.local)
+        if session.busy:
+            self.leaving.add(session)
         return session
 
     def _find(self, public: Any) -> Optional[Session]:
@@ -239,7 +253,10 @@ class Sessions:
     def _leave(self, session: Session) -> None:
         session.used = time.monotonic()
         session.busy -= 1
-        if session.closed and not session.busy:
+        if session.busy:
+            return
+        self.leaving.discard(session)
+        if session.closed:
             self.pool.append(session.local)
 
     def _forget(self, public: int) -> None:
@@ -551,7 +568,7 @@ def prepare(row: Dict[str, Any], source: str, data: str) -> None:
     folder = os.path.join(os.path.abspath(source), row["folder"])
     places = {"folder": folder, "data": os.path.abspath(data)}
     for name, value in row.get("env", {}).items():
-        os.environ.setdefault(name, value.format(**places))
+        os.environ[name] = value.format(**places)  # a caller's PYTHONPATH is meant for other programs
     os.chdir(os.path.join(folder, row.get("workdir", ".")))
     for command in row.get("before", []):
         done = subprocess.run(command)
@@ -595,7 +612,8 @@ def main() -> None:
     import uvicorn
 
     def recycle() -> None:
-        if not sessions.live and not sessions.opening and memory_mb() > RECYCLE_AT * row["memory_mb"]:
+        used = sessions.live or sessions.leaving or sessions.opening
+        if not used and memory_mb() > RECYCLE_AT * row["memory_mb"]:
             _say("memory is near its limit and no session is live; starting afresh")
             server.should_exit = recycled["now"] = True
 

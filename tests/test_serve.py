@@ -1,6 +1,7 @@
 """serve.py: ids that are never another's, idle sessions that end, pools, limits and stuck servers."""
 import json
 import os
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from servers import serve
+from servers import protocol, serve
 from servers.protocol import ServerError
 from tests.fixtures.servers import ROOT, rows, running
 
@@ -121,6 +122,55 @@ def test_one_session_more_than_the_limit_is_refused(tmp_path):
         client.create()
 
 
+def stuck(tmp_path):
+    """Return a row whose server has /stuck, which blocks its one event loop for a while, and its PYTHONPATH."""
+    row = rows()["form-textcraft"].model_copy(update={"app": "stuck:app"})
+    (tmp_path / "stuck.py").write_text("import asyncio, time\nfrom fixture_server import app\n\n"
+                                       "@app.post('/stuck')\nasync def stuck():\n    time.sleep(60)\n\n"
+                                       "@app.middleware('http')\nasync def slow(request, go_on):\n"
+                                       "    reply = await go_on(request)\n    if request.url.path == '/reset':\n"
+                                       "        await asyncio.sleep(2)\n    return reply\n")
+    return row, f"{tmp_path}{os.pathsep}{ROOT / row.folder}"
+
+
+def test_a_session_that_was_closed_counts_until_its_last_request_is_through(tmp_path):
+    """Where all sessions share one account, the next one must not begin while a request of the last still works."""
+    row, path = stuck(tmp_path)
+    row = row.model_copy(update={"max_sessions": 1})
+    with running(row, tmp_path, PYTHONPATH=path) as client, ThreadPoolExecutor() as pool:
+        session = client.create()
+        reset = pool.submit(client.reset, session, 0)
+        time.sleep(0.5)
+        assert client.close(session)
+        with pytest.raises(ServerError, match="all 1 sessions"):
+            client.create()
+        reset.result()
+        client.create()
+
+
+def test_a_client_that_stalls_is_no_stuck_server(tmp_path):
+    row = rows()["form-textcraft"].model_copy(update={"request_seconds": 1.0})
+    with running(row, tmp_path) as client:
+        host, _, port = client.root.removeprefix("http://").partition(":")
+        with socket.create_connection((host, int(port))) as half:
+            half.sendall(b"POST /step HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 40\r\n\r\n{")
+            time.sleep(3.5)
+            assert client.process.poll() is None
+            assert client.create()
+
+
+@pytest.mark.parametrize("consent, opened", [("it deletes everything", 0), (None, 1)])
+def test_a_health_check_opens_no_session_that_needs_consent(consent, opened, tmp_path):
+    row = rows()["form-textcraft"].model_copy(update={"consent": consent})
+    with running(row, tmp_path, True, I_UNDERSTAND=row.name) as client:
+        file = tmp_path / "row.json"
+        file.write_text(json.dumps(row.served()))
+        made = client.create()
+        assert protocol.main([str(file), "--url", client.root]) == 0
+        assert client.create() == made + 1 + opened
+    assert protocol.main([str(file), "--url", client.root]) == 1
+
+
 def test_what_is_no_request_for_a_session_reaches_the_server_unchanged(tmp_path):
     with running(rows()["form-textcraft"], tmp_path) as client:
         assert get(client, "/") == "This is the fixture."
@@ -131,10 +181,9 @@ def test_what_is_no_request_for_a_session_reaches_the_server_unchanged(tmp_path)
 
 
 def test_a_stuck_server_gives_up(tmp_path):
-    row = rows()["form-textcraft"].model_copy(update={"request_seconds": 1.0, "app": "stuck:app"})
-    (tmp_path / "stuck.py").write_text("import time\nfrom fixture_server import app\n\n"
-                                       "@app.post('/stuck')\nasync def stuck():\n    time.sleep(60)\n")
-    with running(row, tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT / row.folder}") as client:
+    row, path = stuck(tmp_path)
+    row = row.model_copy(update={"request_seconds": 3.0})
+    with running(row, tmp_path, PYTHONPATH=path) as client:
         with pytest.raises((OSError, urllib.error.URLError)):
             urllib.request.urlopen(urllib.request.Request(client.base + "/stuck", data=b"", method="POST"), timeout=20)
         assert client.process.wait(timeout=10) == 70
