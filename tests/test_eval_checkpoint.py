@@ -8,11 +8,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 from fsdp_samples import write_samples
+from invoke.context import Context
+from invoke.exceptions import Exit
 from serve_transformers import generation, link
 
 from evaluation.__main__ import main as evaluation
@@ -258,6 +262,44 @@ def test_a_server_that_dies_is_one_line(merged, clean, tmp_path):
     done = invoke("eval", "--checkpoint", str(broken), "--env", "demo", "--runner", "local", env=clean)
     assert done.returncode == 1 and done.stderr.startswith("eval: the model's server ended: ") and done.stderr.count("\n") == 1
     assert "stopped demo" in done.stdout and not servers(tmp_path)
+
+
+def test_one_of_two_runs_that_begin_at_once_serves_a_model(tmp_path):
+    with ThreadPoolExecutor() as pool:
+        assert sorted(pool.map(lambda _: serving.claim(tmp_path / "x"), range(8))) == [False] * 7 + [True]
+    assert not serving.claim(tmp_path / "x")
+    serving.stop_leftovers("test", tmp_path)  # its owner runs
+    assert (tmp_path / "x" / "state.json").exists()
+    state = json.loads((tmp_path / "x" / "state.json").read_text())
+    state["owner"]["born"] = "long ago"
+    (tmp_path / "x" / "state.json").write_text(json.dumps(state))
+    serving.stop_leftovers("test", tmp_path)
+    assert serving.claim(tmp_path / "x")
+
+
+@pytest.mark.parametrize("whose", ["another run's", "nobody's"])
+def test_a_container_that_came_before_ours_is_left_alone(whose, monkeypatch, tmp_path):
+    """Between the look for a container and its start, another run may have started it."""
+    there, removed = [], []
+
+    def run(*_, **__):
+        if whose == "another run's":
+            there.append("it")
+        raise Exit("the name is in use", code=1)
+
+    labels = {serve_docker.OWNER: json.dumps({"pid": 1, "born": "before"})}
+    client = SimpleNamespace(
+        compose=SimpleNamespace(run=run),
+        container=SimpleNamespace(list=lambda **_: [], exists=lambda _: bool(there), remove=lambda name, **_: removed.append(name),
+                                  inspect=lambda _: SimpleNamespace(config=SimpleNamespace(labels=labels))))
+    monkeypatch.setattr(serve_docker.docker, "ask", lambda action, **_: action(client))
+    monkeypatch.setattr(serve_docker, "ensure_image", lambda *_: None)
+    monkeypatch.setattr(serve_docker, "ensure_folders", lambda *_: [])
+    gpus = SimpleNamespace(variables={}, cpu=True)
+    told = "another run serves x" if whose == "another run's" else "the name is in use"
+    with pytest.raises(Exit, match=told), serve_docker.started(Context(), "eval", tmp_path, "x", "transformers", gpus, 1):
+        pass
+    assert removed == []
 
 
 def test_ctrl_c_stops_the_server_and_a_killed_run_leaves_it_to_the_next(merged, clean, tmp_path):

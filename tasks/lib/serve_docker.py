@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -80,6 +80,14 @@ def stop_leftovers(task: str) -> None:
         remove(container.name)
 
 
+def has_owner(container: str, owner: Mapping[str, str]) -> bool | None:
+    """Tell whether the container has the labels `owner`; None where there is no such container."""
+    if not docker.ask(lambda client: client.container.exists(container)):
+        return None
+    labels = docker.ask(lambda client: client.container.inspect(container)).config.labels or {}
+    return owner.items() <= labels.items()
+
+
 def remove(container: str) -> None:
     """Stop and remove the container, if there is one."""
     if docker.ask(lambda client: client.container.exists(container)):
@@ -122,8 +130,9 @@ def started(c: Context, task: str, model: Path, name: str, engine: str, gpus: Gp
     except ValueError as error:
         raise Exit(f"{task}: {error}", code=2) from None
 
+    owner = {} if c.config.run.dry else {OWNER: json.dumps(processes.identity(os.getpid()))}
+
     def start(client: DockerClient) -> object:
-        owner = {} if c.config.run.dry else {OWNER: json.dumps(processes.identity(os.getpid()))}
         return client.compose.run("serve",
                                   detach=True,
                                   tty=False,
@@ -137,19 +146,26 @@ def started(c: Context, task: str, model: Path, name: str, engine: str, gpus: Gp
         yield url
         return
     stop_leftovers(task)
+    taken = f"{task}: another run serves {name} just now; wait for it"
     if docker.ask(lambda client: client.container.exists(container)):
-        raise Exit(f"{task}: another run serves {name} just now; wait for it", code=1)
+        raise Exit(taken, code=1)
     for folder in ensure_folders(ROOT, {**read_dotenv(), **os.environ}):
         print(f"{task}: created {folder}", file=sys.stderr, flush=True)
     try:
         try:
-            docker.ask(start, profiles=["serve"], variables=variables, cpu=cpu)
+            try:
+                docker.ask(start, profiles=["serve"], variables=variables, cpu=cpu)
+            except Exit:
+                if has_owner(container, owner) is False:  # it came between our look and our start
+                    raise Exit(taken, code=1) from None
+                raise
             wait_until_ready(task, container, wait)
         except KeyboardInterrupt:
             raise Exit(code=INTERRUPTED) from None
         yield url
     finally:
-        remove(container)
+        if has_owner(container, owner):
+            remove(container)
 
 
 def gpus_for(c: Context, flag: str) -> GpuChoice:

@@ -115,6 +115,26 @@ def wait_until_ready(url: str, server: Mapping[str, Any], log: Path, wait: float
                      "give it longer with --serve-wait")
 
 
+def write_state(home: Path, server: Mapping[str, Any] | None) -> Path:
+    """Write this run, and its server once it was started, to a file of our own; with a server it is state.json."""
+    new = home / f"state.{os.getpid()}"
+    new.write_text(json.dumps({"owner": processes.identity(os.getpid()), **({"server": server} if server else {})}))
+    return new.replace(home / "state.json") if server else new
+
+
+def claim(home: Path) -> bool:
+    """Make the folder `home` this run's own; False where another run has it."""
+    home.mkdir(parents=True, exist_ok=True)
+    new = write_state(home, None)
+    try:
+        os.link(new, home / "state.json")  # whole, and not where there is one
+    except FileExistsError:
+        return False
+    finally:
+        new.unlink()
+    return True
+
+
 @contextmanager
 def served_locally(task: str, model: Path, name: str, engine: str = "auto", wait: float = 600) -> Iterator[str]:
     """Serve the Hugging Face folder `model` as `name` with this Python; give the address, http://127.0.0.1:PORT/v1.
@@ -157,24 +177,26 @@ def started(c: Context, task: str, model: Path, name: str, engine: str, wait: fl
         return
     stop_leftovers(task)
     home = RUN / name
-    if (home / "state.json").exists():
+    if not claim(home):
         raise Exit(f"{task}: another run serves {name} just now; wait for it", code=1)
-    shutil.rmtree(home, ignore_errors=True)
-    (home / "tmp").mkdir(parents=True)
-    log, owner = home / "server.log", processes.identity(os.getpid())
-    process = processes.launch(argv, log, surroundings(os.environ, home / "tmp"), home)
-    server = processes.identity(process.pid)
     try:
+        shutil.rmtree(home / "tmp", ignore_errors=True)
+        (home / "tmp").mkdir()
+        log = home / "server.log"
+        process = processes.launch(argv, log, surroundings(os.environ, home / "tmp"), home)
+        server = processes.identity(process.pid)
         try:
-            (home / "state.json").write_text(json.dumps({"owner": owner, "server": server}))
-            wait_until_ready(url, server, log, wait)
-        except ValueError as error:
-            raise Exit(f"{task}: {error}", code=1) from None
-        except KeyboardInterrupt:
-            raise Exit(code=INTERRUPTED) from None
-        yield f"{url}/v1"
+            try:
+                write_state(home, server)
+                wait_until_ready(url, server, log, wait)
+            except ValueError as error:
+                raise Exit(f"{task}: {error}", code=1) from None
+            except KeyboardInterrupt:
+                raise Exit(code=INTERRUPTED) from None
+            yield f"{url}/v1"
+        finally:
+            processes.stop([server])
+            process.wait()
     finally:
-        processes.stop([server])
-        process.wait()
         shutil.rmtree(home / "tmp", ignore_errors=True)
         (home / "state.json").unlink(missing_ok=True)
