@@ -509,7 +509,10 @@ def _obey(argv: Sequence[str] | None) -> tuple[int, str]:
 
 
 if __name__ == "__main__":
-    # SIGTERM, from a cluster's scheduler or `docker stop`, is answered like Ctrl-C: sessions are closed, numbers written.
+    # SIGTERM, from a cluster's scheduler or `docker stop`, and SIGHUP, from a terminal that is closed, are answered like
+    # Ctrl-C: sessions are closed, numbers written.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, lambda signum, frame: signal.raise_signal(signal.SIGINT))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves SIGHUP
+            signal.signal(number, lambda signum, frame: signal.raise_signal(signal.SIGINT))
     sys.exit(main())

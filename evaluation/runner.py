@@ -139,12 +139,19 @@ async def evaluate(settings: Settings, folder: RunFolder, model: Model, watch: W
 
     Raises:
         Misuse, Stopped: see `play_all`.
-        asyncio.CancelledError: after Ctrl-C or SIGTERM, with every session closed.
+        asyncio.CancelledError: after Ctrl-C, SIGTERM or SIGHUP, with every session closed.
     """
     main = asyncio.current_task()
     assert main is not None
     loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGTERM, main.cancel)
+
+    def stop() -> None:
+        if not main.cancelling():  # a second one must not keep the sessions from being closed
+            main.cancel()
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves SIGHUP
+            loop.add_signal_handler(number, stop)
     begun, started, before = time.perf_counter(), datetime.now(UTC), len(folder.records)
 
     def journal(what: str) -> Callable[[int], None]:

@@ -12,7 +12,7 @@ from invoke.context import Context
 from invoke.exceptions import Exit
 from invoke.tasks import task
 
-from tasks.lib.programs import run_module, run_program
+from tasks.lib.programs import as_ctrl_c, run_module, run_program
 from tasks.lib.settings import ROOT
 
 FOLDER = ROOT / "saves" / "quickstart"
@@ -45,7 +45,7 @@ def quickstart(c: Context) -> None:
     actor, untrained, reference = FOLDER / "actor", FOLDER / "untrained" / "actor", FOLDER / "reference.safetensors"
     lessons, report = FOLDER / "lessons.jsonl", FOLDER / "report.html"
     steps = Steps(5)
-    with demo_server(c) as url:
+    with as_ctrl_c(), demo_server(c) as url:
         with steps.step(f"the expert of the environment demo plays {len(LESSONS)} items over HTTP"):
             folder = play(c, url, "expert", LESSONS, "lessons")
             run_module(c, "evaluation", ["conversations", str(folder), "--out", str(lessons)])
@@ -97,7 +97,7 @@ def demo_server(c: Context) -> Iterator[str]:
                             options,
                             ROOT,
                             ROOT / "data" / row.name,
-                            os.environ,
+                            env_runs.variables(row),
                             wait=120,
                             python=Path(sys.executable))
 

@@ -396,7 +396,7 @@ def test_a_file_damaged_in_its_middle_is_refused(tmp_path, capsys):
     assert "line 1 is no JSON" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 130)])
+@pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGHUP, 130)])
 def test_a_signal_closes_the_sessions_and_leaves_a_run_to_resume(number, code, tmp_path):
     slowly = lambda messages, body: Answer(completion(counter_player(messages, body)), delay=0.2)  # noqa: E731
     with environment() as env, endpoint(slowly) as model:

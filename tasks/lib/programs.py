@@ -61,10 +61,17 @@ def run_module(c: Context, module: str, args: Sequence[str], env: Mapping[str, s
 
 @contextmanager
 def as_ctrl_c() -> Iterator[None]:
-    """Answer SIGTERM, as a cluster's scheduler sends it, like Ctrl-C, and pass it on to what this program runs."""
+    """Answer SIGTERM and SIGHUP like Ctrl-C, and pass them on to what this program runs.
+
+    A cluster's scheduler sends the one; the other comes when the terminal is closed, except under nohup.
+    """
     import psutil
 
     def press(signum: int, frame: FrameType | None) -> None:
+        if signum == signal.SIGHUP:  # nobody reads on: what is said from here on must not fail
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 1)
+            os.dup2(nowhere, 2)
         for child in psutil.Process().children():
             with suppress(OSError, psutil.Error):
                 if os.getpgid(child.pid) == os.getpgrp():  # not the servers, which have a group of their own
@@ -74,11 +81,13 @@ def as_ctrl_c() -> Iterator[None]:
             raise KeyboardInterrupt
         answer(signal.SIGINT, frame)
 
-    before = signal.signal(signal.SIGTERM, press)
+    heard = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) != signal.SIG_IGN]
+    before = [(one, signal.signal(one, press)) for one in heard]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for one, handler in before:
+            signal.signal(one, handler)
 
 
 def _run(c: Context, argv: Sequence[str], env: Mapping[str, str] | None) -> None:
