@@ -179,8 +179,8 @@ def env(c: Context, env: str = "", no_cache: bool = False, pull: bool = False, t
                              variables,
                              cache=not no_cache,
                              pull=pull)
-        except Exit:
-            if len(rows) == 1:
+        except Exit as error:
+            if len(rows) == 1 or error.code == docker.INTERRUPTED:
                 raise
             failed.append(row.name)  # one that cannot be built here must not keep the others from being built
             continue

@@ -34,7 +34,11 @@ def confirm(c: Context, what: list[str], yes: bool) -> bool:
         return True
     if not sys.stdin.isatty():
         raise Exit("clean: nobody is here to answer; add --yes", code=2)
-    return input("Go on? [y/N] ").strip().lower() in ("y", "yes")
+    try:
+        return input("Go on? [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:  # Ctrl-D
+        print()
+        return False
 
 
 def remove_containers(c: Context) -> None:

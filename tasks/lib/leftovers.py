@@ -6,7 +6,7 @@ from tasks.lib.mounts import FOLDERS
 
 CACHES = ("__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis")
 # The user's data, other people's sources, and environments that would have to compile again.
-KEPT = (*FOLDERS, "AgentGym", "AgentGym-RL", ".git", ".venv", "venv")
+KEPT = (*FOLDERS, "AgentGym", "AgentGym-RL", ".git", ".run", ".venv", "venv")
 
 
 def bytecode_folders(root: Path) -> list[Path]:

@@ -307,11 +307,12 @@ def test_clean_containers_asks_and_removes(built: Workbench) -> None:
     assert built.containers() == []
 
 
-def test_clean_asks_on_a_terminal_and_takes_no_for_an_answer(built: Workbench) -> None:
+@pytest.mark.parametrize("answer", ["n\n", "\x04"], ids=["n", "Ctrl-D"])
+def test_clean_asks_on_a_terminal_and_takes_no_for_an_answer(answer: str, built: Workbench) -> None:
     asked = Terminal(built, sys.executable, "-m", "invoke", "clean.images")
     asked.wait_for(r"Go on\? \[y/N\] ")
-    asked.type("n\n")
-    assert asked.exit_code() == 0
+    asked.type(answer)
+    assert asked.exit_code() == 0 and "Traceback" not in asked.seen
     assert built.docker("image", "inspect", "--format", "x", built.image("agentgym/eval")) == "x"
 
 
