@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,8 +93,11 @@ def dry(c: Context, what: str) -> bool:
 def announce(row: "Environment", options: "Options", runner: str, url: str) -> None:
     """Print where the server is."""
     from tasks.lib import env_runs
+    from tasks.lib.env_plan import service_name
     prefix = row.protocol.prefix
-    inside = f"; in containers {env_runs.container_url(row, options)}{prefix}" if runner == "docker" else ""
+    inside = ""
+    if runner == "docker":
+        inside = f"; in containers {env_runs.container_url(service_name(row), options.port)}{prefix}"
     print(f"{row.name} is ready: {url}{prefix}{inside}", flush=True)
 
 
@@ -124,7 +128,9 @@ def restart(c: Context, env: str = "", wait: str = "120") -> None:
         raise Exit(f"env.restart: {row.name} was never started here; `invoke env.up --env {row.name}`", code=2)
     options, runner = noted
     with nullcontext() if c.config.run.dry else env_users.alone(row.name):
+        env_runs.require_startable(c, "env.restart", row, options, runner)
         env_runs.stop(c, row.name)
+        options = replace(options, aliases=not env_runs.serving())
         url = env_runs.start(c, "env.restart", row, options, runner, False, seconds)
         if not c.config.run.dry:
             announce(row, options, runner, url)

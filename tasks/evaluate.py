@@ -43,7 +43,6 @@ def served(c: Context, row: "Environment", runner: str, understood: bool, second
         Exit: it cannot start, or cannot be reached from there.
     """
     from tasks.lib import env_runs, env_users
-    from tasks.lib.env_plan import Options
     if c.config.run.dry:
         yield _start(c, row, runner, understood, seconds)
         return
@@ -57,7 +56,7 @@ def served(c: Context, row: "Environment", runner: str, understood: bool, second
                 code=2)
         if up is None:
             return None
-        return env_runs.container_url(row, Options(port=up.port)) if runner == "docker" else up.url
+        return env_runs.container_url(up.service, up.port) if runner == "docker" else up.url
 
     def leave(shared: bool) -> None:
         if shared:
@@ -72,16 +71,19 @@ def served(c: Context, row: "Environment", runner: str, understood: bool, second
 
 def _start(c: Context, row: "Environment", runner: str, understood: bool, seconds: int) -> str:
     from tasks.lib import env_runs
-    from tasks.lib.env_plan import Options
+    from tasks.lib.env_plan import Options, service_name
     from tasks.lib.settings import resolve
     place = "docker" if runner == "docker" else env_runs.choose_runner("eval",
                                                                        "local" if row.source == "project" else "auto")
     bind = resolve("ENV_BIND")
-    options = Options(port=env_runs.pick_port("eval", row, "", bind), bind=bind, understood=understood)
+    options = Options(port=env_runs.pick_port("eval", row, "", bind),
+                      bind=bind,
+                      understood=understood,
+                      aliases=not env_runs.serving())
     url = env_runs.start(c, "eval", row, options, place, False, seconds)
     if not c.config.run.dry:
         print(f"eval: started {row.name} at {url}", flush=True)
-    return env_runs.container_url(row, options) if runner == "docker" else url
+    return env_runs.container_url(service_name(row), options.port) if runner == "docker" else url
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def test_an_environment_that_needs_a_gpu_gets_one_or_is_refused(setting: str, nv
 @pytest.mark.parametrize("name, replicas, reserved", [("searchqa", 1, True), ("searchqa", 2, True), ("demo", 1, False)])
 def test_every_server_that_needs_a_gpu_reserves_what_the_setting_says(name: str, replicas: int, reserved: bool) -> None:
     options = Options(port=1, replicas=replicas)
-    services = compose_model(environment(name), options, f"env-{name}:t", Path("/home"), Path("/nowhere"),
+    services = compose_model(environment(name), options, f"env-{name}:t", "env-proxy:t", Path("/home"), Path("/nowhere"),
                              {})["services"]
     servers = [one for one in services.values() if one["labels"]["org.agentgym-rl.env.role"] == "server"]
     assert len(servers) == replicas and all(("deploy" in one) == reserved for one in servers)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +22,7 @@ import psutil
 import pytest
 
 from servers.protocol import Client, ServerError
-from tasks.lib import env_data, env_local, env_runs
+from tasks.lib import env_data, env_local, env_runs, env_users, processes
 from tasks.lib.environments import Environment, environments
 from tests.fixtures.servers import FIXTURE_ROWS, ROOT, rows
 
@@ -124,12 +125,18 @@ def test_down_leaves_a_stranger_alone_that_has_the_old_id(tmp_path):
     bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
     try:
         (tmp_path / "gone").mkdir()
-        stale = {"pid": bystander.pid, "born": psutil.Process(bystander.pid).create_time() - 100, "role": "server-0"}
+        stale = {**processes.identity(os.getpid()), "pid": bystander.pid, "role": "server-0"}  # born earlier
         (tmp_path / "gone" / "state.json").write_text(json.dumps({"port": 1, "processes": [stale]}))
         assert env_local.down("gone", tmp_path)
         assert bystander.poll() is None
     finally:
         bystander.kill()
+
+
+def test_a_clock_that_is_set_hides_no_process(monkeypatch):
+    entry = processes.identity(os.getpid())
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: 12.0)
+    assert env_local.is_running(entry) and not env_local.is_running({**entry, "born": "1@" + entry["born"].partition("@")[2]})
 
 
 @pytest.mark.parametrize("torn", ["", '{"processes": [', "{}", "[]", '{"port": 1, "processes": [{"pid": 1}]}'])
@@ -170,7 +177,8 @@ def test_what_runs_before_the_server_has_its_python(tmp_path):
     assert env_local.down(row.name, tmp_path / "run") and seen.read_text() == f"{python}\n"
 
 
-def test_children_that_outlive_the_server_are_stopped_too(tmp_path):
+@pytest.mark.parametrize("server", ["alive", "killed before"])
+def test_children_that_outlive_the_server_are_stopped_too(server, tmp_path):
     code = (
         "import subprocess, sys, time; "
         "child = subprocess.Popen([sys.executable, '-c', 'import signal, time; "
@@ -183,7 +191,11 @@ def test_children_that_outlive_the_server_are_stopped_too(tmp_path):
     (tmp_path / "family").mkdir()
     entry = env_local.started(parent, "server-0", 1)
     (tmp_path / "family" / "state.json").write_text(json.dumps({"port": 1, "processes": [entry]}))
-    threading.Thread(target=parent.wait).start()
+    if server == "alive":
+        threading.Thread(target=parent.wait).start()
+    else:
+        parent.kill()
+        parent.wait()
     assert env_local.down("family", tmp_path)
     end = time.monotonic() + 5
     while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
@@ -238,6 +250,62 @@ def test_a_taken_port_is_passed_over_and_told(up):
         holder.listen()
         client = up("form-maze")
     assert client.base == f"http://127.0.0.1:{port + 1}/maze"
+
+
+def up_here(name: str, port: int, folder: Path, python: str = sys.executable, replicas: int = 1, **change) -> Client:
+    """Start a fixture's server in `folder`, with this Python."""
+    row = rows()[name].model_copy(update=change)
+    path = os.pathsep.join((str(folder), str(ROOT / row.folder)))
+    options = env_local.Options(port=port, replicas=replicas)
+    url = env_local.up(row, options, ROOT, folder, {**os.environ, "PYTHONPATH": path}, 60, folder / "run", Path(python))
+    return Client(url, row.protocol.model_dump(), timeout=30)
+
+
+def test_another_environments_server_is_not_taken_for_ours(tmp_path):
+    """Two starts may choose one port, before either listens on it: the second must not say that it is ready."""
+    port = processes.free_port()
+    first = up_here("form-textcraft", port, tmp_path)
+    try:
+        with pytest.raises(env_local.LocalError, match=r"the server-0 ended: .*address already in use"):
+            up_here("form-maze", port, tmp_path)
+        assert first.create() > 0
+    finally:
+        assert env_local.down("form-textcraft", tmp_path / "run")
+
+
+def test_a_server_gets_no_secret_that_is_not_its_own(up):
+    secrets = {"OPENAI_API_KEY": "sk-not-yours", "HF_TOKEN": "hf-not-yours", "FIXTURE_KEY": "its-own"}
+    up("form-maze", **secrets)
+    up("fault-key", **secrets)
+    assert not secrets.keys() & processes_of("form-maze")[0].environ().keys()
+    assert secrets.keys() & processes_of("fault-key")[0].environ().keys() == {"FIXTURE_KEY"}
+
+
+def test_what_an_evaluation_left_behind_does_not_stop_the_users_server(up):
+    STATES.mkdir(parents=True, exist_ok=True)
+    (STATES / "form-maze.users").write_text(env_users.STARTED)
+    up("form-maze")
+    assert (STATES / "form-maze.users").read_text() == ""
+
+
+def test_two_that_stop_a_server_do_not_disturb_each_other(up):
+    up("form-maze")
+    with ThreadPoolExecutor() as pool:
+        done = list(pool.map(lambda _: invoke("env.down", "--env", "form-maze"), range(2)))
+    assert [one.returncode for one in done] == [0, 0] and "".join(one.stderr for one in done) == ""
+
+
+def test_a_restart_that_cannot_start_stops_nothing(up):
+    up("fault-key", FIXTURE_KEY="sk-fixture")
+    again = invoke("env.restart", "--env", "fault-key", FIXTURE_KEY="")
+    assert again.returncode == 2 and "needs FIXTURE_KEY" in again.stderr
+    assert processes_of("fault-key")
+    assert invoke("env.restart", "--env", "fault-key", FIXTURE_KEY="sk-fixture").returncode == 0
+
+
+def test_replicas_above_the_last_port_are_refused(tmp_path):
+    with pytest.raises(env_local.LocalError, match="no port from 65536"):
+        up_here("form-maze", 65535, tmp_path, replicas=2)
 
 
 def test_env_port_rules_over_the_rows_port(up):
@@ -310,11 +378,37 @@ def test_data_is_linked_into_the_copy_and_never_through_a_link_out_of_it(linked,
 HAPROXY = shutil.which("haproxy", path=os.environ["PATH"] + ":/usr/sbin")
 
 
-def test_replicas_behind_the_proxy_survive_the_death_of_one(up):
+@pytest.fixture
+def haproxy() -> None:
     if HAPROXY is None:
         if os.environ.get("CI"):
             pytest.fail("no haproxy, which CI must have")
         pytest.skip("no haproxy on this machine")
+
+
+def test_a_busy_replica_is_not_down(haproxy, tmp_path):
+    """Many servers compute in their one event loop and answer nothing meanwhile, not even the proxy's checks."""
+    (tmp_path / "busy.py").write_text("import time\nfrom fixture_server import app\n\n"
+                                      "@app.middleware('http')\nasync def slow(request, go_on):\n"
+                                      "    if request.headers.get('busy'):\n        time.sleep(6)\n"
+                                      "    return await go_on(request)\n")
+    client = up_here("form-textcraft", processes.free_port(), tmp_path, replicas=2, app="busy:app")
+    try:
+        sessions = [client.create() for _ in range(4)]
+        busy, waits = [session for session in sessions if session % 2]
+        for session in sessions:
+            client.reset(session, 0)
+        body = json.dumps({"id": busy, "action": "add"}).encode()
+        request = urllib.request.Request(client.root + "/step", data=body, headers={"Content-Type": "application/json", "busy": "yes"})
+        with ThreadPoolExecutor() as pool:
+            answer = pool.submit(lambda: urllib.request.urlopen(request, timeout=30).status)
+            time.sleep(4)
+            assert client.step(waits, "add").observation == "count 1" and answer.result() == 200
+    finally:
+        env_local.down("form-textcraft", tmp_path / "run")
+
+
+def test_replicas_behind_the_proxy_survive_the_death_of_one(haproxy, up):
     client = up("form-maze", "--replicas", "2")
     sessions = [client.create() for _ in range(6)]
     for number, session in enumerate(sessions):
@@ -369,6 +463,9 @@ class Files(http.server.BaseHTTPRequestHandler):
             return
         first = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").rstrip("-"))
         self.asked.append((self.command + " " + self.path, self.headers.get("Range") or ""))
+        if first > len(whole):
+            self.send_error(416)
+            return
         self.send_response(206 if first else 200)
         self.send_header("Content-Length", str(len(whole) - first))
         self.end_headers()
@@ -456,6 +553,17 @@ def test_a_folder_in_the_way_is_told_and_kept(site, tmp_path):
     with pytest.raises(env_data.DataError, match=r"is there without train\.json; move it away"):
         env_data.fetch(zipped_row(site), tmp_path / "data", print)
     assert (tmp_path / "data/train/mine").read_text() == "x"
+
+
+@pytest.mark.parametrize("size_told", [True, False])
+def test_what_came_of_a_longer_file_is_fetched_anew(size_told, site, tmp_path):
+    target, whole = tmp_path / "file", Files.content["/train.zip"]
+    (tmp_path / "file.part").write_bytes(b"x" * (len(whole) + 1))
+    if not size_told:
+        with pytest.raises(env_data.DataError, match="of another file, and was removed; run it again"):
+            env_data.download(site + "/train.zip", target, 0, print)
+    env_data.download(site + "/train.zip", target, len(whole) * size_told, print)
+    assert target.read_bytes() == whole and not (tmp_path / "file.part").exists()
 
 
 def test_a_broken_download_goes_on_where_it_stopped(site, tmp_path):

@@ -8,8 +8,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from invoke.context import Context
+from invoke.exceptions import Exit
 
 from servers import protocol as served_protocol
+from tasks import build
+from tasks.lib import docker, env_docker, env_runs
 from tasks.lib.env_plan import ALIASES, Options, choose_port, compose_model, proxy_config, refusal, server_variables
 from tasks.lib.environments import ROWS, Protocol, Success, environment, environments, parse
 from tests.fixtures.servers import FIXTURE_ROWS, ROOT, rows
@@ -176,7 +180,7 @@ def test_an_optional_key_is_passed_on_by_name_and_not_asked_for():
     row = environment("webarena")
     must = {key.name: "x" for key in row.keys if key.name != "OPENAI_BASE_URL"}
     assert row.missing_keys(must) == [] and refusal(row, Path("/nowhere"), must, False) is None
-    served = compose_model(row, Options(port=4000), "i", Path("/home"), Path("/nowhere"), {"context": "."})
+    served = compose_model(row, Options(port=4000), "i", "p", Path("/home"), Path("/nowhere"), {"context": "."})
     assert served["services"]["env-webarena"]["environment"]["OPENAI_BASE_URL"] is None
 
 
@@ -201,6 +205,28 @@ def test_what_is_missing_is_refused_with_the_remedy(name, understood, variables,
     assert found is None if message is None else message in (found or "")
 
 
+def test_ctrl_c_ends_the_build_of_all(monkeypatch):
+    begun = []
+
+    def interrupted(c, row, *_, **__):
+        begun.append(row.name)
+        raise Exit(code=130)
+
+    monkeypatch.setattr(docker, "require_engine", lambda *_: None)
+    monkeypatch.setattr(docker, "image_facts", lambda _: None)
+    monkeypatch.setattr(env_runs, "model", lambda *_: Path("/nowhere"))
+    monkeypatch.setattr(env_docker, "build", interrupted)
+    with pytest.raises(Exit) as left:
+        build.env(Context(), env="all")
+    assert left.value.code == 130 and len(begun) == 1
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, "0", "65536"])
+def test_a_number_that_is_no_port_is_one_line(value):
+    with pytest.raises(Exit, match="is no port; choose one from 1 to 65535"):
+        env_runs.port_number("env.up", "--port", value)
+
+
 @pytest.mark.parametrize("name", ["todo", "sheet"])
 def test_what_deletes_real_accounts_asks_first(name, tmp_path):
     (tmp_path / "credential.json").touch()
@@ -210,8 +236,8 @@ def test_what_deletes_real_accounts_asks_first(name, tmp_path):
 
 
 def model(name="form-textcraft", replicas=1, data=Path("/nowhere"), **options):
-    return compose_model(rows()[name], Options(port=4000, replicas=replicas, **options), f"r/agentgym/env-{name}:t",
-                         Path("/home"), data, {"context": "."})
+    return compose_model(rows()[name], Options(port=4000, replicas=replicas, **options), f"r/agentgym/env-{name}:env-{name}",
+                         f"r/agentgym/env-proxy:env-{name}", Path("/home"), data, {"context": "."})
 
 
 def test_one_server_publishes_its_port_on_this_machine_only():
@@ -227,7 +253,7 @@ def test_replicas_hide_behind_the_proxy():
     services = model(replicas=3)["services"]
     assert list(services) == [*(f"env-form-textcraft-{number}" for number in range(3)), "env-form-textcraft"]
     proxy = services["env-form-textcraft"]
-    assert proxy["image"] == "r/agentgym/env-proxy:t" and proxy["ports"] == ["127.0.0.1:4000:4000"]
+    assert proxy["image"] == "r/agentgym/env-proxy:env-form-textcraft" and proxy["ports"] == ["127.0.0.1:4000:4000"]
     for number in range(3):
         server = services[f"env-form-textcraft-{number}"]
         assert "ports" not in server

@@ -103,6 +103,8 @@ def download(url: str, target: Path, size: int, say: Say) -> None:
         DataError: the connection broke or the size is wrong; what came is kept for the next try.
     """
     part = target.with_name(target.name + ".part")
+    if size and part.exists() and part.stat().st_size > size:  # the file changed since: nothing to go on with
+        part.unlink()
     have = part.stat().st_size if part.exists() else 0
     if size and have == size:
         part.rename(target)
@@ -121,6 +123,9 @@ def download(url: str, target: Path, size: int, say: Say) -> None:
                         say(f"{target.name}: {human(have)}" + (f" of {human(size)}" if size else ""))
                         told = have
     except OSError as error:
+        if getattr(error, "code", 0) == 416:  # there is nothing after what came: it is of another file
+            part.unlink()
+            raise DataError(f"{url}: what came before was of another file, and was removed; run it again") from None
         raise DataError(
             f"{url}: {getattr(error, 'reason', error)} after {human(have)}; run it again to go on") from None
     if size and have != size:

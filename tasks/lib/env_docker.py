@@ -105,6 +105,11 @@ def image_name(row: Environment, tag: str = "") -> str:
     return docker.image_name(f"agentgym/env-{row.name}", tag)
 
 
+def proxy_image(tag: str = "") -> str:
+    """Return the full name of the image of the proxy before replicas."""
+    return docker.image_name("agentgym/env-proxy", tag)
+
+
 def write_private(path: Path, text: str) -> None:
     """Write a file that only its owner can read, since a source's URL may have a login; make its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,7 +121,9 @@ def write_private(path: Path, text: str) -> None:
 def write_model(path: Path, row: Environment, options: Options, data: Path, build: dict[str, Any], tag: str) -> None:
     """Write the Compose file for `row` to `path`, and the proxy's rules beside it where there are replicas."""
     home = path.parent
-    write_private(path, json.dumps(compose_model(row, options, image_name(row, tag), home, data, build), indent=2))
+    write_private(
+        path,
+        json.dumps(compose_model(row, options, image_name(row, tag), proxy_image(tag), home, data, build), indent=2))
     if options.replicas > 1:  # not private: HAProxy's own user in the container reads it
         addresses = [f"{service_name(row, number)}:{REPLICA_PORT}" for number in range(options.replicas)]
         (home / "haproxy.cfg").write_text(proxy_config(row, options.port, addresses, dns=True))

@@ -181,7 +181,10 @@ def up(row: Environment,
     if options.replicas > 1:
         ports = []
         for _ in range(options.replicas):
-            ports.append(choose_port((ports[-1] if ports else options.port) + 1, port_is_free))
+            try:
+                ports.append(choose_port((ports[-1] if ports else options.port) + 1, port_is_free))
+            except ValueError as error:
+                raise LocalError(f"{row.name}: {error}") from None
     state: dict[str, Any] = {"url": url(options), "port": options.port, "processes": []}
 
     def launch(argv: Sequence[str], role: str, port: int, variables: Mapping[str, str]) -> None:
@@ -228,11 +231,29 @@ def probe(row: Environment, address: str, replicas: int, seen: set[int], timeout
     """Try to play a session once; note in `seen` which replica it was on, or return what went wrong."""
     try:
         client = Client(address, row.protocol.model_dump(), timeout=max(1.0, timeout))
-        # The proxy hands out creates in turn to those that are up: all are when every remainder was seen.
-        seen.add(check_ready(client, row.check.items[0]) % replicas)
+        if row.consent:  # a session changes real accounts: none without need
+            for number in range(replicas):
+                client.sessions(number)
+                seen.add(number)
+        else:  # the proxy hands out creates in turn to those that are up: all are when every remainder was seen
+            seen.add(check_ready(client, row.check.items[0]) % replicas)
     except ServerError as error:
         return str(error)
     return None
+
+
+def is_ours(row: Environment, state: Mapping[str, Any], timeout: float) -> bool:
+    """Tell whether the processes of `state` are what answers at its address.
+
+    Between the look for a free port and the server's own bind, another one may have taken the port: one that plays
+    other items, and answers all the same.
+    """
+    client = Client(state["url"], row.protocol.model_dump(), timeout=max(1.0, timeout))
+    servers = [entry["pid"] for entry in state["processes"] if entry["role"] != "proxy"]
+    try:
+        return all(client.sessions(number).get("pid") == pid for number, pid in enumerate(servers))
+    except ServerError:
+        return False
 
 
 def wait_until_ready(row: Environment, options: Options, state: Mapping[str, Any], home: Path, wait: float) -> None:
@@ -251,9 +272,10 @@ def wait_until_ready(row: Environment, options: Options, state: Mapping[str, Any
         if left <= 0:
             raise LocalError(f"{row.name} was not ready after {wait:g} s: {reason}; see {home / 'server-0.log'}, "
                              "or give it longer with --wait")
-        reason = probe(row, state["url"], options.replicas, seen, left) or reason
-        if len(seen) == options.replicas:
-            return
+        if is_ours(row, state, left):
+            reason = probe(row, state["url"], options.replicas, seen, left) or reason
+            if len(seen) == options.replicas:
+                return
         time.sleep(0.1)
 
 
@@ -264,5 +286,5 @@ def down(name: str, folder: Path = RUN) -> bool:
         return False
     state = read_state(path)
     processes.stop(state["processes"] if state else launched_from(folder / name))
-    path.unlink()
+    path.unlink(missing_ok=True)  # somebody else may stop it too
     return True

@@ -128,8 +128,8 @@ def proxy_config(row: Environment, port: int, servers: Sequence[str], dns: bool 
         "    default_backend any",
         "backend any",
         "    balance roundrobin",
-        "    option httpchk GET /_sessions",
         f"    http-error status 503 content-type application/json string {text(none_up)}",
+        # By connecting alone: a replica whose one event loop computes is busy, not down, and one that died refuses.
         "    default-server check inter 1s fall 2 rise 1 pool-purge-delay 30s" + resolve,
         *(f"    server replica{number} {address}" for number, address in enumerate(servers)),
     ]
@@ -146,14 +146,15 @@ def service_name(row: Environment, replica: int | None = None) -> str:
     return f"env-{row.name}" if replica is None else f"env-{row.name}-{replica}"
 
 
-def compose_model(row: Environment, options: Options, image: str, home: Path, data: Path,
+def compose_model(row: Environment, options: Options, image: str, proxy_image: str, home: Path, data: Path,
                   build: Mapping[str, Any]) -> dict[str, Any]:
     """Return the Compose file that runs `row`: one server, or replicas behind a proxy.
 
     Args:
         row: the environment.
         options: what the user chose.
-        image: full name of the environment's image; the proxy's has the name `env-proxy` in its place.
+        image: full name of the environment's image.
+        proxy_image: full name of the proxy's.
         home: folder that has the proxy's haproxy.cfg.
         data: the environment's data folder on the host; mounted read-only where it exists.
         build: how the image is built (`build` of the service).
@@ -221,7 +222,7 @@ def compose_model(row: Environment, options: Options, image: str, home: Path, da
     proxy = {
         **hardened,
         "image":
-        image.replace(f"env-{row.name}", "env-proxy"),
+        proxy_image,
         "build": {
             **build, "target": "proxy"
         },

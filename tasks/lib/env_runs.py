@@ -14,10 +14,10 @@ from invoke.context import Context
 from invoke.exceptions import Exit
 
 from tasks.lib import docker, env_docker, env_local, env_users, gpus
-from tasks.lib.env_plan import Options, choose_port, refusal, service_name
+from tasks.lib.env_plan import Options, choose_port, refusal
 from tasks.lib.environments import Environment, environment, environments
 from tasks.lib.programs import RUNNERS
-from tasks.lib.settings import ROOT, read_dotenv, resolve
+from tasks.lib.settings import ROOT, SETTINGS, read_dotenv, resolve
 from tasks.lib.sources import GYM, choose_sources, is_url
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class Running:
         servers: how many server processes or containers run.
         state: running, or what Docker says in its place of a part of it.
         up: whether it serves: its entry runs, and a server behind it.
+        service: its name for containers of this project; empty for a process of this machine.
     """
     runner: str
     url: str
@@ -44,6 +45,7 @@ class Running:
     servers: int
     state: str
     up: bool
+    service: str = ""
 
 
 def rows_path() -> Path:
@@ -94,7 +96,7 @@ def port_number(task: str, name: str, value: str) -> int:
     Raises:
         Exit: it is none.
     """
-    if not value.isdecimal() or not 1 <= int(value) <= 65535:
+    if not value.isdecimal() or not 1 <= int(value[:20]) <= 65535:
         raise Exit(f"{task}: {name} {value} is no port; choose one from 1 to 65535", code=2)
     return int(value)
 
@@ -118,6 +120,18 @@ def require_address(task: str, bind: str) -> None:
 def settings() -> dict[str, str]:
     """Return the environment, with `.env` below it."""
     return {**read_dotenv(), **os.environ}
+
+
+def variables(row: Environment) -> dict[str, str]:
+    """Return the environment of the row's server: without secrets of ours and keys of other rows.
+
+    Raises:
+        ValueError: the rows do not fit.
+    """
+    own = {key.name for key in row.keys}
+    secret = {name for name, setting in SETTINGS.items() if setting.secret}
+    secret |= {key.name for other in environments(rows_path()).values() for key in other.keys if not key.public}
+    return {name: value for name, value in settings().items() if name in own or name not in secret}
 
 
 def choose_runner(task: str, runner: str) -> str:
@@ -188,7 +202,7 @@ def running() -> dict[str, list[Running]]:
         entry = next((server for server in mine if server.role == "proxy"), mine[0])
         url = env_local.url(Options(port=entry.port, bind=entry.bind))
         up = count > 0 and entry.state == "running"
-        found.setdefault(name, []).append(Running("docker", url, entry.port, count, shown, up))
+        found.setdefault(name, []).append(Running("docker", url, entry.port, count, shown, up, entry.service))
     return found
 
 
@@ -231,32 +245,44 @@ def start(c: Context, task: str, row: Environment, options: Options, runner: str
     Raises:
         Exit: one line; nothing is left running.
     """
-    reason = refusal(row, data_folder(row), settings(), options.understood)
-    if reason:
-        raise Exit(f"{task}: {reason}", code=2)
+    require_startable(c, task, row, options, runner)
     if not c.config.run.dry:
         if row.name in running():  # what is left of a server that ended
             stop(c, row.name)
         for old in logs(row.name):
             old.unlink()
+        env_users.keep(row.name)  # a mark of an evaluation whose server ended by other means
         remember(row, options, runner)
     if runner == "local":
         if c.config.run.dry:
             print(f"{task}: would start {row.name} as a process of this machine on port {options.port}")
             return env_local.url(options)
-        source = local_source(task, row)
         try:
-            return env_local.up(row, options, source, data_folder(row), settings(), wait)
+            return env_local.up(row, options, local_source(task, row), data_folder(row), variables(row), wait)
         except env_local.LocalError as error:
             raise Exit(f"{task}: {error}", code=1) from None
     from tasks.build import build_variables
-    docker.require_engine(c, docker.ENGINE_AT_LEAST_FOR_ENVIRONMENTS)
-    require_gpu(c, task, row)
-    variables = build_variables("")
+    given = build_variables("")
     file = model(c, task, row, options, "compose.json")
     if build or not images_exist(row, options):
-        env_docker.build(c, row, options, file, variables)
-    return env_docker.up(c, row, options, file, wait, variables)
+        env_docker.build(c, row, options, file, given)
+    return env_docker.up(c, row, options, file, wait, given)
+
+
+def require_startable(c: Context, task: str, row: Environment, options: Options, runner: str) -> None:
+    """Stop with one line where the row's server could not start, before anything is changed.
+
+    Raises:
+        Exit: data, keys, consent, the source, the engine or a GPU is missing.
+    """
+    reason = refusal(row, data_folder(row), settings(), options.understood)
+    if reason:
+        raise Exit(f"{task}: {reason}", code=2)
+    if runner == "docker":
+        docker.require_engine(c, docker.ENGINE_AT_LEAST_FOR_ENVIRONMENTS)
+        require_gpu(c, task, row)
+    elif not c.config.run.dry:
+        local_source(task, row)
 
 
 def require_gpu(c: Context, task: str, row: Environment) -> None:
@@ -277,9 +303,9 @@ def require_gpu(c: Context, task: str, row: Environment) -> None:
 
 def images_exist(row: Environment, options: Options) -> bool:
     """Tell whether all images that `row` needs are built; without an engine, which `--dry` does without, none is."""
-    proxy = docker.image_name("agentgym/env-proxy")
+    needed = [env_docker.image_name(row), *([env_docker.proxy_image()] if options.replicas > 1 else [])]
     try:
-        return docker.image_exists(env_docker.image_name(row)) and (options.replicas == 1 or docker.image_exists(proxy))
+        return all(map(docker.image_exists, needed))
     except Exit:
         return False
 
@@ -350,13 +376,13 @@ def sessions(found: Running) -> Mapping[str, Any] | None:
     for number in range(found.servers):
         try:
             with opener.open(f"{found.url}/_sessions?replica={number}", timeout=2) as reply:
-                for key, value in json.loads(reply.read()).items():
-                    total[key] += value
-        except (OSError, ValueError, HTTPException):
+                told = json.loads(reply.read())
+            total = {key: value + told[key] for key, value in total.items()}
+        except (OSError, ValueError, KeyError, TypeError, HTTPException):
             return None
     return total if found.servers else None
 
 
-def container_url(row: Environment, options: Options) -> str:
-    """Return the server's address for containers of this project."""
-    return f"http://{service_name(row)}:{options.port}"
+def container_url(service: str, port: int) -> str:
+    """Return the address of a Compose service for containers of this project."""
+    return f"http://{service}:{port}"

@@ -31,20 +31,47 @@ def free_port() -> int:
         return port
 
 
+def _born(pid: int) -> str:
+    """Return when the process began, on a clock that nobody sets: ticks since this machine's start, and which start.
+
+    Raises:
+        psutil.Error: there is no such process.
+    """
+    import psutil
+    try:
+        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return f"{ticks}@{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
+    except OSError:  # gone, or not Linux
+        return f"{psutil.Process(pid).create_time():.1f}"
+
+
 def identity(pid: int) -> dict[str, Any]:
     """Return what tells this process from any later one with the same id."""
-    import psutil
-    return {"pid": pid, "born": psutil.Process(pid).create_time()}
+    return {"pid": pid, "born": _born(pid)}
 
 
 def is_running(entry: Mapping[str, Any]) -> bool:
     """Tell whether the process of a state entry still runs, and is not another one with its id."""
     import psutil
     try:
-        process = psutil.Process(entry["pid"])
-        return abs(process.create_time() - entry["born"]) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
+        return _born(entry["pid"]) == entry["born"] and psutil.Process(entry["pid"]).status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
+
+
+def is_orphaned(entry: Mapping[str, Any]) -> bool:
+    """Tell whether the process of a state entry ended and left children in its session, as a server's JVM is.
+
+    No process gets an id that a session still has, so the session is that of the entry's process.
+    """
+    import psutil
+    if psutil.pid_exists(entry["pid"]) or _born(os.getpid()).partition("@")[2] != entry["born"].partition("@")[2]:
+        return False  # or of another start of this machine
+    for pid in psutil.pids():
+        with suppress(OSError):
+            if os.getsid(pid) == os.getpgid(pid) == entry["pid"]:
+                return True
+    return False
 
 
 def launch(argv: Sequence[str], log: Path, env: Mapping[str, str], cwd: Path) -> subprocess.Popen:
@@ -66,8 +93,8 @@ def last_line(log: Path) -> str:
 
 
 def stop(entries: Sequence[Mapping[str, Any]]) -> None:
-    """Stop those of the processes that still run, with their groups."""
-    alive = [entry for entry in entries if is_running(entry)]
+    """Stop those of the processes that still run, with their groups, and the groups of those that ended."""
+    alive = [entry for entry in entries if is_running(entry) or is_orphaned(entry)]
     for entry in alive:  # every process was started as the leader of its own group
         with suppress(ProcessLookupError):
             os.killpg(entry["pid"], signal.SIGTERM)
