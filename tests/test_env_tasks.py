@@ -652,6 +652,49 @@ def test_a_source_that_is_gone_is_one_line(site, tmp_path):
         env_data.fetch(row, tmp_path / "data", print)
 
 
+class Hub(Files):
+    """Answers as the Hugging Face Hub does, to one token alone."""
+    REVISION = "0" * 40
+    content: ClassVar[dict[str, bytes]] = {}
+    asked: ClassVar[list[tuple[str, str]]] = []
+
+    def reply(self, body):
+        if self.headers.get("Authorization") != "Bearer hf_of_dotenv":
+            self.send_error(401)
+            return
+        file = {"rfilename": "corpus.jsonl", "path": "corpus.jsonl", "type": "file", "oid": "1", "size": 4}
+        told = [file] if "/tree/" in self.path else {"id": "user/name", "sha": self.REVISION, "siblings": [file]}
+        self.content[self.path] = json.dumps(told).encode() if self.path.startswith("/api/") else b"text"
+        super().reply(self.content[self.path])
+
+    def end_headers(self):
+        self.send_header("ETag", '"1"')
+        self.send_header("X-Repo-Commit", self.REVISION)
+        super().end_headers()
+
+
+@pytest.mark.parametrize("files", [("corpus.jsonl", ), ()], ids=["a file", "the whole repository"])
+def test_the_hub_is_asked_where_and_with_what_dotenv_says(files, tmp_path, monkeypatch):
+    for name in ("HF_ENDPOINT", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    dotenv = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_TOKEN": "hf_of_dotenv"}
+    monkeypatch.setattr("tasks.lib.settings.read_dotenv", lambda: dotenv)
+    row = row_with({"path": "corpus", "hub": "datasets/user/name", "files": files})
+    try:
+        assert env_data.fetch(row, tmp_path, print) == []
+        found = tmp_path / "corpus" if files else tmp_path / "corpus" / "corpus.jsonl"
+        assert found.read_bytes() == b"text"
+        dotenv["HF_TOKEN"] = "hf_another"
+        (tmp_path / "corpus").rename(tmp_path / "away")
+        with pytest.raises(env_data.DataError, match="hub user/name: .*401"):
+            env_data.fetch(row, tmp_path, print)
+    finally:
+        server.shutdown()
+
+
 def test_what_must_be_got_by_hand_is_listed(tmp_path):
     row = row_with({"path": "a", "how": "ask Ann"}, {"path": "b", "how": "ask Bob"})
     assert [data.how for data in env_data.fetch(row, tmp_path, print)] == ["ask Ann", "ask Bob"]

@@ -7,8 +7,13 @@ import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tasks.lib.environments import Data, Environment
+from tasks.lib.settings import resolve
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 CHUNK = 1 << 20
 # What is fetched is unpacked beside itself before the archive goes.
@@ -76,10 +81,10 @@ def hub_files(data: Data) -> list[tuple[str, int]]:
     Raises:
         DataError: the hub cannot be reached.
     """
-    from huggingface_hub import HfApi
     kind, repository = hub_repository(data.hub)
+    client = hub_client()
     try:
-        info = HfApi().repo_info(repository, repo_type=kind, files_metadata=True)
+        info = client.repo_info(repository, repo_type=kind, files_metadata=True)
     except Exception as error:  # hub, HTTP and network errors have no common class across releases
         raise DataError(
             f"hub {repository}: {str(error).splitlines()[0]}; check HF_ENDPOINT, or use --from DIR") from None
@@ -89,6 +94,12 @@ def hub_files(data: Data) -> list[tuple[str, int]]:
     if absent:
         raise DataError(f"hub {repository} has no {absent[0]}")
     return [(name, sizes[name]) for name in wanted]
+
+
+def hub_client() -> "HfApi":
+    """Return the hub's own client, with the address and the token of the settings; an unset one it finds itself."""
+    from huggingface_hub import HfApi
+    return HfApi(endpoint=resolve("HF_ENDPOINT").strip().rstrip("/") or None, token=resolve("HF_TOKEN").strip() or None)
 
 
 def hub_repository(hub: str) -> tuple[str, str]:
@@ -269,13 +280,13 @@ def fetch(row: Environment, folder: Path, say: Say) -> list[Data]:
 
 def fetch_from_hub(data: Data, store: Path) -> list[Path]:
     """Fetch a hub entry into `store`; the hub's own client resumes, checks and shows progress."""
-    from huggingface_hub import hf_hub_download, snapshot_download
     kind, repository = hub_repository(data.hub)
+    client = hub_client()
     try:
         if not data.files:
             inside = store / "snapshot"
-            snapshot_download(repository, repo_type=kind, local_dir=inside)
+            client.snapshot_download(repository, repo_type=kind, local_dir=inside)
             return [inside / "anything"]
-        return [Path(hf_hub_download(repository, name, repo_type=kind, local_dir=store)) for name in data.files]
+        return [Path(client.hf_hub_download(repository, name, repo_type=kind, local_dir=store)) for name in data.files]
     except Exception as error:  # see hub_files
         raise DataError(f"hub {repository}: {str(error).splitlines()[0]}; run it again to go on") from None
