@@ -121,16 +121,6 @@ def test_fsdp_config_decides_between_two_world_sizes(tmp_path: Path) -> None:
 # The pickle
 
 
-class Call:
-    """Pickles as a call of `function`, by whatever name it goes."""
-
-    def __init__(self, function: Any, *args: Any) -> None:
-        self.call = function, args
-
-    def __reduce__(self) -> Any:
-        return self.call
-
-
 def by_name(module: str, name: str, *args: str) -> bytes:
     """Return a pickle that calls `module.name(*args)`."""
     strings = b"".join(b"X" + len(arg).to_bytes(4, "little") + arg.encode() for arg in args)
