@@ -689,7 +689,7 @@ def test_the_hub_is_asked_where_and_with_what_dotenv_says(files, tmp_path, monke
         assert found.read_bytes() == b"text"
         dotenv["HF_TOKEN"] = "hf_another"
         (tmp_path / "corpus").rename(tmp_path / "away")
-        with pytest.raises(env_data.DataError, match="hub user/name: .*401"):
+        with pytest.raises(env_data.DataError, match=r"hub user/name: .*401"):
             env_data.fetch(row, tmp_path, print)
     finally:
         server.shutdown()
