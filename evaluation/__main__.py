@@ -154,7 +154,9 @@ def parser() -> argparse.ArgumentParser:
 
     rescore = commands.add_parser("rescore", help="compute the numbers of runs again, from their records")
     rescore.add_argument("folders", nargs="+", help="folders of runs")
-    rescore.add_argument("--environments", default="", help="take success rule and reward range from this file's rows")
+    rescore.add_argument("--environments",
+                         default="",
+                         help="take success rule and reward range from this file's rows (default: the run's own)")
     _numbers_flags(rescore)
 
     report = commands.add_parser("report", help="write a run's report again, or one of several runs side by side")
@@ -183,7 +185,9 @@ def parser() -> argparse.ArgumentParser:
     prompts.add_argument("--agentgym", required=True, help="the checkout")
     prompts.add_argument("--out", default="", help="JSON file to write (default: show where each prompt is)")
     prompts.add_argument("--item-maps", default="", help="JSON file to write ALFWorld's item maps to (default: none)")
-    prompts.add_argument("--environments", default="", help="file with the rows")
+    prompts.add_argument("--environments",
+                         default="",
+                         help="file with the rows (default: $ENVIRONMENTS, then environments.toml)")
     return top
 
 

@@ -19,6 +19,8 @@ FLAGS = {
     "push": "Push the images when they are built; see REGISTRY in .env.example.",
     "tag": "Tag of the images (default: $IMAGE_TAG, then latest).",
 }
+ON_BASE = {**FLAGS, "cpu": "No effect of its own: base decides (build.base --cpu)."}
+WITHOUT_TORCH = {**FLAGS, "cpu": "No effect: this image has no torch."}
 
 
 def build_variables(tag: str) -> dict[str, str]:
@@ -112,7 +114,7 @@ def base(c: Context,
     build_images(c, (image_of("base"), ), no_cache, pull, cpu, push, tag)
 
 
-@task(positional=[], auto_shortflags=False, help=FLAGS)
+@task(positional=[], auto_shortflags=False, help=ON_BASE)
 def train(c: Context,
           no_cache: bool = False,
           pull: bool = False,
@@ -123,7 +125,7 @@ def train(c: Context,
     build_images(c, (image_of("train"), ), no_cache, pull, cpu, push, tag)
 
 
-@task(positional=[], auto_shortflags=False, help=FLAGS)
+@task(positional=[], auto_shortflags=False, help=ON_BASE)
 def scripts(c: Context,
             no_cache: bool = False,
             pull: bool = False,
@@ -140,7 +142,7 @@ def serve(c: Context, no_cache: bool = False, pull: bool = False, push: bool = F
     build_images(c, (image_of("serve"), ), no_cache, pull, True, push, tag)
 
 
-@task(positional=[], auto_shortflags=False, help=FLAGS)
+@task(positional=[], auto_shortflags=False, help=WITHOUT_TORCH)
 def eval(c: Context,
          no_cache: bool = False,
          pull: bool = False,

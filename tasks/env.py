@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 ENV_HELP = "Environment, a table of environments.toml (default: $ENV, then searchqa)."
 WAIT_HELP = "Seconds until the server must be ready (default: 120)."
-RUNNER_HELP = "auto, docker, or local (a process of this machine in a virtual environment)."
+RUNNER_HELP = (
+    "auto (default: docker where an engine answers, else local), docker, or local (a process of this machine in "
+    "a virtual environment).")
 CONSENT_HELP = "Agree to what the environment does to real accounts; it says what when this is missing."
 
 

@@ -198,11 +198,11 @@ def _runner(runner: str, checkpoint: str = "") -> str:
           "checkpoint": "Folder with shards, or a Hugging Face model: it is merged if need be, served and evaluated.",
           "engine": "What serves the checkpoint: vllm, transformers, or auto: vllm where it is and finds a CUDA GPU.",
           "serve_wait": "Seconds until the checkpoint's server must answer (default: 600).",
-          "gpus": "GPUs of merger and server with --runner docker: all, none, or indices such as 0,1 (default: all).",
+          "gpus": "With --runner docker, GPUs of merger and server: all, none, or 0,1 (default: $GPUS, then all).",
           "base_url": "OpenAI-compatible endpoint (default: $OPENAI_BASE_URL, then OpenAI's own).",
           "server": "Address of an environment server (default: the one that is up, else one is started and stopped).",
           "max_round": "Completions of one episode, at most (default: $MAX_ROUND, then the environment's own).",
-          "items": "FILE, 0-99 or textcraft_3,textcraft_5 (default: AgentEval's list, then AgentItemId's).",
+          "items": "FILE, 0-99 or demo_3,demo_5 (default: AgentEval's list, AgentItemId's or the environment's first).",
           "limit": "Play at most so many items (default: all).",
           "samples": "Attempts at each item, for Avg@k and Pass@k (default: 1).",
           "concurrency": "Episodes at once (default: the environment's own).",
@@ -391,7 +391,8 @@ def rescore(c: Context,
       iterable=["run"],
       help={
           "run": RUN_HELP,
-          "out": "The file to write, JSON lines with messages (default: conversations.jsonl in the run's folder).",
+          "out":
+          "The file to write, JSON lines with messages (default: conversations.jsonl in the first run's folder).",
           "all": "Failures too (default: what ended in success)."
       })
 def conversations(c: Context, run: list[str] | None = None, out: str = "", all: bool = False) -> None:

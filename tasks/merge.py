@@ -19,9 +19,10 @@ NEEDED = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy", "m
 HUB_VARIABLES = ("HF_TOKEN", "HF_ENDPOINT")
 
 LOCAL_DIR_HELP = "Checkpoint folder (default: $LOCAL_DIR). Repeat it for ranks that lie in several folders."
-SAVE_DIR_HELP = "Folder for the merged model (default: $SAVE_DIR, then LOCAL_DIR/huggingface)."
+SAVE_DIR_HELP = ("Folder for the merged model (default: $SAVE_DIR, then LOCAL_DIR/huggingface, "
+                 "or LOCAL_DIR/lora_adapter with --lora adapter).")
 RUNNER_HELP = "local (this Python), docker (the scripts image) or auto: local where its packages are installed."
-GPUS_HELP = "With --runner docker: all, none, or indices such as 0,1 (default: all that the engine offers)."
+GPUS_HELP = "With --runner docker: all, none, or indices such as 0,1 (default: $GPUS, then all)."
 
 Flags = dict[str, str | bool | list[str] | None]
 
@@ -100,9 +101,9 @@ def run_in_container(c: Context, folders: list[str], save_dir: str, gpus: str, f
           "hf_upload_path": "Hub repository, user/name, to upload to (default: $HF_UPLOAD_PATH, then no upload).",
           "private": "Create the Hub repository as a private one.",
           "dtype": "bfloat16, float16, float32 or keep (default: bfloat16). Integer and boolean tensors keep theirs.",
-          "device": "auto, cpu, cuda or cuda:N (default: auto).",
+          "device": "auto (the CPU), cpu, cuda or cuda:N (default: auto).",
           "max_shard_size": "Largest output file, such as 5GB (default: 5GB).",
-          "threads": "Copying threads (default: chosen by the program).",
+          "threads": "Copying threads (default: 4).",
           "lora": "What to do with LoRA weights: adapter or fuse (default: stop and say so).",
           "lora_alpha": "LoRA's alpha, where neither lora_train_meta.json nor lora_adapter/adapter_config.json has it.",
           "allow": "Accept a finding: keys (they do not fit the config) or nonfinite (NaN, infinite). Repeatable.",
@@ -191,7 +192,7 @@ def verify(c: Context,
 
 @task(positional=[],
       auto_shortflags=False,
-      help={"gpus": "all, none, or indices such as 0,1 (default: all that the engine offers)."})
+      help={"gpus": "all, none, or indices such as 0,1 (default: $GPUS, then all)."})
 def shell(c: Context, gpus: str = "") -> None:
     """Open a shell in the scripts container."""
     containers.run(c, "scripts", ["bash"], gpus=gpus)

@@ -10,7 +10,7 @@ from tasks.lib import containers, docker
 
 FLAGS = {
     "shm_size": "Shared memory of a new container, such as 64g (default: $SHM_SIZE, then 32g).",
-    "gpus": "all, none, or indices such as 0,1 (default: all that the engine offers).",
+    "gpus": "all, none, or indices such as 0,1 (default: $GPUS, then all).",
     "user": "User of the container, name or uid[:gid] (default: you).",
 }
 

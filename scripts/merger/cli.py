@@ -73,10 +73,12 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    p = _Parser(prog="model_merger.py",
-                allow_abbrev=False,
-                description="Merge a sharded FSDP checkpoint (model_world_size_*_rank_*.pt, as verl writes it) into "
-                "Hugging Face safetensors. Exit codes: 0 done, 2 misuse or a faulty checkpoint, 130 interrupted.")
+    p = _Parser(
+        prog="model_merger.py",
+        allow_abbrev=False,
+        description="Merge a sharded FSDP checkpoint (model_world_size_*_rank_*.pt, as verl writes it) into "
+        "Hugging Face safetensors. Exit codes: 0 done, 2 misuse or a faulty checkpoint, 130 interrupted, 143 terminated."
+    )
     p.add_argument(
         "--local-dir",
         "--local_dir",
@@ -88,7 +90,8 @@ def parser() -> argparse.ArgumentParser:
                    "--save_dir",
                    "--target_dir",
                    metavar="DIR",
-                   help="folder for the merged model (default: LOCAL_DIR/huggingface)")
+                   help="folder for the merged model (default: LOCAL_DIR/huggingface, or LOCAL_DIR/lora_adapter with "
+                   "--lora adapter)")
     p.add_argument("--dtype",
                    choices=DTYPES,
                    default="bfloat16",
@@ -98,7 +101,10 @@ def parser() -> argparse.ArgumentParser:
                    default="5GB",
                    metavar="SIZE",
                    help="largest output file, such as 5GB or 500MB (default: 5GB)")
-    p.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default: auto)")
+    p.add_argument("--device",
+                   default="auto",
+                   metavar="DEVICE",
+                   help="auto (the CPU), cpu, cuda or cuda:N (default: auto)")
     p.add_argument("--threads", type=thread_count, default=0, metavar="N", help="copying threads (default: 4)")
     p.add_argument("--lora",
                    choices=("adapter", "fuse"),

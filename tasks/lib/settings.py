@@ -36,11 +36,12 @@ SPACY_MODEL = ("https://github.com/explosion/spacy-models/releases/download/"
 SETTINGS: dict[str, Setting] = {
     # Sources
     "AGENTGYM_RL_SRC":
-    Setting("https://github.com/WooooDyy/AgentGym-RL.git#82402a99c62a293735a3f412fb8ac9a600673bc0",
-            "AgentGym-RL: a checkout's folder, or a git URL with #commit. Found by itself in or beside this folder."),
+    Setting(
+        "https://github.com/WooooDyy/AgentGym-RL.git#82402a99c62a293735a3f412fb8ac9a600673bc0",
+        "AgentGym-RL: a checkout's folder, or a git URL with #commit. The tasks find one in or beside this folder."),
     "AGENTGYM_SRC":
     Setting("https://github.com/WooooDyy/AgentGym.git#d014732d9fe39b975c368c03749bfd50950067f6",
-            "AgentGym: a checkout's folder, or a git URL with #commit. Found by itself in or beside this folder."),
+            "AgentGym: a checkout's folder, or a git URL with #commit. The tasks find one in or beside this folder."),
     # Images
     "REGISTRY":
     Setting("", "Prefix of the image names, with its slash, for --push: registry.example.com/team/."),
@@ -86,13 +87,16 @@ SETTINGS: dict[str, Setting] = {
     "ENV":
     Setting("searchqa", "Environment that is served and evaluated."),
     "ENV_PORT":
-    Setting("36001", "Port of the environment server, on the host and in the containers."),
+    Setting(
+        "36001",
+        "Port of the environment server, on the host and in the containers (unset, the tasks take the environment's own)."
+    ),
     "ENV_BIND":
     Setting("127.0.0.1", "Host address on which ENV_PORT is published. The servers have no authentication."),
     "MODEL":
     Setting("gpt-4o-mini", "Model that is evaluated."),
     "MAX_ROUND":
-    Setting("10", "Rounds of one episode, at most."),
+    Setting("10", "Rounds of one episode, at most (unset, the tasks take the environment's own)."),
     "OPENAI_API_KEY":
     Setting("", "Key for the model's API.", secret=True),
     "OPENAI_BASE_URL":
@@ -145,11 +149,13 @@ SETTINGS: dict[str, Setting] = {
     "LOCAL_DIR":
     Setting("saves/checkpoint", "Folder with the sharded actor checkpoint that `invoke merge` reads."),
     "SAVE_DIR":
-    Setting("", "Folder for the merged model (default: LOCAL_DIR/huggingface)."),
+    Setting(
+        "",
+        "Folder for the merged model (default: LOCAL_DIR/huggingface; with --lora adapter LOCAL_DIR/lora_adapter)."),
     "HF_UPLOAD_PATH":
     Setting("", "Hub repository, user/name, to which `invoke merge` uploads (default: no upload)."),
     "HF_TOKEN":
-    Setting("", "Hugging Face token for the upload (default: the login of `hf auth login`).", secret=True),
+    Setting("", "Hugging Face token for uploads and downloads (default: the login of `hf auth login`).", secret=True),
     "HF_ENDPOINT":
     Setting("", "Hub address (default: https://huggingface.co)."),
 }
