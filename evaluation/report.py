@@ -182,9 +182,11 @@ def dress(run: Run) -> list[str]:
 
 
 def difference_lines(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return how each run differs from the first, on the items that both have."""
+    """Return how each run of the first one's environment differs from the first, on the items that both have."""
     lines = []
     for run in runs[1:]:
+        if run.told["config"]["env"] != runs[0].told["config"]["env"]:
+            continue  # the same number is another item there
         found = compare(runs[0].records, run.records, same_words=dress(run) == dress(runs[0]))
         apart = [(found["other_task"], "more were another task and are left out"),
                  (found["only_one"], "only in the first"), (found["only_other"], "only in the other")]

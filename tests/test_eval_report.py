@@ -259,6 +259,14 @@ def test_a_comparison_says_how_many_items_were_another_task(tmp_path):
     assert report.difference_lines([one, other])[0]["items"] == "3"
 
 
+def test_runs_of_different_environments_are_not_paired():
+    one, other = run([record(n) for n in range(3)], "a"), run([record(n, "failure", 0.0) for n in range(3)], "b")
+    assert len(report.difference_lines([one, other, one])) == 2
+    other.told["config"]["env"] = "maze"
+    assert [line["name"] for line in report.difference_lines([one, other, one])] == ["a − a"]
+    assert "Differences, item by item" not in report.render([one, other])
+
+
 @pytest.mark.parametrize("category", ["", "hard"])
 def test_charts_keep_runs_whose_names_begin_alike(category):
     ends = ["Qwen/Qwen2.5-7B-Instruct (textcraft-Qwen2.5-7B-Instruct-" + end for end in ("1a2b3c4d)", "9f8e7d6c)")]
