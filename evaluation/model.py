@@ -206,8 +206,9 @@ def completion_of(answer: "ChatCompletion", seconds: float, retries: int) -> Com
     if not isinstance(choices, list) or not choices or getattr(choices[0], "message", None) is None:
         raise ValueError("it has no choices")
     message, finish = choices[0].message, choices[0].finish_reason or ""
-    if finish == "error":  # OpenRouter's word for a provider that failed half-way
-        raise ValueError("its finish_reason is error")
+    # OpenRouter's word for a provider that failed half-way; vLLM's and SGLang's for a request that was dropped.
+    if finish in ("error", "abort"):
+        raise ValueError(f"its finish_reason is {finish}")
     extra = message.model_extra or {}
     reasoning = extra.get("reasoning_content") or extra.get("reasoning") or ""
     return Completion(surrogates.replaced(content_text(message.content)),

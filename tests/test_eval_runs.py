@@ -563,7 +563,7 @@ def test_an_answer_in_parts_is_read_whole(tmp_path):
 
 
 @pytest.mark.parametrize("body", [
-    said("", "error"), said(None, "error"), said({"text": "win"}), said([{"type": "image_url"}]), said(["win"]), said(7),
+    said("", "error"), said(None, "error"), said("win", "abort"), said({"text": "win"}), said([{"type": "image_url"}]), said(["win"]), said(7),
     {"choices": {"a": 1}}, {"choices": [None]}, {"choices": ["x"]}, {"choices": [{"message": "hi"}]}, [1, 2], "str", None,
 ], ids=json.dumps)
 def test_what_is_no_answer_is_the_endpoints_fault_and_never_a_score(body, tmp_path):
