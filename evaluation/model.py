@@ -2,6 +2,7 @@
 import asyncio
 import ipaddress
 import math
+import os
 import random
 import re
 import time
@@ -238,13 +239,11 @@ class ChatModel:
         self.refused: set[tuple[int, int]] = set()  # attempts, while none has been answered
         # base_url="" must not reach the client: it would take OPENAI_BASE_URL, which may be set but empty.
         base_url = base_url or "https://api.openai.com/v1"
-        # A proxy cannot reach this machine as we do, and would be shown the key.
-        http = openai.DefaultAsyncHttpxClient(limits=_limits(concurrency), trust_env=not loopback(base_url))
         self.client = openai.AsyncOpenAI(api_key=key,
                                          base_url=base_url,
                                          max_retries=0,
                                          timeout=timeout,
-                                         http_client=http)
+                                         http_client=_client(base_url, concurrency))
         self.answered = False
 
     def player(self, item: int, sample: int, seed: int | None) -> "ChatPlayer":
@@ -359,9 +358,25 @@ class ChatModel:
         return text.replace(self.key, "***") if len(self.key) > 3 else text
 
 
-def _limits(concurrency: int) -> Any:
+def _client(base_url: str, concurrency: int) -> Any:
     import httpx2
-    return httpx2.Limits(max_connections=None, max_keepalive_connections=concurrency)
+    import openai
+    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=concurrency)
+    try:
+        # A proxy cannot reach this machine as we do, and would be shown the key.
+        return openai.DefaultAsyncHttpxClient(limits=limits, trust_env=not loopback(base_url))
+    # SOCKS, another scheme, no address; their words may have the login.
+    except (ImportError, ValueError, httpx2.InvalidURL):
+        raise Misuse(f"no proxy that can be used: {proxies(os.environ)}; name one that begins with http:// or "
+                     "https://, or unset the variable") from None
+
+
+def proxies(environ: Mapping[str, str]) -> str:
+    """Return the variables that name a proxy, without the logins in them."""
+    names = [name for name in environ if name.lower() in ("http_proxy", "https_proxy", "all_proxy") and environ[name]]
+    # What a login is in a broken address is not sure, so all before the last @ is left out.
+    shown = {name: re.sub(r"^(\w+://)?.*@", r"\1***@", environ[name], flags=re.DOTALL) for name in names}
+    return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 
 def may_pass(error: BaseException, patience: float) -> bool:

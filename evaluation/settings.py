@@ -57,7 +57,7 @@ class Settings:
         """Return the model.
 
         Raises:
-            Misuse: there is no key, or no such player.
+            Misuse: there is no key, no such player, or a proxy that cannot be used.
         """
         if self.model in NAMES:
             return ScriptedModel(self.model, self.row, self.root)

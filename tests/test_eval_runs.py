@@ -599,6 +599,20 @@ def test_a_proxy_is_not_asked_for_an_endpoint_on_this_machine(tmp_path, monkeypa
     assert seen == []
 
 
+@pytest.mark.parametrize("value,shown", [
+    ("socks5://joe:hunter2@host:1080", "socks5://***@host:1080"), ("socks://host:1080", "socks://host:1080"), ("ftp://joe:hunter2@host", "ftp://***@host"),
+    ("http://joe:hun/ter2@host:80", "http://***@host:80"), ("http://host:port", "http://host:port"),
+])
+def test_a_proxy_that_cannot_be_used_is_one_line_without_its_login(value, shown, tmp_path, monkeypatch, capsys):
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy", "NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ALL_PROXY", value)
+    assert run(tmp_path / "out", "http://127.0.0.1:9", "https://model.example/v1", "--items", "0") == 2
+    error = capsys.readouterr().err
+    assert f"ALL_PROXY='{shown}'; name one that begins with http://" in error and error.count("\n") == 1
+    assert "joe" not in error and "hun" not in error and not (tmp_path / "out").exists()
+
+
 def test_empty_content_is_an_invalid_action_and_reasoning_is_kept_but_not_sent(tmp_path):
     def say(messages, body):
         if len(messages) == 3:
