@@ -162,9 +162,12 @@ async def evaluate(settings: Settings, folder: RunFolder, model: Model, watch: W
     try:
         async with server:
             try:
-                await wait_for(server, settings.row.name, settings.limits.wait, say)
-                await close_leftovers(server, folder, say)
-                await play_all(settings, folder, server, model, watch)
+                if pending(settings, folder):
+                    await wait_for(server, settings.row.name, settings.limits.wait, say)
+                    await close_leftovers(server, folder, say)
+                    await play_all(settings, folder, server, model, watch)
+                elif server.shown in folder.leftover and await server.answers():  # all is played: it may be away
+                    await close_leftovers(server, folder, say)
             finally:
                 if server.opened == server.closed + server.pooled and not server.lost and not folder.leftover:
                     folder.forget_sessions()

@@ -221,6 +221,29 @@ def test_a_resume_that_does_not_start_loses_nothing(tmp_path):
     assert [one["outcome"] for one in records.read_lines(tmp_path / "out" / "superseded.jsonl")] == ["env_error"]
 
 
+def test_a_run_that_is_complete_shows_its_numbers_without_its_server(tmp_path, capsys):
+    with environment() as env, endpoint(counter_player) as model:
+        argv = words(tmp_path / "out", env.url, model.base_url, "--items", "0-3")
+        assert main(argv) == 0
+    shown = capsys.readouterr().out
+    sessions = tmp_path / "out" / "sessions.jsonl"
+    sessions.write_text(json.dumps({"open": 77, "server": env.url}) + "\n")
+    assert main(argv) == 0
+    said = capsys.readouterr()
+    assert "success rate" in said.out and "waiting" not in said.out and said.err == ""
+    assert [line for line in said.out.splitlines() if "success rate" in line] == [line for line in shown.splitlines() if "success rate" in line]
+    assert "77" in sessions.read_text()  # for a run that meets the server again
+
+
+def test_a_run_that_is_complete_closes_what_a_killed_one_left_open(tmp_path, capsys):
+    with running(rows()["form-textcraft"], tmp_path) as client, endpoint(counter_player) as model:
+        argv = words(tmp_path / "out", client.base, model.base_url, "--items", "0-1")
+        assert main(argv) == 0
+        (tmp_path / "out" / "sessions.jsonl").write_text(json.dumps({"open": client.create(), "server": client.base}) + "\n")
+        assert main(argv) == 0
+        assert "closed 1 sessions that the last run left open" in capsys.readouterr().out
+
+
 def test_a_kill_between_a_new_record_and_the_end_of_the_run_doubles_nothing(tmp_path):
     old = {**RECORD, "outcome": "env_error", "error": "broken", "started": "1"}
     new = {**RECORD, "started": "2"}
