@@ -160,7 +160,8 @@ class Server:
     async def __aenter__(self) -> "Server":
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE)
         # No trust_env: the server is on this machine or on a container's network, and a proxy would be in the way.
-        self._http = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=self.timeout))
+        total = self.timeout if math.isfinite(self.timeout) else None  # aiohttp cannot count to infinity
+        self._http = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=total))
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None,

@@ -288,6 +288,13 @@ def test_a_hanging_step_is_given_up_and_its_session_closed(tmp_path):
     assert record["outcome"] == "success" and "no answer within 0.5 s" in record["tries_before"][0]["error"]
 
 
+def test_a_time_without_an_end_is_no_limit(tmp_path):
+    flags = [word for name in ("env-timeout", "env-wait", "time-limit", "request-timeout") for word in (f"--{name}", "inf")]
+    with environment() as env, endpoint(counter_player) as model:
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0", *flags) == 0
+    assert outcomes(tmp_path / "out") == {"0": "success"}
+
+
 def test_a_create_without_an_answer_is_not_sent_again_at_once(tmp_path):
     with environment(lambda path, number, body: Answer(drop=True) if path == "/create" and number < 9 else None) as env, \
             endpoint(counter_player) as model:
