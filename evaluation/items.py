@@ -40,6 +40,23 @@ def trial_numbers(maps: Iterable[Sequence[Mapping[str, Any]]]) -> dict[str, int]
     return numbers
 
 
+def read_map(path: Path) -> list[Any]:
+    """Return the item map in the file `path`.
+
+    Raises:
+        Misuse: it cannot be read, or has another form.
+    """
+    try:
+        entries = json.loads(path.read_text())
+        trial_numbers([entries])
+    except (OSError, ValueError, RecursionError) as error:  # a pointer of Git LFS is no JSON
+        raise Misuse(f"item map {path} cannot be read: {error}; restore it in the checkout") from None
+    except (KeyError, TypeError):
+        raise Misuse(f"item map {path} has an entry without task_id, task_type and item_id; "
+                     "restore it in the checkout") from None
+    return entries
+
+
 def collect_maps(rows: Iterable[Row], checkout: Path) -> dict[str, list[Any]]:
     """Return the item maps in an AgentGym checkout, by environment: what the image is built with.
 
@@ -50,19 +67,18 @@ def collect_maps(rows: Iterable[Row], checkout: Path) -> dict[str, list[Any]]:
     for row in rows:
         for path in (checkout / row.folder / name for name in row.item_maps):
             if path.is_file():
-                try:
-                    found.setdefault(row.name, []).append(json.loads(path.read_text()))
-                except (OSError, ValueError) as error:
-                    raise Misuse(f"item map {path} cannot be read: {error}; restore it in the checkout") from None
+                found.setdefault(row.name, []).append(read_map(path))
     return found
 
 
 def collected_maps(env: str, collected: Path = COLLECTED) -> list[Any]:
-    """Return the image's item maps of `env`; none where there is no such file."""
+    """Return the image's item maps of `env`; none where there is no such file, or a damaged one."""
     try:
-        return json.loads(collected.read_text()).get(env, [])
-    except (OSError, ValueError):
+        maps = json.loads(collected.read_text())[env]
+        trial_numbers(maps)
+    except (OSError, ValueError, KeyError, TypeError):
         return []
+    return maps
 
 
 def item_of(name: str | int, env: str, category: str = "", trials: Mapping[str, int] | None = None) -> Item:

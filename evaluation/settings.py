@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from evaluation.episodes import Limits
-from evaluation.items import Item, choose
+from evaluation.items import Item, choose, read_map
 from evaluation.model import ChatModel, Model, Sampling, redacted_url
 from evaluation.players import NAMES, ScriptedModel
 from evaluation.problems import Misuse
@@ -159,13 +159,17 @@ def check_url(name: str, url: str) -> str:
 
 
 def item_maps(row: Row, checkout: str) -> list[Any]:
-    """Return the row's item maps, as far as an AgentGym checkout is at hand."""
+    """Return the row's item maps, as far as an AgentGym checkout is at hand.
+
+    Raises:
+        Misuse: one is damaged.
+    """
     maps = []
     for place in (checkout, os.environ.get("AGENTGYM_SRC", "")):
         for name in row.item_maps:
             path = Path(place) / row.folder / name
             if place and path.is_file():
-                maps.append(json.loads(path.read_text()))
+                maps.append(read_map(path))
     return maps
 
 

@@ -122,6 +122,25 @@ def test_trials_are_known_from_the_maps_that_the_image_was_built_with(tmp_path, 
     assert f"--item-maps /opt/workbench/{COLLECTED.name}" in file and COLLECTED.parent == ROOT
 
 
+@pytest.mark.parametrize("text,told", [
+    ("version https://git-lfs.github.com/spec/v1\noid sha256:ab\n", "cannot be read: Expecting value"), ('[{"item_id": 1}]', "has an entry without task_id"),
+    ("[1]", "has an entry without task_id"), ("3", "has an entry without task_id"), ('[{"task_id": "a", "task_type": "b", "item_id": "c"}]', "cannot be read"),
+    ("[" * 100000, "cannot be read"), (b"\xff", "cannot be read: 'utf-8' codec"),
+], ids=lambda value: repr(value[:12]))
+def test_a_damaged_item_map_is_told_in_one_line(text, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "AgentGym" / row("alfworld").folder / row("alfworld").item_maps[0]
+    file.parent.mkdir(parents=True)
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    monkeypatch.setenv("AGENTGYM_SRC", str(tmp_path / "AgentGym"))
+    assert main(["run", "--env", "alfworld", "--items", "3", "--base-url", "http://127.0.0.1:9/v1", "--check"]) == 2
+    error = capsys.readouterr().err
+    assert f"item map {file} {told}" in error and "restore it in the checkout" in error and error.count("\n") == 1
+    collected = tmp_path / "item_maps.json"
+    collected.write_text('{"alfworld": [[{"item_id": 1}]]}')  # the image's is then of no use
+    assert choose(row("alfworld"), "3", root=tmp_path, collected=collected)[0][0].number == 3
+
+
 def test_ranges_names_and_limits(tmp_path):
     chosen, _ = choose(row("textcraft"), "3-5,textcraft_9", limit=3, root=tmp_path)
     assert [item.number for item in chosen] == [3, 4, 5]
