@@ -175,8 +175,8 @@ def from_checkout(row: Row, checkout: Path) -> Prompt:
     place = ENVS / row.prompt.file
     try:
         texts = read_class((checkout / place).read_text(encoding="utf-8"), row.prompt.class_)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+    except (OSError, ValueError, SyntaxError) as error:  # the last where a merge left its marks
+        reason = error.strerror if isinstance(error, OSError) else str(error).replace("<unknown>, ", "")
         raise Misuse(f"no prompt of {row.name} in {checkout / place}: {reason}; "
                      "point --agentgym at the root of an AgentGym checkout, or pass --plain-prompt") from None
     return Prompt(source="agentgym", place=f"{place}:{row.prompt.class_}", revision=revision(checkout), **texts)

@@ -273,6 +273,15 @@ def test_what_is_no_literal_is_refused_and_not_guessed(name, told):
         prompts.read_class(SOURCE, name)
 
 
+def test_a_source_that_is_no_python_is_told_in_one_line(tmp_path):
+    place = tmp_path / prompts.ENVS
+    place.mkdir(parents=True)
+    (place / "textcraft.py").write_text(f"<<<<<<< HEAD\n{SOURCE}=======\n>>>>>>> mine\n")
+    with pytest.raises(Misuse, match=r"textcraft.py: .*\(line 1\); point --agentgym") as caught:
+        prompts.find(row("textcraft"), checkout=str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
 def test_the_result_says_whose_prompt_it_is(tmp_path, monkeypatch):
     monkeypatch.delenv("AGENTGYM_SRC", raising=False)
     place = tmp_path / prompts.ENVS
