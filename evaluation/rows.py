@@ -1,11 +1,12 @@
 """The rows of environments.toml, as far as playing the environments needs them."""
 import difflib
+import math
 import os
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from evaluation.problems import Misuse
 
@@ -87,6 +88,13 @@ class Row(Table):
     protocol: Protocol
     success: Success
     items: Items
+
+    @field_validator("reward_range")
+    @classmethod
+    def rises(cls, ends: tuple[float, float]) -> tuple[float, float]:
+        if not -math.inf < ends[0] < ends[1] < math.inf:
+            raise ValueError("give the least reward and a greater one, both finite")
+        return ends
 
     def scaled(self, reward: float) -> float:
         """Return `reward` as a share of the row's range, 0 to 1; what lies outside the range counts as its end."""

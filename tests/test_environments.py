@@ -82,6 +82,9 @@ def test_an_unknown_name_gets_near_ones(typed, hint):
         }
     }, r"environments.toml: demo.protocol.id_reply: Field required"),
     ({
+        "reward_range": [1.0, 1.0]
+    }, r"environments.toml: demo.reward_range: Value error, give the least reward and a greater one"),
+    ({
         "success": {}
     }, r"environments.toml: demo.success: Value error, give either at_least or above"),
     ({

@@ -355,6 +355,13 @@ def test_what_is_no_row_is_named_in_one_line(rows, message, tmp_path):
         read_row("demo", tmp_path / "rows.toml")
 
 
+@pytest.mark.parametrize("ends", ["[1.0, 1.0]", "[1.0, 0.0]", "[0.0, nan]", "[-inf, 1.0]"])
+def test_a_reward_range_that_does_not_rise_is_refused(ends, tmp_path):
+    (tmp_path / "rows.toml").write_text(ROWS.read_text().replace("reward_range = [0.0, 1.0]", f"reward_range = {ends}"))
+    with pytest.raises(Misuse, match=r"rows\.toml: demo\.reward_range: Value error, give the least reward and a greater one"):
+        read_row("demo", tmp_path / "rows.toml")
+
+
 @pytest.mark.parametrize("text", [
     "Error: Env 3 is dead", "Target crashed", "Timeout 30000ms exceeded.", "Error code: 401 - {'error': 'no such key'}",
     "Connection error.", "net::ERR_CONNECTION_REFUSED at http://shop.example"

@@ -3,13 +3,14 @@
 Pydantic takes 0.1 s to import: tasks import this module inside their functions.
 """
 import difflib
+import math
 import tomllib
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tasks.lib.settings import ROOT
 
@@ -151,6 +152,13 @@ class Environment(Row):
     data: tuple[Data, ...] = ()
     keys: tuple[Key, ...] = ()
     links: dict[str, str] = {}
+
+    @field_validator("reward_range")
+    @classmethod
+    def rises(cls, ends: tuple[float, float]) -> tuple[float, float]:
+        if not -math.inf < ends[0] < ends[1] < math.inf:
+            raise ValueError("give the least reward and a greater one, both finite")
+        return ends
 
     def served(self) -> dict[str, Any]:
         """Return this row as plain JSON values, for the programs in `servers/`."""
