@@ -102,11 +102,12 @@ def extra_body(text: str) -> dict[str, Any]:
     """Return --extra-body as a mapping.
 
     Raises:
-        Misuse: it is no JSON object.
+        Misuse: it is no JSON object, or has NaN or an infinite number, which no request can carry.
     """
     try:
         value = json.loads(text or "{}")
-    except ValueError as error:
+        json.dumps(value, allow_nan=False)
+    except (ValueError, RecursionError) as error:
         raise Misuse(f"--extra-body {text!r} is no JSON ({error}); write it like '{{\"top_k\": 20}}'") from None
     if not isinstance(value, dict):
         raise Misuse(f"--extra-body {text!r} is no JSON object; write it like '{{\"top_k\": 20}}'")

@@ -666,7 +666,7 @@ def test_logins_in_addresses_are_hidden(url, shown):
     assert redacted_url(url) == shown
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", "3"])
+@pytest.mark.parametrize("text", ["{", "[1]", "3", '{"x": NaN}', '{"x": [-Infinity]}', '{"x": 1e999}', "[" * 100000], ids=lambda text: text[:20])
 def test_an_extra_body_that_is_no_object_is_refused(text):
     with pytest.raises(Misuse, match="--extra-body"):
         extra_body(text)
