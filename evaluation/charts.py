@@ -4,6 +4,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from evaluation import surrogates
+
 # matplotlib wants real colours; these stand for the page's own and are exchanged in the SVG.
 TEXT, GRID = "#010203", "#010205"
 SERIES = ("#010210", "#010211", "#010212", "#010213", "#010214", "#010215")
@@ -60,6 +62,7 @@ def svg(draw: Any, name: str, width: float = 4.6, height: float = 2.6) -> str:
 
 def legend(run: str) -> str:
     """Return a run's name for the legend, its middle left out where it is long: names of runs differ at their ends."""
+    run = surrogates.replaced(run)  # in a folder's name they stand for bytes that are no UTF-8
     short = run if len(run) <= 40 else f"{run[:19]}…{run[-20:]}"
     return short.replace("$", r"\$")  # which would begin a formula
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from evaluation import surrogates
 from evaluation.problems import Misuse
 from evaluation.rows import Row
 
@@ -159,7 +160,7 @@ def list_files(env: str, root: Path) -> tuple[Path | None, list[Path]]:
 
 def category_of(file: Path, env: str) -> str:
     """Return the category that a list's file name tells: searchqa_nq_test.json is nq."""
-    return file.stem.removeprefix("lmrlgym_").removeprefix(f"{env}_").removesuffix("_test")
+    return surrogates.replaced(file.stem).removeprefix("lmrlgym_").removeprefix(f"{env}_").removesuffix("_test")
 
 
 def in_lists(whole: Path | None, parts: Sequence[Path], env: str, trials: Mapping[str,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluation import charts, show
+from evaluation import charts, show, surrogates
 from evaluation.episodes import ERRORS, SCORED
 from evaluation.numbers import compare, summarize
 
@@ -246,6 +246,6 @@ def write(path: Path, runs: Sequence[Run], compat: bool = False) -> None:
         raise Misuse(f"{path} is a folder; name a file with --out")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, render(runs, compat))
+        write_whole(path, surrogates.replaced(render(runs, compat)))
     except OSError as error:
         raise Stopped(f"{path} cannot be written: {error.strerror}; choose another place with --out") from None

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from evaluation import report
+from evaluation.items import category_of
 from evaluation.numbers import summarize
 from tests.test_eval_parts import attempt
 
@@ -265,6 +266,15 @@ def test_runs_of_different_environments_are_not_paired():
     other.told["config"]["env"] = "maze"
     assert [line["name"] for line in report.difference_lines([one, other, one])] == ["a − a"]
     assert "Differences, item by item" not in report.render([one, other])
+
+
+def test_names_that_are_no_utf_8_end_no_report(tmp_path):
+    path = Path(os.fsdecode(b"searchqa_h\xffrd_test.json"))
+    runs = [run([record(0, category=category_of(path, "searchqa"))], name) for name in report.names([("m", Path(os.fsdecode(b"o\xff"))), ("m", Path("p"))])]
+    runs[0].told["items_from"] = path.name
+    report.write(tmp_path / "x.html", runs)
+    page = (tmp_path / "x.html").read_text()
+    assert "m (o\ufffd)" in page and "h\ufffdrd" in page and "searchqa_h\ufffdrd_test.json" in page
 
 
 @pytest.mark.parametrize("category", ["", "hard"])
