@@ -19,10 +19,12 @@ class Output(io.TextIOBase):
         self.gone: OSError | None = None
 
     def write(self, text: str) -> int:
-        """Write `text`, or lose it."""
+        """Write `text`, or lose it; what the file's encoding lacks is written as an escape."""
         if not self.gone:
             try:
                 self.file.write(text)
+            except UnicodeEncodeError:  # a folder's name that is no UTF-8
+                self.write(text.encode(self.encoding, "backslashreplace").decode(self.encoding))
             except OSError as error:
                 self._lose(error)
         return len(text)

@@ -1,4 +1,5 @@
 """The report in a real headless Chromium: filter, open, keys, links, hostile content, dark mode, ten thousand attempts."""
+import io
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import pytest
 from evaluation import report
 from evaluation.items import category_of
 from evaluation.numbers import summarize
+from evaluation.output import Output
 from tests.test_eval_parts import attempt
 
 HOSTILE = "<script>window.stolen = 1</script><img src=x onerror='window.stolen = 2'></script><!--"
@@ -275,6 +277,13 @@ def test_names_that_are_no_utf_8_end_no_report(tmp_path):
     report.write(tmp_path / "x.html", runs)
     page = (tmp_path / "x.html").read_text()
     assert "m (o\ufffd)" in page and "h\ufffdrd" in page and "searchqa_h\ufffdrd_test.json" in page
+
+
+@pytest.mark.parametrize("encoding,shown", [("utf-8", b"report: o\\udcff/\xc3\xa9\n"), ("ascii", b"report: o\\udcff/\\xe9\n")])
+def test_a_name_that_the_output_cannot_spell_is_shown_as_an_escape(encoding, shown):
+    out = io.TextIOWrapper(io.BytesIO(), encoding)
+    print("report: o\udcff/é", file=Output(out), flush=True)
+    assert out.buffer.getvalue() == shown
 
 
 @pytest.mark.parametrize("category", ["", "hard"])
