@@ -335,13 +335,46 @@ def test_a_reward_before_the_end_counts_nothing_where_the_row_says_so():
     assert step_in({"observation": "o", "reward": 1, "terminated": True}, protocol).reward == 1.0
 
 
-@pytest.mark.parametrize("name", ["weather", "movie", "todo"])
+@pytest.mark.parametrize("name", ["weather", "movie", "todo", "sheet"])
 def test_a_step_that_could_not_reach_the_internet_is_the_environments_fault(name):
     text = "Observation: ERROR | ConnectionError(HTTPSConnectionPool(host='api.example', port=443): Max retries exceeded"
     reply = {"observation": text, "reward": 0.0, "done": False}
     with pytest.raises(EnvironmentFault, match="POST /step: Observation: ERROR"):
         step_in(reply, row(name).protocol)
     assert step_in(reply, row("textcraft").protocol).observation == text
+
+
+ABORTED = "('Connection aborted.', RemoteDisconnected('Remote end closed connection without response'))"
+GATEWAY = "<html>\r\n<head><title>502 Bad Gateway</title></head>\r\n<body>"
+
+
+@pytest.mark.parametrize("name,text", [
+    ("weather", '{"error":true,"reason":"Minutely API request limit exceeded. Please try again in one minute."}'),
+    ("weather", '{"reason":"Daily API request limit exceeded. Please try again tomorrow.","error":true}'),
+    ("movie", '{"status_code":7,"status_message":"Invalid API key: You must be granted a valid key.","success":false}'),
+    ("movie", '{"success":false,"status_code":25,"status_message":"Your request count (41) is over the allowed limit of 40."}'),
+    ("todo", "Forbidden"),
+    ("todo", '{"error":"Too many requests. Limits reached. Try again later","error_code":35,"http_code":429}'),
+    *((name, said) for name in ("weather", "movie", "todo") for said in (GATEWAY, f"ERROR | ConnectionError({ABORTED})")),
+    ("sheet", "APIError({'code': 429, 'message': \"Quota exceeded for quota metric 'Read requests'\", 'status': 'RESOURCE_EXHAUSTED'})"),
+    ("sheet", "ERROR | APIError({'code': 429, 'message': 'Quota exceeded', 'status': 'RESOURCE_EXHAUSTED'})"),
+    ("sheet", f"ConnectionError(ProtocolError{ABORTED})"),
+], ids=lambda value: value[:40])
+def test_what_a_service_says_of_itself_is_the_environments_fault(name, text):
+    with pytest.raises(EnvironmentFault, match="POST /step: Observation: "):
+        step_in({"observation": f"Observation: {text}\nGive me one action.", "reward": 0.0, "done": False}, row(name).protocol)
+
+
+@pytest.mark.parametrize("name,text", [
+    ("weather", '{"error":true,"reason":"Latitude must be in range of -90 to 90"}'), ("weather", "Error: start_date should be earlier than current_date"),
+    ("movie", '{"success":false,"status_code":34,"status_message":"The resource you requested could not be found."}'),
+    ("movie", "{'id': 1, 'overview': 'Invalid API key: a film', 'title': '502 Bad Gateway'}"), ("movie", "ERROR | KeyError('movie_name')"),
+    ("todo", "[{'id': '1', 'content': 'Forbidden', 'priority': 1}]"), ("todo", "Forbidden City"), ("todo", "Task 3 is not exists."),
+    ("sheet", "APIError({'code': 400, 'message': 'Unable to parse range', 'status': 'INVALID_ARGUMENT'})"), ("sheet", "[['APIError', '429'], ['ConnectionError(', '']]"),
+], ids=lambda value: value[:40])
+def test_what_a_service_says_of_the_action_is_a_step(name, text):
+    said = f"Observation: {text}\nGive me one action."
+    assert step_in({"observation": said, "reward": 0.0, "done": False}, row(name).protocol).observation == said
 
 
 @pytest.mark.parametrize("rows,message", [
