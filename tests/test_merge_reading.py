@@ -95,6 +95,29 @@ def test_one_file_by_two_names_is_no_rank_twice(tmp_path: Path) -> None:
         find_checkpoint([str(first), str(links)])
 
 
+@pytest.mark.parametrize(("saved", "given", "what"), [
+    (["n0/global_step_100/actor", "n0/global_step_150/actor", "n1/global_step_100/actor"], ["n0", "n1"], "step"),
+    (["n0/global_step_100/actor", "n1/global_step_150"], ["n0/global_step_100/actor", "n1/global_step_150"], "step"),
+    (["n0/global_step_100/actor", "n1/global_step_100/critic"], ["n0", "n1"], "role"),
+], ids=["each takes its last step", "named by hand", "actor and critic"])  # yapf: disable
+def test_folders_of_two_steps_or_roles_are_not_merged(saved: list[str], given: list[str], what: str,
+                                                      tmp_path: Path) -> None:
+    for name in saved:
+        ranks(tmp_path / name, 4, [0, 1] if name.startswith("n0") else [2, 3])
+    with pytest.raises(MergeError, match=f"n0/.* is of .*, but .*n1/.* of .*; name folders of one {what}"):
+        find_checkpoint([str(tmp_path / name) for name in given])
+
+
+def test_only_the_part_of_the_paths_that_differs_names_a_step_or_role(tmp_path: Path) -> None:
+    run = tmp_path / "critic/global_step_7"
+    for first, second in (("a/global_step_5/actor", "b/global_step_5/actor"), ("c/actor", "d"), ("e", "actor")):
+        ranks(run / first, 4, [0, 1])
+        ranks(run / second, 4, [2, 3])
+        assert find_checkpoint([str(run / first), str(run / second)]).missing == []
+    (run / "latest").symlink_to(run / "b/global_step_5/actor")
+    assert find_checkpoint([str(run / "a/global_step_5/actor"), str(run / "latest")]).missing == []
+
+
 def test_a_name_that_claims_a_huge_world_costs_no_time(tmp_path: Path) -> None:
     (tmp_path / "model_world_size_99999999999_rank_9.pt").touch()
     found = find_checkpoint([str(tmp_path)])

@@ -2,7 +2,7 @@
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -60,6 +60,7 @@ def find_checkpoint(local_dirs: Sequence[str]) -> RankFiles:
         folder = _checkpoint_folder(Path(name), notes)
         if os.path.realpath(folder) not in map(os.path.realpath, folders):
             folders.append(folder)
+    _check_same(folders)
     files = [(folder / name, int(match[1]), int(match[2])) for folder in folders for name in _names(folder)
              if (match := RANK_FILE.fullmatch(name))]
     world_size = _world_size(folders, {world for _, world, _ in files})
@@ -79,6 +80,29 @@ def find_checkpoint(local_dirs: Sequence[str]) -> RankFiles:
         raise MergeError(f"no model_world_size_{world_size}_rank_*.pt in {folders[0]}, though fsdp_config.json names "
                          f"world size {world_size}; copy the ranks' files there")
     return RankFiles(tuple(folders), world_size, paths, notes)
+
+
+def _check_same(folders: Sequence[Path]) -> None:
+    """Refuse folders whose paths name different training steps or roles: their ranks would fit, and be no model."""
+    parts = list(zip(_own_parts(map(os.path.abspath, folders)), _own_parts(map(os.path.realpath, folders)),
+                     strict=True))
+    for pattern, what in ((STEP_FOLDER, "step"), (re.compile("|".join(ROLES)), "role")):
+        named: dict[str, Path] = {}
+        for folder, (written, real) in zip(folders, parts, strict=True):
+            found = next((part for part in (*reversed(written), *reversed(real)) if pattern.fullmatch(part)), None)
+            if found:
+                named.setdefault(found, folder)
+        if len(named) > 1:
+            (one, first), (other, second) = list(named.items())[:2]
+            raise MergeError(
+                f"{first} is of {one}, but {second} of {other}; name folders of one {what} with --local-dir")
+
+
+def _own_parts(paths: Iterable[str]) -> list[tuple[str, ...]]:
+    """Return the parts of each path that come after what all have in common."""
+    paths = list(paths)
+    shared = len(Path(os.path.commonpath(paths)).parts)
+    return [Path(path).parts[shared:] for path in paths]
 
 
 def _world_size(folders: Sequence[Path], found: set[int]) -> int:
