@@ -176,6 +176,49 @@ def test_replicas_that_differ_are_refused(spoil: Callable[..., Sample], tmp_path
     assert "model.norm.weight" in refusal and "rank 3" in refusal
 
 
+def test_a_shard_whose_replicas_differ_is_refused_unread(spoil: Callable[..., Sample], tmp_path: Path) -> None:
+    sample, name = spoil("HSDP, 2 x 2 ranks"), "model.layers.0.mlp.up_proj.weight"
+
+    def nudge(state: dict[str, Any]) -> None:
+        state[name]._local_tensor[0] += 1
+
+    from merging import edit_rank
+    for rank in range(4):
+        edit_rank(sample.rank(rank), nudge if rank == 3 else lambda state: None)
+    with untouched(tmp_path):
+        refusal = merge("--local-dir", sample.actor, "--save-dir", tmp_path / "out").refusal
+    assert name in refusal and "rank 3 and rank 1 hold the same piece" in refusal
+    sample.rank(3).unlink()  # the remedy
+    assert merge("--local-dir", sample.actor, "--save-dir", tmp_path / "out", "--verify").code == 0
+    assert differences(weights(tmp_path / "out"), expected(sample, "bfloat16")) == []
+
+
+@pytest.fixture
+def expert_parallel(tmp_path: Path) -> Path:
+    """A checkpoint of 4 ranks, 2 x 2, whose tensors cover the experts of a rank's own group only."""
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    (tmp_path / "actor/huggingface").mkdir(parents=True)
+    (tmp_path / "actor/huggingface/config.json").write_text('{"architectures": ["VeOmniMoe"], "model_type": "veomni"}')
+    experts = torch.arange(8 * 6.0).reshape(8, 2, 3)
+    for rank in range(4):
+        distributed.init_process_group("fake", rank=rank, world_size=4, store=FakeStore())
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ep", "ep_fsdp"))["ep_fsdp"]
+        own = DTensor.from_local(experts[2 * rank:2 * rank + 2].clone(), mesh, [Shard(0)], run_check=False)
+        torch.save({"experts.gate_proj": own}, tmp_path / f"actor/model_world_size_4_rank_{rank}.pt")
+        distributed.destroy_process_group()
+    return tmp_path / "actor"
+
+
+def test_experts_of_which_each_group_has_others_are_not_taken_for_replicas(expert_parallel: Path,
+                                                                           tmp_path: Path) -> None:
+    with untouched(tmp_path):
+        refusal = merge("--local-dir", expert_parallel, "--save-dir", tmp_path / "out").refusal
+    assert "experts.gate_proj" in refusal and "rank 2 and rank 0" in refusal and "expert-parallel" in refusal
+
+
 def test_the_folder_above_means_its_actor_and_names_the_critic(samples: dict[str, Sample], tmp_path: Path) -> None:
     step = tmp_path / "global_step_20"
     shutil.copytree(samples["FSDP1, 4 ranks"].actor, step / "actor")

@@ -42,13 +42,17 @@ class Mesh:
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor as one rank's file describes it; `box` is the block of the global tensor that the file holds."""
+    """One tensor as one rank's file describes it.
+
+    `box` is the block of the global tensor that the file holds, `crc` the CRC32 of its bytes, 0 where not known.
+    """
     dtype: str
     shape: tuple[int, ...]
     placements: tuple[Placement, ...]
     mesh: tuple[tuple[str, ...], tuple[int, ...]]
     box: Box
     offset: int
+    crc: int = 0
 
     @property
     def agreement(self) -> tuple[Any, ...]:
@@ -68,9 +72,11 @@ class Layout:
     Attributes:
         holders: the block that each rank holds, replicas and empty ones too.
         pieces: of those, one holder of each block that has elements: what is read.
+        replicas: the ranks that hold the same block, for each block that several hold.
     """
     holders: tuple[tuple[int, Box], ...]
     pieces: tuple[tuple[int, Box], ...]
+    replicas: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,7 @@ class Checkpoint:
 def read_checkpoint(files: RankFiles) -> Checkpoint:
     """Read the directories and pickles of all rank files and check them against each other.
 
-    Memory: one rank's pickle (about 3 KB a tensor) and 8 bytes a tensor and rank; no tensor is read.
+    Memory: one rank's pickle (about 3 KB a tensor) and 12 bytes a tensor and rank; of tensors, only small copies are read.
 
     Raises:
         MergeError: naming the file and the tensor at fault.
@@ -135,7 +141,7 @@ def read_checkpoint(files: RankFiles) -> Checkpoint:
     first_path = Path()
     boxes: list[list[tuple[int, Box]]] = []
     interned: dict[tuple[int, Box], tuple[int, Box]] = {}  # thousands of tensors, a few dozen distinct blocks
-    offsets, sizes = {}, {}
+    offsets, checksums, sizes = {}, {}, {}
     for rank, path in sorted(files.paths.items()):
         shard = read_shard_file(path)
         entries = _read_entries(shard, rank)
@@ -146,6 +152,7 @@ def read_checkpoint(files: RankFiles) -> Checkpoint:
             holder = (rank, entries[name].box)
             boxes[index].append(interned.setdefault(holder, holder))
         offsets[rank] = np.array([entries[name].offset for name in first], dtype=np.int64)
+        checksums[rank] = np.array([entries[name].crc for name in first], dtype=np.uint32)
         sizes[rank] = shard.size
     layouts: dict[Any, Layout] = {}
     tensors = {}
@@ -162,17 +169,18 @@ def read_checkpoint(files: RankFiles) -> Checkpoint:
     checkpoint = Checkpoint(files, tensors, offsets, sizes, meshes)
     if files.missing:
         checkpoint.notes.append(f"without rank {files.missing_text}: the others hold a complete replica")
-    _check_replicas(checkpoint)
+    _check_copies(checkpoint)
+    _check_checksums(checkpoint, checksums)
     return checkpoint
 
 
 def _layout(name: str, shape: tuple[int, ...], holders: tuple[tuple[int, Box], ...], files: RankFiles) -> Layout:
     """Choose one holder of each block, the lowest rank, and check that the blocks tile the tensor."""
-    chosen: dict[Box, int] = {}
+    ranks: dict[Box, list[int]] = {}
     for rank, box in holders:
         if box.numel:
-            chosen.setdefault(box, rank)
-    fault = tiling_fault(shape, chosen)
+            ranks.setdefault(box, []).append(rank)
+    fault = tiling_fault(shape, ranks)
     if fault and files.missing:
         raise MergeError(
             f"{len(files.paths)} of {files.world_size} ranks are in "
@@ -181,7 +189,8 @@ def _layout(name: str, shape: tuple[int, ...], holders: tuple[tuple[int, Box], .
             "folder with one more --local-dir")
     if fault:
         raise MergeError(f"{name} of shape {list(shape)} cannot be put together: {fault}; the checkpoint is damaged")
-    return Layout(holders, tuple((rank, box) for box, rank in chosen.items()))
+    replicas = tuple(tuple(same) for same in ranks.values() if len(same) > 1)
+    return Layout(holders, tuple((same[0], box) for box, same in ranks.items()), replicas)
 
 
 def _ranks(ranks: Sequence[int]) -> str:
@@ -204,7 +213,7 @@ def _check_agreement(first: Mapping[str, Entry], first_path: Path, entries: Mapp
 SMALL = 1 << 20  # bytes up to which whole copies are always compared; --verify compares all
 
 
-def _check_replicas(checkpoint: Checkpoint) -> None:
+def _check_copies(checkpoint: Checkpoint) -> None:
     """Compare the ranks' copies of small tensors that several of them hold whole, such as buffers."""
     with contextlib.ExitStack() as stack:
         handles = {rank: stack.enter_context(open(path, "rb", buffering=0))
@@ -223,6 +232,24 @@ def _check_replicas(checkpoint: Checkpoint) -> None:
                 raise MergeError(
                     f"{tensor.name} is kept whole by {len(copies)} ranks, but rank {_ranks(differing)} has "
                     f"other values than rank {first}; the checkpoint is damaged")
+
+
+def _check_checksums(checkpoint: Checkpoint, checksums: Mapping[int, np.ndarray]) -> None:
+    """Compare the ranks that hold the same block by the CRC32 that their files name, so without reading.
+
+    Expert parallelism as VeOmni does it writes each group's experts as a tensor of their own on a mesh of the group's
+    ranks, of which nothing tells which group it is: all groups claim the same blocks.
+    """
+    for tensor in checkpoint.tensors.values():
+        for ranks in tensor.layout.replicas:
+            known = {rank: int(checksums[rank][tensor.index]) for rank in ranks if checksums[rank][tensor.index]}
+            first = next(iter(known), 0)
+            differing = [rank for rank, crc in known.items() if crc != known[first]]
+            if differing:
+                raise MergeError(
+                    f"{tensor.name}: rank {_ranks(differing)} and rank {first} hold the same piece, but with other values; "
+                    "if they are expert-parallel ranks, save the experts gathered; if they are replicas that differ, keep "
+                    "the files of one")
 
 
 def _read_entries(shard: ShardFile, rank: int) -> dict[str, Entry]:
@@ -265,7 +292,8 @@ def plain_name(key: str) -> str:
 def _entry(shard: ShardFile, rank: int, value: Any, meshes: dict[int, Mesh]) -> Entry:
     if isinstance(value, TensorRef):
         box = Box((0, ) * len(value.shape), value.shape)
-        return Entry(_known(value.dtype), value.shape, (), ((), ()), box, shard.byte_offset(value))
+        return Entry(_known(value.dtype), value.shape, (), ((), ()), box, shard.byte_offset(value),
+                     shard.checksum(value))
     kind = value.kind if isinstance(value, Record) else type(value).__name__
     if kind == "DTensor":
         return _dtensor(shard, rank, value, meshes)
@@ -295,8 +323,8 @@ def _dtensor(shard: ShardFile, rank: int, value: Record, meshes: dict[int, Mesh]
     if local.shape != box.shape and not (0 in local.shape and box.numel == 0):
         raise MergeError(f"rank {rank} should hold a piece of shape {list(box.shape)} of {list(shape)}, but holds "
                          f"{list(local.shape)}")
-    offset = shard.byte_offset(local) if box.numel else 0
-    return Entry(_known(local.dtype), tuple(shape), placements, (mesh.names, mesh.shape), box, offset)
+    offset, crc = (shard.byte_offset(local), shard.checksum(local)) if box.numel else (0, 0)
+    return Entry(_known(local.dtype), tuple(shape), placements, (mesh.names, mesh.shape), box, offset, crc)
 
 
 def _sharded_tensor(shard: ShardFile, rank: int, value: Record) -> Entry:

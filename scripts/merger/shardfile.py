@@ -67,6 +67,15 @@ class ShardFile:
                              f"{tensor.storage.key}")
         return record.offset + tensor.offset * size
 
+    def checksum(self, tensor: pickles.TensorRef) -> int:
+        """Return the CRC32 of the tensor's bytes as the archive names it; 0 where it names none of just these bytes.
+
+        `torch.serialization.set_crc32_options(False)` makes torch write 0.
+        """
+        record = self.records[tensor.storage.key]
+        size = int(np.prod(tensor.shape, dtype=object)) * itemsize(tensor.dtype)
+        return record.crc if size == record.size else 0
+
     def read_integers(self, tensor: pickles.TensorRef) -> np.ndarray:
         """Return a small integer tensor's values, of shape `tensor.shape`."""
         count = int(np.prod(tensor.shape, dtype=object))
