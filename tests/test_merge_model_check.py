@@ -154,6 +154,33 @@ def test_custom_code_runs_only_when_trusted(spoil: Callable[..., Sample], tmp_pa
     assert run.record()["model_check"].startswith("keys and shapes as") and trace.exists()
 
 
+@pytest.mark.parametrize("moe", [False, True], ids=["renamed", "fused"])
+def test_a_wrong_shape_of_a_tensor_that_transformers_renames_is_one_line(moe: bool, tmp_path: Path) -> None:
+    import torch
+    import transformers
+    if int(transformers.__version__.partition(".")[0]) < 5:
+        pytest.skip("transformers 4 renames nothing here")
+    text: dict[str, Any] = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+                            "num_attention_heads": 2, "num_key_value_heads": 2}  # yapf: disable
+    if moe:
+        config: Any = transformers.Qwen3MoeConfig(**text, moe_intermediate_size=8, num_experts=2, head_dim=8)
+        config.architectures = ["Qwen3MoeForCausalLM"]
+        state = {f"model.layers.0.mlp.experts.{i}.{name}_proj.weight": torch.ones(9, 16)
+                 for i in range(2) for name in ("gate", "up")}  # yapf: disable
+    else:
+        vision = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+                  "num_attention_heads": 2, "image_size": 8, "patch_size": 4}  # yapf: disable
+        config = transformers.LlavaConfig(vision_config=vision, text_config={"model_type": "llama", **text})
+        config.architectures = ["LlavaForConditionalGeneration"]
+        state = {"language_model.model.embed_tokens.weight": torch.ones(33, 16)}
+    (tmp_path / "actor/huggingface").mkdir(parents=True)
+    config.save_pretrained(tmp_path / "actor/huggingface")
+    torch.save(state, tmp_path / "actor/model_world_size_1_rank_0.pt")
+    refusal = merge("--local-dir", tmp_path / "actor", "--save-dir", tmp_path / "out").refusal
+    wanted = "gate_up_proj is of shape [2, 18, 16], but" if moe else "embed_tokens.weight has 33 rows, but"
+    assert wanted in refusal and "mend the config" in refusal
+
+
 def save_whole(model: Any, actor: Path) -> None:
     """Write `model` as a checkpoint of one rank."""
     import torch

@@ -194,10 +194,14 @@ def _model_class(config: Any, config_dir: Path, trust_remote_code: bool) -> Any:
 
 
 def _mismatched(found: Any, shapes: Mapping[str, Sequence[int]], model: Any) -> list[list[Any]]:
+    """Return (name, shape in the checkpoint, shape in the model) of what transformers `found`.
+
+    Version 4 names the tensor, 5 gives name and shapes: of its own name, which the checkpoint may not have.
+    """
     expected = {name: list(value.shape) for name, value in model.state_dict().items()}
-    # transformers 4 names the tensor, 5 gives (name, shape, shape)
-    names = sorted(entry if isinstance(entry, str) else entry[0] for entry in found)
-    return [[name, list(shapes.get(name, [])), expected.get(name, [])] for name in names]
+    whole = [(entry, shapes.get(entry, ()), expected.get(entry, ())) if isinstance(entry, str) else entry
+             for entry in found]
+    return sorted([name, list(ours), list(theirs)] for name, ours, theirs in whole)
 
 
 def complaint(verdict: Verdict, config: Mapping[str, Any], config_path: Path) -> str | None:
@@ -208,7 +212,7 @@ def complaint(verdict: Verdict, config: Mapping[str, Any], config_path: Path) ->
             "config, or pass --allow keys")
     for name, ours, theirs in verdict.mismatched:
         vocabulary = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
-        if theirs and ours[:1] != theirs[:1] and vocabulary == theirs[0]:
+        if ours and theirs and ours[0] != theirs[0] and vocabulary == theirs[0]:
             return f"{name} has {ours[0]} rows, but {config_path} says vocab_size {vocabulary}; mend the config"
         return f"{name} is of shape {ours}, but {config_path} makes it {theirs}; mend the config"
     for names, what in ((verdict.missing, "lacks"), (verdict.unexpected, "has the unexpected")):
