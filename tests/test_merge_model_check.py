@@ -154,6 +154,25 @@ def test_custom_code_runs_only_when_trusted(spoil: Callable[..., Sample], tmp_pa
     assert run.record()["model_check"].startswith("keys and shapes as") and trace.exists()
 
 
+@pytest.mark.parametrize(("tied", "names", "wanted"), [
+    ([["m.embed_tokens.weight", "lm_head.weight"]], ["m.embed_tokens.weight", "lm_head.weight"],
+     [["m.embed_tokens.weight", "lm_head.weight"]]),
+    ([["m.l.embed_tokens.weight", "lm_head.weight"]], ["m.embed_tokens.weight", "lm_head.weight"],
+     [["m.embed_tokens.weight", "lm_head.weight"]]),
+    ([["m.l.embed_tokens.weight", "lm_head.weight"]], ["l.m.embed_tokens.weight", "l.lm_head.weight"],
+     [["l.m.embed_tokens.weight", "l.lm_head.weight"]]),
+    ([["m.embed_tokens.weight", "lm_head.weight"]], ["lm_head.weight"], [["m.embed_tokens.weight", "lm_head.weight"]]),
+    ([["lm_head.weight", "m.embed_tokens.weight"], ["x", "y"]], ["m.embed_tokens.weight", "lm_head.weight", "x"],
+     [["lm_head.weight", "m.embed_tokens.weight"], ["x", "y"]]),
+    ([], ["m.embed_tokens.weight", "lm_head.weight"], []),
+], ids=["its names", "one renamed", "both renamed", "one absent", "two groups", "not tied"])  # yapf: disable
+def test_tied_weights_are_found_by_the_checkpoint_s_names(tied: list[list[str]], names: list[str],
+                                                          wanted: list[list[str]]) -> None:
+    from merger.job import _tied_groups
+    named: Any = dict.fromkeys(names)
+    assert _tied_groups({"tie_word_embeddings": True}, named, Verdict(tied=tied)) == wanted
+
+
 @pytest.mark.parametrize("moe", [False, True], ids=["renamed", "fused"])
 def test_a_wrong_shape_of_a_tensor_that_transformers_renames_is_one_line(moe: bool, tmp_path: Path) -> None:
     import torch

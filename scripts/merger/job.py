@@ -182,7 +182,7 @@ def _resolve_ties(options: Options, config: dict[str, Any], named: Named,
     Raises:
         MergeError: LoRA changes one of a tied group, so that no tensor can stand for all.
     """
-    groups = tied_by_config(config, list(named)) if verdict.silent else verdict.tied
+    groups = _tied_groups(config, named, verdict)
     dropped = {}
     for group in groups:
         first, *copies = [name for name in group if name in named] or [""]
@@ -196,6 +196,20 @@ def _resolve_ties(options: Options, config: dict[str, Any], named: Named,
         else:
             dropped.update(dict.fromkeys(copies, first))
     return config, dropped
+
+
+def _tied_groups(config: dict[str, Any], named: Named, verdict: Verdict) -> list[list[str]]:
+    """Return the groups of tied names as transformers knows them, or by the config where it has other names for them.
+
+    transformers 5 renames what 4 wrote for vision models, so that a group may name one tensor of the checkpoint, or none.
+    """
+    if verdict.silent:
+        return tied_by_config(config, list(named))
+    known = [group for group in verdict.tied if sum(name in named for name in group) > 1]
+    named_here = {name for group in known for name in group}
+    told = [group for group in tied_by_config(config, list(named)) if named_here.isdisjoint(group)]
+    partial = [group for group in verdict.tied if group not in known]
+    return [*known, *(told or partial if partial else [])]
 
 
 def kept_whole(named: Named, wanted: str, verdict: Verdict) -> list[str]:
