@@ -19,7 +19,10 @@ from merger.plan import Fusion
 
 PREFIX = "base_model.model."
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.(?:(?P<adapter>[^.]+)\.)?weight")
-UNSUPPORTED = (".lora_magnitude_vector", ".lora_embedding_", ".modules_to_save.")
+# A module that is trained whole, such as a critic's head: PEFT keeps the base model's beside it.
+SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<adapter>[^.]+)\.(?P<weight>.+)")
+ORIGINAL = ".original_module."
+UNSUPPORTED = (".lora_magnitude_vector", ".lora_embedding_")
 META_NAME = "lora_train_meta.json"
 # verl writes PEFT's own record into this folder of the checkpoint.
 ADAPTER_CONFIG = "lora_adapter/adapter_config.json"
@@ -30,8 +33,12 @@ ADAPTER_STEM = "adapter_model"
 
 @dataclass(frozen=True)
 class Lora:
-    """The LoRA part of a checkpoint: (a of shape (r, in), b of shape (out, r)) by module, and its hyperparameters."""
+    """The LoRA part of a checkpoint: (a of shape (r, in), b of shape (out, r)) by module, and its hyperparameters.
+
+    `saved` holds the modules that were trained whole: by module, the tensors by their name in it.
+    """
     factors: dict[str, tuple[Tensor, Tensor]]
+    saved: dict[str, dict[str, Tensor]]
     rank: int
     alpha: float | None
     task_type: str | None
@@ -55,11 +62,16 @@ def read_lora(tensors: Mapping[str, Tensor], files: RankFiles, alpha: float | No
         MergeError: half a pair, several adapters, ranks that differ, DoRA and its like, a record that disagrees.
     """
     sides: dict[str, dict[str, Tensor]] = {}
+    saved: dict[str, dict[str, Tensor]] = {}
     adapters = set()
     for name, tensor in tensors.items():
-        if any(part in name for part in UNSUPPORTED):
+        match = SAVED.fullmatch(name)
+        if any(part in name for part in UNSUPPORTED) or (match and ".lora_" in name):
             raise MergeError(f"{name} belongs to a kind of adapter that is not supported; merge it with PEFT")
-        if match := FACTOR.fullmatch(name):
+        if match:
+            saved.setdefault(match["module"], {})[match["weight"]] = tensor
+            adapters.add(match["adapter"])
+        elif match := FACTOR.fullmatch(name):
             sides.setdefault(match["module"], {})[match["side"]] = tensor
             adapters.add(match["adapter"])
         elif ".lora_" in name:
@@ -85,7 +97,7 @@ def read_lora(tensors: Mapping[str, Tensor], files: RankFiles, alpha: float | No
     recorded = {**config, **meta}
     chosen = alpha if alpha is not None else recorded.get("lora_alpha")
     factors = {module: (pair["A"], pair["B"]) for module, pair in sides.items()}
-    return Lora(factors, rank, chosen, recorded.get("task_type"), bool(config.get("use_rslora")))
+    return Lora(factors, saved, rank, chosen, recorded.get("task_type"), bool(config.get("use_rslora")))
 
 
 def _recorded(files: RankFiles, name: str) -> dict[str, Any]:
@@ -118,7 +130,9 @@ def fuse(tensors: Mapping[str, Tensor], lora: Lora) -> dict[str, tuple[Tensor, F
     scale = lora.scale
     fused: dict[str, tuple[Tensor, Fusion | None]] = {}
     for name, tensor in tensors.items():
-        if ".lora_" in name:
+        if match := SAVED.fullmatch(name):
+            name = f"{match['module']}.{match['weight']}"
+        elif ".lora_" in name or (ORIGINAL in name and name.partition(ORIGINAL)[0] in lora.saved):
             continue
         module, _, kind = name.rpartition(".")
         layer = module.removesuffix(".base_layer")
@@ -139,15 +153,21 @@ def fuse(tensors: Mapping[str, Tensor], lora: Lora) -> dict[str, tuple[Tensor, F
 def adapter(lora: Lora) -> dict[str, Tensor]:
     """Return the adapter's tensors by the names that PEFT loads."""
     known_alpha(lora)
-    return {
+    factors = {
         f"{module}.lora_{side}.weight": tensor
         for module, pair in lora.factors.items()
         for side, tensor in zip("AB", pair, strict=True)
+    }
+    return factors | {
+        f"{module}.{weight}": tensor
+        for module, tensors in lora.saved.items()
+        for weight, tensor in tensors.items()
     }
 
 
 def adapter_config(lora: Lora, tensors: Mapping[str, Tensor], base_model: str | None) -> dict[str, Any]:
     """Return `adapter_config.json` (https://huggingface.co/docs/peft/package_reference/lora)."""
+    names = list(tensors)
     return {
         "base_model_name_or_path": base_model,
         "bias": "none",
@@ -155,9 +175,10 @@ def adapter_config(lora: Lora, tensors: Mapping[str, Tensor], base_model: str | 
         "inference_mode": True,
         "lora_alpha": lora.alpha,
         "lora_dropout": 0.0,
+        "modules_to_save": target_modules(list(lora.saved), names) or None,
         "peft_type": "LORA",
         "r": lora.rank,
-        "target_modules": target_modules(list(lora.factors), list(tensors)),
+        "target_modules": target_modules(list(lora.factors), names),
         "task_type": lora.task_type,
         "use_rslora": lora.rank_stabilized,
     }
