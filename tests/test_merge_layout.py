@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from merger.copying import count_nonfinite
 from merger.dtypes import NUMPY, SAFETENSORS, itemsize, output_dtype
 from merger.layout import (
@@ -126,6 +128,30 @@ def test_boxes_overlap_where_they_share_an_element() -> None:
 def test_tiling_faults_are_told(shape: tuple[int, ...], boxes: list[Box], fault: str | None) -> None:
     found = tiling_fault(shape, boxes)
     assert (found is None) if fault is None else (found is not None and fault in found)
+
+
+@pytest.mark.parametrize("grid", [(1024, 1), (1, 1024), (32, 32), (1, 64, 16)], ids=str)
+def test_many_pieces_take_few_comparisons(grid: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    from merger import layout
+    compared = []
+    monkeypatch.setattr(layout, "overlap", lambda a, b: compared.append(a) or overlap(a, b))
+    shape = tuple(2 * cuts for cuts in grid)
+    boxes = [Box(tuple(2 * i for i in index), (2, ) * len(grid)) for index in itertools.product(*map(range, grid))]
+    np.random.default_rng(0).shuffle(boxes)  # type: ignore[arg-type]
+    assert tiling_fault(shape, boxes) is None
+    assert len(compared) <= 1024 * 32
+    assert "the pieces hold" in str(tiling_fault(shape, boxes[1:]))
+
+
+@given(st.lists(st.tuples(st.tuples(*[st.integers(0, 4)] * 2), st.tuples(*[st.integers(0, 4)] * 2)), max_size=5))
+def test_a_tiling_is_told_as_by_counting_elements(blocks: list[Any]) -> None:
+    boxes = [Box(*block) for block in blocks]
+    inside = all(a + n <= 4 for box in boxes if box.numel for a, n in zip(box.start, box.shape, strict=True))
+    count = np.zeros((8, 8), int)
+    for box in boxes:
+        count[box.slices] += 1
+    exact = inside and bool((count[:4, :4] == 1).all())
+    assert (tiling_fault((4, 4), boxes) is None) == exact
 
 
 @pytest.mark.parametrize(("shape", "placements", "mesh"), [
