@@ -137,7 +137,7 @@ def test_the_merged_folder_is_uploaded(private: bool, server: Hub, samples: dict
     assert (created["organization"], created["name"]) == ("user", "merged")
     assert (created.get("visibility") == "private" or created.get("private") is True) is private
     local = {name: data for name, data in listing(out).items() if not name.startswith(".")}
-    assert server.repository == local
+    assert {**server.repository, "merge.json": local["merge.json"]} == local
     assert len([name for name in local if name.endswith(".safetensors")]) > 1
     assert {"config.json", "model.safetensors.index.json", "tokenizer.json", "merge.json", "README.md"} <= set(local)
 
@@ -149,6 +149,47 @@ def test_the_model_card_tells_the_facts_of_the_merge(server: Hub, samples: dict[
     assert card.startswith("---\nlibrary_name: transformers\n")
     for fact in (f"{run.record()['parameters']:,}", "bfloat16", "ddp 2, fsdp 2"):
         assert fact in card
+
+
+@pytest.mark.parametrize(("base_model", "named"), [
+    ("Qwen/Qwen2.5-3B", "Qwen/Qwen2.5-3B"),
+    ("/data/models/Qwen2.5-3B", None),
+    ("~/models", None),
+    ("models/here", None),
+    ("./a", None),
+    ("a/b/c", None),
+    ("a/b\nlicense: mit", None),
+    ("a/b: c", None),
+    ("a/b.", None),
+    ("gpt2", None),
+    ("", None),
+    (None, None),
+], ids=repr)  # yapf: disable
+def test_the_card_names_a_base_model_of_the_hub_and_no_folder(base_model: str | None, named: str | None, tmp_path: Path,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    import yaml
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models/here").mkdir(parents=True)
+    record = {"base_model": base_model, "meshes": [], "tensors": 1, "parameters": 1, "dtype": "keep", "world_size": 1,
+              "nan": 0, "inf": 0, "sources": []}  # yapf: disable
+    head = yaml.safe_load(hub.model_card(record).split("---")[1])
+    assert head == {"library_name": "transformers", **({"base_model": named} if named else {})}
+    assert hub.public_record(record)["base_model"] == named
+
+
+def test_the_uploaded_record_names_no_folder_of_this_machine(server: Hub, tmp_path: Path) -> None:
+    import torch
+    actor = tmp_path / "private/actor"
+    (actor / "huggingface").mkdir(parents=True)
+    (actor / "huggingface/config.json").write_text(json.dumps({"_name_or_path": str(tmp_path / "private/base")}))
+    torch.save({"a": torch.ones(3)}, actor / "model_world_size_1_rank_0.pt")
+    out = tmp_path / "out"
+    assert upload(server, tmp_path / "home", "--local-dir", actor, "--save-dir", out).code == 0
+    kept = json.loads((out / "merge.json").read_text())
+    assert (kept["base_model"], kept["sources"][0]["folder"]) == (str(tmp_path / "private/base"), str(actor))
+    (kept["sources"][0]["folder"], kept["base_model"]) = ("actor", None)
+    assert json.loads(server.repository["merge.json"]) == kept
+    assert not any(str(tmp_path).encode() in server.repository[name] for name in ("merge.json", "README.md"))
 
 
 def test_the_token_is_nowhere_to_be_seen(server: Hub, samples: dict[str, Sample], tmp_path: Path) -> None:

@@ -1,11 +1,18 @@
 """Upload a merged folder to the Hugging Face Hub."""
+import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from merger import MergeError
+from merger.modelconfig import dump_json
+from merger.publish import RECORD_NAME
 
 CARD_NAME = "README.md"
+# What huggingface_hub's validate_repo_id takes, with an owner.
+REPOSITORY = re.compile(r"(?!.*(?:--|\.\.))(?=.{3,96}$)[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?",
+                        re.ASCII)
 
 
 def log_in(repo_id: str) -> Any:
@@ -42,16 +49,22 @@ def log_in(repo_id: str) -> Any:
 def upload(api: Any, folder: Path, repo_id: str, private: bool) -> str:
     """Upload `folder` and return the repository's address. An upload that broke off goes on where it stopped.
 
+    `merge.json` goes without this machine's folders.
+
     Raises:
         MergeError: the Hub refused or could not be reached; `folder` is as it was.
     """
+    record = dump_json(public_record(json.loads((folder / RECORD_NAME).read_text()))).encode()
     try:
         url = api.create_repo(repo_id, private=private, exist_ok=True)
         large = getattr(api, "upload_large_folder", None)  # until huggingface_hub 1; since then upload_folder resumes
         if large is not None:
-            large(repo_id=repo_id, folder_path=folder, repo_type="model")
+            large(repo_id=repo_id, folder_path=folder, repo_type="model", ignore_patterns=[RECORD_NAME])
         else:
-            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload merged model")
+            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload merged model",
+                              ignore_patterns=[RECORD_NAME])  # yapf: disable
+        api.upload_file(repo_id=repo_id, path_or_fileobj=record, path_in_repo=RECORD_NAME,
+                        commit_message="Upload the merge's record")  # yapf: disable
     except Exception as error:
         raise MergeError(f"the upload to {repo_id} failed ({_one_line(error)}); {folder} is complete; "
                          "run the same command again to go on with the upload") from error
@@ -69,10 +82,27 @@ def add_card(folder: Path, record: Mapping[str, Any]) -> None:
         card.write_text(model_card(record))
 
 
+def hub_name(base_model: str | None) -> str | None:
+    """Return `base_model` where it names a repository of the Hub, which a path of this machine does not.
+
+    >>> hub_name("Qwen/Qwen2.5-3B"), hub_name("/data/models/Qwen2.5-3B"), hub_name("models/a/b"), hub_name(None)
+    ('Qwen/Qwen2.5-3B', None, None, None)
+    """
+    if not base_model or not REPOSITORY.fullmatch(base_model) or Path(base_model).exists():
+        return None
+    return base_model
+
+
+def public_record(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the record of a merge without this machine's folders: of each source, the folder's name."""
+    sources = [{**source, "folder": Path(source["folder"]).name} for source in record["sources"]]
+    return {**record, "sources": sources, "base_model": hub_name(record.get("base_model"))}
+
+
 def model_card(record: Mapping[str, Any]) -> str:
     """Return a model card with the facts of `merge.json`."""
-    base_model = record.get("base_model")
-    head = ["---", "library_name: transformers", *([f"base_model: {base_model}"] if base_model else []), "---"]
+    base_model = hub_name(record.get("base_model"))
+    head = ["---", "library_name: transformers", *([f'base_model: "{base_model}"'] if base_model else []), "---"]
     mesh = ", ".join(f"{name} {size}" for mesh in record["meshes"] for name, size in mesh.items()) or "none"
     rows = [("tensors", f"{record['tensors']:,}"), ("parameters", f"{record['parameters']:,}"),
             ("element type", record["dtype"]), ("ranks", record["world_size"]), ("device mesh", mesh),
