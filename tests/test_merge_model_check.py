@@ -234,3 +234,26 @@ def test_what_a_model_keeps_in_float32_is_not_rounded(dtype: str, tmp_path: Path
     assert (told.get("dtype") or told.get("torch_dtype")) == dtype
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype)
     assert torch.equal(loaded.state_dict()[name], bias)
+
+
+@pytest.mark.parametrize("saved", ["as trained", "as on the Hub"])
+def test_experts_fused_in_memory_are_noted(saved: str, tmp_path: Path) -> None:
+    """transformers 4 reads each expert's own matrices only; 5 fuses them when it loads."""
+    import torch
+    import transformers
+    from safetensors.torch import load_file
+    config = transformers.Qwen3MoeConfig(vocab_size=32, hidden_size=16, intermediate_size=16, moe_intermediate_size=8,
+                                         num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=8,
+                                         num_experts=2, num_experts_per_tok=1)  # yapf: disable
+    model = transformers.Qwen3MoeForCausalLM(config)
+    if not any(name.endswith("experts.gate_up_proj") for name in model.state_dict()):
+        pytest.skip("this transformers fuses no experts")
+    save_whole(model, tmp_path / "actor")
+    if saved == "as on the Hub":
+        model.save_pretrained(tmp_path / "hub")
+        torch.save(load_file(tmp_path / "hub/model.safetensors"), tmp_path / "actor/model_world_size_1_rank_0.pt")
+    run = merge("--local-dir", tmp_path / "actor", "--save-dir", tmp_path / "out")
+    assert run.code == 0
+    told = "2 tensors keep the names" in run.err and "experts.gate_up_proj, which only transformers 5" in run.err
+    assert told == (saved == "as trained")
+    assert ("experts.0.gate_proj.weight" in run.err) == told

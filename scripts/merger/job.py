@@ -10,7 +10,7 @@ from merger.checkpoint import Checkpoint, Tensor, read_checkpoint
 from merger.discover import MERGED, RankFiles, find_checkpoint
 from merger.dtypes import CONVERTED, output_dtype
 from merger.gpu import check_device
-from merger.model_check import Verdict, complaint
+from merger.model_check import Verdict, complaint, naming_note
 from merger.modelconfig import CONFIG_NAME, dump_json, for_critic, read_config, tied_by_config, untied, with_dtype
 from merger.plan import Fusion, Output, OutputFile, split_files
 from merger.show import size_text
@@ -125,7 +125,7 @@ def lay_out(options: Options,
         name: tensor.shape
         for name, (tensor, _) in named.items()
     }, options.trust_remote_code, config["architectures"][0] if changed else "")
-    notes = [*checkpoint.notes, *changed]
+    notes = [*checkpoint.notes, *changed, *naming_note(verdict)]
     if verdict.silent:
         notes.append(f"keys were not checked against a model: {verdict.silent}")
     if "keys" not in options.allow and (fault := complaint(verdict, config, config_dir / CONFIG_NAME)):

@@ -35,6 +35,8 @@ class Verdict:
         tied: groups of names that the model keeps as one tensor.
         fp32, fp32_in_half: modules that the model keeps in float32 when it is loaded in bfloat16 or float16, and in
             float16 only.
+        in_memory: names that this version holds in memory and the checkpoint has, but that model files do not use.
+        on_disk: what the first of them is named in model files, where it may be several tensors.
         transformers: version.
         torch: version.
     """
@@ -46,6 +48,8 @@ class Verdict:
     tied: list[list[str]] = field(default_factory=list)
     fp32: list[str] = field(default_factory=list)
     fp32_in_half: list[str] = field(default_factory=list)
+    in_memory: list[str] = field(default_factory=list)
+    on_disk: list[str] = field(default_factory=list)
     transformers: str = ""
     torch: str = ""
 
@@ -152,6 +156,7 @@ def check(config_dir: Path,
     tied = [group for group in names.values() if len(group) > 1]
     # A tied copy may be absent: the other name stands for it.
     state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    in_memory, on_disk = _names_on_disk(model, state)
     _, info = model_class.from_pretrained(None,
                                           config=config,
                                           state_dict=state,
@@ -165,8 +170,34 @@ def check(config_dir: Path,
         "tied": tied,
         "fp32": sorted(getattr(model, "_keep_in_fp32_modules_strict", None) or ()),
         "fp32_in_half": sorted(getattr(model, "_keep_in_fp32_modules", None) or ()),
+        "in_memory": in_memory,
+        "on_disk": on_disk,
         **versions
     }
+
+
+def _names_on_disk(model: Any, state: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Return those names of `state` under which `model` would not be saved, and what the first would be saved as.
+
+    transformers 5 fuses the experts' matrices when it loads a model and takes them apart when it saves one.
+    """
+    with contextlib.suppress(Exception):  # transformers 4 has no such thing, and what does not fit is told elsewhere
+        from transformers.core_model_loading import revert_weight_conversion
+        held = {name: state[name] for name in model.state_dict() if name in state}
+        saved = revert_weight_conversion(model, dict(held))
+        in_memory = [name for name in held if name not in saved]
+        return in_memory, list(revert_weight_conversion(model, {name: held[name] for name in in_memory[:1]}))
+    return [], []
+
+
+def naming_note(verdict: Verdict) -> list[str]:
+    """Return a note where the checkpoint has names that only transformers 5 and later read."""
+    if not verdict.in_memory or not verdict.on_disk:
+        return []
+    return [
+        f"{len(verdict.in_memory)} tensors keep the names of transformers {verdict.transformers} in memory, such as "
+        f"{verdict.in_memory[0]}, which only transformers 5 and later read; model files have {verdict.on_disk[0]}, …"
+    ]
 
 
 def _is_known(config_dir: Path, architecture: str) -> bool:
