@@ -171,10 +171,16 @@ def test_the_card_names_a_base_model_of_the_hub_and_no_folder(base_model: str | 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models/here").mkdir(parents=True)
     record = {"base_model": base_model, "meshes": [], "tensors": 1, "parameters": 1, "dtype": "keep", "world_size": 1,
-              "nan": 0, "inf": 0, "sources": []}  # yapf: disable
+              "nan": 0, "inf": 0, "sources": [], "model_check": ""}  # yapf: disable
     head = yaml.safe_load(hub.model_card(record).split("---")[1])
     assert head == {"library_name": "transformers", **({"base_model": named} if named else {})}
     assert hub.public_record(record)["base_model"] == named
+
+
+def test_what_transformers_said_of_the_config_s_folder_is_published_without_it() -> None:
+    said = "not made: ValueError: The repository /home/me/x/huggingface contains custom code, see https://hf.co/docs"
+    published = hub.public_record({"sources": [], "model_check": said})["model_check"]
+    assert published == said.replace("/home/me/x/", "")
 
 
 def test_the_uploaded_record_names_no_folder_of_this_machine(server: Hub, tmp_path: Path) -> None:

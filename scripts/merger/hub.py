@@ -93,10 +93,20 @@ def hub_name(base_model: str | None) -> str | None:
     return base_model
 
 
+def _without_folders(text: str) -> str:
+    """Return `text` with only the last part of each absolute path in it.
+
+    >>> _without_folders("no config in /data/x/actor, see https://hf.co/a/b")
+    'no config in actor, see https://hf.co/a/b'
+    """
+    return re.sub(r"(?<![\w.:/])/(?:[^\s/]+/)+", "", text)
+
+
 def public_record(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the record of a merge without this machine's folders: of each source, the folder's name."""
     sources = [{**source, "folder": Path(source["folder"]).name} for source in record["sources"]]
-    return {**record, "sources": sources, "base_model": hub_name(record.get("base_model"))}
+    told = _without_folders(record["model_check"])  # transformers may name the config's folder
+    return {**record, "sources": sources, "base_model": hub_name(record.get("base_model")), "model_check": told}
 
 
 def model_card(record: Mapping[str, Any]) -> str:
