@@ -402,3 +402,17 @@ def test_reading_in_several_threads_leaves_the_process_without_a_memory_limit(sa
     with ThreadPoolExecutor(8) as pool:
         assert len(list(pool.map(read_shard_file, [path] * 64))) == 64
     assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+
+def test_files_that_were_saved_without_checksums_are_read_and_not_compared(tmp_path: Path) -> None:
+    from merging import merge
+    (tmp_path / "huggingface").mkdir()
+    (tmp_path / "huggingface/config.json").write_text('{"architectures": ["Own"], "model_type": "own"}')
+    torch.serialization.set_crc32_options(False)
+    try:
+        for rank in range(2):
+            torch.save({"a": torch.ones(3)}, tmp_path / f"model_world_size_2_rank_{rank}.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    run = merge("--local-dir", tmp_path, "--save-dir", tmp_path / "out", "--verify")
+    assert run.code == 0, run.err

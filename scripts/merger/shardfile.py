@@ -25,7 +25,7 @@ CRC_CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class Record:
-    """A stored record of the archive: its place in the file, in bytes, and the CRC32 that the archive names."""
+    """A stored record of the archive: its place in the file, in bytes, and the CRC32 that the archive names, or 0."""
     offset: int
     size: int
     crc: int
@@ -131,6 +131,8 @@ def _read_archive(path: Path, fd: int, size: int, archive: zipfile.ZipFile) -> S
     for info in infos.values():
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
             raise MergeError(f"record {info.filename} is compressed, which torch.save never does")
+        if info.CRC == 0:  # torch.serialization.set_crc32_options(False)
+            info.CRC = None  # type: ignore[assignment]  # so zipfile compares none
     if "byteorder" in infos and archive.read(infos["byteorder"]) != b"little":
         raise MergeError("it was written on a big-endian machine, which is not supported")
     if infos["data.pkl"].file_size > MAX_PICKLE:
@@ -153,11 +155,11 @@ def _locate(fd: int, size: int, info: zipfile.ZipInfo) -> Record:
     if offset + info.file_size > size:
         raise MergeError(f"record {info.filename} ends at byte {offset + info.file_size}, the file at {size}; "
                          "it is truncated")
-    return Record(offset, info.file_size, info.CRC)
+    return Record(offset, info.file_size, info.CRC or 0)
 
 
 def damaged_records(shard: ShardFile, progress: Callable[[int], None]) -> Iterator[str]:
-    """Yield the keys of those records whose bytes do not have the CRC32 that the archive names.
+    """Yield the keys of those records whose bytes do not have the CRC32 that the archive names, if it does.
 
     What `progress` raises, after each `CRC_CHUNK` bytes at the latest, ends it.
     """
@@ -168,5 +170,5 @@ def damaged_records(shard: ShardFile, progress: Callable[[int], None]) -> Iterat
                 chunk = os.pread(file.fileno(), min(CRC_CHUNK, record.size - start), record.offset + start)
                 crc = zlib.crc32(chunk, crc)
                 progress(len(chunk))
-            if crc != record.crc:
+            if record.crc and crc != record.crc:
                 yield key
