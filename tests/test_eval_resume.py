@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -129,14 +130,14 @@ def test_the_sessions_of_a_killed_run_are_closed_by_the_next_one(flags, tmp_path
 
 
 def test_a_session_that_is_being_created_when_a_run_is_stopped_is_given_back(tmp_path):
-    with environment(lambda path, number, body: Answer(delay=1.0) if path == "/create" else None) as env, \
+    with environment(lambda path, number, body: Answer(delay=5.0) if path == "/create" else None) as env, \
             endpoint(counter_player) as model:
         run = process(*words(tmp_path / "out", env.url, model.base_url, "--items", "0-9"))
         while env.created < 4:
             time.sleep(0.02)
         time.sleep(0.1)
         run.send_signal(signal.SIGINT)
-        said = run.communicate(timeout=20)[0]
+        said = run.communicate(timeout=60)[0]
         assert run.returncode == 130 and env.sessions == {} and "Traceback" not in said
     sessions = json.loads((tmp_path / "out" / "run.json").read_text())["work"][0]["sessions"]
     assert (sessions["opened"], sessions["closed"], sessions["lost"]) == (4, 4, 0)
@@ -318,7 +319,7 @@ def test_a_run_that_was_stopped_tells_of_what_was_not_played_again(tmp_path):
         while env.seen["/reset"] == before:
             time.sleep(0.02)
         run.send_signal(signal.SIGINT)
-        assert run.wait(20) == 130
+        assert run.wait(60) == 130
     found = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (found["attempts"], found["errors"]) == (4, 2)
 
@@ -427,7 +428,7 @@ def test_a_signal_closes_the_sessions_and_leaves_a_run_to_resume(number, code, t
         while len(model.requests) < 6:
             time.sleep(0.02)
         run.send_signal(number)
-        said = run.communicate(timeout=20)[0]
+        said = run.communicate(timeout=60)[0]
         assert run.returncode == code and env.sessions == {} and "interrupted" in said and "Traceback" not in said
         assert main(words(tmp_path / "out", env.url, model.base_url, "--items", "0-9")) == 0
     assert len(by_key(tmp_path / "out")) == 10
@@ -454,13 +455,19 @@ def test_a_full_disk_stops_the_run_and_the_same_command_goes_on(tmp_path):
 
 
 def test_two_runners_do_not_share_a_folder(tmp_path, capsys):
-    slowly = lambda messages, body: Answer(completion(counter_player(messages, body)), delay=0.3)  # noqa: E731
-    with environment() as env, endpoint(slowly) as model:
+    refused = threading.Event()
+
+    def wait(messages, body):
+        refused.wait(120)
+        return completion(counter_player(messages, body))
+
+    with environment() as env, endpoint(wait) as model:
         argv = words(tmp_path / "out", env.url, model.base_url, "--items", "0-3")
         run = process(*argv)
         while not model.requests:
             time.sleep(0.02)
         assert main(argv) == 2
+        refused.set()
         assert "in use by another evaluation" in capsys.readouterr().err
         assert run.wait(30) == 0
 

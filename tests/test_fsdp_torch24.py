@@ -15,6 +15,7 @@ from fsdp_samples import write_samples
 from merging import ROOT, SCRIPTS, TESTS, UNDER_CI, Run, Sample, cast, differences, merge, run_program, weights
 
 CACHED = ROOT / ".cache/torch-2.4.0"
+COMPLETE = CACHED / "complete"  # a run that was stopped half-way leaves an environment without it
 PACKAGES = ("torch==2.4.0", "transformers==4.51.3", "accelerate==1.15.0", "numpy<2", "safetensors", "ml_dtypes", "rich")
 HOW = (
     f"torch 2.4.0 is not here; set TORCH24_PYTHON to an interpreter that has it, or run `uv venv --python 3.11 {CACHED} "
@@ -43,8 +44,9 @@ print(json.dumps([dataclasses.astuple(merging.merge(*arguments)) for arguments i
 def make_environment() -> Path:
     """Make the environment with uv, and return its interpreter."""
     uv = [sys.executable, "-m", "uv"]
-    subprocess.run([*uv, "venv", "--quiet", "--python", "3.11", str(CACHED)], check=True)
+    subprocess.run([*uv, "venv", "--quiet", "--clear", "--python", "3.11", str(CACHED)], check=True)
     subprocess.run([*uv, "pip", "install", "--quiet", "--python", str(CACHED), *PACKAGES], check=True)
+    COMPLETE.touch()
     return CACHED / "bin/python"
 
 
@@ -53,7 +55,7 @@ def old_python() -> Path:
     """The interpreter of an environment with torch 2.4.0."""
     named = os.environ.get("TORCH24_PYTHON")
     python = Path(named) if named else CACHED / "bin/python"
-    if not python.exists():
+    if not (python if named else COMPLETE).exists():
         if named or not UNDER_CI:
             pytest.fail(f"TORCH24_PYTHON: no {named}") if named else pytest.skip(HOW)
         python = make_environment()

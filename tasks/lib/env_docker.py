@@ -186,7 +186,7 @@ def wait_until_ready(row: Environment, options: Options, wait: float) -> None:
     seen: set[int] = set()
     while True:
         for server in servers(row.name):
-            if server.state in DIED or server.restarts:
+            if server.state in DIED:  # not while it starts again and prints the reason once more
                 raise Exit(f"env.up: {row.name} ended: {last_line(server.id)}", code=1)
         left = end - time.monotonic()
         if left <= 0:

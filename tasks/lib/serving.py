@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from invoke.context import Context
 from invoke.exceptions import Exit
@@ -117,7 +118,7 @@ def wait_until_ready(url: str, server: Mapping[str, Any], log: Path, wait: float
 
 def write_state(home: Path, server: Mapping[str, Any] | None) -> Path:
     """Write this run, and its server once it was started, to a file of our own; with a server it is state.json."""
-    new = home / f"state.{os.getpid()}"
+    new = home / f"state.{os.getpid()}-{uuid4().hex}"
     new.write_text(json.dumps({"owner": processes.identity(os.getpid()), **({"server": server} if server else {})}))
     return new.replace(home / "state.json") if server else new
 

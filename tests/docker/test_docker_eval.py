@@ -101,6 +101,7 @@ def shards(ready: Workbench, checkpoint: Path) -> Path:
     return step
 
 
+@pytest.mark.timeout(1800)  # the first run builds an image
 def test_a_checkpoint_is_merged_served_evaluated_and_gone(ready: Workbench, shards: Path) -> None:
     """Run twice: the first builds the server's image and merges; the second resumes under the same name."""
     words = ["eval", "--checkpoint", "saves/served/global_step_7", "--env", "demo", "--runner", "docker", "--max-round", "2", "--max-tokens", "8"]
@@ -130,6 +131,7 @@ def test_a_checkpoint_is_merged_served_evaluated_and_gone(ready: Workbench, shar
     assert ready.containers() == []
 
 
+@pytest.mark.timeout(1800)
 def test_what_was_trained_is_what_is_measured_in_containers(ready: Workbench, story: Story) -> None:
     """The whole loop: shards that real FSDP trained are merged, served and evaluated, all in containers."""
     found = {}

@@ -144,7 +144,7 @@ def test_one_image_builds_alone_under_another_tag(built: Workbench, task: str, s
 
 def test_cpu_flavour_starts_from_ubuntu(built: Workbench) -> None:
     # TORCH_INDEX_URL stays as it is set (PyPI), so only the base image differs.
-    done = built.invoke("build.base", "--cpu", "--tag", f"{built.name}-cpu")
+    done = built.invoke("build.base", "--cpu", "--tag", f"{built.name}-cpu", timeout=850)
     assert done.returncode == 0, done.stderr
     labels = json.loads(built.docker("image", "inspect", f"agentgym-rl/base:{built.name}-cpu"))[0]["Config"]["Labels"]
     assert labels["org.opencontainers.image.base.name"] == "ubuntu:22.04"

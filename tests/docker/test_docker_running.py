@@ -540,4 +540,4 @@ def test_list_is_quick_and_loads_no_docker_library(built: Workbench) -> None:
     done = built.run(sys.executable, "-X", "importtime", "-m", "invoke", "--list")
     assert done.returncode == 0
     assert "python_on_whales" not in done.stderr and "torch" not in done.stderr
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 10
