@@ -208,9 +208,10 @@ def test_the_health_check_means_ready(servers: Workbench) -> None:
             break
         time.sleep(0.5)
     assert status == "healthy"
+    built = servers.invoke("build.env", "--env", "fault-never", env={"ENVIRONMENTS": FIXTURES})
+    assert built.returncode == 0, built.stderr
     servers.docker("run", "-d", "--name", f"{servers.name}-never", "--label",
-                   f"com.docker.compose.project={servers.name}", "-e", "FORM=never",
-                   servers.image("agentgym/env-form-weather"))
+                   f"com.docker.compose.project={servers.name}", servers.image("agentgym/env-fault-never"))
     end, never = time.monotonic() + 60, ""  # its web server listens; its sessions fail
     while "not ready: POST /create: HTTP 500" not in never and time.monotonic() < end:
         time.sleep(0.5)
