@@ -284,7 +284,7 @@ def data(c: Context, env: str = "", from_: str = "") -> None:
         else:
             missing = env_data.fetch(row, folder, lambda line: print(line, flush=True))
     except env_data.DataError as error:
-        raise Exit(f"env.data: {error}", code=1) from None
+        raise Exit(f"env.data: {error}", code=2 if from_ else 1) from None
     if missing:
         lines = [f"  {folder / one.path}: {one.how or one.url or 'hub ' + one.hub}" for one in missing]
         raise Exit(f"env.data: {row.name} still needs, by hand:\n" + "\n".join(lines), code=1)

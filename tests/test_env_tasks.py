@@ -748,6 +748,11 @@ def test_a_file_where_the_data_belongs_is_told(site, tmp_path):
         env_data.fetch(zipped_row(site), tmp_path / "data", print)
 
 
+def test_a_folder_of_data_that_is_none_is_misuse(tmp_path):
+    done = invoke("env.data", "--env", "fault-data", "--from", str(tmp_path / "nowhere"))
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr == f"env.data: --from {tmp_path}/nowhere is no folder\n"
+
+
 def test_the_data_task_tells_what_is_missing():
     done = invoke("env.data", "--env", "fault-data")
     assert done.returncode == 1 and "fault-data/index.bin: ask the author" in done.stderr

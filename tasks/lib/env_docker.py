@@ -52,7 +52,6 @@ class Server:
     port: int
     bind: str
     state: str
-    restarts: int
 
 
 def servers(name: str = "") -> list[Server]:
@@ -70,8 +69,7 @@ def describe(container: Container) -> Server:
     published = (container.host_config.port_bindings or {}).values()
     bind = next((place.host_ip for places in published for place in places or [] if place.host_ip), "")
     return Server(container.id, labels[LABEL], labels.get("com.docker.compose.service", ""),
-                  labels.get(ROLE_LABEL, "server"), int(labels[PORT_LABEL]), bind, container.state.status or "",
-                  container.restart_count or 0)
+                  labels.get(ROLE_LABEL, "server"), int(labels[PORT_LABEL]), bind, container.state.status or "")
 
 
 def build_section(row: Environment, root: Path, gym: str, rows_file: str) -> dict[str, Any]:

@@ -4,15 +4,14 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
-import urllib.request
 from dataclasses import asdict, dataclass
-from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from invoke.context import Context
 from invoke.exceptions import Exit
 
+from servers.protocol import Client, ServerError
 from tasks.lib import docker, env_docker, env_local, env_users, gpus
 from tasks.lib.env_plan import Options, choose_port, refusal
 from tasks.lib.environments import Environment, environment, environments
@@ -371,15 +370,14 @@ def stop_local(c: Context, name: str) -> bool:
 
 def sessions(found: Running) -> Mapping[str, Any] | None:
     """Return what a running server says of its sessions, summed over its replicas; None where it does not answer."""
+    client = Client(found.url, {}, timeout=2)
     total = {"live": 0, "pooled": 0, "memory_mb": 0.0}
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    for number in range(found.servers):
-        try:
-            with opener.open(f"{found.url}/_sessions?replica={number}", timeout=2) as reply:
-                told = json.loads(reply.read())
+    try:
+        for number in range(found.servers):
+            told = client.sessions(number)
             total = {key: value + told[key] for key, value in total.items()}
-        except (OSError, ValueError, KeyError, TypeError, HTTPException):
-            return None
+    except (ServerError, KeyError, TypeError):
+        return None
     return total if found.servers else None
 
 
