@@ -47,6 +47,9 @@ def test_invoke_merges_bit_exact_and_the_result_is_the_caller_s(built: Workbench
     done = built.invoke("merge", "--runner", "docker", "--local-dir", "saves/x/actor", "--dtype", "float32", "--verify")
     assert done.returncode == 0, done.stdout + done.stderr
     assert_bit_exact(merged, checkpoint.parent / "reference.safetensors")
+    owners = {(path.stat().st_uid, path.stat().st_gid)
+              for path in (built.root / "models/.cache/agentgym-rl-workbench/model-checks").glob("*.json")}
+    assert owners == {(os.getuid(), os.getgid())}
 
 
 def test_compose_merges_bit_exact_and_the_result_is_the_caller_s(built: Workbench, checkpoint: Path,
