@@ -175,6 +175,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     row = environment(options.env)
+    counts = [int(count) for count in options.sessions.split(",")]
+    if row.max_sessions and max(counts) > row.max_sessions:
+        sys.exit(f"environments: {row.name} has room for {row.max_sessions} sessions; give --sessions at most that")
     haproxy = shutil.which("haproxy", path=os.environ["PATH"] + ":/usr/sbin")
     if not haproxy:
         sys.exit("environments: needs haproxy on PATH (Debian: apt install haproxy)")
@@ -188,7 +191,7 @@ def main() -> None:
         "PYTHONHASHSEED": "0",
         "PYTHONPATH": os.pathsep.join([str(folder), *(str(folder / extra) for extra in row.pythonpath)]),
         **{
-            name: value.format(folder=folder, data=options.data)
+            name: value.format(folder=folder, data=Path(options.data) / row.name)
             for name, value in row.env.items()
         }
     }
@@ -230,7 +233,7 @@ def main() -> None:
             cwd = folder / row.workdir
             with processes(commands, cwd, environ) as running:
                 wait_until_ready(row, urls)
-                for sessions in map(int, options.sessions.split(",")):
+                for sessions in counts:
                     results.setdefault((name, sessions),
                                        []).append(measure(row, urls, sessions, options.seconds, running))
     summary = []

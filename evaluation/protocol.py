@@ -243,6 +243,9 @@ class Server:
                 protocol.item: item,
                 **protocol.reset
             }))
+        fault = protocol.reset_fault
+        if fault and isinstance(reply, dict) and fault.items() <= reply.items():
+            raise EnvironmentFault(f"POST /reset: {short(reply)}", 200)
         if protocol.observation == "get":
             reply = {key: await self.get("/observation", session) for key in protocol.observation_keys}
         return first_in(reply, protocol)

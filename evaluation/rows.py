@@ -32,6 +32,7 @@ class Protocol(Table):
     reward: str = "reward"
     done: str = "done"
     reward_when_done: bool = False
+    reset_fault: dict[str, Any] = {}
     faults: tuple[str, ...] = ()
     fault_starts: tuple[str, ...] = ()
     close: bool

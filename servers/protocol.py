@@ -1,6 +1,6 @@
 """Speak an environment server's HTTP as its row says; as a program, tell whether a server is ready.
 
-    python protocol.py ROW.json [--url http://127.0.0.1:8000] [--timeout 20]
+    python protocol.py ROW.json [--url http://127.0.0.1:8000] [--timeout 55]
 
 It is copied into every environment image and is the image's health check, so it needs nothing but the standard
 library of the oldest Python there (3.8). `GET /` runs no environment code and answers even where no item can be
@@ -29,6 +29,7 @@ DEFAULTS = {
     "reward": "reward",
     "done": "done",
     "reward_when_done": False,
+    "reset_fault": {},
     "faults": [],
     "fault_starts": [],
 }  # type: Dict[str, Any]
@@ -115,7 +116,9 @@ class Client:
         """Put `item` before the session and return the first observation."""
         body = {self.protocol["id"]: session, self.protocol["item"]: item, **self.protocol["reset"]}
         reply = self._call("/reset", body)
-        form = self.protocol["observation"]
+        form, fault = self.protocol["observation"], self.protocol["reset_fault"]
+        if fault and isinstance(reply, dict) and fault.items() <= reply.items():
+            raise ServerError(f"POST /reset: {json.dumps(reply)[:200]}", 200)
         try:
             if form == "get":
                 return str(self._call("/observation", query={self.protocol["id"]: session}))
@@ -134,8 +137,8 @@ class Client:
             observation = str(reply[self.protocol["state"]])
         except (KeyError, TypeError, ValueError):
             raise ServerError(f"POST /step: no observation, reward and end in {json.dumps(reply)[:200]}", 200) from None
-        if any(mark in observation for mark in self.protocol["faults"]) or observation.startswith(
-                tuple(self.protocol["fault_starts"])):
+        if any(mark in observation
+               for mark in self.protocol["faults"]) or observation.startswith(tuple(self.protocol["fault_starts"])):
             raise ServerError("POST /step: " + observation[:200], 200)
         return Step(observation, 0.0 if self.protocol["reward_when_done"] and not done else reward, done)
 
@@ -187,7 +190,7 @@ def main(argv: Optional[list] = None) -> int:
     parser = argparse.ArgumentParser(description="Tell whether an environment server is ready.")
     parser.add_argument("row", help="JSON file with the environment's row")
     parser.add_argument("--url", default="http://127.0.0.1:" + (os.environ.get("ENV_PORT") or "8000"))
-    parser.add_argument("--timeout", type=float, default=20.0, help="seconds for each request")
+    parser.add_argument("--timeout", type=float, default=55.0, help="seconds for each request")
     options = parser.parse_args(argv)
     with open(options.row) as file:
         row = json.load(file)

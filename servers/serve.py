@@ -49,6 +49,8 @@ RECYCLE_AT = 0.8  # of the memory limit
 MISUSE, RECYCLED, STUCK = 2, 75, 70  # exit codes
 ATTACH = 24  # SQLITE_ATTACH
 BODY_SECONDS = 60  # for a request's body to come
+# The proxy before replicas sends it with a create: after a 503 it asks the next one, and says 429 where none has room.
+ASKS_ANOTHER = (b"x-asks-another", b"1")
 INTERRUPTED = "interrupted"  # what SQLite says of a query that was stopped
 
 # The queries that were stopped in the request that runs now; threads that work for the request see it too.
@@ -132,7 +134,8 @@ class Sessions:
 
     async def _create(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self.limit is not None and len(self.live) + len(self.leaving) + self.opening >= self.limit:
-            return await answer(send, 429, {"error": f"all {self.limit} sessions of this server are in use"})
+            status = 503 if ASKS_ANOTHER in scope["headers"] else 429
+            return await answer(send, status, {"error": f"all {self.limit} sessions of this server are in use"})
         if self.pool:
             public = self._register(Session(self.pool.pop(), pristine=False))
             return await answer(send, 200, {self.id_reply: public} if self.id_reply else public)
@@ -145,8 +148,10 @@ class Sessions:
         local = (reply.get(self.id_reply) if isinstance(reply, dict) else None) if self.id_reply else reply
         if status == 200 and isinstance(local, int) and not isinstance(local, bool):
             if local in self.in_use:
-                return await answer(send, 503, {"error": "the server handed out a session that is in use"})
+                return await answer(send, 500, {"error": "the server handed out a session that is in use"})
             public = self._register(Session(local))
+            if await is_gone(receive):  # or nobody would ever close it
+                return await self._close(public)
             reply = {**reply, self.id_reply: public} if self.id_reply else public
             return await answer(send, status, reply, headers)
         await relay(send, status, headers, body)
@@ -195,7 +200,7 @@ class Sessions:
         if self.key not in query:
             return await self.app(scope, receive, send)
         asked = query[self.key]
-        session = self._find(int(asked) if asked.isdigit() else None)
+        session = self._find(parsed(asked.encode()))
         if session is None:
             return await answer(send, 404, {"error": f"no session {asked} here"})
         query[self.key] = str(session.local)
@@ -286,11 +291,14 @@ class Sessions:
             session = self.live.get(public)
             if session is None or session.busy or session.used >= oldest:  # used while we closed others
                 continue
-            if self.has_close:
-                await self._post_inside("/close", {self.key: self._drop(public).local})
-            else:
-                self._forget(public)
+            await self._close(public)
         return len(idle)
+
+    async def _close(self, public: int) -> None:
+        if self.has_close:
+            await self._post_inside("/close", {self.key: self._drop(public).local})
+        else:
+            self._forget(public)
 
     async def _post_inside(self, route: str, request: Dict[str, Any]) -> Tuple[int, bytes]:
         """Send the environment's own application a request of ours; return status and body of its answer."""
@@ -332,6 +340,19 @@ async def read(receive: Receive) -> bytes:
         body += message.get("body", b"")
         if not message.get("more_body"):
             return body
+
+
+async def is_gone(receive: Receive) -> bool:
+    """Tell whether the client hung up; `receive` is the one of a request whose body may not have been read."""
+    message = asyncio.ensure_future(receive())
+    for _ in range(6):  # the loop has to see the end of the connection, and to tell the server of it
+        await asyncio.sleep(0)
+        if message.done():
+            if message.result()["type"] == "http.disconnect":
+                return True
+            message = asyncio.ensure_future(receive())
+    message.cancel()
+    return False
 
 
 def replay(body: bytes, receive: Receive) -> Receive:
@@ -385,7 +406,7 @@ def parsed(body: bytes) -> Any:
     """Return the JSON value of `body`, or None."""
     try:
         return json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

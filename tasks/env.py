@@ -15,6 +15,7 @@ from invoke.tasks import task
 
 if TYPE_CHECKING:
     from tasks.lib.env_plan import Options
+    from tasks.lib.env_runs import Running
     from tasks.lib.environments import Environment
 
 # The rows need pydantic and Docker's door needs python-on-whales: both are imported when a task runs.
@@ -53,6 +54,7 @@ def up(c: Context,
     """Start an environment server and wait until ready."""
     from tasks.lib import env_runs, env_users
     from tasks.lib.env_plan import Options
+    from tasks.lib.programs import as_ctrl_c
     from tasks.lib.settings import resolve
     row = env_runs.find_row("env.up", env)
     count = env_runs.whole_number("env.up", "replicas", replicas, 1)
@@ -61,7 +63,7 @@ def up(c: Context,
     if port:
         env_runs.port_number("env.up", "--port", port)
     chosen = env_runs.choose_runner("env.up", runner)
-    with nullcontext() if c.config.run.dry else env_users.alone(row.name):
+    with as_ctrl_c(), nullcontext() if c.config.run.dry else env_users.alone(row.name):
         others = env_runs.serving()
         if row.name in others:
             if not c.config.run.dry:
@@ -121,6 +123,7 @@ def down(c: Context, env: str = "") -> None:
 def restart(c: Context, env: str = "", wait: str = "120") -> None:
     """Stop a server and start it as it was."""
     from tasks.lib import env_runs, env_users
+    from tasks.lib.programs import as_ctrl_c
     row = env_runs.find_row("env.restart", env)
     seconds = env_runs.whole_number("env.restart", "wait", wait, 1)
     noted = env_runs.recall(row)
@@ -129,7 +132,7 @@ def restart(c: Context, env: str = "", wait: str = "120") -> None:
             return
         raise Exit(f"env.restart: {row.name} was never started here; `invoke env.up --env {row.name}`", code=2)
     options, runner = noted
-    with nullcontext() if c.config.run.dry else env_users.alone(row.name):
+    with as_ctrl_c(), nullcontext() if c.config.run.dry else env_users.alone(row.name):
         env_runs.require_startable(c, "env.restart", row, options, runner)
         env_runs.stop(c, row.name)
         options = replace(options, aliases=not env_runs.serving())
@@ -154,7 +157,7 @@ def list_(c: Context) -> None:
         lines.append((
             name,
             "yes" if name in built else "no",
-            " ".join(f"{one.runner} x{one.servers}" if one.state == "running" else one.state for one in found) or "-",
+            " ".join(servers_of(one) for one in found) or "-",
             " ".join(str(one.port) for one in found) or f"({row.port})",
             "-" if not row.data else "no" if row.missing_data(env_runs.data_folder(row)) else "yes",
             "-" if not row.keys else "no" if row.missing_keys(environ) else "yes",
@@ -162,6 +165,12 @@ def list_(c: Context) -> None:
             row.title,
         ))
     docker.print_table(("environment", "image", "running", "port", "data", "keys", "sessions", ""), lines)
+
+
+def servers_of(one: "Running") -> str:
+    """Return what `env.list` shows of a server: its runner and how many of its replicas run, or its state."""
+    dead = f" of {one.replicas}" if one.servers < one.replicas else ""
+    return f"{one.runner} x{one.servers}{dead}" if one.state == "running" else one.state
 
 
 def print_files(c: Context, files: Sequence[Path], follow: bool) -> None:
@@ -281,6 +290,12 @@ def data(c: Context, env: str = "", from_: str = "") -> None:
     try:
         if from_:
             env_data.adopt(row, folder, Path(from_).expanduser())
+            link = env_data.leading_out(row, folder)
+            if link:
+                print(
+                    f"{row.name}: {link} is a link out of that folder, which --runner local can follow and a container "
+                    "cannot; for Docker copy the data with `cp -rL`",
+                    flush=True)
         else:
             missing = env_data.fetch(row, folder, lambda line: print(line, flush=True))
     except env_data.DataError as error:

@@ -38,9 +38,10 @@ def test_a_check_that_needs_more_sessions_than_the_server_allows_is_left_out(lim
         findings = Conformance(row, client).run()
     assert [finding for finding in findings if finding.holds is False] == []
     assert [finding.check for finding in findings if finding.holds is None] == left_out
-    assert {finding.detail for finding in findings if finding.holds is None} <= {
-        f"needs {number} sessions, the server allows {limit}" for number in (2, 3)
-    }
+    assert {finding.detail
+            for finding in findings
+            if finding.holds is None} <= {f"needs {number} sessions, the server allows {limit}"
+                                          for number in (2, 3)}
 
 
 @pytest.mark.parametrize("fault,check", [("shared", "two sessions apart"), ("unsteady", "same item twice the same"),
@@ -110,6 +111,17 @@ def test_words_of_the_network_in_an_observation_are_an_error(tmp_path):
         assert client.step(session, "add").observation == "count 6"
         with pytest.raises(ServerError, match="POST /step: count 7"):
             client.step(session, "add")
+
+
+def test_a_reset_that_says_in_its_reply_that_it_failed_is_an_error(tmp_path):
+    with running(rows()["form-webarena"], tmp_path, False) as client:
+        session = client.create()
+        assert client.reset(session, 3) == "count 3"
+        client.protocol["reset_fault"] = {"observation": "not this one"}
+        with pytest.raises(ServerError, match=r"POST /reset: .*not this one"):
+            client.reset(session, 3)
+        client.protocol["reset_fault"] = {"observation": "not this one", "sites": "Error"}
+        assert client.reset(session, 3) == "count 3"
 
 
 @pytest.mark.parametrize("url,line", [

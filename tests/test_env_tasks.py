@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -24,6 +25,7 @@ import pytest
 
 from servers.protocol import Client, ServerError
 from tasks.lib import env_data, env_local, env_runs, env_users, processes
+from tasks.lib.env_plan import proxy_config
 from tasks.lib.environments import Environment, environments
 from tests.fixtures.servers import FIXTURE_ROWS, ROOT, rows
 
@@ -88,14 +90,16 @@ def test_two_that_start_the_same_server_take_turns():
         done = list(pool.map(lambda _: invoke("env.up", "--env", "form-maze", "--runner", "local"), range(2)))
     invoke("env.down", "--env", "form-maze")
     said = [one.stdout for one in done]
-    assert [one.returncode for one in done] == [0, 0] and sorted("form-maze is up already" in one for one in said) == [False, True], said
+    assert [one.returncode for one in done] == [0, 0] and sorted("form-maze is up already" in one
+                                                                 for one in said) == [False, True], said
     assert sorted("form-maze is ready" in one for one in said) == [False, True] and processes_of("form-maze") == []
 
 
 def test_rows_that_are_not_there_and_a_wrong_row_are_named(tmp_path):
     missing = invoke("env.list", ENVIRONMENTS="nofile.toml")
-    assert missing.returncode == 2 and re.fullmatch(r"env.list: .*nofile.toml: No such file or directory; ENVIRONMENTS must name a file with rows\n",
-                                                    missing.stderr)
+    assert missing.returncode == 2 and re.fullmatch(
+        r"env.list: .*nofile.toml: No such file or directory; ENVIRONMENTS must name a file with rows\n",
+        missing.stderr)
     own = tmp_path / "own.toml"
     own.write_text(re.sub(r"rounds = \d+\n", "", (ROOT / "environments.toml").read_text(), count=1))
     wrong = invoke("env.list", ENVIRONMENTS=str(own))
@@ -103,8 +107,10 @@ def test_rows_that_are_not_there_and_a_wrong_row_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("said,reason", [
-    ("", "no message"), ("one line\n", "one line"),
-    ("  × Failed to fetch: `x`\n  ├─▶ sending\n  ╰─▶ invalid peer certificate\n\nhint: pass --flag\n", "Failed to fetch: `x`: invalid peer certificate"),
+    ("", "no message"),
+    ("one line\n", "one line"),
+    ("  × Failed to fetch: `x`\n  ├─▶ sending\n  ╰─▶ invalid peer certificate\n\nhint: pass --flag\n",
+     "Failed to fetch: `x`: invalid peer certificate"),
 ])
 def test_a_programs_reason_is_shown_and_not_its_hints(said, reason):
     assert env_local.reason_in(said) == reason
@@ -138,7 +144,10 @@ def test_down_leaves_a_stranger_alone_that_has_the_old_id(tmp_path):
 def test_a_clock_that_is_set_hides_no_process(monkeypatch):
     entry = processes.identity(os.getpid())
     monkeypatch.setattr(psutil.Process, "create_time", lambda self: 12.0)
-    assert env_local.is_running(entry) and not env_local.is_running({**entry, "born": "1@" + entry["born"].partition("@")[2]})
+    assert env_local.is_running(entry) and not env_local.is_running({
+        **entry, "born":
+        "1@" + entry["born"].partition("@")[2]
+    })
 
 
 @pytest.mark.parametrize("torn", ["", '{"processes": [', "{}", "[]", '{"port": 1, "processes": [{"pid": 1}]}'])
@@ -214,10 +223,13 @@ def test_children_that_outlive_the_server_are_stopped_too(server, tmp_path):
     ("fault-data", [], 2, r"env.up: fault-data needs index.bin in data/fault-data: ask the author"),
     ("fault-key", [], 2, r"env.up: fault-key needs FIXTURE_KEY in the environment or in .env; .*"),
     ("fault-consent", [], 2, r"env.up: this fixture deletes everything; pass --i-understand to go on"),
+    ("fault-consent", ["--i-understand", "--replicas", "2"
+                       ], 2, r"env.up: fault-consent plays on one real account; --replicas 2 would .*; leave it out"),
     ("form-textcrft", [], 2,
      r"env.up: no environment 'form-textcrft' in environments.toml; did you mean form-textcraft.*"),
     ("form-textcraft", ["--wait", "soon"], 2, r"env.up: --wait soon is no whole number of at least 1"),
-    ("form-textcraft", ["--wait", "99999999999999"], 2, r"env.up: --wait 99999999999999 is more than 2000000; give less"),
+    ("form-textcraft", ["--wait", "99999999999999"
+                        ], 2, r"env.up: --wait 99999999999999 is more than 2000000; give less"),
 ])
 def test_a_fault_is_one_line_and_leaves_nothing(name, words, code, line):
     done = invoke("env.up", "--env", name, "--runner", "local", *words)
@@ -226,7 +238,8 @@ def test_a_fault_is_one_line_and_leaves_nothing(name, words, code, line):
     assert processes_of(name) == [] and not (STATES / name / "state.json").exists()
 
 
-def test_ctrl_c_during_a_start_stops_the_server():
+@pytest.mark.parametrize("pressed", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_during_a_start_stops_the_server(pressed):
     name = "fault-never"
     process = subprocess.Popen([sys.executable, "-m", "invoke", "env.up", "--env", name, "--runner", "local"],
                                cwd=ROOT,
@@ -239,7 +252,7 @@ def test_ctrl_c_during_a_start_stops_the_server():
     while not (STATES / name / "state.json").exists() and time.monotonic() < end:
         time.sleep(0.05)
     assert processes_of(name)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(pressed)
     said = process.communicate(timeout=30)[1]
     assert (process.returncode, said) == (130, "env.up: interrupted\n")
     assert processes_of(name) == [] and not (STATES / name / "state.json").exists()
@@ -282,6 +295,31 @@ def test_a_server_gets_no_secret_that_is_not_its_own(up):
     up("fault-key", **secrets)
     assert not secrets.keys() & processes_of("form-maze")[0].environ().keys()
     assert secrets.keys() & processes_of("fault-key")[0].environ().keys() == {"FIXTURE_KEY"}
+
+
+def test_a_server_that_loads_the_nearest_dotenv_does_not_come_to_the_projects(tmp_path):
+    (tmp_path / ".env").write_text("HF_TOKEN=hf-not-yours\n")  # above the run folder, as the project's is
+    (tmp_path / "loads.py").write_text(
+        "import os\nimport dotenv\nfrom fixture_server import app\n"
+        "dotenv.load_dotenv(dotenv.find_dotenv(usecwd=True))\n\n"
+        "@app.get('/leaked')\nasync def leaked():\n    return os.environ.get('HF_TOKEN')\n")
+    before = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"}
+    row = rows()["form-textcraft"].model_copy(update={"app": "loads:app"})
+    options = env_local.Options(port=processes.free_port())
+    path = os.pathsep.join((str(tmp_path), str(ROOT / row.folder)))
+    url = env_local.up(row, options, ROOT, tmp_path / "data", {
+        **before, "PYTHONPATH": path
+    }, 60, tmp_path / "run", Path(sys.executable))
+    try:
+        with urllib.request.urlopen(url + "/leaked", timeout=10) as answer:
+            assert json.loads(answer.read()) is None
+    finally:
+        env_local.down(row.name, tmp_path / "run")
+
+
+def test_a_server_sees_its_own_packages_and_not_the_callers(up, tmp_path):
+    (tmp_path / "fastapi.py").write_text("raise RuntimeError('the caller's')")
+    assert up("form-maze", PYTHONPATH=str(tmp_path)).create() > 0
 
 
 def test_what_an_evaluation_left_behind_does_not_stop_the_users_server(up):
@@ -402,7 +440,12 @@ def test_a_busy_replica_is_not_down(haproxy, tmp_path):
         for session in sessions:
             client.reset(session, 0)
         body = json.dumps({"id": busy, "action": "add"}).encode()
-        request = urllib.request.Request(client.root + "/step", data=body, headers={"Content-Type": "application/json", "busy": "yes"})
+        request = urllib.request.Request(client.root + "/step",
+                                         data=body,
+                                         headers={
+                                             "Content-Type": "application/json",
+                                             "busy": "yes"
+                                         })
         with ThreadPoolExecutor() as pool:
             answer = pool.submit(lambda: urllib.request.urlopen(request, timeout=30).status)
             time.sleep(4)
@@ -418,23 +461,87 @@ def test_replicas_behind_the_proxy_survive_the_death_of_one(haproxy, up):
         client.reset(session, number)
     assert [session % 2 for session in sessions].count(0) == 3
     state = json.loads((STATES / "form-maze" / "state.json").read_text())
-    victim = next(entry for entry in state["processes"] if entry["role"] == "server-1")
+    victim = next(entry for entry in state["processes"] if entry["role"] == "server-0")
     os.kill(victim["pid"], signal.SIGKILL)
     end = time.monotonic() + 30  # the proxy looks once a second and believes the second failure
     while time.monotonic() < end:
         with suppress(ServerError):
-            if {client.create() % 2 for _ in range(4)} == {0}:
+            if {client.create() % 2 for _ in range(4)} == {1}:
                 break
         time.sleep(0.2)
     for number, session in enumerate(sessions):
         if session % 2:
+            assert client.step(session, "add").observation == f"count {number + 1}"
+        else:
             with pytest.raises(ServerError, match="the replica of this session is down"):
                 client.step(session, "add")
-        else:
-            assert client.step(session, "add").observation == f"count {number + 1}"
-    assert {client.create() % 2 for _ in range(4)} == {0}
+    assert {client.create() % 2 for _ in range(4)} == {1}
+    listed, = (line for line in invoke("env.list").stdout.splitlines() if "form-maze" in line)
+    assert "local x1 of 2" in listed and re.search(r"\d+, \d+ MB", listed), listed
     with pytest.raises(ServerError, match=r"HTTP 400.*no id in the request"):
         client._call("/step", {"action": "add"})
+
+
+def test_creates_take_turns_whatever_else_is_asked(haproxy, tmp_path):
+    client = up_here("form-textcraft", processes.free_port(), tmp_path, replicas=2)
+    try:
+        seen = []
+        for _ in range(6):
+            urllib.request.urlopen(client.root + "/", timeout=10).close()
+            seen.append(client.create() % 2)
+        assert seen.count(0) == 3
+    finally:
+        env_local.down("form-textcraft", tmp_path / "run")
+
+
+def test_a_create_goes_to_the_replica_that_has_room(haproxy, tmp_path):
+    client = up_here("form-textcraft", processes.free_port(), tmp_path, replicas=2, max_sessions=1)
+    try:
+        held = {(session := client.create()) % 2: session for _ in range(2)}
+        assert held.keys() == {0, 1}
+        with pytest.raises(ServerError, match="all 1 sessions") as full:
+            client.create()
+        assert full.value.status == 429
+        for free in (1, 1, 1, 0, 0, 0):
+            client.close(held[free])
+            held[free] = client.create()
+            assert held[free] % 2 == free
+    finally:
+        env_local.down("form-textcraft", tmp_path / "run")
+
+
+def test_a_request_that_its_replica_died_of_is_answered_with_json(haproxy, tmp_path):
+    (tmp_path / "ends.py").write_text("import os\nfrom fixture_server import app\n\n"
+                                      "@app.middleware('http')\nasync def ends(request, go_on):\n"
+                                      "    if request.headers.get('die'):\n        os._exit(1)\n"
+                                      "    return await go_on(request)\n")
+    client = up_here("form-textcraft", processes.free_port(), tmp_path, replicas=2, app="ends:app")
+    try:
+        body = json.dumps({"id": client.create(), "action": "add"}).encode()
+        headers = {"Content-Type": "application/json", "die": "yes"}
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(urllib.request.Request(client.root + "/step", data=body, headers=headers),
+                                   timeout=30)
+        assert caught.value.code == 502 and "died while it answered" in json.loads(caught.value.read())["error"]
+    finally:
+        env_local.down("form-textcraft", tmp_path / "run")
+
+
+def test_a_proxy_comes_up_where_few_files_may_be_open(haproxy, tmp_path):
+    config = tmp_path / "haproxy.cfg"
+    port = processes.free_port()
+    config.write_text(proxy_config(rows()["form-textcraft"], port, ["127.0.0.1:1"]))
+    process = subprocess.Popen([HAPROXY, "-db", "-f", config],
+                               stderr=subprocess.PIPE,
+                               preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024)))
+    try:
+        end = time.monotonic() + 30
+        while processes.port_is_free(port):
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_a_python_that_is_nowhere_is_named_with_the_remedy(tmp_path):
@@ -703,6 +810,63 @@ def test_the_hub_is_asked_where_and_with_what_dotenv_says(files, tmp_path, monke
         server.shutdown()
 
 
+@pytest.mark.parametrize("answer",
+                         [b"220 smtp ready\r\n", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab"])
+def test_a_source_that_speaks_no_http_or_stops_is_one_line(answer, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            with suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    asked = connection.recv(65536)
+                    connection.sendall(answer.split(b"5\r\n")[0] if asked.startswith(b"HEAD") else answer)
+                    connection.close()
+
+        threading.Thread(target=serve, daemon=True).start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/a"
+        with pytest.raises(env_data.DataError, match=re.escape(url)):
+            env_data.fetch(row_with({"path": "a", "url": url}), tmp_path / "data", print)
+    assert not (tmp_path / "data" / "a").exists()
+
+
+def test_what_comes_by_hand_is_told_before_the_rest_is_fetched(site, tmp_path):
+    row = row_with({"path": "train.zip", "url": f"{site}/train.zip"}, {"path": "b", "how": "ask Bob"})
+    said: list[str] = []
+    env_data.fetch(row, tmp_path / "data", said.append)
+    assert said[0] == f"{row.name}: b comes by hand: ask Bob" and "to fetch into" in said[1]
+
+
+def test_a_data_folder_that_is_a_dead_link_is_told(site, tmp_path):
+    (tmp_path / "data").symlink_to(tmp_path / "disk that is not mounted")
+    with pytest.raises(env_data.DataError, match=r"is a link to .*not mounted, which is not there; remove it"):
+        env_data.fetch(zipped_row(site), tmp_path / "data", print)
+
+
+@pytest.mark.parametrize("inside", ["index.bin", "folder"])
+def test_data_behind_links_that_a_container_cannot_follow_is_told(inside, tmp_path):
+    """As the hub's cache has it: snapshots of links to ../../blobs."""
+    snapshot, blob = tmp_path / "snapshots" / "x", tmp_path / "blobs" / "1"
+    blob.parent.mkdir()
+    blob.touch()
+    link = snapshot / ("index.bin" if inside == "index.bin" else "index.bin/deep/file")
+    link.parent.mkdir(parents=True)
+    link.symlink_to(Path(os.path.relpath(blob, link.parent)))
+    data = ROOT / "data" / "fault-data"
+    try:
+        done = invoke("env.data", "--env", "fault-data", "--from", str(snapshot))
+        assert done.returncode == 0 and f"{link} is a link out of that folder" in done.stdout
+        done = invoke("env.up", "--env", "fault-data", "--runner", "docker")
+        assert done.returncode == 2 and re.fullmatch(f"env.up: {link} is a link out .* --runner local\n",
+                                                     done.stderr), done.stderr
+        link.unlink()
+        blob.rename(link)
+        (snapshot / "again").symlink_to(link)
+        assert invoke("env.data", "--env", "fault-data", "--from", str(snapshot)).stdout.count("\n") == 1
+    finally:
+        data.unlink(missing_ok=True)
+
+
 def test_what_must_be_got_by_hand_is_listed(tmp_path):
     row = row_with({"path": "a", "how": "ask Ann"}, {"path": "b", "how": "ask Bob"})
     assert [data.how for data in env_data.fetch(row, tmp_path, print)] == ["ask Ann", "ask Bob"]
@@ -750,7 +914,8 @@ def test_a_file_where_the_data_belongs_is_told(site, tmp_path):
 
 def test_a_folder_of_data_that_is_none_is_misuse(tmp_path):
     done = invoke("env.data", "--env", "fault-data", "--from", str(tmp_path / "nowhere"))
-    assert (done.returncode, done.stdout) == (2, "") and done.stderr == f"env.data: --from {tmp_path}/nowhere is no folder\n"
+    assert (done.returncode,
+            done.stdout) == (2, "") and done.stderr == f"env.data: --from {tmp_path}/nowhere is no folder\n"
 
 
 def test_the_data_task_tells_what_is_missing():

@@ -85,6 +85,9 @@ def test_an_unknown_name_gets_near_ones(typed, hint):
         "reward_range": [1.0, 1.0]
     }, r"environments.toml: demo.reward_range: Value error, give the least reward and a greater one"),
     ({
+        "max_sessions": 0
+    }, r"environments.toml: demo.max_sessions: .*greater than or equal to 1"),
+    ({
         "success": {}
     }, r"environments.toml: demo.success: Value error, give either at_least or above"),
     ({
@@ -97,6 +100,20 @@ def test_a_row_that_does_not_fit_is_named_in_one_line(change, message):
     with pytest.raises(ValueError, match=message) as caught:
         parse({"demo": {**TABLE["demo"], **change}})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["MyEnv", "my env", "a/b", "a.b", "-a", "a--b", ""])
+def test_a_name_that_no_image_can_have_is_refused(name):
+    with pytest.raises(ValueError, match=re.escape(f"environments.toml: {name!r} names an image")):
+        parse({name: TABLE["demo"]})
+
+
+def test_a_queue_of_slow_queries_is_no_stuck_server():
+    """A server whose queries run one after the other: the last session's step waits for all before it."""
+    slow = [row for row in environments().values() if row.sqlite_seconds]
+    assert slow
+    for row in slow:  # the action's query, and the one that it is compared with
+        assert row.request_seconds > row.max_sessions * 2 * row.sqlite_seconds
 
 
 def test_two_rows_with_one_port_are_refused():
@@ -239,7 +256,8 @@ def test_what_deletes_real_accounts_asks_first(name, tmp_path):
 
 
 def model(name="form-textcraft", replicas=1, data=Path("/nowhere"), **options):
-    return compose_model(rows()[name], Options(port=4000, replicas=replicas, **options), f"r/agentgym/env-{name}:env-{name}",
+    return compose_model(rows()[name], Options(port=4000, replicas=replicas,
+                                               **options), f"r/agentgym/env-{name}:env-{name}",
                          f"r/agentgym/env-proxy:env-{name}", Path("/home"), data, {"context": "."})
 
 

@@ -145,6 +145,23 @@ def test_a_lost_servers_login_is_not_in_a_record(tmp_path):
         asyncio.run(create())
 
 
+def test_a_reset_that_says_in_its_reply_that_it_failed_is_the_environments_fault():
+    """webarena's: the observation that a GET gives then is the last item's."""
+    import asyncio
+
+    async def reset(fault):
+        protocol = rows()["form-textcraft"].protocol.model_copy(update={"reset_fault": fault})
+        async with Server(env.url, protocol) as server:
+            return await server.reset(await server.create(), 3)
+
+    with environment() as env:
+        assert asyncio.run(reset({"sites": "Error"})).observation == asyncio.run(reset({})).observation
+    reply = Answer({"observation": "TimeoutError", "sites": "Error", "object": "Error"})
+    with environment(lambda path, number, body: reply if path == "/reset" else None) as env, \
+            pytest.raises(EnvironmentFault, match=r"POST /reset: .*TimeoutError"):
+        asyncio.run(reset({"sites": "Error"}))
+
+
 def test_samples_differ_in_seed_and_are_told_apart(tmp_path):
     import itertools
     draws = itertools.count()

@@ -118,8 +118,39 @@ def test_one_session_more_than_the_limit_is_refused(tmp_path):
         with pytest.raises(ServerError, match="all 8 sessions") as caught:
             client.create()
         assert caught.value.status == 429
+        asked = urllib.request.Request(client.base + "/create", data=b"", headers={"X-Asks-Another": "1"})
+        with pytest.raises(urllib.error.HTTPError) as caught:  # for the proxy, which goes on to the next replica
+            urllib.request.urlopen(asked, timeout=10)
+        assert caught.value.code == 503
         client.close(sessions[0])
         client.create()
+
+
+@pytest.mark.parametrize("name, pooled", [("form-textcraft", 0), ("form-alfworld", 1)])
+def test_a_create_that_nobody_waited_for_leaves_no_session(name, pooled, tmp_path):
+    """Or a health check that comes before a slow server is ready would fill it."""
+    row = rows()[name].model_copy(update={"app": "late:app"})
+    (tmp_path / "late.py").write_text("import asyncio\nfrom fixture_server import app\n\n"
+                                      "@app.middleware('http')\nasync def slow(request, go_on):\n"
+                                      "    if request.headers.get('slow'):\n        await asyncio.sleep(2)\n"
+                                      "    return await go_on(request)\n")
+    with running(row, tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT / row.folder}") as client:
+        before = client.sessions()["pooled"]
+        kept = [client.create() for _ in range(before + 1)]  # none is left in the pool
+        late = urllib.request.Request(client.base + "/create",
+                                      data=b"{}",
+                                      headers={
+                                          "Content-Type": "application/json",
+                                          "slow": "yes"
+                                      })
+        opened = get(client, "/opened")
+        with pytest.raises(TimeoutError):
+            urllib.request.urlopen(late, timeout=0.5)
+        wait_for(lambda: client.sessions()["pooled"] == pooled and get(client, "/opened") == opened + pooled)
+        assert client.sessions()["live"] == len(kept)
+        with urllib.request.urlopen(late, timeout=30) as answer:
+            assert answer.status == 200
+        assert client.sessions()["live"] == len(kept) + 1
 
 
 def stuck(tmp_path):
@@ -153,7 +184,8 @@ def test_a_client_that_stalls_is_no_stuck_server(tmp_path):
     with running(row, tmp_path) as client:
         host, _, port = client.root.removeprefix("http://").partition(":")
         with socket.create_connection((host, int(port))) as half:
-            half.sendall(b"POST /step HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 40\r\n\r\n{")
+            half.sendall(
+                b"POST /step HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 40\r\n\r\n{")
             time.sleep(5)
             assert client.process.poll() is None
             assert client.create()
@@ -178,6 +210,22 @@ def test_what_is_no_request_for_a_session_reaches_the_server_unchanged(tmp_path)
         with pytest.raises(urllib.error.HTTPError) as caught:
             urllib.request.urlopen(request)
         assert caught.value.code == 422
+
+
+@pytest.mark.parametrize("asked", ["%C2%B2", "9" * 5000, "x", "true", "1.0"])
+def test_what_is_no_id_is_no_session(asked, tmp_path):
+    row = rows()["form-webshop"]
+    with running(row, tmp_path) as client:
+        client.create()
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            get(client, f"/observation?{row.protocol.id}={asked}")
+        assert caught.value.code == 404
+        deep = urllib.request.Request(client.base + "/step",
+                                      data=b"[" * 200_000,
+                                      headers={"Content-Type": "application/json"})
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(deep, timeout=10)
+        assert "no session" not in caught.value.read().decode() and client.process.poll() is None
 
 
 def test_a_stuck_server_gives_up(tmp_path):

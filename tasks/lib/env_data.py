@@ -1,5 +1,7 @@
 """Fetch what an environment needs into data/<name>: resumable, checked, with size and space told before."""
 import gzip
+import http.client
+import os
 import shutil
 import urllib.error
 import urllib.request
@@ -62,6 +64,20 @@ def adopt(row: Environment, folder: Path, source: Path) -> None:
     folder.symlink_to(target)
 
 
+def leading_out(row: Environment, folder: Path) -> Path | None:
+    """Return a link in the row's data in `folder` that leads out of it: where a container, which sees `folder` only,
+    cannot follow. A snapshot in the hub's cache is full of them.
+    """
+    inside = folder.resolve()
+    for data in row.data:
+        top = inside / data.path
+        below = (Path(place) / name for place, *names in os.walk(top) for some in names for name in some)
+        for path in (top, *below):
+            if path.is_symlink() and not path.resolve().is_relative_to(inside):
+                return path
+    return None
+
+
 def url_size(url: str) -> int:
     """Return the size in bytes that the server of `url` tells; 0 where it tells none.
 
@@ -71,7 +87,7 @@ def url_size(url: str) -> int:
     try:
         with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=30) as reply:
             return int(reply.headers.get("Content-Length") or 0)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise DataError(f"{url}: {getattr(error, 'reason', error)}; fetch it by other means, then --from DIR") from None
 
 
@@ -133,7 +149,7 @@ def download(url: str, target: Path, size: int, say: Say) -> None:
                     if have - told >= max(size // 10, CHUNK):
                         say(f"{target.name}: {human(have)}" + (f" of {human(size)}" if size else ""))
                         told = have
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         if getattr(error, "code", 0) == 416:  # there is nothing after what came: it is of another file
             part.unlink()
             raise DataError(f"{url}: what came before was of another file, and was removed; run it again") from None
@@ -250,7 +266,12 @@ def fetch(row: Environment, folder: Path, say: Say) -> list[Data]:
     """
     if folder.is_file():
         raise DataError(f"{folder} is a file; move it away, and run it again")
+    if folder.is_symlink() and not folder.exists():
+        raise DataError(f"{folder} is a link to {os.readlink(folder)}, which is not there; remove it, and run it again")
     to_fetch = sizes(row, folder)
+    for data in row.missing_data(folder) if to_fetch else ():  # before the hours of fetching, not after them alone
+        if data.path not in to_fetch:
+            say(f"{row.name}: {data.path} comes by hand: {data.how}")
     if to_fetch:
         folder.mkdir(parents=True, exist_ok=True)
         have = fetched(folder)

@@ -103,6 +103,8 @@ def prepare(row: Environment,
             raise LocalError(f"{row.name} needs {program} on PATH" +
                              (f" (Debian: apt install {row.system[0]})" if row.system else ""))
     home.mkdir(parents=True, exist_ok=True)
+    # Packages that load the nearest .env above their own files must not come to the project's, with all its secrets.
+    (home / ".env").touch()
     python = python or ensure_venv(row, home)
     copy = home / "source"
     shutil.rmtree(copy, ignore_errors=True)

@@ -91,6 +91,8 @@ def proxy_config(row: Environment, port: int, servers: Sequence[str], dns: bool 
     replica_down = json.dumps({"error": "the replica of this session is down"})
     none_up = json.dumps({"error": "no replica is up"})
     no_id = json.dumps({"error": f"no {key} in the request, or the request is too long"})
+    died = json.dumps({"error": "the replica died while it answered"})
+    late = json.dumps({"error": f"no answer within {seconds} s"})
 
     def text(answer: str) -> str:
         return "'" + answer.replace("'", "") + "'"
@@ -99,6 +101,7 @@ def proxy_config(row: Environment, port: int, servers: Sequence[str], dns: bool 
     lines = [
         "global",
         "    maxconn 4096",
+        "    no strict-limits",  # fewer connections, not none, where few files may be open
         f"    tune.bufsize {BODY_BYTES}",
         "defaults",
         "    mode http",
@@ -110,7 +113,9 @@ def proxy_config(row: Environment, port: int, servers: Sequence[str], dns: bool 
         f"    timeout client {seconds}s",
         f"    timeout server {seconds}s",
         "    timeout http-keep-alive 60s",
+        f"    http-error status 502 content-type application/json string {text(died)}",
         f"    http-error status 503 content-type application/json string {text(replica_down)}",
+        f"    http-error status 504 content-type application/json string {text(late)}",
     ]
     if dns:
         lines += ["resolvers docker", "    nameserver docker 127.0.0.11:53", "    hold valid 1s"]
@@ -125,6 +130,7 @@ def proxy_config(row: Environment, port: int, servers: Sequence[str], dns: bool 
         f"    http-request return status 400 content-type application/json string {text(no_id)}"
         " if needs_id !{ var(txn.id) -m found }",
         f"    use_backend replica%[var(txn.id),mod({len(servers)})] if {{ var(txn.id) -m found }}",
+        "    use_backend create if creates",
         "    default_backend any",
         "backend any",
         "    balance roundrobin",
@@ -133,11 +139,24 @@ def proxy_config(row: Environment, port: int, servers: Sequence[str], dns: bool 
         "    default-server check inter 1s fall 2 rise 1 pool-purge-delay 30s" + resolve,
         *(f"    server replica{number} {address}" for number, address in enumerate(servers)),
     ]
-    for number, address in enumerate(servers):
-        lines += [
-            f"backend replica{number}",
-            f"    server replica{number} {address} track any/replica{number} pool-purge-delay 30s" + resolve
-        ]
+    tracked = [
+        f"    server replica{number} {address} track any/replica{number} pool-purge-delay 30s" + resolve
+        for number, address in enumerate(servers)
+    ]
+    # Creates take turns of their own. One that a full or dead replica refused changed nothing, so another is asked.
+    lines += [
+        "backend create",
+        "    balance roundrobin",
+        f"    retries {len(servers)}",
+        "    option redispatch 1",
+        "    retry-on conn-failure 503",
+        "    http-request set-header X-Asks-Another 1",
+        "    http-response set-status 429 reason \"Too Many Requests\" if { status 503 }",
+        f"    http-error status 503 content-type application/json string {text(none_up)}",
+        *tracked,
+    ]
+    for number, server in enumerate(tracked):
+        lines += [f"backend replica{number}", server]
     return "\n".join(lines) + "\n"
 
 

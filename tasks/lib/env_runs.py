@@ -4,6 +4,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from invoke.exceptions import Exit
 
 from servers.protocol import Client, ServerError
 from tasks.lib import docker, env_docker, env_local, env_users, gpus
+from tasks.lib.env_data import leading_out
 from tasks.lib.env_plan import Options, choose_port, refusal
 from tasks.lib.environments import Environment, environment, environments
 from tasks.lib.programs import RUNNERS
@@ -22,6 +24,8 @@ from tasks.lib.sources import GYM, choose_sources, is_url
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+# Of the caller's shell, for other programs: they would hide an environment's own packages.
+CALLERS = {"PYTHONHOME", "PYTHONPATH", "PYTHONSAFEPATH", "PYTHONSTARTUP"}
 MOST = 2_000_000  # poll(2) counts milliseconds in 31 bits
 
 
@@ -34,6 +38,7 @@ class Running:
         url: its address for programs on this machine.
         port: where its entry listens.
         servers: how many server processes or containers run.
+        replicas: how many were started.
         state: running, or what Docker says in its place of a part of it.
         up: whether it serves: its entry runs, and a server behind it.
         service: its name for containers of this project; empty for a process of this machine.
@@ -42,6 +47,7 @@ class Running:
     url: str
     port: int
     servers: int
+    replicas: int
     state: str
     up: bool
     service: str = ""
@@ -122,7 +128,7 @@ def settings() -> dict[str, str]:
 
 
 def variables(row: Environment) -> dict[str, str]:
-    """Return the environment of the row's server: without secrets of ours and keys of other rows.
+    """Return the environment of the row's server: without secrets of ours, keys of other rows and Python's own variables.
 
     Raises:
         ValueError: the rows do not fit.
@@ -130,7 +136,7 @@ def variables(row: Environment) -> dict[str, str]:
     own = {key.name for key in row.keys}
     secret = {name for name, setting in SETTINGS.items() if setting.secret}
     secret |= {key.name for other in environments(rows_path()).values() for key in other.keys if not key.public}
-    return {name: value for name, value in settings().items() if name in own or name not in secret}
+    return {name: value for name, value in settings().items() if name in own or name not in secret | CALLERS}
 
 
 def choose_runner(task: str, runner: str) -> str:
@@ -189,7 +195,9 @@ def running() -> dict[str, list[Running]]:
         if alive:
             count = sum(entry["role"] != "proxy" for entry in alive)
             up = count > 0 and any(entry["port"] == state["port"] for entry in alive)
-            found.setdefault(name, []).append(Running("local", state["url"], state["port"], count, "running", up))
+            replicas = sum(entry["role"] != "proxy" for entry in state["processes"])
+            found.setdefault(name,
+                             []).append(Running("local", state["url"], state["port"], count, replicas, "running", up))
     try:
         containers = env_docker.servers()
     except Exit:
@@ -201,7 +209,8 @@ def running() -> dict[str, list[Running]]:
         entry = next((server for server in mine if server.role == "proxy"), mine[0])
         url = env_local.url(Options(port=entry.port, bind=entry.bind))
         up = count > 0 and entry.state == "running"
-        found.setdefault(name, []).append(Running("docker", url, entry.port, count, shown, up, entry.service))
+        replicas = sum(server.role != "proxy" for server in mine)
+        found.setdefault(name, []).append(Running("docker", url, entry.port, count, replicas, shown, up, entry.service))
     return found
 
 
@@ -277,7 +286,18 @@ def require_startable(c: Context, task: str, row: Environment, options: Options,
     reason = refusal(row, data_folder(row), settings(), options.understood)
     if reason:
         raise Exit(f"{task}: {reason}", code=2)
+    if row.consent and options.replicas > 1:
+        raise Exit(
+            f"{task}: {row.name} plays on one real account; --replicas {options.replicas} would let several "
+            "sessions at it; leave it out",
+            code=2)
     if runner == "docker":
+        link = leading_out(row, data_folder(row))
+        if link:
+            raise Exit(
+                f"{task}: {link} is a link out of the data's folder, where a container cannot follow; copy the data "
+                "with `cp -rL`, or use --runner local",
+                code=2)
         docker.require_engine(c, docker.ENGINE_AT_LEAST_FOR_ENVIRONMENTS)
         require_gpu(c, task, row)
     elif not c.config.run.dry:
@@ -369,16 +389,15 @@ def stop_local(c: Context, name: str) -> bool:
 
 
 def sessions(found: Running) -> Mapping[str, Any] | None:
-    """Return what a running server says of its sessions, summed over its replicas; None where it does not answer."""
+    """Return what a server says of its sessions, summed over the replicas that answer; None where none does."""
     client = Client(found.url, {}, timeout=2)
-    total = {"live": 0, "pooled": 0, "memory_mb": 0.0}
-    try:
-        for number in range(found.servers):
+    total: dict[str, Any] | None = None
+    for number in range(found.replicas):
+        with suppress(ServerError, KeyError, TypeError):
             told = client.sessions(number)
-            total = {key: value + told[key] for key, value in total.items()}
-    except (ServerError, KeyError, TypeError):
-        return None
-    return total if found.servers else None
+            before = total or {"live": 0, "pooled": 0, "memory_mb": 0.0}
+            total = {key: value + told[key] for key, value in before.items()}
+    return total
 
 
 def container_url(service: str, port: int) -> str:

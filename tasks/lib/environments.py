@@ -4,6 +4,7 @@ Pydantic takes 0.1 s to import: tasks import this module inside their functions.
 """
 import difflib
 import math
+import re
 import tomllib
 from collections.abc import Mapping
 from functools import cache
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from tasks.lib.settings import ROOT
 
 ROWS = ROOT / "environments.toml"
+NAME = r"[a-z0-9]+([-_][a-z0-9]+)*"
 
 
 class Row(BaseModel):
@@ -36,6 +38,7 @@ class Protocol(Row):
     reward: str = "reward"
     done: str = "done"
     reward_when_done: bool = False
+    reset_fault: dict[str, Any] = {}
     faults: tuple[str, ...] = ()
     fault_starts: tuple[str, ...] = ()
     close: bool
@@ -125,17 +128,17 @@ class Environment(Row):
     system: tuple[str, ...] = ()
     programs: tuple[str, ...] = ()
     port: int = Field(ge=1024, le=65535)
-    memory_mb: int
+    memory_mb: int = Field(ge=1)
     gpu: bool = False
     session_mb: float | None = None
-    max_sessions: int | None = None
-    concurrency: int
-    rounds: int
+    max_sessions: int | None = Field(default=None, ge=1)
+    concurrency: int = Field(ge=1)
+    rounds: int = Field(ge=1)
     action: Literal["raw", "one_action_line", "after_first_action", "after_last_action", "sql_block", "backticks",
                     "whole_line"]
     reward_range: tuple[float, float]
-    request_seconds: float | None = None
-    sqlite_seconds: float | None = None
+    request_seconds: float | None = Field(default=None, gt=0)
+    sqlite_seconds: float | None = Field(default=None, gt=0)
     serial_reset: bool = False
     read_only: bool = True
     tmpfs: tuple[str, ...] = ()
@@ -183,6 +186,10 @@ def parse(tables: Mapping[str, Any], file: str = ROWS.name) -> dict[str, Environ
     for name, table in tables.items():
         if not isinstance(table, Mapping):
             raise ValueError(f"{file}: {name} is no table; a row begins with [{name}]")
+        if not re.fullmatch(NAME, name):
+            raise ValueError(
+                f"{file}: {name!r} names an image, a service and folders: lower-case letters and digits, with "
+                "single - or _ between them")
         if "name" in table:
             raise ValueError(f"{file}: {name}.name: the table's own name is the row's; leave the key out")
         try:
