@@ -39,7 +39,7 @@ class Running:
         port: where its entry listens.
         servers: how many server processes or containers run.
         replicas: how many were started.
-        state: running, or what Docker says in its place of a part of it.
+        state: running, or what Docker says of what does not run, where it does not serve.
         up: whether it serves: its entry runs, and a server behind it.
         service: its name for containers of this project; empty for a process of this machine.
     """
@@ -205,10 +205,10 @@ def running() -> dict[str, list[Running]]:
     for name in sorted({server.environment for server in containers}):
         mine = [server for server in containers if server.environment == name]
         count = sum(server.role != "proxy" and server.state == "running" for server in mine)
-        shown = next((server.state for server in mine if server.state != "running"), "running")
         entry = next((server for server in mine if server.role == "proxy"), mine[0])
         url = env_local.url(Options(port=entry.port, bind=entry.bind))
         up = count > 0 and entry.state == "running"
+        shown = "running" if up else next((server.state for server in mine if server.state != "running"), "running")
         replicas = sum(server.role != "proxy" for server in mine)
         found.setdefault(name, []).append(Running("docker", url, entry.port, count, replicas, shown, up, entry.service))
     return found

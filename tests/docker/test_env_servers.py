@@ -8,10 +8,11 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from workbench import ROOT, Workbench
+from workbench import ROOT, Terminal, Workbench
 
 sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
 from agentenv_demo.players import expert  # noqa: E402
@@ -300,6 +301,26 @@ def test_dry_prints_the_commands_for_a_server_that_is_up(servers: Workbench) -> 
     assert servers.docker("inspect", "-f", "{{.State.Status}}", container) == "running"
     images = servers.invoke("--dry", "clean.images")
     assert servers.image("agentgym/env-form-textcraft") in images.stdout and "image rm" in images.stdout
+
+
+@pytest.mark.parametrize("replicas, said_by", [("1", ""), ("2", "env-form-textcraft")])
+def test_a_shell_opens_in_the_server_and_its_logs_are_followed(servers: Workbench, replicas: str, said_by: str) -> None:
+    rows = {"ENVIRONMENTS": FIXTURES}
+    up(servers, "form-textcraft", "--replicas", replicas)
+    shell = servers.invoke("env.shell", "--env", "form-textcraft", env=rows, stdin="pwd; exit 3\n")
+    assert shell.returncode == 3 and "/srv" in shell.stdout.splitlines(), shell.stdout + shell.stderr
+    service = "env-form-textcraft" if replicas == "1" else "env-form-textcraft-1"
+    container, = servers.containers(service=service)
+    logs = Terminal(servers, sys.executable, "-m", "invoke", "env.logs", "--env", "form-textcraft", "--follow", env=rows)
+    # Again and again: what was said before it follows may not be shown.
+    for number in range(50):
+        servers.docker("exec", container, "sh", "-c", f"echo said {number} just now >/proc/1/fd/2")
+        with suppress(AssertionError):
+            shown = logs.wait_for(r"said \d+ just now", timeout=1)
+            break
+    assert said_by in shown
+    logs.type("\x03")
+    assert logs.exit_code() == 130
 
 
 def test_the_log_of_a_start_that_failed_is_kept(servers: Workbench) -> None:
