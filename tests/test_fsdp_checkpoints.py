@@ -424,6 +424,17 @@ def test_what_peft_s_record_says_and_we_cannot_is_refused(changes: dict[str, obj
         assert culprit in merge("--local-dir", sample.actor, "--lora", "fuse", "--save-dir", tmp_path / "o", *alpha).refusal
 
 
+@pytest.mark.parametrize("changes", [{"bias": "all"}, {"trainable_token_indices": [1, 2]}])
+def test_an_adapter_that_would_lack_what_was_trained_is_refused(changes: dict[str, object], spoil: Callable[..., Sample],
+                                                                tmp_path: Path) -> None:
+    sample = spoil("LoRA, FSDP1")
+    peft_s_record(sample, **changes)
+    args = ["--local-dir", sample.actor, "--save-dir", tmp_path / "o", "--lora"]
+    with untouched(tmp_path):
+        assert f"has {next(iter(changes))} " in merge(*args, "adapter").refusal
+    assert merge(*args, "fuse").code == 0
+
+
 def test_alpha_may_come_from_the_flag(spoil: Callable[..., Sample], tmp_path: Path) -> None:
     sample = spoil("LoRA, FSDP1")
     merge("--local-dir", sample.actor, "--lora", "fuse", "--save-dir", tmp_path / "recorded", "--json").record()
@@ -528,6 +539,11 @@ def test_verify_only_accepts_what_was_merged_and_refuses_one_changed_bit(samples
     data[-1] ^= 1
     path.write_bytes(data)
     assert "differs" in merge(*args, "--verify-only").refusal
+    record = json.loads((tmp_path / "out/merge.json").read_text())
+    for changes in ({"allow": 5}, {"allow": [[1]]}, {"dtype": "foo"}, {"dtype": []}, {"lora": 1}, {"lora_alpha": "x"}):
+        spoilt = {**record, "requested": {**record["requested"], **changes}}
+        (tmp_path / "out/merge.json").write_text(json.dumps(spoilt))
+        assert "merge.json: it is of another version, or damaged" in merge(*args, "--verify-only").refusal
 
 
 @pytest.mark.parametrize("name", ["FSDP1, 4 ranks", "FSDP2 and TP, 3 x 2 ranks", "HSDP, 2 x 3 ranks, tied"])

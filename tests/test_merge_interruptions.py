@@ -19,7 +19,7 @@ import psutil
 import pytest
 import torch
 from fsdp_samples import skip_or_fail
-from merging import PROGRAM, Sample, ask_here, differences, listing, run_program, unchecked, untouched, weights
+from merging import PROGRAM, Sample, ask_here, differences, listing, merge, run_program, unchecked, untouched, weights
 
 TENSORS, ELEMENTS = 16, 1 << 20
 KILLS = 30
@@ -486,6 +486,23 @@ def bound(tmp_path: Path) -> Iterator[Callable[[Path, int], None]]:
         path.chmod(mode)
 
 
+def test_everything_is_on_the_disk_before_it_takes_its_place(samples: dict[str, Sample], tmp_path: Path,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[str] = []
+    fsync = os.fsync
+
+    def note(fd: int) -> None:
+        flushed.append(os.readlink(f"/proc/self/fd/{fd}"))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", note)
+    merge("--local-dir", samples["FSDP1, 4 ranks"].actor, "--save-dir", tmp_path / "out", "--json").record()
+    staged = [path for path in flushed if "/.out.merging-" in path]
+    folder = next(path for path in staged if path.rpartition("/")[2].startswith(".out.merging-"))
+    assert {f"{folder}/{name}" for name in listing(tmp_path / "out")} <= set(staged)
+    assert flushed[-1] == str(tmp_path), "the folder's new name too"
+
+
 @pytest.mark.parametrize("what", ["the folder", "a rank's file", "the config"])
 def test_no_read_permission_is_refused(what: str, bound: Callable[[Path, int], None], spoil: Callable[..., Sample],
                                        tmp_path: Path) -> None:
@@ -520,6 +537,20 @@ def test_no_write_permission_is_refused(what: str, bound: Callable[[Path, int], 
                       preexec_fn=obey_permissions)
     assert str(tmp_path / "saves") in run.refusal and "Permission denied" in run.err
     assert listing(tmp_path / "saves") == {}
+
+
+def test_a_target_that_is_read_only_is_named(bound: Callable[[Path, int], None], samples: dict[str, Sample],
+                                             tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    bound(tmp_path / "out", 0o555)
+    run = run_program("--local-dir",
+                      samples["FSDP1, 4 ranks"].actor,
+                      "--save-dir",
+                      tmp_path / "out",
+                      program=unchecked(),
+                      preexec_fn=obey_permissions)
+    assert f"cannot write in {tmp_path / 'out'}: Permission denied; mend" in run.refusal
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["out"]
 
 
 def test_a_read_only_folder_in_the_target_leaves_nothing_behind(bound: Callable[[Path, int], None],

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from merger.copying import count_nonfinite
+from merger.copying import EXPONENT, count_nonfinite
 from merger.dtypes import NUMPY, SAFETENSORS, itemsize, output_dtype
 from merger.layout import (
     Box,
@@ -297,6 +297,17 @@ def test_ties_round_to_even_and_overflow_becomes_infinite() -> None:
     with np.errstate(over="ignore"):
         assert values[:2].astype(NUMPY["bfloat16"]).astype(np.float32).tolist() == [1.0, 1 + 2**-6]
         assert values[2:].astype(np.float16).tolist() == [65504.0, math.inf, 0.0, 2**-24]
+
+
+@pytest.mark.parametrize(("dtype", "counts"), [("float8_e5m2", (1, 2)), ("float8_e4m3fn", (1, 0))])
+def test_nan_and_infinite_elements_of_eight_bits_are_seen(dtype: str, counts: tuple[int, int]) -> None:
+    every = np.arange(256, dtype=np.uint8).view(NUMPY[dtype])
+    finite = np.isfinite(every.astype(np.float32))
+    for value, is_finite in zip(every, finite, strict=True):
+        exponent = EXPONENT[dtype]
+        assert bool(value.view(np.uint8) & exponent != exponent) == is_finite
+    values = np.array([1, math.nan, *([math.inf, -math.inf] if counts[1] else []), 0], np.float32).astype(NUMPY[dtype])
+    assert count_nonfinite(values) == counts
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])

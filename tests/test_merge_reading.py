@@ -1,14 +1,21 @@
 """Reading what ranks wrote: finding files, the pickle's allow-list, zip records, sizes on the command line."""
 import argparse
 import collections
+import contextlib
 import json
 import math
+import os
 import pickle
+import pty
+import re
 import resource
 import shutil
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +25,7 @@ from merger import MergeError, cli, lora, modelconfig, pickles, show
 from merger.checkpoint import plain_name
 from merger.discover import find_checkpoint
 from merger.shardfile import is_contiguous, read_shard_file
-from merging import Sample
+from merging import ROOT, Sample
 
 # Folders
 
@@ -181,6 +188,31 @@ def test_getattr_reaches_the_one_class_that_torch_names_so() -> None:
             pickles.load(head + len(name).to_bytes(4, "little") + name + b"tR.")
 
 
+def test_getattr_reaches_a_member_of_the_one_enumeration_that_torch_pickles() -> None:
+    """As Python 3.11.0 to 3.11.3 name it; others call the enumeration."""
+    head = b"\x80\x02cbuiltins\ngetattr\n(ctorch.distributed._shard.sharded_tensor.metadata\nMEM_FORMAT_ENCODING\n"
+    record = pickles.load(head + b"X\x17\x00\x00\x00TORCH_CONTIGUOUS_FORMATtR.")
+    assert (record.kind, record.args) == ("MEM_FORMAT_ENCODING", ("TORCH_CONTIGUOUS_FORMAT", ))
+    with pytest.raises(MergeError):
+        pickles.load(head + b"K\x01tR.")
+
+
+@pytest.mark.parametrize(("shape", "stride", "offset"), [((2, 1 << 20), (1, 1), 0), ((2, ), (4, ), 0), ((2, ), (2, ), 2),
+                                                         ((2, ), (1 << 40, ), 0), ((0, ), (1, ), 0)])
+def test_a_mesh_that_reaches_beyond_its_storage_is_refused(shape: Any, stride: Any, offset: int, tmp_path: Path) -> None:
+    torch.save(torch.arange(4), tmp_path / "a.pt")
+    shard = read_shard_file(tmp_path / "a.pt")
+    assert shard.read_integers(replace(shard.content, shape=(2, ), stride=(2, ), offset=1)).tolist() == [1, 3]
+    with pytest.raises(MergeError, match=r"a\.pt"):
+        shard.read_integers(replace(shard.content, shape=shape, stride=stride, offset=offset))
+
+
+def test_an_element_type_that_models_do_not_have_is_named(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(2, dtype=torch.complex64)}, tmp_path / "a.pt")
+    with pytest.raises(MergeError, match="not supported"):
+        read_shard_file(tmp_path / "a.pt")
+
+
 @pytest.mark.parametrize("target", [
     b"ctorch.distributed.tensor\nDTensor\n",
     b"ctorch._utils\n_rebuild_tensor_v2\n",
@@ -333,6 +365,33 @@ def test_what_is_no_alpha_is_refused(text: str) -> None:
 def test_what_is_no_number_of_threads_is_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="is no number of threads"):
         cli.thread_count(text)
+
+
+def test_progress_is_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str],
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 1.0, 5.0, 6.0, 10.0])
+    monkeypatch.setattr(show.time, "monotonic", lambda: next(clock))
+    with show.progress("merging", 4_000_000_000, quiet=False) as step:
+        for _ in range(4):
+            step(500_000_000)
+    assert capsys.readouterr().err.splitlines() == [
+        "merge: merging 1.00 GB of 4.00 GB, 200 MB/s, 15 s left", "merge: merging 2.00 GB of 4.00 GB, 200 MB/s, 10 s left"]
+
+
+def test_progress_is_a_bar_on_a_terminal() -> None:
+    ours, theirs = pty.openpty()
+    code = ("import time\nfrom merger import show\nwith show.progress('merging', 4_000_000_000, False) as step:\n"
+            "    for _ in range(30):\n        time.sleep(0.05)\n        step(100_000_000)\n")
+    subprocess.run([sys.executable, "-c", code], stderr=theirs, check=True, env={**os.environ, "TERM": "xterm", "COLUMNS": "100"},
+                   cwd=ROOT / "scripts")
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):
+        while part := os.read(ours, 65536):
+            shown += part
+    os.close(ours)
+    plain = re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", shown).decode()
+    assert re.search(r"merging .*/4\.0 GB +[\d.]+ .B/s +0:00:0\d", plain), plain
 
 
 @pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (33_554_432, "33.6 MB"),

@@ -103,8 +103,10 @@ def as_half(state: dict[str, Any]) -> None:
 
 
 def turn_order(state: dict[str, Any]) -> None:
-    """Say that the weight's dimension was cut along the mesh's second dimension first, as torch 2.13 can."""
+    """Say that the weight's dimension was cut along the mesh's second dimension first, as torch can since 2.10."""
+    from torch.distributed.tensor import Shard
     from torch.distributed.tensor._dtensor_spec import ShardOrderEntry
+    object.__setattr__(state[Q_PROJ]._spec, "placements", (Shard(0), Shard(0)))
     object.__setattr__(state[Q_PROJ]._spec, "shard_order", (ShardOrderEntry(0, (1, 0)), ))
 
 
@@ -207,6 +209,39 @@ def test_inspect_tells_the_same_problem(spoil: Callable[..., Sample]) -> None:
     assert run.code == 2 and "vocab_size 1004" in json.loads(run.out)["problems"][0]
 
 
+@pytest.mark.parametrize("fault", ["a rank's file is missing", "a file is cut in half", "two ranks' files are swapped"])
+def test_inspect_shows_what_it_can_of_files_that_are_no_checkpoint(fault: str, spoil: Callable[..., Sample]) -> None:
+    name, damage, culprits = FAULTS[fault]
+    sample = spoil(name)
+    damage(sample)
+    run = merge("--local-dir", sample.actor, "--inspect", "--json")
+    facts = json.loads(run.out)
+    refusal = merge("--local-dir", sample.actor).refusal
+    assert run.code == 2 and run.err == "" and facts["problems"] == [refusal.removeprefix("merge: ").strip()]
+    assert facts["meshes"] == [{"fsdp": 4}] and facts["tensors"] > 10 and facts["world_size"] == 4
+    assert facts["bytes"] == sum(path.stat().st_size for path in sample.actor.glob("model_*.pt"))
+    shown = " ".join(merge("--local-dir", sample.actor, "--inspect").out.split())
+    assert all(culprit in shown for culprit in culprits[:1]) and "Shard(0)" in shown
+
+
+def test_notes_reach_a_machine_too(samples: dict[str, Sample], tmp_path: Path) -> None:
+    sample = samples["HSDP, 2 x 2 ranks"].copy(tmp_path)
+    sample.rank(0).unlink()
+    record = merge("--local-dir", sample.actor, "--json").record()
+    assert record["notes"] == ["without rank 0: the others hold a complete replica"]
+
+
+@pytest.mark.parametrize("name", ["__metadata__", "model.\ud800"])
+def test_a_name_that_no_safetensors_file_can_hold_is_refused(name: str, spoil: Callable[..., Sample], tmp_path: Path) -> None:
+    sample = spoil("FSDP1, 4 ranks")
+    for path in sample.actor.glob("model_*.pt"):
+        rewrite_pickle(path, lambda data: data.replace(*(
+            b"X" + len(one).to_bytes(4, "little") + one
+            for one in (Q_PROJ.encode(), name.encode(errors="surrogatepass")))))
+    with untouched(tmp_path):
+        assert "safetensors cannot hold; rename it" in merge("--local-dir", sample.actor, "--allow", "keys").refusal
+
+
 def test_flipped_bytes_are_found_by_verify(spoil: Callable[..., Sample], tmp_path: Path) -> None:
     sample = spoil("FSDP1, 4 ranks")
     start, end = storage_range(sample.rank(2), Q_PROJ)
@@ -271,6 +306,15 @@ def test_a_value_beyond_float16_is_refused_with_the_reason(spoil: Callable[..., 
         refusal = merge("--local-dir", sample.actor, "--dtype", "float16").refusal
     assert Q_PROJ in refusal and "1 infinite" in refusal and "65504" in refusal
     assert merge("--local-dir", sample.actor, "--dtype", "bfloat16", "--json").record()["inf"] == 0
+
+
+def test_a_value_beyond_bfloat16_is_refused_with_the_reason(spoil: Callable[..., Sample], tmp_path: Path) -> None:
+    sample = spoil("FSDP1, 4 ranks")
+    edit_rank(sample.rank(1), put(3.4e38))
+    with untouched(tmp_path):
+        refusal = merge("--local-dir", sample.actor).refusal
+    assert Q_PROJ in refusal and "1 infinite" in refusal and "3.39e38" in refusal and "another --dtype" in refusal
+    assert merge("--local-dir", sample.actor, "--dtype", "float32", "--json").record()["inf"] == 0
 
 
 def test_keys_that_do_not_fit_can_be_allowed(spoil: Callable[..., Sample], tmp_path: Path) -> None:

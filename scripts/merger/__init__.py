@@ -5,6 +5,7 @@ The way of a tensor: `discover` finds the ranks' files, `pickles` and `shardfile
 lays out the output; `copying` streams the bytes, `publish` puts the finished folder in place.
 """
 __version__ = "0.1.0"
+DTYPES = ("bfloat16", "float16", "float32", "keep")  # what `--dtype` takes
 
 
 class MergeError(ValueError):

@@ -6,7 +6,7 @@ name says, and the pieces tile every tensor.
 import contextlib
 import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 from merger import MergeError
 from merger.discover import RankFiles
 from merger.dtypes import NUMPY, itemsize
-from merger.layout import Box, Placement, Replicate, Shard, box_of, tiling_fault
+from merger.layout import Box, Placement, Replicate, Shard, box_of, cutting_order, tiling_fault
 from merger.pickles import Record, TensorRef
 from merger.shardfile import ShardFile, read_shard_file
 
@@ -144,7 +144,7 @@ def read_checkpoint(files: RankFiles) -> Checkpoint:
     offsets, checksums, sizes = {}, {}, {}
     for rank, path in sorted(files.paths.items()):
         shard = read_shard_file(path)
-        entries = _read_entries(shard, rank)
+        entries = read_entries(shard, rank)
         if not first:
             first, first_path, boxes = entries, path, [[] for _ in entries]
         _check_agreement(first, first_path, entries, path)
@@ -162,16 +162,20 @@ def read_checkpoint(files: RankFiles) -> Checkpoint:
             layouts[entry.shape, holders] = _layout(name, entry.shape, holders, files)
         boxes[index] = []
         tensors[name] = Tensor(name, entry.dtype, entry.shape, layouts[entry.shape, holders], index, str(entry))
-    meshes = [{
-        name or str(i): size
-        for i, (name, size) in enumerate(zip(names or [""] * len(shape), shape, strict=True))
-    } for names, shape in dict.fromkeys(entry.mesh for entry in first.values()) if shape]
-    checkpoint = Checkpoint(files, tensors, offsets, sizes, meshes)
+    checkpoint = Checkpoint(files, tensors, offsets, sizes, mesh_sizes(first.values()))
     if files.missing:
         checkpoint.notes.append(f"without rank {files.missing_text}: the others hold a complete replica")
     _check_copies(checkpoint)
     _check_checksums(checkpoint, checksums)
     return checkpoint
+
+
+def mesh_sizes(entries: Iterable[Entry]) -> list[dict[str, int]]:
+    """Return the meshes that the tensors lie on, each as {dimension's name or number: size}."""
+    return [{
+        name or str(i): size
+        for i, (name, size) in enumerate(zip(names or [""] * len(shape), shape, strict=True))
+    } for names, shape in dict.fromkeys(entry.mesh for entry in entries) if shape]
 
 
 def _layout(name: str, shape: tuple[int, ...], holders: tuple[tuple[int, Box], ...], files: RankFiles) -> Layout:
@@ -231,7 +235,8 @@ def _check_copies(checkpoint: Checkpoint) -> None:
             if differing:
                 raise MergeError(
                     f"{tensor.name} is kept whole by {len(copies)} ranks, but rank {_ranks(differing)} has "
-                    f"other values than rank {first}; the checkpoint is damaged")
+                    f"other values than rank {first}; the checkpoint is damaged, or each rank keeps a value of its own: save it "
+                    "when they agree")
 
 
 def _check_checksums(checkpoint: Checkpoint, checksums: Mapping[int, np.ndarray]) -> None:
@@ -252,8 +257,12 @@ def _check_checksums(checkpoint: Checkpoint, checksums: Mapping[int, np.ndarray]
                     "the files of one")
 
 
-def _read_entries(shard: ShardFile, rank: int) -> dict[str, Entry]:
-    """Return the tensors of one file by their plain names."""
+def read_entries(shard: ShardFile, rank: int) -> dict[str, Entry]:
+    """Return the tensors of one file by their plain names.
+
+    Raises:
+        MergeError: one is no tensor, cannot be read, or is another rank's.
+    """
     content = shard.content
     if not isinstance(content, (dict, OrderedDict)):
         raise MergeError(f"{shard.path}: holds a {type(content).__name__} in place of a state dict")
@@ -265,12 +274,14 @@ def _read_entries(shard: ShardFile, rank: int) -> dict[str, Entry]:
         name = plain_name(key)
         if name in entries:
             raise MergeError(f"{shard.path}: {name} is there twice")
+        if name == "__metadata__" or any("\ud800" <= letter <= "\udfff" for letter in name):  # taken, and no UTF-8
+            raise MergeError(f"{shard.path}: a tensor is named {name!r:.80}, which safetensors cannot hold; rename it")
         try:
             entries[name] = _entry(shard, rank, value, meshes)
         except MergeError as error:
             text = str(error)
             raise MergeError(text if str(shard.path) in text else f"{shard.path}: {name}: {text}") from error
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError) as error:
             raise MergeError(f"{shard.path}: {name} is described in a way that no torch writes "
                              f"({type(error).__name__}: {error!s:.100})") from error
     if not entries:
@@ -315,8 +326,8 @@ def _dtensor(shard: ShardFile, rank: int, value: Record, meshes: dict[int, Mesh]
         raise MergeError(f"{shard.path}: is named rank {rank} but was written by rank {mesh.rank}; "
                          "were files renamed or exchanged?")
     placements = tuple(_placement(record) for record in spec.state["placements"])
-    for order in spec.state.get("shard_order") or ():  # (tensor dimension, mesh dimensions), torch 2.13
-        if list(order.args[1]) != sorted(order.args[1]):
+    for order in spec.state.get("shard_order") or ():  # (tensor dimension, mesh dimensions), since torch 2.10
+        if list(order.args[1]) != cutting_order(placements, mesh.shape, order.args[0]):
             raise MergeError(f"its dimension {order.args[0]} was cut along the mesh's dimensions in the order "
                              f"{list(order.args[1])}, which is not read; save it with torch's default order")
     box = box_of(shape, placements, mesh.shape, mesh.coordinate)
@@ -373,7 +384,8 @@ def _placement(record: Any) -> Placement:
 def _mesh(shard: ShardFile, record: Record) -> Mesh:
     """Read a mesh in any of the forms that torch pickled it in.
 
-    Up to 2.8 it carries the tensor `mesh` of ranks; since then a `_layout` of sizes and strides over `_rank_map`.
+    Up to 2.9 it carries the tensor `mesh` of ranks; since then a `_layout` of sizes and strides over `_rank_map`, and
+    from 2.11 on the `_rank` that wrote it.
     """
     state = record.state
     names = tuple(state.get("mesh_dim_names") or state.get("_mesh_dim_names") or ())
@@ -385,7 +397,9 @@ def _mesh(shard: ShardFile, record: Record) -> Mesh:
         rank_map = shard.read_integers(state["_rank_map"]).reshape(-1)
         axes = _layout_axes(state["_layout"])
         shape = tuple(math.prod(sizes) for sizes, _ in axes)
-        rank = state.get("_rank")
+        rank, root = state.get("_rank"), state.get("_root_mesh")
+        if rank is None and root is not None:  # the coordinate is the sub-mesh's, the rank map the whole mesh's
+            rank = _mesh(shard, root).rank
         if rank is None:
             rank = int(rank_map[sum(_axis_offset(c, *axis) for c, axis in zip(coordinate, axes, strict=True))])
     if len(coordinate) != len(shape) or not all(0 <= c < n for c, n in zip(coordinate, shape, strict=True)):

@@ -12,15 +12,14 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from merger import MergeError, __version__
+from merger import DTYPES, MergeError, __version__
 
 if TYPE_CHECKING:
-    from merger.checkpoint import Checkpoint
+    from merger.show import Kind
 
 MISUSE, INTERRUPTED, TERMINATED = 2, 130, 143
 NOTHING = "nothing was changed"
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-DTYPES = ("bfloat16", "float16", "float32", "keep")
 
 
 def byte_count(text: str) -> int:
@@ -242,8 +241,8 @@ def _run(args: argparse.Namespace) -> int:
                       private=args.private,
                       quiet=args.json)
     if args.inspect:
-        checkpoint, facts = merging.inspect(options)
-        _report(lambda: show.print_json(facts) if args.json else _print_inspection(checkpoint, facts))
+        kinds, facts = merging.inspect(options)
+        _report(lambda: show.print_json(facts) if args.json else _print_inspection(kinds, facts))
         return MISUSE if facts["problems"] else 0
     if args.dry_run:
         plan = merging.plan_only(options)
@@ -266,10 +265,11 @@ def _verified_line(result: dict[str, Any]) -> str:
         f"{show.equality_text(result)} ({result['seconds']:.1f} s)")
 
 
-def _print_inspection(checkpoint: "Checkpoint", facts: dict[str, Any]) -> None:
+def _print_inspection(kinds: "list[Kind]", facts: dict[str, Any]) -> None:
     from merger import show
     show.print_table("checkpoint", _inspect_rows(facts))
-    show.print_tensors(checkpoint)
+    if kinds:
+        show.print_tensors(kinds)
 
 
 def _inspect_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:

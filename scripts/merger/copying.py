@@ -26,7 +26,9 @@ EXPONENT: dict[str, np.unsignedinteger[Any]] = {
     "bfloat16": np.uint16(0x7F80),
     "float16": np.uint16(0x7C00),
     "float32": np.uint32(0x7F800000),
-    "float64": np.uint64(0x7FF0000000000000)
+    "float64": np.uint64(0x7FF0000000000000),
+    "float8_e5m2": np.uint8(0x7C),
+    "float8_e4m3fn": np.uint8(0x7F),  # no infinity; NaN has all ones behind the sign
 }
 
 Progress = Callable[[int], None]

@@ -28,6 +28,8 @@ META_NAME = "lora_train_meta.json"
 ADAPTER_CONFIG = "lora_adapter/adapter_config.json"
 # Its entries that change the sum in ways that are not computed here.
 OTHER_SUMS = ("use_dora", "alpha_pattern", "rank_pattern", "fan_in_fan_out", "use_qalora", "lora_bias")
+# Those that add tensors to an adapter: fused weights have them all the same, an adapter of ours would lack them.
+MORE_TENSORS = ("bias", "trainable_token_indices")
 ADAPTER_STEM = "adapter_model"
 
 
@@ -35,7 +37,8 @@ ADAPTER_STEM = "adapter_model"
 class Lora:
     """The LoRA part of a checkpoint: (a of shape (r, in), b of shape (out, r)) by module, and its hyperparameters.
 
-    `saved` holds the modules that were trained whole: by module, the tensors by their name in it.
+    `saved` holds the modules that were trained whole: by module, the tensors by their name in it. `more` names what
+    PEFT's record says was trained besides.
     """
     factors: dict[str, tuple[Tensor, Tensor]]
     saved: dict[str, dict[str, Tensor]]
@@ -43,6 +46,7 @@ class Lora:
     alpha: float | None
     task_type: str | None
     rank_stabilized: bool = False
+    more: str = ""
 
     @property
     def scale(self) -> float:
@@ -97,7 +101,9 @@ def read_lora(tensors: Mapping[str, Tensor], files: RankFiles, alpha: float | No
     recorded = {**config, **meta}
     chosen = alpha if alpha is not None else recorded.get("lora_alpha")
     factors = {module: (pair["A"], pair["B"]) for module, pair in sides.items()}
-    return Lora(factors, saved, rank, chosen, recorded.get("task_type"), bool(config.get("use_rslora")))
+    more = next((f"{name} {json.dumps(config[name])[:60]}"
+                 for name in MORE_TENSORS if config.get(name) not in (None, "none", [], {})), "")
+    return Lora(factors, saved, rank, chosen, recorded.get("task_type"), bool(config.get("use_rslora")), more)
 
 
 def _recorded(files: RankFiles, name: str) -> dict[str, Any]:
@@ -151,8 +157,16 @@ def fuse(tensors: Mapping[str, Tensor], lora: Lora) -> dict[str, tuple[Tensor, F
 
 
 def adapter(lora: Lora) -> dict[str, Tensor]:
-    """Return the adapter's tensors by the names that PEFT loads."""
+    """Return the adapter's tensors by the names that PEFT loads.
+
+    Raises:
+        MergeError: alpha is not known, or more was trained than the adapter would hold.
+    """
     known_alpha(lora)
+    if lora.more:
+        raise MergeError(
+            f"{ADAPTER_CONFIG} has {lora.more}, which --lora adapter would leave out; use --lora fuse, or save "
+            "the adapter with PEFT")
     factors = {
         f"{module}.lora_{side}.weight": tensor
         for module, pair in lora.factors.items()

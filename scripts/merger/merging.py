@@ -1,4 +1,5 @@
 """Merge, verify, plan, inspect: what the command line offers."""
+import contextlib
 import time
 from dataclasses import replace
 from functools import partial
@@ -6,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from merger import MergeError, hub, lora, model_check, publish, show, verify
-from merger.checkpoint import Checkpoint, read_checkpoint
+from merger.checkpoint import mesh_sizes, read_checkpoint, read_entries
 from merger.copying import THREADS, HostConverter, Tally, write_files
-from merger.discover import find_checkpoint
+from merger.discover import RankFiles, find_checkpoint
 from merger.gpu import TorchConverter
 from merger.job import (
     MODEL_STEM,
@@ -25,10 +26,14 @@ from merger.model_check import complaint
 from merger.modelconfig import CONFIG_NAME, dump_json, read_config
 from merger.plan import BLOCK_BYTES, INDEX_NAME, index_json
 from merger.record import as_requested, file_sizes, make_record, read_record, same_merge
+from merger.shardfile import read_shard_file
+from merger.show import Kind
+
+LARGEST = {"float16": "65504", "bfloat16": "3.39e38", "float32": "3.4e38"}  # finite values; keep changes none
 
 
 def merge(options: Options) -> dict[str, Any]:
-    """Merge a checkpoint; return the record that `merge.json` holds, plus the folder and the upload's address.
+    """Merge a checkpoint; return the record that `merge.json` holds, plus folder, notes and the upload's address.
 
     Raises:
         MergeError, OSError: nothing was changed.
@@ -41,10 +46,12 @@ def merge(options: Options) -> dict[str, Any]:
     publish.restore(target)  # by default it holds the checkpoint's config
     # An upload that broke off left a finished merge behind.
     record = same_merge(options, files, target) if api is not None and not options.force else None
+    notes: list[str] = []
     if record is None:
         publish.check_replaceable(target)
         job = prepare(options)
-        for note in job.notes:
+        notes = job.notes
+        for note in notes:
             if not options.quiet:
                 show.say(note)
         try:
@@ -55,7 +62,7 @@ def merge(options: Options) -> dict[str, Any]:
         show.say(f"{target} holds this merge already; going on with the upload")
         if options.verify:
             record["verified"] = verify_only(options)["verified"]
-    record["folder"] = str(target)
+    record |= {"folder": str(target), "notes": notes}
     if api is not None and options.hf_upload_path:
         hub.add_card(target, record)
         try:
@@ -98,10 +105,11 @@ def _check_finite(options: Options, tally: Tally) -> None:
     if "nonfinite" in options.allow or not (tally.nan or tally.inf):
         return
     name = next(iter({**tally.nan, **tally.inf}))
-    remedy = "values beyond 65504 become infinite as float16, so choose another --dtype, or pass" \
-        if options.dtype == "float16" else "the training diverged; to merge it all the same pass"
-    raise MergeError(f"{name} has {tally.nan.get(name, 0)} NaN and {tally.inf.get(name, 0)} infinite elements as "
-                     f"{options.dtype}; {remedy} --allow nonfinite")
+    largest = LARGEST.get(options.dtype) if name in tally.inf else None
+    remedy = f"values beyond {largest} become infinite as {options.dtype}, so choose another --dtype, or if the training " \
+        "diverged pass" if largest else "the training diverged; to merge it all the same pass"
+    raise MergeError(f"{name} has {tally.nan.get(name, 0)} NaN and {tally.inf.get(name, 0)} infinite elements"
+                     f"{'' if options.dtype == 'keep' else ' as ' + options.dtype}; {remedy} --allow nonfinite")
 
 
 def _verify(job: Job, options: Options, folder: Path, threads: int) -> None:
@@ -161,13 +169,19 @@ def plan_only(options: Options) -> dict[str, Any]:
     }
 
 
-def inspect(options: Options) -> tuple[Checkpoint, dict[str, Any]]:
-    """Return the checkpoint and its facts, with the faults that a merge would stop at under `problems`.
+def inspect(options: Options) -> tuple[list[Kind], dict[str, Any]]:
+    """Return the kinds of tensors and the checkpoint's facts, with the faults that a merge would stop at under `problems`.
+
+    Where the files are not one checkpoint, tensors and mesh are those of the first file that can be read.
 
     Raises:
-        MergeError: the files cannot be read as one checkpoint.
+        MergeError: there are no such files.
     """
-    checkpoint = read_checkpoint(find_checkpoint(options.local_dirs))
+    files = find_checkpoint(options.local_dirs)
+    try:
+        checkpoint = read_checkpoint(files)
+    except MergeError as error:
+        return _inspect_first(files, str(error))
     problems, notes = [], list(checkpoint.notes)
     if lora.has_lora(checkpoint.tensors):
         notes.append("holds LoRA weights; merge it with --lora adapter or --lora fuse")
@@ -176,14 +190,34 @@ def inspect(options: Options) -> tuple[Checkpoint, dict[str, Any]]:
         prepare(replace(options, force=True), checkpoint)
     except MergeError as error:
         problems.append(str(error))
-    return checkpoint, {
-        "folders": [str(folder) for folder in checkpoint.files.folders],
-        "world_size": checkpoint.files.world_size,
-        "ranks": sorted(checkpoint.files.paths),
-        "meshes": checkpoint.meshes,
-        "tensors": len(checkpoint.tensors),
-        "parameters": sum(tensor.numel for tensor in checkpoint.tensors.values()),
-        "bytes": sum(checkpoint.sizes.values()),
+    kinds = [Kind(tensor.description, tensor.shape, tensor.dtype) for tensor in checkpoint.tensors.values()]
+    return kinds, _facts(files, checkpoint.meshes, kinds, notes, problems)
+
+
+def _inspect_first(files: RankFiles, problem: str) -> tuple[list[Kind], dict[str, Any]]:
+    kinds: list[Kind] = []
+    meshes: list[dict[str, int]] = []
+    notes = list(files.notes)
+    for rank, path in sorted(files.paths.items()):
+        with contextlib.suppress(MergeError):
+            entries = read_entries(read_shard_file(path), rank).values()
+            kinds = [Kind(str(entry), entry.shape, entry.dtype) for entry in entries]
+            meshes = mesh_sizes(entries)
+            notes.append(f"mesh and tensors are those that {path.name} tells of")
+            break
+    return kinds, _facts(files, meshes, kinds, notes, [problem])
+
+
+def _facts(files: RankFiles, meshes: list[dict[str, int]], kinds: list[Kind], notes: list[str],
+           problems: list[str]) -> dict[str, Any]:
+    return {
+        "folders": [str(folder) for folder in files.folders],
+        "world_size": files.world_size,
+        "ranks": sorted(files.paths),
+        "meshes": meshes,
+        "tensors": len(kinds),
+        "parameters": sum(kind.numel for kind in kinds),
+        "bytes": sum(path.stat().st_size for path in files.paths.values()),
         "notes": notes,
         "problems": problems,
     }

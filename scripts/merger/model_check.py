@@ -191,12 +191,16 @@ def _names_on_disk(model: Any, state: Mapping[str, Any]) -> tuple[list[str], lis
 
 
 def naming_note(verdict: Verdict) -> list[str]:
-    """Return a note where the checkpoint has names that only transformers 5 and later read."""
+    """Return a note where the checkpoint has names that model files do not, and other versions may not read.
+
+    Of those that are only renamed (vision models), late releases of transformers 4 read both; of fused ones they do not.
+    """
     if not verdict.in_memory or not verdict.on_disk:
         return []
+    readers = "only transformers 5 and later read" if len(verdict.on_disk) > 1 else "older versions may not read"
     return [
         f"{len(verdict.in_memory)} tensors keep the names of transformers {verdict.transformers} in memory, such as "
-        f"{verdict.in_memory[0]}, which only transformers 5 and later read; model files have {verdict.on_disk[0]}, …"
+        f"{verdict.in_memory[0]}, which {readers}; model files have {verdict.on_disk[0]}, …"
     ]
 
 

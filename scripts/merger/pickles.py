@@ -38,6 +38,7 @@ STORAGE_DTYPES = {
     "BoolStorage": "bool",
 }
 DTYPES = frozenset(STORAGE_DTYPES.values()) | {"float8_e4m3fn", "float8_e5m2", "uint16", "uint32", "uint64"}
+UNSUPPORTED = ("complex", "quint", "qint", "quantized", "bits", "float8_e", "float4_e")  # of element types
 
 
 @dataclass(frozen=True)
@@ -155,9 +156,14 @@ def _rebuild_from_type_v2(func: Any, _type: Any, args: Any, state: Any) -> Any:
 
 
 def _getattr(owner: Any, name: Any) -> Any:
-    """Answer the one use that torch makes of `getattr`: naming a class nested in ShardedTensor."""
+    """Answer the two uses of `getattr`: naming a class nested in ShardedTensor, and a member of an enumeration.
+
+    Python names the latter so in some releases (3.11.0 to 3.11.3), and calls the enumeration with the value in others.
+    """
     if owner is RECORDS["ShardedTensor"] and name == "ProcessGroupState":
         return RECORDS[name]
+    if owner is RECORDS["MEM_FORMAT_ENCODING"] and isinstance(name, str):
+        return owner(name)
     raise MergeError(f"looks up {name!r:.40}, which no checkpoint needs; it may run code, so it was not read")
 
 
@@ -202,6 +208,8 @@ class _Unpickler(pickle.Unpickler):
             return name
         if module == "torch" and name in STORAGE_DTYPES:
             return STORAGE_DTYPES[name]
+        if module == "torch" and name.lower().startswith(UNSUPPORTED):
+            raise MergeError(f"has a tensor of torch.{name}, which is not supported; save the checkpoint without it")
         raise MergeError(f"mentions {full}, which no checkpoint needs; it may run code, so it was not read")
 
     def persistent_load(self, pid: Any) -> Storage:

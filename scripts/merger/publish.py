@@ -79,6 +79,10 @@ class Staging:
         self._parents: list[Path] = []
 
     def __enter__(self) -> "Staging":
+        if self.target.is_dir() and not os.access(self.target, os.W_OK):  # its mode becomes the new folder's
+            raise MergeError(
+                f"cannot write in {self.target}: {os.strerror(errno.EACCES)}; mend its permissions or choose "
+                "another --save-dir")
         try:
             self._parents = [parent for parent in self.target.parents if not parent.exists()]
             self.target.parent.mkdir(parents=True, exist_ok=True)

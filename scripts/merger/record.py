@@ -4,9 +4,10 @@ import os
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
-from merger import MergeError, __version__, publish
+from merger import DTYPES, MergeError, __version__, publish
 from merger.copying import Tally
 from merger.discover import RankFiles
 from merger.job import Job, Options
@@ -100,13 +101,22 @@ def read_record(folder: Path) -> dict[str, Any]:
     path = folder / publish.RECORD_NAME
     try:
         record: dict[str, Any] = json.loads(path.read_text())
-        if set(record["requested"]) != set(requested(Options(()))) or not isinstance(record["sources"], list):
-            raise ValueError("it is of another version")
+        if not _is_request(record["requested"]) or not isinstance(record["sources"], list):
+            raise ValueError("it is of another version, or damaged")
         return record
     except FileNotFoundError:
         raise MergeError(f"no {path}; merge first, or name the merged folder with --save-dir") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MergeError(f"cannot read {path}: {error}; merge again with --force") from error
+
+
+def _is_request(value: Any) -> bool:
+    """Tell whether `value` is what `requested` returns for some options."""
+    return (isinstance(value, dict) and set(value) == set(requested(Options(
+        ()))) and value["dtype"] in DTYPES and value["lora"] in (None, "adapter", "fuse")
+            and value["tied_weights"] in (None, "keep", "drop") and isinstance(value["lora_alpha"],
+                                                                               (int, float, NoneType))
+            and isinstance(value["allow"], list) and all(isinstance(name, str) for name in value["allow"]))
 
 
 def as_requested(options: Options, record: dict[str, Any]) -> Options:

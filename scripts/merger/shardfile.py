@@ -21,6 +21,7 @@ from merger.dtypes import itemsize
 MAX_PICKLE = 1 << 30  # a million tensors
 LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # APPNOTE.TXT of PKWARE, 4.3.7
 CRC_CHUNK = 1 << 22
+MOST_RANKS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -52,20 +53,27 @@ class ShardFile:
         Raises:
             MergeError: the tensor reaches beyond its storage, or its elements are not contiguous.
         """
+        if not is_contiguous(tensor.shape, tensor.stride):
+            raise MergeError(
+                f"{self.path}: a tensor of shape {tensor.shape} has strides {tensor.stride}, and only contiguous "
+                "tensors are read; save it with .contiguous()")
+        self._check_reach(tensor, int(np.prod(tensor.shape, dtype=object)))
+        return self._first_byte(tensor)
+
+    def _first_byte(self, tensor: pickles.TensorRef) -> int:
+        return self.records[tensor.storage.key].offset + tensor.offset * itemsize(tensor.dtype)
+
+    def _check_reach(self, tensor: pickles.TensorRef, run: int) -> None:
+        """Raise a `MergeError` unless the `run` elements of the storage from the tensor's first on are there."""
         record = self.records.get(tensor.storage.key)
         if record is None:
             raise MergeError(f"{self.path}: storage {tensor.storage.key} is missing from the archive")
-        size = itemsize(tensor.dtype)
-        if not is_contiguous(tensor.shape, tensor.stride):
-            raise MergeError(f"{self.path}: a tensor of shape {tensor.shape} has strides {tensor.stride}; "
-                             "only contiguous tensors are read")
         if tensor.storage.dtype is not None and tensor.storage.numel * itemsize(tensor.storage.dtype) != record.size:
             raise MergeError(f"{self.path}: storage {tensor.storage.key} should have {tensor.storage.numel} elements "
                              f"of {tensor.storage.dtype}, but its record has {record.size} bytes")
-        if (tensor.offset + int(np.prod(tensor.shape, dtype=object))) * size > record.size:
+        if (tensor.offset + run) * itemsize(tensor.dtype) > record.size:
             raise MergeError(f"{self.path}: a tensor of shape {tensor.shape} reaches beyond the end of storage "
                              f"{tensor.storage.key}")
-        return record.offset + tensor.offset * size
 
     def checksum(self, tensor: pickles.TensorRef) -> int:
         """Return the CRC32 of the tensor's bytes as the archive names it; 0 where it names none of just these bytes.
@@ -77,14 +85,22 @@ class ShardFile:
         return record.crc if size == record.size else 0
 
     def read_integers(self, tensor: pickles.TensorRef) -> np.ndarray:
-        """Return a small integer tensor's values, of shape `tensor.shape`."""
+        """Return a small integer tensor's values, of shape `tensor.shape`.
+
+        Any strides will do: up to torch 2.9 a sub-mesh's ranks are a view of the whole mesh's.
+        """
         count = int(np.prod(tensor.shape, dtype=object))
-        if tensor.dtype not in ("int32", "int64") or count > 1 << 20:
-            raise MergeError(f"{self.path}: a device mesh of {tensor.dtype} and shape {tensor.shape} is not a mesh")
+        run = 1 + sum((extent - 1) * step for extent, step in zip(tensor.shape, tensor.stride, strict=True))
+        if tensor.dtype not in ("int32", "int64") or not 0 < count <= MOST_RANKS or run > MOST_RANKS:
+            raise MergeError(
+                f"{self.path}: a device mesh of {tensor.dtype}, shape {tensor.shape} and strides {tensor.stride} "
+                "is not a mesh; copy the file again")
+        self._check_reach(tensor, run)
+        size = itemsize(tensor.dtype)
         with open(self.path, "rb") as file:
-            file.seek(self.byte_offset(tensor))
-            data = file.read(count * itemsize(tensor.dtype))
-        return np.frombuffer(data, dtype=tensor.dtype).reshape(tensor.shape)
+            file.seek(self._first_byte(tensor))
+            ranks = np.frombuffer(file.read(run * size), dtype=tensor.dtype)
+        return np.lib.stride_tricks.as_strided(ranks, tensor.shape, [step * size for step in tensor.stride]).copy()
 
 
 def is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:

@@ -1,12 +1,13 @@
 """What the user sees: progress on standard error, tables and summaries on standard output."""
 import json
+import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, Protocol
 
-from merger.checkpoint import Checkpoint
+from merger.dtypes import itemsize
 
 PLAIN_STEP = 5.0  # seconds between two plain progress lines
 
@@ -135,14 +136,27 @@ def print_table(title: str, rows: list[tuple[str, str]]) -> None:
     _print(table)
 
 
-def print_tensors(checkpoint: Checkpoint) -> None:
+class Kind(NamedTuple):
+    """What is shown of a tensor: its description, shape (elements) and element type."""
+    description: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def numel(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+
+def print_tensors(tensors: Iterable[Kind]) -> None:
     """Print which element types and placements the tensors have, and how many of each."""
     from rich.table import Table
-    kinds = Counter(
-        tensor.description.replace(str(list(tensor.shape)) + " ", "") for tensor in checkpoint.tensors.values())
+    kinds: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
-    for tensor in checkpoint.tensors.values():
-        sizes[tensor.description.replace(str(list(tensor.shape)) + " ", "")] += tensor.nbytes
+    for tensor in tensors:
+        kind = tensor.description.replace(str(list(tensor.shape)) + " ", "")
+        kinds[kind] += 1
+        sizes[kind] += tensor.numel * itemsize(tensor.dtype)
     table = Table(title="tensors", title_justify="left", title_style="bold")
     for column, justify in (("type and placement", "left"), ("count", "right"), ("size", "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
