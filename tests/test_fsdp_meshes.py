@@ -19,11 +19,13 @@ KINDS = {
 }  # yapf: disable
 
 
-@pytest.mark.parametrize("torch", ["2.6.0", "2.8.0", "2.9.1", "2.10.0", "2.11.0", "2.13.0"])
+@pytest.mark.parametrize("torch", ["2.4.0", "2.5.1", "2.6.0", "2.7.1", "2.8.0", "2.9.1", "2.10.0", "2.11.0", "2.13.0"])
 def test_every_element_is_in_its_place_whichever_torch_wrote_it(torch: str) -> None:
     checkpoint = read_checkpoint(find_checkpoint([str(MESHES / f"torch-{torch}")]))
-    assert {name.partition(".")[0] for name in checkpoint.tensors} == KINDS.keys()
-    assert all(mesh in checkpoint.meshes for mesh in KINDS.values())
+    absent = ("tensor_parallel", "hybrid") if torch == "2.4.0" else ()  # its FSDP2 had no state dict of two dimensions
+    kinds = {name: mesh for name, mesh in KINDS.items() if name not in absent}
+    assert {name.partition(".")[0] for name in checkpoint.tensors} == kinds.keys()
+    assert all(mesh in checkpoint.meshes for mesh in kinds.values())
     with Sources(checkpoint) as sources:
         for name, tensor in checkpoint.tensors.items():
             counted = np.arange(tensor.numel, dtype=np.float32).reshape(tensor.shape)
