@@ -71,6 +71,7 @@ def serve(port: int, work_us: float) -> None:
 class Instant:
     """A model that answers at once, or after `latency` seconds, for every attempt."""
     answered = True
+    refused = ()
 
     def __init__(self, latency: float = 0.0) -> None:
         self.latency = latency

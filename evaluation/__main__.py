@@ -106,7 +106,7 @@ def parser() -> argparse.ArgumentParser:
     add("--max-round", type=_count, default=0, help="completions an episode (default: $MAX_ROUND, then the row's)")
     add("--items",
         default="",
-        help="FILE, 0-99 or textcraft_3,textcraft_5 (default: AgentGym's list, then the row's first)")
+        help="FILE, 0-99 or textcraft_3,textcraft_5 (default: AgentGym's list, then the row's test split or first items)")
     add("--limit", type=_count, default=None, help="play at most so many items (default: all)")
     add("--shuffle-seed",
         type=_whole,
@@ -253,12 +253,16 @@ def run_command(options: argparse.Namespace) -> int:
                  f"{f', {len(folder.earlier)} failed by infrastructure are played again' if folder.earlier else ''}")
         tell(f"{len(settings.items)} items ({settings.origin}) x {settings.samples}, model {settings.model}, "
              f"{settings.limits.rounds} rounds, {settings.concurrency} at once, prompt {settings.prompt.source}")
-        code = 0
+        code, stopped = 0, None
         try:
-            with show.Watch(total, len(folder.records), console) as watch:
+            with show.Watch(total, folder.records.values(), console) as watch:
                 asyncio.run(evaluate(settings, folder, model, watch, say))
         except (KeyboardInterrupt, asyncio.CancelledError):
             code = INTERRUPTED
+        except Misuse as problem:  # such as an account that ran out: what was played until then counts
+            if not folder.answered():
+                raise
+            stopped = problem
         records = folder.latest()
         wall = sum(work["seconds"] for work in read_run(settings.out)["work"])
         summary = conclude(settings.out, records, settings.samples, total, price, wall)
@@ -272,6 +276,8 @@ def run_command(options: argparse.Namespace) -> int:
         report.write(path, [report.Run(settings.model, read_run(settings.out), records, summary)],
                      options.upstream_compat)
         tell(f"report: {path}")
+    if stopped:
+        raise Misuse(f"{stopped}; mended, the same command goes on with {settings.out}")
     if code == INTERRUPTED:
         say(f"interrupted; the same command goes on with {settings.out}")
     elif summary["error_rate"] > settings.max_error_rate:

@@ -113,20 +113,22 @@ def bars(labels: Sequence[str],
     return svg(draw, name, height=max(2.0, 0.3 * len(labels) + 0.8) if lying else 2.6)
 
 
-def curve(points: Sequence[tuple[float, Mapping[str, Any]]], name: str) -> str:
-    """Return mean reward and interval by training step."""
+def curves(runs: Mapping[str, Sequence[tuple[float, Mapping[str, Any]]]], name: str) -> str:
+    """Return mean reward and interval by training step, a curve for each training."""
 
     def draw(axes: Any) -> None:
-        steps = [step for step, _ in points]
-        means = [figure["mean"] for _, figure in points]
-        low = [
-            figure["mean"] - (figure["low"] if figure["low"] is not None else figure["mean"]) for _, figure in points
-        ]
-        high = [(figure["high"] if figure["high"] is not None else figure["mean"]) - figure["mean"]
-                for _, figure in points]
-        axes.errorbar(steps, means, yerr=[low, high], color=SERIES[0], ecolor=SERIES[0], marker="o", capsize=3)
+        for number, (run, points) in enumerate(runs.items()):
+            steps = [step for step, _ in points]
+            means = [figure["mean"] for _, figure in points]
+            low = [0.0 if figure["low"] is None else figure["mean"] - figure["low"] for _, figure in points]
+            high = [0.0 if figure["high"] is None else figure["high"] - figure["mean"] for _, figure in points]
+            colour = SERIES[number % len(SERIES)]
+            axes.errorbar(steps, means, yerr=[low, high], color=colour, ecolor=colour, marker="o", capsize=3,
+                          label=legend(run))
         axes.set_xlabel("training step")
         axes.set_ylabel("mean reward")
         axes.set_ylim(0, 1.02)
+        if len(runs) > 1:
+            axes.figure.legend(fontsize=7, loc="outside upper center", ncols=min(len(runs), 4))
 
     return svg(draw, name)

@@ -189,6 +189,14 @@ def _numbered(name: str | int, env: str, trials: Mapping[str, int], file: Path) 
         raise Misuse(f"items of {file.name}: {error}") from None
 
 
+def held_out(row: Row) -> tuple[int, int | None, str]:
+    """Return first and last item of the split that no training has seen, or of all items, and what they are called."""
+    for name in ("test", "dev"):
+        if name in row.items.splits:
+            return *row.items.splits[name], f"the row's {name} split"
+    return row.items.first, row.items.last, "the row's items"
+
+
 def choose(row: Row,
            items: str = "",
            limit: int | None = None,
@@ -201,7 +209,7 @@ def choose(row: Row,
     Args:
         row: the environment.
         items: --items: a file, ranges and names separated by commas, or empty for AgentGym's list under `root`, or,
-            where there is none, the row's first items up to its evaluation's size.
+            where there is none, the first items of the row's test or dev split, or of all, up to its evaluation's size.
         limit: at most so many; None is all.
         shuffle_seed: shuffle before the limit, with this seed.
         root: the folder that has AgentEval and AgentItemId.
@@ -233,10 +241,11 @@ def choose(row: Row,
             found = in_lists(whole, parts, row.name, trials)
             origin = whole.name if whole else f"{len(parts)} lists in {parts[0].parent}"
         else:
-            last = row.items.last if row.items.last is not None else row.items.first + (row.items.eval_size or 100) - 1
-            size = min(row.items.eval_size or last - row.items.first + 1, last - row.items.first + 1)
-            found = [(n, "") for n in range(row.items.first, row.items.first + size)]
-            origin = f"the row's first {size}"
+            first, last, of = held_out(row)
+            last = first + (row.items.eval_size or 100) - 1 if last is None else last
+            size = min(row.items.eval_size or last - first + 1, last - first + 1)
+            found = [(n, "") for n in range(first, first + size)]
+            origin = f"the first {size} of {of}"
     try:
         chosen = [item_of(name, row.name, category, trials) for name, category in found]
     except ValueError as error:

@@ -6,7 +6,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
@@ -29,6 +29,7 @@ BROKE = "insufficient_quota"  # OpenAI says it with a 429
 LONGEST_WAIT = 60.0
 REFUSALS = 3  # attempts refused before any was answered: then it is the configuration, and no longer the items
 EMPTY = "(empty)"
+NO_KEY = "none"  # sent to an endpoint that needs none
 # What OpenAI, vLLM, llama.cpp, TGI, Anthropic's, LiteLLM's and others' endpoints say of a conversation that is too long.
 _OVERFLOW = re.compile(
     r"context[_ -]?(length|window|size|limit)|maximum (context|model|sequence|input|prompt)|"
@@ -109,6 +110,10 @@ class Model(Protocol):
             that is the item's trouble, and before that the configuration's.
     """
     answered: bool
+
+    @property
+    def refused(self) -> Collection[tuple[int, int]]:
+        """The attempts, item and sample, that it refused before it ever gave a completion."""
 
     def player(self, item: int, sample: int, seed: int | None) -> Player:
         """Return the player of one attempt; `seed` makes its draws repeatable."""
@@ -195,6 +200,24 @@ def usage_of(used: Any) -> Usage:
     return Usage(prompt, completion,
                  count(getattr(used, "prompt_tokens_details", None), "cached_tokens") or 0,
                  count(getattr(used, "completion_tokens_details", None), "reasoning_tokens") or 0)
+
+
+def failure_in(answer: "ChatCompletion") -> "openai.APIStatusError | None":
+    """Return the error that an answer with status 200 carries, as if it had come with a status of its own.
+
+    Routers such as OpenRouter send the headers before the provider has failed. Without a number in it, it may pass.
+    """
+    import httpx2
+    import openai
+    body = (getattr(answer, "model_extra", None) or {}).get("error")
+    if not body or getattr(answer, "choices", None):
+        return None
+    said, code = said_in(body), body.get("code") if isinstance(body, dict) else None
+    status = 400 if overflowed(400, said, code_in(body)) else 500
+    if isinstance(code, int) and not isinstance(code, bool) and 400 <= code < 600:
+        status = code
+    response = httpx2.Response(status, request=httpx2.Request("POST", "http://endpoint"))
+    return openai.APIStatusError(said or "an error without a message", response=response, body=body)
 
 
 def completion_of(answer: "ChatCompletion", seconds: float, retries: int) -> Completion:
@@ -305,6 +328,9 @@ class ChatModel:
                         **self.fields(seed))
             except RecursionError:
                 raise ValueError("its JSON is nested too deeply") from None
+            failed = failure_in(answer)
+            if failed is not None:
+                raise failed
             return completion_of(answer, time.perf_counter() - begun, retries)
 
         try:
@@ -355,7 +381,7 @@ class ChatModel:
     def _clean(self, text: str) -> str:
         """Return `text` without the key, which some endpoints repeat in their errors."""
         text = surrogates.replaced(text)
-        return text.replace(self.key, "***") if len(self.key) > 3 else text
+        return text.replace(self.key, "***") if self.key != NO_KEY and len(self.key) > 3 else text
 
 
 def _client(base_url: str, concurrency: int) -> Any:
@@ -391,15 +417,16 @@ def may_pass(error: BaseException, patience: float) -> bool:
 
 
 def _wait(state: Any) -> float:
-    """Return the seconds before the next try: what the server asks for, else 0.5, 1, 2, … up to 60, with jitter."""
+    """Return the seconds before the next try: what the server asks for, at least 0.5, 1, 2, … up to 60, with jitter."""
     import openai
     backoff = min(LONGEST_WAIT, 0.5 * 2**(state.attempt_number - 1)) * random.uniform(0.5, 1.0)
     error = state.outcome.exception()
     if isinstance(error, openai.APIStatusError):
         asked = retry_after(error.response.headers, time.time())
         if asked is not None:
-            # A little more than asked, each at another moment: all would come back at once otherwise.
-            return asked + random.uniform(0.0, min(1.0, 0.1 * asked + 0.05))
+            # A little more than asked, each at another moment: all would come back at once otherwise. Who asks for less
+            # each time than its trouble lasts must not use up the tries.
+            return max(backoff, asked + random.uniform(0.0, min(1.0, 0.1 * asked + 0.05)))
     return backoff
 
 

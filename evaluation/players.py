@@ -48,6 +48,7 @@ class Script:
 class ScriptedModel:
     """`expert` or `random`."""
     answered = True  # a script refuses nothing
+    refused = ()
 
     def __init__(self, name: str, row: Row, root: Path) -> None:
         self.name, self.rule, self.module = name, row.action, load(row, root)

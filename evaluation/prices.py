@@ -1,5 +1,6 @@
 """What tokens cost: a table that the user gives. There is none built in, because prices change and vary by contract."""
 import json
+import math
 import tomllib
 from pathlib import Path
 
@@ -27,6 +28,9 @@ def read_price(file: str, model: str) -> Price | None:
     if price is None:
         return None
     try:
-        return {key: float(price[key]) for key in ("input", "output", "cached") if key in price or key != "cached"}
+        found = {key: float(price[key]) for key in ("input", "output", "cached") if key in price or key != "cached"}
+        if not all(0 <= value < math.inf for value in found.values()):
+            raise ValueError
+        return found
     except (KeyError, TypeError, ValueError):
-        raise Misuse(f"--prices {file}: {model} needs input and output, numbers for a million tokens") from None
+        raise Misuse(f"--prices {file}: {model} needs input and output, numbers of at least 0 for a million tokens") from None

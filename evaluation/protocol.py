@@ -126,6 +126,7 @@ class Server:
         shown: its address without a login, for messages and files.
         opened, closed: how many sessions were created, and closed.
         lost: sessions that could not be closed.
+        silence: why it last did not answer at all.
     """
 
     def __init__(self,
@@ -144,6 +145,7 @@ class Server:
         self._pool: list[int] = []
         self._held: set[int] = set()
         self._twice: set[int] = set()  # of those, what the server handed out again: whose state it has, nobody knows
+        self.silence = "no answer"
         self._closes = True  # until the server says that it has no such route
         self._http: aiohttp.ClientSession | None = None
 
@@ -312,5 +314,6 @@ class Server:
         try:
             await self._call("GET", self.root + "/", "GET /")
         except EnvironmentFault as fault:
+            self.silence = str(fault).removeprefix("GET /: ")
             return fault.status is not None
         return True

@@ -2,6 +2,7 @@
 import base64
 import hashlib
 import json
+import math
 import re
 import zlib
 from collections.abc import Mapping, Sequence
@@ -136,7 +137,7 @@ def draw(runs: Sequence[Run]) -> list[dict[str, str]]:
         for run in runs:
             figures = [
                 run.summary["categories"].get(name, {}).get("success") or {
-                    "mean": 0.0,
+                    "mean": math.nan,  # no bar
                     "low": None,
                     "high": None
                 } for name in categories
@@ -151,13 +152,30 @@ def draw(runs: Sequence[Run]) -> list[dict[str, str]]:
                                                     "success rate",
                                                     errors,
                                                     lying=True), "the table above has the numbers")
-    steps = [(int(match[1] or match[2]), run.summary["reward"]) for run in runs
-             if (match := STEP.search(run.name)) and run.summary["reward"]]
-    if len(steps) > 1:
-        steps.sort(key=lambda point: point[0])
-        add("Reward by training step", charts.curve(steps, "curve"),
-            ", ".join(f"step {step}: {show.with_interval(figure)}" for step, figure in steps))
+    trainings = by_training(runs)
+    if trainings:
+        add(
+            "Reward by training step", charts.curves(trainings, "curve"),
+            "; ".join((f"{name}: " if len(trainings) > 1 else "") +
+                      ", ".join(f"step {step}: {show.with_interval(figure)}" for step, figure in points)
+                      for name, points in trainings.items()))
     return found
+
+
+def by_training(runs: Sequence[Run]) -> dict[str, list[tuple[int, Mapping[str, Any]]]]:
+    """Return (step, mean reward) of each training of which several steps were evaluated.
+
+    Of one training are runs in one environment whose names differ in the step alone.
+    """
+    found: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
+    several = len({run.told["config"]["env"] for run in runs}) > 1
+    for run in runs:
+        match = STEP.search(run.name)
+        if match and run.summary["reward"]:
+            name = f"{run.name[:match.start()]}{run.name[match.end():]}".strip("-_ ") or "step"
+            name = f"{run.told['config']['env']}: {name}" if several else name
+            found.setdefault(name, []).append((int(match[1] or match[2]), run.summary["reward"]))
+    return {name: sorted(points, key=lambda point: point[0]) for name, points in found.items() if len(points) > 1}
 
 
 def headline(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
@@ -213,7 +231,8 @@ def render(runs: Sequence[Run], compat: bool = False) -> str:
                               lstrip_blocks=True)
     configs = [{key: value for key, value in run.told["config"].items() if key not in ("row", "items")} for run in runs]
     return page.get_template("report.html").render(
-        title=f"{runs[0].told['config']['env']}: {', '.join(run.name for run in runs)}",
+        title=f"{', '.join(dict.fromkeys(run.told['config']['env'] for run in runs))}: "
+        f"{', '.join(run.name for run in runs)}",
         runs=runs,
         configs=[json.dumps(config, indent=1) for config in configs],
         headline=headline(runs),

@@ -58,6 +58,7 @@ class Items(Table):
     first: int = 0
     last: int | None = None
     eval_size: int | None = None
+    splits: dict[str, tuple[int, int]] = {}
 
 
 class PromptPlace(Table):

@@ -6,7 +6,7 @@ import platform
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -72,8 +72,8 @@ async def wait_for(server: Server, name: str, seconds: float, say: Callable[[str
     while not await server.answers():
         if time.monotonic() > end:
             raise Misuse(
-                f"no environment server at {server.shown}; start it with `invoke env.up --env {name}`, or name "
-                "its address with --server")
+                f"no environment server at {server.shown} ({server.silence}); start it with `invoke env.up --env {name}`, "
+                "or name its address with --server")
         if not told:
             say(f"waiting for the environment server at {server.shown}")
             told = True
@@ -107,11 +107,23 @@ def pending(settings: Settings, folder: RunFolder) -> list[tuple[Item, int]]:
 async def play_all(settings: Settings, folder: RunFolder, server: Server, model: Model, watch: Watcher) -> None:
     """Play what is missing, `concurrency` attempts at once.
 
+    What the model refused before it ever answered is played again once it has: whether a conversation that is too long
+    is the model's or the configuration's must not depend on which attempt came first.
+
     Raises:
         Misuse: the endpoint refuses every request.
         Stopped: a record cannot be written.
     """
-    queue: Iterator[tuple[Item, int]] = iter(pending(settings, folder))
+    missing = pending(settings, folder)
+    await _play(missing, settings, folder, server, model, watch)
+    early = [(item, sample) for item, sample in missing if (item.number, sample) in model.refused]
+    if early and model.answered:
+        await _play(early, settings, folder, server, model, watch)
+
+
+async def _play(wanted: Sequence[tuple[Item, int]], settings: Settings, folder: RunFolder, server: Server, model: Model,
+                watch: Watcher) -> None:
+    queue: Iterator[tuple[Item, int]] = iter(wanted)
 
     async def worker() -> None:
         for item, sample in queue:

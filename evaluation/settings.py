@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from evaluation.episodes import Limits
 from evaluation.items import Item, choose, read_map
-from evaluation.model import ChatModel, Model, Sampling, redacted_url
+from evaluation.model import NO_KEY, ChatModel, Model, Sampling, redacted_url
 from evaluation.players import NAMES, ScriptedModel
 from evaluation.problems import Misuse
 from evaluation.prompts import Prompt, find
@@ -85,7 +85,7 @@ def api_key(base_url: str, environ: Mapping[str, str] | None = None) -> str:
     if not (key.isascii() and key.isprintable()) or " " in key:
         name = "OPENAI_API_KEY" if environ.get("OPENAI_API_KEY", "").strip() else f"OPENAI_API_KEY_FILE {file}"
         raise Misuse(f"{name} has characters that no key has (white space, control or accented ones); copy it again")
-    return key or "none"
+    return key or NO_KEY
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
@@ -156,6 +156,9 @@ def check_url(name: str, url: str) -> str:
         # What a login is in such an address is not sure, so all before the last @ is left out.
         shown = "***@" + url.rpartition("@")[2] if "@" in url else url
         raise Misuse(f"{name} {shown!r} is no address; write it like http://127.0.0.1:36001") from None
+    if parts.query or parts.fragment:  # which may hold a key
+        shown = redacted_url(url.partition("?")[0].partition("#")[0])
+        raise Misuse(f"{name} {shown} has a query or fragment after it, to which no route can be added; leave that out")
     return url.rstrip("/")
 
 

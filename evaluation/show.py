@@ -2,7 +2,7 @@
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from evaluation.episodes import ERRORS, SCORED
+from evaluation.records import key_of
 
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
 
@@ -32,12 +33,18 @@ def with_interval(figure: Mapping[str, Any] | None, share: bool = True) -> str:
     return mean if figure["low"] is None else f"{mean} [{number(figure['low'])}, {number(figure['high'])}]"
 
 
+def pass_text(figure: Mapping[str, Any] | None, items: int) -> str:
+    """Return Pass@k, with the number of items where some of `items` have too few samples for it."""
+    few = f" of {figure['items']} of {items} items" if figure and figure["items"] < items else ""
+    return with_interval(figure) + few
+
+
 class Watch:
     """Progress: done, success rate so far, tokens, errors, time left."""
 
-    def __init__(self, total: int, done: int, console: Console) -> None:
-        self.total, self.done, self.console = total, done, console
-        self.outcomes: Counter[str] = Counter()
+    def __init__(self, total: int, records: Iterable[Mapping[str, Any]], console: Console) -> None:
+        self.total, self.console, self.played = total, console, 0
+        self.outcomes = {key_of(record): record["outcome"] for record in records}
         self.tokens = 0
         self.last = self.begun = time.monotonic()
         self.live = Progress(TextColumn("{task.description}"),
@@ -47,7 +54,7 @@ class Watch:
                              TimeRemainingColumn(),
                              console=console,
                              disable=not console.is_terminal)
-        self.task = self.live.add_task("playing", total=total, completed=done, facts="")
+        self.task = self.live.add_task("playing", total=total, completed=self.done, facts="")
 
     def __enter__(self) -> "Watch":
         self.live.start()
@@ -56,24 +63,29 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self.live.stop()
 
+    @property
+    def done(self) -> int:
+        """How many attempts have ended, one that is played again counting once."""
+        return len(self.outcomes)
+
     def facts(self) -> str:
-        """Return what has come of the attempts so far."""
-        scored = sum(self.outcomes[name] for name in SCORED)
-        errors = sum(self.outcomes[name] for name in ERRORS)
-        rate = percent(self.outcomes["success"] / scored) if scored else "-"
+        """Return what has come of the attempts so far, those of a run that is resumed included."""
+        counts = Counter(self.outcomes.values())
+        scored = sum(counts[name] for name in SCORED)
+        errors = sum(counts[name] for name in ERRORS)
+        rate = percent(counts["success"] / scored) if scored else "-"
         return f"success {rate}, {self.tokens:,} tokens, {errors} errors"
 
     def __call__(self, record: Mapping[str, Any]) -> None:
         """Take note of an attempt that ended."""
-        self.done += 1
-        self.outcomes[record["outcome"]] += 1
+        self.played += 1
+        self.outcomes[key_of(record)] = record["outcome"]
         self.tokens += record["usage"]["prompt"] + record["usage"]["completion"]
         self.live.update(self.task, completed=self.done, facts=self.facts())
         now = time.monotonic()
         if not self.console.is_terminal and now - self.last >= PLAIN_EVERY:
             self.last = now
-            played = sum(self.outcomes.values())
-            left = (self.total - self.done) * (now - self.begun) / played
+            left = (self.total - self.done) * (now - self.begun) / self.played
             self.console.print(f"{self.done} of {self.total}: {self.facts()}, {left:.0f} s left", highlight=False)
 
 
@@ -97,7 +109,7 @@ def table(title: str, summaries: Mapping[str, Mapping[str, Any]], prompts: Seque
     line("success rate", [with_interval(one["success"]) for one in all_of])
     line("mean reward", [with_interval(one["reward"]) for one in all_of])
     for k in sorted({k for one in all_of for k in one.get("pass_at", {})}, key=int):
-        line(f"Pass@{k}", [with_interval(one.get("pass_at", {}).get(k)) for one in all_of])
+        line(f"Pass@{k}", [pass_text(one.get("pass_at", {}).get(k), one["items"]) for one in all_of])
     for name in sorted({name for one in all_of for name in one["categories"]}):
         line(f"  {name}", [with_interval(one["categories"].get(name, {}).get("success")) for one in all_of])
     line("attempts", [f"{one['attempts']} of {one['expected']} ({one['items']} x {one['samples']})" for one in all_of])

@@ -200,6 +200,13 @@ def test_a_folder_without_lists_hides_none(tmp_path):
     assert choose(row("textcraft"), root=tmp_path)[1] == "textcraft_train.json"
 
 
+@pytest.mark.parametrize("name, first, size, split", [("alfworld", 2420, 200, "test"), ("sqlgym", 9428, 200, "dev"), ("searchqa", 0, 200, "test")])
+def test_without_a_list_no_item_is_one_that_training_saw(name, first, size, split, tmp_path):
+    chosen, origin = choose(row(name), root=tmp_path)
+    assert [item.number for item in chosen] == list(range(first, first + size))
+    assert origin == f"the first {size} of the row's {split} split"
+
+
 def test_training_items_are_the_next_best_and_the_rows_first_the_last(tmp_path):
     assert len(choose(row("textcraft"), root=tmp_path)[0]) == 100
     (tmp_path / "AgentItemId").mkdir()
@@ -574,6 +581,37 @@ def test_items_weigh_the_same_whatever_samples_they_lost():
     assert found["success"]["mean"] == 0.5 and found["pass_at"]["2"]["items"] == 1
 
 
+def test_pass_at_k_says_of_how_many_items_it_is():
+    from evaluation import show
+    found = numbers.summarize([attempt("a", 0), attempt("a", 1), attempt("b", 0), attempt("b", 1, "model_error")], 2)
+    assert show.pass_text(found["pass_at"]["2"], found["items"]).endswith("] of 1 of 2 items")
+    whole = numbers.summarize([attempt("a", 0), attempt("a", 1)], 2)
+    assert show.pass_text(whole["pass_at"]["2"], whole["items"]).endswith("]")
+
+
+def test_progress_counts_what_a_resumed_run_had_and_each_attempt_once():
+    import io
+
+    from rich.console import Console
+
+    from evaluation.show import Watch
+    lines = [{**attempt(str(n), 0, outcome), "usage": {"prompt": 1, "completion": 1}}
+             for n, outcome in enumerate(("success", "failure", "model_error"))]
+    watch = Watch(4, lines[:2], Console(file=io.StringIO()))
+    assert watch.facts().startswith("success 50.0 %") and watch.done == 2
+    watch(lines[2])
+    watch({**lines[2], "outcome": "success"})
+    assert watch.facts() == "success 66.7 %, 4 tokens, 0 errors" and watch.done == 3
+
+
+@pytest.mark.parametrize("price", ["input = nan\noutput = 1", "input = 1\noutput = -1", "input = 1\noutput = inf"])
+def test_a_price_that_is_none_is_refused(price, tmp_path):
+    from evaluation.prices import read_price
+    (tmp_path / "p.toml").write_text(f"[m]\n{price}\n")
+    with pytest.raises(Misuse, match="numbers of at least 0"):
+        read_price(str(tmp_path / "p.toml"), "m")
+
+
 def test_categories_are_scored_apart():
     found = numbers.summarize([attempt("a", category="x"), attempt("b", 0, "failure", 0.0, "y"), attempt("c", category="y")], 1)
     assert {name: one["success"]["mean"] for name, one in found["categories"].items()} == {"x": 1.0, "y": 0.5}
@@ -713,6 +751,13 @@ def test_what_is_no_address_is_refused_without_its_login(url):
     with pytest.raises(Misuse, match="no address") as caught:
         check_url("--server", url)
     assert "joe" not in str(caught.value) and "ter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["http://host/v1?api_key=hunter2", "http://me:hunter2@host/v1#hunter2"])
+def test_an_address_that_no_route_can_follow_is_refused_without_its_secret(url):
+    with pytest.raises(Misuse, match="has a query or fragment") as caught:
+        check_url("--base-url", url)
+    assert "hunter2" not in str(caught.value)
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:8000", "http://[::1]:80/v1", "http://my_server:8000", "https://me:p@ss@host/v1", "http://bücher.example", "https://host/@me/v1"])

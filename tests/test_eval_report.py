@@ -286,6 +286,37 @@ def test_a_name_that_the_output_cannot_spell_is_shown_as_an_escape(encoding, sho
     assert out.buffer.getvalue() == shown
 
 
+def test_each_training_has_a_curve_of_its_own():
+    def of(name, env="demo"):
+        made = run([record(n) for n in range(3)], name)
+        made.told["config"]["env"] = env
+        return made
+
+    two = [of(f"{training}-global_step_{step}") for training in "ab" for step in (200, 100)]
+    assert {name: [step for step, _ in points] for name, points in report.by_training(two).items()} == {"a": [100, 200], "b": [100, 200]}
+    curve, = (chart for chart in report.draw(two) if chart["title"] == "Reward by training step")
+    assert curve["words"].startswith("a: step 100: ") and "; b: step 100: " in curve["words"]
+    mixed = [of("x-global_step_1"), of("x-global_step_2"), of("x-global_step_3", "textcraft")]
+    assert list(report.by_training(mixed)) == ["demo: x"] and len(report.by_training(mixed)["demo: x"]) == 2
+    assert "<title>demo, textcraft: x-global_step_1" in report.render(mixed)
+    assert report.by_training([of("a-global_step_1"), of("b-global_step_2")]) == {}
+
+
+def test_a_category_that_a_run_never_played_has_no_bar():
+    from evaluation import charts
+    drawn = {}
+
+    def keep(labels, runs, name, *rest, **more):
+        drawn[name] = runs
+        return ""
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(charts, "bars", keep)
+        report.draw([run([record(0, category="easy")], "one"), run([record(0, category="hard")], "two")])
+    assert str(drawn["categories"]) == "{'one': [1.0, nan], 'two': [nan, 1.0]}"
+    assert "<svg" in report.draw([run([record(0, category="easy")], "one"), run([record(0, category="hard")], "two")])[-1]["svg"]
+
+
 @pytest.mark.parametrize("category", ["", "hard"])
 def test_charts_keep_runs_whose_names_begin_alike(category):
     ends = ["Qwen/Qwen2.5-7B-Instruct (textcraft-Qwen2.5-7B-Instruct-" + end for end in ("1a2b3c4d)", "9f8e7d6c)")]

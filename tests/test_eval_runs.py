@@ -506,9 +506,74 @@ def test_an_item_that_is_refused_for_itself_stops_no_run(answer, item, tmp_path)
     with environment() as env, endpoint(say) as model:
         assert run(tmp_path / "out", env.url, model.base_url, "--items", "0-3", "--concurrency", "1", "--max-error-rate", "1") == 0
     found = outcomes(tmp_path / "out")
-    # A prompt that never fitted says nothing of the model's play; once the endpoint has answered, a long one is the model's.
-    lost = "context_overflow" if "context" in answer.body["error"]["message"] and item == 3 else "model_error"
+    # Once the endpoint has answered, a prompt that is too long for it is the model's: whichever came first.
+    lost = "context_overflow" if "context" in answer.body["error"]["message"] else "model_error"
     assert found == {"0": "success", "1": "failure", "2": "success", "3": "failure", str(item): lost}
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_what_was_refused_before_the_first_answer_is_judged_as_what_came_after(again, tmp_path, capsys):
+    too_long = failure(400, "This model's maximum context length is 9 tokens")
+    say = lambda messages, body: too_long if messages[2]["content"] in ("count 0", "count 5") else counter_player(messages, body)  # noqa: E731
+    with environment() as env, endpoint(say) as model:
+        for _ in range(1 + again):
+            assert run(tmp_path / "out", env.url, model.base_url, "--items", "0-5", "--concurrency", "1") == 0
+    found = outcomes(tmp_path / "out")
+    assert (found["0"], found["5"]) == ("context_overflow", "context_overflow")
+    assert summary(tmp_path / "out")["items"] == 6 and summary(tmp_path / "out")["errors"] == 0
+
+
+def test_a_run_that_is_stopped_midway_keeps_its_numbers_and_goes_on(tmp_path, capsys):
+    broke = [True]
+
+    def say(messages, body):
+        if broke[0] and messages[2]["content"] == "count 3":
+            return failure(402, "nothing left")
+        return counter_player(messages, body)
+
+    with environment() as env, endpoint(say) as model:
+        args = (tmp_path / "out", env.url, model.base_url, "--items", "0-5", "--concurrency", "1")
+        assert run(*args) == 2 and env.sessions == {}
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "402" in error and f"the same command goes on with {tmp_path / 'out'}" in error
+        assert summary(tmp_path / "out")["attempts"] == 3 and (tmp_path / "out/report.html").is_file()
+        broke[0] = False
+        assert run(*args) == 0
+    assert summary(tmp_path / "out")["attempts"] == 6
+
+
+@pytest.mark.parametrize("error, code, outcome", [
+    ({"message": "No auth credentials found", "code": 401}, 2, None),
+    ({"message": "maximum context length is 8192 tokens"}, 0, "context_overflow"),
+    ({"message": "Provider returned error", "code": 502}, 1, "model_error"),
+    ("overloaded", 1, "model_error"),
+], ids=["a key", "too long", "a provider", "a text"])
+def test_an_error_inside_a_200_is_what_it_says(error, code, outcome, tmp_path, capsys):
+    say = lambda messages, body: Answer({"error": error}) if len(messages) > 3 else "add"  # noqa: E731
+    with environment() as env, endpoint(say) as model:
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0", "--model-tries", "2") == code
+    shown = "".join(capsys.readouterr())
+    assert (error if isinstance(error, str) else error["message"]) in shown + "".join(one["error"] for one in attempts(tmp_path / "out"))
+    assert [one["outcome"] for one in attempts(tmp_path / "out")] == ([outcome] if outcome else [])
+
+
+def test_an_endpoint_that_asks_for_no_wait_does_not_use_up_the_tries(tmp_path):
+    begun = []
+
+    def say(messages, body):
+        begun.append(time.monotonic())
+        return failure(429, "busy", retry_after="0") if begun[-1] < begun[0] + 2 else counter_player(messages, body)
+
+    with environment() as env, endpoint(say) as model:
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0") == 0
+    assert outcomes(tmp_path / "out") == {"0": "success"}
+
+
+def test_what_is_sent_for_no_key_is_not_taken_out_of_messages(tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with environment() as env, endpoint(lambda messages, body: failure(422, "none of the tools") if len(messages) > 3 else "add") as model:
+        run(tmp_path / "out", env.url, model.base_url, "--items", "0", "--max-error-rate", "1")
+    assert "none of the tools" in attempts(tmp_path / "out")[0]["error"]
 
 
 @pytest.mark.parametrize("answer", [failure(429, "wait until tomorrow", retry_after="86400"), failure(429, "no credit", "insufficient_quota")],
