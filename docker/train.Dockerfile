@@ -32,7 +32,10 @@ RUN --mount=type=bind,from=agentgym-rl,source=AgentGym-RL/pyproject.toml,target=
 # that verl imports needs none of them. The example scripts speak of models/ and saves/ beside verl, hence the links.
 COPY --from=agentgym agentenv /workspace/AgentGym/agentenv
 COPY --from=agentgym-rl examples /workspace/examples
-COPY --from=agentgym-rl AgentGym-RL /workspace/AgentGym-RL
+# By name: whoever trained in the checkout has saves/, data and .env there, which must not get into an image.
+COPY --from=agentgym-rl AgentGym-RL/*.py AgentGym-RL/*.toml AgentGym-RL/*.txt AgentGym-RL/*.md /workspace/AgentGym-RL/
+COPY --from=agentgym-rl AgentGym-RL/scripts /workspace/AgentGym-RL/scripts
+COPY --from=agentgym-rl AgentGym-RL/verl /workspace/AgentGym-RL/verl
 RUN --mount=type=cache,target=/var/cache/uv \
     uv pip install --no-deps --no-build-isolation --editable /workspace/AgentGym-RL --editable /workspace/AgentGym/agentenv; \
     for folder in models saves data AgentItemId AgentEval; do \

@@ -9,7 +9,7 @@ from invoke.tasks import task
 
 from tasks.lib import docker
 from tasks.lib.images import IMAGES, Image, human_size, image_of
-from tasks.lib.settings import ROOT, read_dotenv
+from tasks.lib.settings import ROOT, SETTINGS, read_dotenv
 from tasks.lib.sources import GYM, RL, choose_sources, origin, revision
 
 FLAGS = {
@@ -29,7 +29,7 @@ def build_variables(tag: str) -> dict[str, str]:
     Raises:
         Exit: a tag or a source that cannot be.
     """
-    if tag and not re.fullmatch(r"[\w][\w.-]{0,127}", tag):
+    if tag and not re.fullmatch(r"[\w][\w.-]{0,127}", tag, re.ASCII):
         raise Exit(f"build: --tag {tag!r} is no image tag; use letters, digits, dot, dash, underscore", code=2)
     settings = {**read_dotenv(), **os.environ}
     try:
@@ -38,8 +38,7 @@ def build_variables(tag: str) -> dict[str, str]:
         raise Exit(f"build: {error}", code=2) from None
     variables = {**sources, "REVISION": revision(str(ROOT)), "SOURCE_URL": origin(ROOT)}
     for name, label in ((RL, "AGENTGYM_RL_REVISION"), (GYM, "AGENTGYM_REVISION")):
-        if name in sources:
-            variables[label] = revision(sources[name])
+        variables[label] = revision(sources.get(name) or SETTINGS[name].default)
     if tag:
         variables["IMAGE_TAG"] = tag
     return variables

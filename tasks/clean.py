@@ -32,7 +32,7 @@ def confirm(c: Context, what: list[str], yes: bool) -> bool:
     print("This removes:", *what, sep="\n  ", flush=True)
     if yes:
         return True
-    if not sys.stdin.isatty():
+    if sys.stdin is None or not sys.stdin.isatty():
         raise Exit("clean: nobody is here to answer; add --yes", code=2)
     try:
         return input("Go on? [y/N] ").strip().lower() in ("y", "yes")
@@ -70,8 +70,13 @@ def remove_bytecode(c: Context) -> None:
 
 
 def container_lines(c: Context) -> list[str]:
-    """Return a line for each of the project's containers."""
-    return [] if c.config.run.dry else [f"container {found.name} ({found.state})" for found in containers.of_project()]
+    """Return a line for each of the project's containers and networks."""
+    if c.config.run.dry:
+        return []
+    return [
+        *(f"container {found.name} ({found.state})" for found in containers.of_project()),
+        *(f"network {name}" for name in containers.networks_of_project())
+    ]
 
 
 def image_names(c: Context) -> list[str]:

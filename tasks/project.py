@@ -28,7 +28,8 @@ def status(c: Context) -> None:
     rows = [(found.name, found.state, found.health, found.ports) for found in containers.of_project()]
     docker.print_table(("container", "state", "health", "ports"), rows or [("none", "", "", "")])
     print()
-    facts = [(name, docker.image_facts(name)) for name in (docker.image_name(image.name) for image in EVERY)]
+    names = [*(docker.image_name(image.name) for image in EVERY), *docker.environment_images()]
+    facts = [(name, docker.image_facts(name)) for name in names]
     docker.print_table(("image", "size", "age"),
                        [(name, human_size(fact.size), human_age(now - fact.created)) if fact else
                         (name, "not built", "") for name, fact in facts])

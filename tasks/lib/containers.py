@@ -3,8 +3,11 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from secrets import token_hex
 from typing import TYPE_CHECKING
 
 from invoke.context import Context
@@ -14,6 +17,7 @@ from tasks.lib import docker
 from tasks.lib.gpus import GpuChoice, choose_gpus
 from tasks.lib.images import image_of
 from tasks.lib.mounts import ensure_folders
+from tasks.lib.programs import as_ctrl_c
 from tasks.lib.settings import ROOT, read_dotenv, resolve
 
 if TYPE_CHECKING:
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
 
 # Services that run another service's image.
 IMAGE_FROM = {"model-merger": "scripts", "formatter": "scripts"}
+TIDY_SECONDS = 30  # for a command that was interrupted
 GPU_SERVICES = ("train", "scripts", "model-merger", "serve")
 
 
@@ -75,20 +80,47 @@ def run(c: Context,
         for folder in ensure_folders(ROOT, {**read_dotenv(), **os.environ}):
             print(f"{service}: created {folder}", file=sys.stderr, flush=True)
     tty = docker.interactive()
-    docker.drive(c,
-                 lambda client: client.compose.run(service,
-                                                   list(command),
-                                                   tty=tty,
-                                                   stream=not tty,
-                                                   remove=True,
-                                                   user=user or None,
-                                                   volumes=list((volumes or {}).items())),
-                 profiles=[service],
-                 cpu=choice.cpu,
-                 variables={
-                     **choice.variables,
-                     **(variables or {})
-                 })
+    # A name that tells this run's container from every other's; under `--dry` Compose's own will do.
+    name = f"{resolve('COMPOSE_PROJECT_NAME')}-{service}-run-{token_hex(6)}"
+    try:
+        with as_ctrl_c():
+            docker.drive(c,
+                         lambda client: client.compose.run(service,
+                                                           list(command),
+                                                           name=None if c.config.run.dry else name,
+                                                           tty=tty,
+                                                           stream=not tty,
+                                                           remove=True,
+                                                           user=user or None,
+                                                           volumes=list((volumes or {}).items())),
+                         profiles=[service],
+                         cpu=choice.cpu,
+                         variables={
+                             **choice.variables,
+                             **(variables or {})
+                         })
+    except (Exit, OSError) as error:  # the reader of a pipe may have left
+        if isinstance(error, OSError) or error.code == docker.INTERRUPTED:
+            stop_left(name)
+        raise
+
+
+def stop_left(name: str) -> None:
+    """Stop the container `name`, which an interrupt may leave running: without a terminal, Compose does not stop it.
+
+    Its command gets SIGINT as on a terminal, and TIDY_SECONDS to tidy up.
+    """
+    with suppress(Exit):
+        if not docker.ask(lambda client: client.container.exists(name)):
+            return
+        print(f"interrupted; stopping the container {name}", file=sys.stderr, flush=True)
+        docker.ask(lambda client: client.container.kill(name, signal="SIGINT"))
+        end = time.monotonic() + TIDY_SECONDS
+        while time.monotonic() < end:
+            if not docker.ask(lambda client: client.container.exists(name)):
+                return
+            time.sleep(0.2)
+        docker.ask(lambda client: client.container.remove(name, force=True))
 
 
 @dataclass(frozen=True)
@@ -112,9 +144,19 @@ class Found:
 def of_project() -> list[Found]:
     """Return the project's containers, running or not, with those of `compose run`, the latest first."""
     # By label: `compose ps` leaves out what `compose run` started.
-    project = docker.ask(lambda client: client.compose.config(return_json=True), profiles=["*"])["name"]
-    filters = {"label": f"com.docker.compose.project={project}"}
+    filters = _of_project()
     return docker.ask(lambda client: [describe(found) for found in client.container.list(all=True, filters=filters)])
+
+
+def networks_of_project() -> list[str]:
+    """Return the names of the project's networks."""
+    filters = _of_project()
+    return docker.ask(lambda client: [network.name for network in client.network.list(filters=filters)])
+
+
+def _of_project() -> dict[str, str]:
+    project = docker.ask(lambda client: client.compose.config(return_json=True), profiles=["*"])["name"]
+    return {"label": f"com.docker.compose.project={project}"}
 
 
 def describe(container: Container) -> Found:

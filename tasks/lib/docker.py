@@ -42,6 +42,9 @@ ENGINE_DOWN = "engine down"  # `engine_down` says more
 
 # What Docker says, and what a user can do about it. The first match counts.
 REMEDIES = (
+    (r"context not found|context .* does not exist",
+     "there is no such context; see `docker context ls`, then set or unset "
+     "DOCKER_CONTEXT"),
     (r"permission denied while trying to connect", "add yourself to the group docker, then log in again"),
     (r"Cannot connect to the Docker daemon|error during connect|failed to connect to the docker API|"
      r"unable to (parse|resolve) docker (host|endpoint)", ENGINE_DOWN),
@@ -53,6 +56,10 @@ REMEDIES = (
      ),
     (r"bind source path does not exist", "a mounted folder is missing; create the folder that Docker names"),
     (r"no space left on device", "the disk is full; see `docker system df`, then `invoke clean.cache`"),
+    (r"no such host|dial tcp|i/o timeout",
+     "the registry does not answer; check the network, or name an image that is here (BASE_IMAGE, EVAL_BASE_IMAGE)"),
+    (r"is not a docker command|unknown (shorthand )?flag",
+     "docker has no Compose or Buildx plugin, or an old one; install docker-compose-plugin and docker-buildx-plugin"),
     (r"pull access denied|repository does not exist|failed to resolve source metadata|No such image",
      "an image is neither here nor in a registry; `invoke build.all` builds ours"),
     (r"Could not resolve host|temporary failure in name resolution|failed to fetch|Failed to fetch",
@@ -129,7 +136,7 @@ def command_line(argv: Sequence[str], variables: Mapping[str, str], secrets: Seq
 
 def interactive() -> bool:
     """Return whether a person sits at this terminal, so that a container gets one too."""
-    return sys.stdin.isatty() and sys.stdout.isatty()
+    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))  # None: it is closed
 
 
 def remainder(c: Context) -> list[str]:
@@ -213,7 +220,8 @@ def require_engine(c: Context, at_least: int = ENGINE_AT_LEAST) -> None:
     if c.config.run.dry:
         return
     version = engine_version()
-    if int(version.split(".")[0]) < at_least:
+    major = version.partition(".")[0]
+    if major.isdecimal() and int(major) < at_least:  # a build of one's own may be called dev
         what = "" if at_least == ENGINE_AT_LEAST else " for environment servers"
         raise Exit(f"docker: engine {version} is too old{what}; install Docker Engine {at_least} or newer", code=1)
 
@@ -314,7 +322,7 @@ def _print_commands(action: Callable[[DockerClient], Any], profiles: Sequence[st
         # A call whose answer python-on-whales reads gets none, and is noted all the same.
         with _environment({"DRY_RECORD": str(record)}), suppress(json.JSONDecodeError):
             _drain(action(_client(profiles, cpu, call=("sh", "-c", RECORDER, "docker"), files=files)))
-        words = iter(record.read_text().split("\0")[:-1])
+        words = map(os.fsdecode, record.read_bytes().split(b"\0")[:-1])
     for count in words:
         argv = ["docker", *islice(words, int(count))]
         print(command_line(argv, variables if "compose" in argv[:2] else {}, secret_values()), flush=True)
@@ -391,7 +399,11 @@ def _failures_as_exit(shown: bool) -> Iterator[None]:
     except DockerException as error:
         said = redact((error.stderr or error.stdout or "").strip(), secret_values())
         advice = remedy(docker_said(error.docker_command, said))
+        code = 128 - error.return_code if error.return_code < 0 else error.return_code  # as a shell says it of a signal
         if advice:
-            raise Exit(f"docker: {advice}", code=error.return_code) from None
+            raise Exit(f"docker: {advice}", code=code) from None
         message = said.splitlines()[-1] if said and not shown else None
-        raise Exit(message and f"docker: {message}", code=error.return_code) from None
+        raise Exit(message and f"docker: {message}", code=code) from None
+    except json.JSONDecodeError:
+        raise Exit("docker: the docker command on PATH does not answer as Docker's does; is it another program's?",
+                   code=1) from None

@@ -1,5 +1,6 @@
 """The tasks' edge: what a user can mend is one line and an exit code there, never a traceback."""
 import errno
+import os
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -10,6 +11,7 @@ from invoke.exceptions import Exit
 from tasks.lib.settings import BadSetting
 
 INTERRUPTED = 130
+PIPE_CLOSED = 141  # as a shell says it of SIGPIPE
 REMEDIES = {
     errno.EACCES: "give yourself access (chown, chmod)",
     errno.EPERM: "give yourself access (chown, chmod)",
@@ -30,6 +32,9 @@ def guarded(name: str, body: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
             return body(*args, **kwargs)
+        except BrokenPipeError:  # whoever read what we print wanted no more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            raise Exit(code=PIPE_CLOSED) from None
         except OSError as error:
             raise Exit(f"{name}: {line(error)}", code=2) from None
         except BadSetting as error:

@@ -72,6 +72,8 @@ def revision(source: str) -> str:
     """Return the commit of a checkout or of a pinned URL, with `-dirty` for local changes; `unknown` where none is."""
     if is_url(source):
         return source.partition("#")[2].partition(":")[0] or "unknown"
+    if not _git(source, "ls-files", "--", "."):  # a copy without its own repository may lie in another one
+        return "unknown"
     return _git(source, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*") or "unknown"
 
 

@@ -3,7 +3,9 @@ import json
 import os
 import re
 import shlex
+import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -143,6 +145,32 @@ def test_ctrl_c_stops_the_container_and_exits_130(built: Workbench) -> None:
     assert running.exit_code() == 130
     assert "Traceback" not in running.seen
     assert built.containers() == []
+
+
+@pytest.mark.parametrize("pressed", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_without_a_terminal_stops_the_container_too(built: Workbench, pressed: signal.Signals) -> None:
+    tidies = "import time\nprint('started', flush=True)\ntry:\n    time.sleep(300)\nfinally:\n    print('tidied', flush=True)\n"
+    other = built.docker("run", "-d", "--label", f"com.docker.compose.project={built.name}", "--label",
+                         "com.docker.compose.service=train", built.image("agentgym-rl/train"), "sleep", "300")
+    words = [sys.executable, "-m", "invoke", "train.run", "--", "python", "-c", tidies]
+    with subprocess.Popen(words, cwd=built.root, env=built.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          stdin=subprocess.DEVNULL, text=True, start_new_session=True) as running:
+        assert running.stdout and running.stdout.readline() == "started\n"
+        if pressed == signal.SIGINT:
+            os.killpg(running.pid, pressed)  # as a terminal does
+        else:
+            running.send_signal(pressed)
+        said = running.communicate(timeout=90)[1]
+    assert running.returncode == 130 and "Traceback (most recent call last):\n  File \"/" not in said, said
+    assert [one for one in built.containers() if not other.startswith(one)] == []
+    built.docker("rm", "-f", other)
+
+
+def test_what_lies_in_the_checkout_beside_the_code_is_not_in_the_image(built: Workbench) -> None:
+    assert (built.sources / "AgentGym-RL/.env").is_file()
+    listed = built.docker("run", "--rm", built.image("agentgym-rl/train"), "ls", "-A", "/workspace/AgentGym-RL").split()
+    assert "verl" in listed and "pyproject.toml" in listed and ".env" not in listed
+    assert built.docker("run", "--rm", built.image("agentgym-rl/train"), "readlink", "/workspace/AgentGym-RL/saves") == "../saves"
 
 
 def test_shm_size_reaches_the_container(built: Workbench) -> None:

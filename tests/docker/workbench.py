@@ -43,6 +43,10 @@ class Workbench:
         root = copy_project(folder / "workbench")
         for name in ("AgentGym-RL", "AgentGym"):
             shutil.copytree(SOURCES / name, folder / name)
+        # Whoever trained in the checkout has left this there.
+        (folder / "AgentGym-RL/AgentGym-RL/saves/x").mkdir(parents=True)
+        (folder / "AgentGym-RL/AgentGym-RL/saves/x/model.pt").touch()
+        (folder / "AgentGym-RL/AgentGym-RL/.env").write_text("HF_TOKEN=hf_secret\n")
         git = ["git", "-C", str(root), "-c", "user.name=t", "-c", "user.email=t@example.org"]
         for words in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "A copy"]):
             subprocess.run([*git, *words], check=True, capture_output=True)
