@@ -33,7 +33,8 @@ RUN --mount=type=bind,from=agentgym-rl,source=AgentGym-RL/pyproject.toml,target=
 COPY --from=agentgym agentenv /workspace/AgentGym/agentenv
 COPY --from=agentgym-rl examples /workspace/examples
 # By name: whoever trained in the checkout has saves/, data and .env there, which must not get into an image.
-COPY --from=agentgym-rl AgentGym-RL/*.py AgentGym-RL/*.toml AgentGym-RL/*.txt AgentGym-RL/*.md /workspace/AgentGym-RL/
+COPY --from=agentgym-rl AgentGym-RL/*.py AgentGym-RL/*.toml AgentGym-RL/*.txt AgentGym-RL/*.md AgentGym-RL/*LICENSE* \
+     /workspace/AgentGym-RL/
 COPY --from=agentgym-rl AgentGym-RL/scripts /workspace/AgentGym-RL/scripts
 COPY --from=agentgym-rl AgentGym-RL/verl /workspace/AgentGym-RL/verl
 RUN --mount=type=cache,target=/var/cache/uv \
