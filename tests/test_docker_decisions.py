@@ -198,6 +198,15 @@ def test_a_setting_beats_the_checkout_found(tmp_path: Path) -> None:
 def test_revision_of_a_url_a_plain_folder_and_this_repository(tmp_path: Path) -> None:
     assert revision("https://example.org/x.git#abc:sub") == "abc"
     assert revision(str(tmp_path)) == "unknown"
+    # Unpacked without a repository of its own into another one, which does not track it.
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    (tmp_path / "a").touch()
+    git = ["git", "-C", tmp_path, "-c", "user.name=t", "-c", "user.email=t@example.org"]
+    for words in (["add", "a"], ["commit", "-qm", "a"]):
+        subprocess.run([*git, *words], check=True)
+    (tmp_path / "unpacked").mkdir()
+    (tmp_path / "unpacked/b").touch()
+    assert revision(str(tmp_path / "unpacked")) == "unknown" != revision(str(tmp_path))
     assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", revision(str(ROOT)))
 
 

@@ -72,7 +72,9 @@ def revision(source: str) -> str:
     """Return the commit of a checkout or of a pinned URL, with `-dirty` for local changes; `unknown` where none is."""
     if is_url(source):
         return source.partition("#")[2].partition(":")[0] or "unknown"
-    if not _git(source, "ls-files", "--", "."):  # a copy without its own repository may lie in another one
+    top = _git(source, "rev-parse", "--show-toplevel")
+    # A copy without its own repository may lie in another one, whose commit says nothing of it.
+    if top and not os.path.samefile(top, source) and not _git(source, "ls-files", "--", "."):
         return "unknown"
     return _git(source, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*") or "unknown"
 
