@@ -1,5 +1,6 @@
 """The Docker wing's decisions: values in, values out, no engine."""
 import re
+import subprocess
 from datetime import timedelta
 from pathlib import Path
 
