@@ -279,7 +279,7 @@ def test_an_item_stays_the_same_under_load_where_resets_take_turns(tmp_path):
 
 
 def test_an_action_of_many_digits_is_no_fault_of_the_server(tmp_path):
-    row, path = served_by(RANDOM.replace('str(random.random())', 'str(int("9" * body["data_idx"]))[:5]'), tmp_path)
+    row, path = served_by(RANDOM.replace('str(random.random())', 'str(int("0" + "9" * body["data_idx"]))[:5]'), tmp_path)
     with running(row, tmp_path, PYTHONPATH=path) as client:
         assert client.reset(client.create(), 5000) == "99999"
 
