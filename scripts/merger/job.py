@@ -1,6 +1,7 @@
 """What a merge is asked for, and every check and decision that comes before the first byte is written."""
 import shutil
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from merger.checkpoint import Checkpoint, Tensor, read_checkpoint
 from merger.discover import MERGED, RankFiles, find_checkpoint
 from merger.dtypes import CONVERTED, output_dtype
 from merger.gpu import check_device
-from merger.model_check import Verdict, complaint, naming_note
+from merger.model_check import Meanwhile, Verdict, complaint, naming_note
 from merger.modelconfig import CONFIG_NAME, dump_json, for_critic, read_config, tied_by_config, untied, with_dtype
 from merger.plan import Fusion, Output, OutputFile, split_files
 from merger.show import size_text
@@ -89,8 +90,10 @@ class Job:
         return sum(output.source.numel for output in self.outputs)
 
 
-def prepare(options: Options, checkpoint: Checkpoint | None = None) -> Job:
+def prepare(options: Options, checkpoint: Checkpoint | None = None, meanwhile: Meanwhile = nullcontext) -> Job:
     """Make every check that comes before the first byte is written; `checkpoint` where it is read already.
+
+    `meanwhile` is entered for as long as another process is waited for.
 
     Raises:
         MergeError: the first fault found.
@@ -99,7 +102,7 @@ def prepare(options: Options, checkpoint: Checkpoint | None = None) -> Job:
     target = target_folder(options, files)
     publish.check_target(target, files.folders)
     publish.check_free(target, options.force)
-    job = lay_out(options, files, target, config_folder(files), checkpoint)
+    job = lay_out(options, files, target, config_folder(files), checkpoint, meanwhile)
     _check_space(target, job.files, publish.companions(job.config_dir, target))
     return job
 
@@ -108,7 +111,8 @@ def lay_out(options: Options,
             files: RankFiles,
             target: Path,
             config_dir: Path,
-            checkpoint: Checkpoint | None = None) -> Job:
+            checkpoint: Checkpoint | None = None,
+            meanwhile: Meanwhile = nullcontext) -> Job:
     """Check the checkpoint and decide what its merged model is made of, whatever `target` holds.
 
     Raises:
@@ -124,7 +128,7 @@ def lay_out(options: Options,
     verdict = model_check.ask(config_dir, {
         name: tensor.shape
         for name, (tensor, _) in named.items()
-    }, options.trust_remote_code, config["architectures"][0] if changed else "")
+    }, options.trust_remote_code, config["architectures"][0] if changed else "", meanwhile)
     notes = [*checkpoint.notes, *changed, *naming_note(verdict)]
     if verdict.silent:
         notes.append(f"keys were not checked against a model: {verdict.silent}")

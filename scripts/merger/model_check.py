@@ -11,7 +11,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,6 +21,8 @@ from typing import Any
 from merger.modelconfig import CONFIG_NAME, read_config
 
 SCRIPTS = Path(__file__).resolve().parents[1]
+
+Meanwhile = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -62,10 +65,12 @@ class Verdict:
 def ask(config_dir: Path,
         shapes: Mapping[str, Sequence[int]],
         trust_remote_code: bool,
-        architecture: str = "") -> Verdict:
+        architecture: str = "",
+        meanwhile: Meanwhile = contextlib.nullcontext) -> Verdict:
     """Return what transformers makes of `shapes` (elements by name) under the config in `config_dir`.
 
-    `architecture` stands for the one that the config names, where that is not the weights'.
+    `architecture` stands for the one that the config names, where that is not the weights'; `meanwhile` is entered
+    for as long as a process is waited for.
 
     The answer depends on the config, the names and shapes and the installed versions alone, so it is remembered: the
     next checkpoint of the same run needs no process with torch and transformers in it.
@@ -84,8 +89,9 @@ def ask(config_dir: Path,
     if memory:
         with contextlib.suppress(OSError, ValueError, TypeError):
             return Verdict(**json.loads(memory.read_text()))
-    process = subprocess.run([sys.executable, "-m", "merger.model_check"],
-                             input=json.dumps(request), capture_output=True, cwd=SCRIPTS, text=True)  # yapf: disable
+    with meanwhile():
+        process = subprocess.run([sys.executable, "-m", "merger.model_check"],
+                                 input=json.dumps(request), capture_output=True, cwd=SCRIPTS, text=True)  # yapf: disable
     if process.returncode:
         last = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
         return Verdict(unknown=last[:300])
