@@ -1,6 +1,7 @@
 """Build the images."""
 import os
 import re
+import sys
 import time
 
 from invoke.context import Context
@@ -8,6 +9,7 @@ from invoke.exceptions import Exit
 from invoke.tasks import task
 
 from tasks.lib import docker
+from tasks.lib.edge import INTERRUPTED
 from tasks.lib.images import IMAGES, Image, human_size, image_of
 from tasks.lib.settings import ROOT, SETTINGS, read_dotenv
 from tasks.lib.sources import GYM, RL, choose_sources, origin, revision
@@ -181,8 +183,9 @@ def env(c: Context, env: str = "", no_cache: bool = False, pull: bool = False, t
                              cache=not no_cache,
                              pull=pull)
         except Exit as error:
-            if len(rows) == 1 or error.code == docker.INTERRUPTED:
+            if len(rows) == 1 or error.code == INTERRUPTED:
                 raise
+            print(f"{row.name}: {error.message or 'not built'}", file=sys.stderr, flush=True)
             failed.append(row.name)  # one that cannot be built here must not keep the others from being built
             continue
         after = None if c.config.run.dry else docker.image_facts(name)

@@ -13,6 +13,8 @@ from invoke.context import Context
 from invoke.exceptions import Exit
 from invoke.tasks import task
 
+from tasks.lib.edge import INTERRUPTED
+
 if TYPE_CHECKING:
     from tasks.lib.env_plan import Options
     from tasks.lib.env_runs import Running
@@ -70,7 +72,8 @@ def up(c: Context,
                 env_users.keep(row.name)  # also where an evaluation started it
             print(
                 f"{row.name} is up already: {others[row.name].url} (`invoke env.restart --env {row.name}` starts anew)")
-            if port or (replicas, session_ttl, build) != ("1", "3600", False):
+            if port or (replicas, session_ttl, build) != ("1", "3600",
+                                                          False) or runner not in ("auto", others[row.name].runner):
                 print(
                     f"its flags are those that it was started with; for others `invoke env.down --env {row.name}` first"
                 )
@@ -183,7 +186,7 @@ def print_files(c: Context, files: Sequence[Path], follow: bool) -> None:
     try:
         process.wait()
     except KeyboardInterrupt:
-        raise Exit(code=130) from None
+        raise Exit(code=INTERRUPTED) from None
 
 
 @task(positional=[], auto_shortflags=False, help={"env": ENV_HELP, "follow": "Go on until Ctrl-C."})

@@ -11,9 +11,9 @@ from invoke.context import Context
 from invoke.exceptions import Exit
 from invoke.tasks import task
 
-from tasks.lib.eval_plan import NEEDED, Endpoint, endpoint_flags, flags, folders
-from tasks.lib.programs import as_ctrl_c, choose_runner, environment, run_module
-from tasks.lib.settings import ROOT
+from tasks.lib.eval_plan import NEEDED, Endpoint, endpoint_flags, flags, folders, loopback_host
+from tasks.lib.programs import GPUS_HERE, as_ctrl_c, choose_runner, environment, run_module
+from tasks.lib.settings import ROOT, resolve
 
 if TYPE_CHECKING:
     from tasks.lib.environments import Environment
@@ -27,6 +27,8 @@ VARIABLES = ("MODEL", "OPENAI_API_KEY", "OPENAI_BASE_URL")
 COMPARED = str(ROOT / "saves" / "eval" / "compare.html")
 # A checkpoint's name and address are known once it is served.
 CHECKPOINT = "checkpoint"
+SERVE_WAIT = "600"
+SCRIPTED = ("expert", "random")
 
 
 @contextmanager
@@ -72,7 +74,6 @@ def served(c: Context, row: "Environment", runner: str, understood: bool, second
 def _start(c: Context, row: "Environment", runner: str, understood: bool, seconds: int) -> str:
     from tasks.lib import env_runs
     from tasks.lib.env_plan import Options, service_name
-    from tasks.lib.settings import resolve
     place = "docker" if runner == "docker" else env_runs.choose_runner("eval",
                                                                        "local" if row.source == "project" else "auto")
     bind = resolve("ENV_BIND")
@@ -226,7 +227,7 @@ def run(c: Context,
         model: str = "",
         checkpoint: str = "",
         engine: str = "auto",
-        serve_wait: str = "600",
+        serve_wait: str = SERVE_WAIT,
         gpus: str = "",
         base_url: str = "",
         server: str = "",
@@ -255,9 +256,12 @@ def run(c: Context,
         raise Exit(
             f"eval: --checkpoint {checkpoint} is served under a name of its own; leave out --{'model' if model else 'base-url'}",
             code=2)
-    if not checkpoint and (engine != "auto" or gpus):
-        raise Exit("eval: --engine and --gpus are about the server of a --checkpoint; leave them out", code=2)
+    if not checkpoint and (engine != "auto" or gpus or serve_wait != SERVE_WAIT):
+        raise Exit("eval: --engine, --gpus and --serve-wait are about the server of a --checkpoint; leave them out",
+                   code=2)
     chosen = _runner(runner, checkpoint)
+    if chosen == "local" and gpus:
+        raise Exit(f"eval: {GPUS_HERE}", code=2)
     row = env_runs.find_row("eval", env)
     seconds = env_runs.whole_number("eval", "wait", wait, 1)
     values: dict[str, str | bool] = {
@@ -287,6 +291,14 @@ def run(c: Context,
             "eval: --runner docker reads AgentEval, AgentItemId and writes saves/eval; for other files and folders "
             "use --runner local",
             code=2)
+    if chosen == "docker":
+        endpoint = "" if checkpoint or resolve("MODEL", model) in SCRIPTED else resolve("OPENAI_BASE_URL", base_url)
+        for name, address in (("--server", server), ("--base-url" if base_url else "OPENAI_BASE_URL", endpoint)):
+            if host := loopback_host(address):
+                raise Exit(
+                    f"eval: {host}, the host of {name}, would be the container itself; give an address that it can "
+                    "reach, or use --runner local",
+                    code=2)
     here = [f"--environments={env_runs.rows_path()}", f"--root={ROOT}"]
     if not c.config.run.dry:  # what the runner would refuse is refused before anything starts
         asked = flags({**values, "model": CHECKPOINT if checkpoint else model, "server": server})

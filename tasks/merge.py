@@ -10,17 +10,20 @@ from invoke.tasks import task
 
 from tasks.lib import containers
 from tasks.lib.mounts import Translation
-from tasks.lib.programs import choose_runner, environment, run_program
+from tasks.lib.programs import GPUS_HERE, choose_runner, environment, run_program
 from tasks.lib.settings import ROOT, resolve, resolve_path
 
 PROGRAM = ROOT / "scripts" / "model_merger.py"
 PROGRAM_INSIDE = "/opt/workbench/scripts/model_merger.py"
-NEEDED = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy", "ml_dtypes", "rich")
+NEEDED = ("torch", "transformers", "accelerate", "safetensors", "huggingface_hub", "numpy", "ml_dtypes", "rich")
 HUB_VARIABLES = ("HF_TOKEN", "HF_ENDPOINT")
 
 LOCAL_DIR_HELP = "Checkpoint folder (default: $LOCAL_DIR). Repeat it for ranks that lie in several folders."
 SAVE_DIR_HELP = ("Folder for the merged model (default: $SAVE_DIR, then LOCAL_DIR/huggingface, "
                  "or LOCAL_DIR/lora_adapter with --lora adapter).")
+VERIFY_DIR_HELP = (
+    "Folder of the merged model (default: $SAVE_DIR, then LOCAL_DIR/huggingface, or LOCAL_DIR/lora_adapter "
+    "where that alone was merged).")
 RUNNER_HELP = "local (this Python), docker (the scripts image) or auto: local where its packages are installed."
 GPUS_HELP = "With --runner docker: all, none, or indices such as 0,1 (default: $GPUS, then all)."
 
@@ -55,6 +58,8 @@ def run_merger(c: Context,
         why = f"this Python lacks {', '.join(absent)}" if absent else "this Python has all that it needs"
         print(f"merge: running with --runner {chosen}: {why}", file=sys.stderr, flush=True)
     if chosen == "local":
+        if gpus:
+            raise Exit(f"merge: {GPUS_HERE}", code=2)
         run_program(c,
                     PROGRAM,
                     merger_args(folders, save_dir=save_dir, **flags),
@@ -177,7 +182,7 @@ def inspect(c: Context, local_dir: list[str] | None = None, json: bool = False, 
       iterable=["local_dir"],
       help={
           "local_dir": LOCAL_DIR_HELP,
-          "save_dir": SAVE_DIR_HELP,
+          "save_dir": VERIFY_DIR_HELP,
           "json": "Print one JSON object in place of the table.",
           "runner": RUNNER_HELP
       })

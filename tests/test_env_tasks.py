@@ -78,6 +78,8 @@ def test_a_local_server_comes_up_conforms_and_goes_down(name, up):
     assert again.returncode == 0 and f"{name} is up already" in again.stdout and "its flags" not in again.stdout
     other = invoke("env.up", "--env", name, "--runner", "local", "--replicas", "3")
     assert other.returncode == 0 and f"for others `invoke env.down --env {name}` first" in other.stdout
+    elsewhere = invoke("env.up", "--env", name, "--runner", "docker")
+    assert elsewhere.returncode == 0 and f"for others `invoke env.down --env {name}` first" in elsewhere.stdout
     assert invoke("env.up", "--env", name, "--runner", "local", "--port", "0").returncode == 2
     assert re.search(rf"^{name} +\w+ +local x1 +\d+ ", invoke("env.list").stdout, re.M)
     assert invoke("env.down", "--env", name).stdout == f"{name} is down\n"
@@ -728,13 +730,13 @@ def test_what_came_before_needs_no_space_again(site, tmp_path, monkeypatch):
     (store / "unpacked").mkdir(parents=True)
     (store / "big.bin.part").write_bytes(Files.content["/big.bin"][:95_000])
     (store / "unpacked" / "half").write_bytes(bytes(90_000))
-    monkeypatch.setattr(env_data.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 9 * 10**5, 120_000))
-    with pytest.raises(env_data.DataError, match=r"about 125 KB more .* 120 KB are free"):
+    monkeypatch.setattr(env_data.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 9 * 10**5, 4_000))
+    with pytest.raises(env_data.DataError, match=r"about 5kB more .* 4kB are free"):
         env_data.fetch(row, tmp_path, print)
-    monkeypatch.setattr(env_data.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 9 * 10**5, 130_000))
+    monkeypatch.setattr(env_data.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 9 * 10**5, 6_000))
     said: list[str] = []
     assert env_data.fetch(row, tmp_path, said.append) == []
-    assert "100 KB to fetch" in said[0] and "(95 KB of it came before)" in said[0]
+    assert "100kB to fetch" in said[0] and "(95kB of it came before)" in said[0]
     assert Files.asked[-1] == ("GET /big.bin", "bytes=95000-")
 
 

@@ -241,6 +241,19 @@ def test_ctrl_c_ends_the_build_of_all(monkeypatch):
     assert left.value.code == 130 and len(begun) == 1
 
 
+def test_each_build_of_all_that_failed_says_why(monkeypatch, capsys):
+    def full(c, row, *_, **__):
+        raise Exit(f"docker: no space left for {row.name}", code=1)
+
+    monkeypatch.setattr(docker, "require_engine", lambda *_: None)
+    monkeypatch.setattr(docker, "image_facts", lambda _: None)
+    monkeypatch.setattr(env_runs, "model", lambda *_: Path("/nowhere"))
+    monkeypatch.setattr(env_docker, "build", full)
+    with pytest.raises(Exit, match=r"not built: .*babyai"):
+        build.env(Context(), env="all")
+    assert "babyai: docker: no space left for babyai\n" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("value", ["9" * 5000, "0", "65536"])
 def test_a_number_that_is_no_port_is_one_line(value):
     with pytest.raises(Exit, match="is no port; choose one from 1 to 65535"):

@@ -191,6 +191,20 @@ def test_a_save_folder_that_cannot_be_made_is_refused(tmp_path: Path, capfd: pyt
     assert line.startswith(f"merge: cannot make {tmp_path / 'file/x'}: ") and "--save-dir" in line
 
 
+def test_gpus_that_would_mean_nothing_are_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    assert invoke("--dry", "merge", "--local-dir", "x", "--runner", "local", "--gpus", "1") == 2
+    assert capfd.readouterr().err == "merge: --gpus is for --runner docker; on this machine set CUDA_VISIBLE_DEVICES\n"
+
+
+def test_a_python_that_cannot_check_the_keys_does_not_merge_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                      capfd: pytest.CaptureFixture[str]) -> None:
+    import tasks.merge
+    monkeypatch.setattr(tasks.merge, "find_spec", lambda name: name != "accelerate")
+    monkeypatch.setattr(tasks.merge, "run_in_container", lambda *_: None)
+    assert invoke("--dry", "merge", "--local-dir", tmp_path) == 0
+    assert "--runner docker: this Python lacks accelerate" in capfd.readouterr().err
+
+
 def test_an_unknown_runner_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
     assert invoke("--dry", "merge", "--local-dir", "x", "--runner", "podman") == 2
     assert "unknown runner 'podman'" in capfd.readouterr().err

@@ -203,6 +203,16 @@ def test_doctor_shows_what_compose_refuses(project: Project, tmp_path: Path) -> 
     (["env.up"], {
         "ENV_BIND": "203.0.113.7"
     }, "env.up: ENV_BIND=203.0.113.7 is no address of this machine"),
+    (["eval", "--serve-wait", "7"], {}, "--serve-wait are about the server of a --checkpoint; leave them out"),
+    (["eval", "--checkpoint", "saves", "--runner", "local", "--gpus", "1"], {},
+     "eval: --gpus is for --runner docker; on this machine set CUDA_VISIBLE_DEVICES"),
+    (["eval", "--runner", "docker", "--server", "http://localhost:1"
+      ], {}, "eval: localhost, the host of --server, would be the container itself"),
+    (["eval", "--runner", "docker", "--base-url", "http://[::1]:1/v1"
+      ], {}, "eval: ::1, the host of --base-url, would be the container itself"),
+    (["eval", "--runner", "docker"], {
+        "OPENAI_BASE_URL": "http://127.0.0.1:8000/v1"
+    }, "eval: 127.0.0.1, the host of OPENAI_BASE_URL, would be the container itself"),
     (["build.env"], {
         "AGENTGYM_SRC": "~nosuchuser/x"
     }, "build: AGENTGYM_SRC=~nosuchuser/x has no agentenv/agentenv"),

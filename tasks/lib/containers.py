@@ -14,6 +14,7 @@ from invoke.context import Context
 from invoke.exceptions import Exit
 
 from tasks.lib import docker
+from tasks.lib.edge import INTERRUPTED
 from tasks.lib.gpus import GpuChoice, choose_gpus
 from tasks.lib.images import image_of
 from tasks.lib.mounts import ensure_folders
@@ -62,7 +63,7 @@ def run(c: Context,
 
     Args:
         c: the task's context.
-        service: a Compose service, which has a profile of its own name.
+        service: a Compose service.
         command: the words, untouched.
         gpus: the flag `--gpus`.
         user: the flag `--user`; empty means the caller.
@@ -73,6 +74,7 @@ def run(c: Context,
         Exit: Docker's exit code or the command's; one clear line where engine or image are missing.
     """
     source = image_of(IMAGE_FROM.get(service, service))
+    profile = service if service in IMAGE_FROM else source.profile
     docker.require_engine(c)
     choice = gpus_for(c, service, gpus)
     docker.require_image(c, docker.image_name(source.name), source.task)
@@ -93,14 +95,14 @@ def run(c: Context,
                                                            remove=True,
                                                            user=user or None,
                                                            volumes=list((volumes or {}).items())),
-                         profiles=[service],
+                         profiles=[profile],
                          cpu=choice.cpu,
                          variables={
                              **choice.variables,
                              **(variables or {})
                          })
     except (Exit, OSError) as error:  # the reader of a pipe may have left
-        if isinstance(error, OSError) or error.code == docker.INTERRUPTED:
+        if isinstance(error, OSError) or error.code == INTERRUPTED:
             stop_left(name)
         raise
 

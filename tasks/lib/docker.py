@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from invoke.context import Context
 from invoke.exceptions import Exit
 
+from tasks.lib.edge import INTERRUPTED
 from tasks.lib.settings import ROOT, hide_logins, read_dotenv, resolve, secret_values
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ Answer = TypeVar("Answer")
 ENGINE_AT_LEAST = 24
 # The environment servers' health check asks often at the start only (--start-interval): cheap when it counts.
 ENGINE_AT_LEAST_FOR_ENVIRONMENTS = 25
-INTERRUPTED = 130
 COMMAND_NOT_FOUND = 127
 NO_DOCKER = "docker: no docker command on PATH; install Docker Engine 24 or newer with Compose v2 and Buildx"
 

@@ -1,7 +1,9 @@
 """What `invoke eval` hands to the evaluation runner, decided from flags, settings and what is up."""
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
+from urllib.parse import urlsplit
 
 RUNS = Path("saves") / "eval"
 NEEDED = ("aiohttp", "openai", "psutil", "pydantic", "rich", "jinja2", "numpy", "tenacity", "matplotlib")
@@ -41,6 +43,15 @@ def endpoint_flags(endpoint: Endpoint, values: Mapping[str, str | bool]) -> dict
         found["context_length"] = str(endpoint.context or "")
         found["concurrency"] = values.get("concurrency") or "1"
     return found
+
+
+def loopback_host(url: str) -> str:
+    """Return the host of `url` where it is whichever machine asks, else nothing; also of a malformed one."""
+    try:
+        host = urlsplit(url).hostname or ""
+        return host if host == "localhost" or ip_address(host).is_loopback else ""
+    except ValueError:
+        return ""
 
 
 def flags(values: Mapping[str, str | bool]) -> list[str]:

@@ -12,10 +12,11 @@ from types import FrameType
 from invoke.context import Context
 from invoke.exceptions import Exit
 
+from tasks.lib.edge import INTERRUPTED
 from tasks.lib.settings import ROOT, resolve
 
-INTERRUPTED = 130
 RUNNERS = ("auto", "docker", "local")
+GPUS_HERE = "--gpus is for --runner docker; on this machine set CUDA_VISIBLE_DEVICES"
 
 
 def choose_runner(runner: str, importable: bool) -> str:

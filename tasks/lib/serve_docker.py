@@ -14,11 +14,11 @@ from invoke.context import Context
 from invoke.exceptions import Exit
 
 from tasks.lib import containers, docker, processes
+from tasks.lib.edge import INTERRUPTED
 from tasks.lib.env_docker import QUIET, last_line
 from tasks.lib.gpus import GpuChoice
 from tasks.lib.images import SERVE, image_of
 from tasks.lib.mounts import Translation, ensure_folders
-from tasks.lib.programs import INTERRUPTED
 from tasks.lib.serving import ENGINES
 from tasks.lib.settings import ROOT, read_dotenv, resolve
 

@@ -23,7 +23,7 @@ from invoke.context import Context
 from invoke.exceptions import Exit
 
 from tasks.lib import processes
-from tasks.lib.programs import INTERRUPTED
+from tasks.lib.edge import INTERRUPTED
 from tasks.lib.settings import ROOT, SETTINGS
 
 RUN = ROOT / ".run" / "serve"
