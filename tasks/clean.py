@@ -12,10 +12,8 @@ from tasks.lib.leftovers import bytecode_folders
 from tasks.lib.settings import ROOT
 
 YES = {"yes": "Do not ask."}
-CACHE = {
-    "yes": "Do not ask.",
-    "older_than": "Only what was last used before that time, such as 72h (default: everything unused)."
-}
+CACHE = {**YES, "older_than": "Only what was last used before that time, such as 72h (default: everything unused)."}
+ALL = {**YES, "older_than": "Of the build cache, only what was last used before that time; the rest goes at any age."}
 
 
 def confirm(c: Context, what: list[str], yes: bool) -> bool:
@@ -135,7 +133,7 @@ def clean_pycache(c: Context, yes: bool = False) -> None:
         remove_bytecode(c)
 
 
-@task(name="all", positional=[], auto_shortflags=False, help=CACHE)
+@task(name="all", positional=[], auto_shortflags=False, help=ALL)
 def clean_all(c: Context, yes: bool = False, older_than: str = "") -> None:
     """Remove containers, images, build cache and pycache."""
     docker.require_engine(c)

@@ -85,7 +85,8 @@ def demo_server(c: Context) -> Iterator[str]:
     """
     from tasks.lib import env_local, env_runs, env_users
     from tasks.lib.env_plan import Options, choose_port
-    row = env_runs.find_row("quickstart", "demo")
+    from tasks.lib.environments import environment
+    row = environment("demo")
     if c.config.run.dry:
         yield env_runs.local_url(row) or env_local.url(Options(choose_port(row.port, env_local.port_is_free)))
         return

@@ -315,6 +315,12 @@ def test_runner(runner: str, importable: bool, expected: str) -> None:
     assert choose_runner(runner, importable) == expected
 
 
+def test_the_doctor_looks_for_every_file_that_builds_and_runs() -> None:
+    names = ("docker-compose*.yml", "Dockerfile.*", "docker/*.Dockerfile")
+    ours = {str(path.relative_to(ROOT)) for name in names for path in ROOT.glob(name)}
+    assert ours - {"docker-compose.override.yml"} <= set(checks.FILES) and checks.check_files(ROOT).level == checks.OK
+
+
 def test_env_example_and_the_table_agree() -> None:
     text = (ROOT / ".env.example").read_text()
     lines = dict(re.findall(r"^#(\w+)=(.*)$", text, re.M))

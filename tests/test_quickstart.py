@@ -1,6 +1,7 @@
 """The whole story without Docker: what is trained is what is merged, served and measured; and that the check can fail."""
 import importlib
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -88,6 +89,12 @@ def test_a_wrong_merge_scores_like_no_training(story: Story, tmp_path: Path) -> 
                           cwd=story.root, capture_output=True, text=True, timeout=600, check=False)  # yapf: disable
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert success(tmp_path / "run") <= story.success("untrained") + 0.1 < story.success("trained")
+
+
+def test_rows_of_one_s_own_do_not_keep_it_from_its_environment() -> None:
+    rows = {**os.environ, "ENVIRONMENTS": "tests/fixtures/environments.toml"}
+    done = subprocess.run([sys.executable, "-m", "invoke", "--dry", "quickstart"], cwd=SCRIPTS.parent, env=rows, capture_output=True, text=True)
+    assert done.returncode == 0 and "--env=demo" in done.stdout, done.stderr
 
 
 def test_an_agent_that_is_no_better_than_chance_ends_it_with_1(tmp_path: Path) -> None:

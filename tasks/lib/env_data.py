@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tasks.lib.environments import Data, Environment
+from tasks.lib.images import human_size
 from tasks.lib.settings import resolve
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 CHUNK = 1 << 20
-# What is fetched is unpacked beside itself before the archive goes.
-SPACE_FACTOR = 2.2
+# Bytes of disk for each that is fetched. An archive lies beside what comes out of it, text and databases of about three
+# times its size; parts that are joined go one by one.
+SPACE = {"unzip": 4.0, "gunzip": 4.0, "join": 2.0}
 PARTS = ".parts"
 
 Say = Callable[[str], None]
@@ -27,15 +29,6 @@ Say = Callable[[str], None]
 
 class DataError(Exception):
     """Data that cannot be had; the message is for the user."""
-
-
-def human(size: float) -> str:
-    """Return `size` bytes in the largest unit that leaves a number above 1."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
 
 
 def adopt(row: Environment, folder: Path, source: Path) -> None:
@@ -147,16 +140,16 @@ def download(url: str, target: Path, size: int, say: Say) -> None:
                     file.write(chunk)
                     have += len(chunk)
                     if have - told >= max(size // 10, CHUNK):
-                        say(f"{target.name}: {human(have)}" + (f" of {human(size)}" if size else ""))
+                        say(f"{target.name}: {human_size(have)}" + (f" of {human_size(size)}" if size else ""))
                         told = have
     except (OSError, http.client.HTTPException) as error:
         if getattr(error, "code", 0) == 416:  # there is nothing after what came: it is of another file
             part.unlink()
             raise DataError(f"{url}: what came before was of another file, and was removed; run it again") from None
         raise DataError(
-            f"{url}: {getattr(error, 'reason', error)} after {human(have)}; run it again to go on") from None
+            f"{url}: {getattr(error, 'reason', error)} after {human_size(have)}; run it again to go on") from None
     if size and have != size:
-        raise DataError(f"{url}: {human(have)} of {human(size)} came; run it again to go on")
+        raise DataError(f"{url}: {human_size(have)} of {human_size(size)} came; run it again to go on")
     part.rename(target)
 
 
@@ -276,12 +269,12 @@ def fetch(row: Environment, folder: Path, say: Say) -> list[Data]:
         folder.mkdir(parents=True, exist_ok=True)
         have = fetched(folder)
         total, free = sum(to_fetch.values()), shutil.disk_usage(folder).free
-        needed = total * SPACE_FACTOR - have
-        here = f" ({human(have)} of it came before)" if have else ""
-        say(f"{row.name}: {human(total)} to fetch into {folder}{here}, {human(free)} free")
+        needed = sum(to_fetch.get(data.path, 0) * SPACE.get(data.then, 1.0) for data in row.data) - have
+        here = f" ({human_size(have)} of it came before)" if have else ""
+        say(f"{row.name}: {human_size(total)} to fetch into {folder}{here}, {human_size(free)} free")
         if needed > free:
-            raise DataError(f"{row.name} needs about {human(needed)} more to fetch and unpack, "
-                            f"{human(free)} are free in {folder}")
+            raise DataError(f"{row.name} needs about {human_size(needed)} more to fetch and unpack, "
+                            f"{human_size(free)} are free in {folder}")
     for data in row.missing_data(folder):
         if not (data.url or data.hub):
             continue

@@ -45,14 +45,13 @@ def image_of(service: str) -> Image:
     return {image.service: image for image in EVERY}[service]
 
 
-def human_size(size: int) -> str:
+def human_size(size: float) -> str:
     """Return `size` bytes the way `docker images` does: 1.5GB."""
-    value = float(size)
     for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.3g}{unit}"
-        value /= 1000
-    return f"{value:.3g}TB"
+        if size < 1000:
+            return f"{size:.3g}{unit}"
+        size /= 1000
+    return f"{size:.3g}TB"
 
 
 def human_age(age: timedelta) -> str:
