@@ -57,6 +57,16 @@ def test_profile_in_the_table(built: Workbench, line: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.docker
+def test_ci_s_steps_need_only_the_packages_that_they_install(built: Workbench, tmp_path: Path) -> None:
+    steps = re.findall(r"^      - run: (.*)$", GUIDE, re.M)
+    assert len(steps) == 3
+    for step in steps:
+        step = step.replace(".venv", f"{tmp_path}/venv").replace("invoke build", "invoke --dry build")
+        done = built.run("sh", "-c", step, env=guide_environment(built))
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_every_profile_and_every_old_target_is_in_the_guide() -> None:
     profiles = set(re.findall(r"profiles: \[([\w-]+)\]", (ROOT / "docker-compose.yml").read_text()))
     assert set(re.findall(r"--profile ([\w-]+)", "\n".join(PROFILES))) == profiles
