@@ -104,7 +104,7 @@ def run_in_container(c: Context, folders: list[str], save_dir: str, gpus: str, f
           "local_dir": LOCAL_DIR_HELP,
           "save_dir": SAVE_DIR_HELP,
           "hf_upload_path": "Hub repository, user/name, to upload to (default: $HF_UPLOAD_PATH, then no upload).",
-          "private": "Create the Hub repository as a private one.",
+          "private": "Create the Hub repository as a private one; stop where it is public.",
           "dtype": "bfloat16, float16, float32 or keep (default: bfloat16). Integer and boolean tensors keep theirs.",
           "device": "auto (the CPU), cpu, cuda or cuda:N (default: auto).",
           "max_shard_size": "Largest output file, such as 5GB (default: 5GB).",

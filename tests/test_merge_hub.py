@@ -4,6 +4,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,8 +29,20 @@ class Hub(ThreadingHTTPServer):
         self.requests: list[str] = []
         self.created: list[dict[str, Any]] = []
         self.blobs: dict[str, bytes] = {}
-        self.repository: dict[str, bytes] = {}
+        self.repositories: dict[str, dict[str, bytes]] = {}
+        self.private: set[str] = set()
         self.broken: str | None = None  # a part of the paths that are answered with 500
+        self.ignored: str | None = None  # a file that it takes and leaves out, as one that a .gitignore names
+
+    @property
+    def repository(self) -> dict[str, bytes]:
+        """The files of user/merged."""
+        return self.repositories.get("user/merged", {})
+
+    @property
+    def sent(self) -> list[str]:
+        """The blobs that were sent, each as often as it was."""
+        return [request for request in self.requests if request.startswith("PUT /blobs/")]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -60,39 +73,55 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/api/whoami-v2":
             return 200, {"type": "user", "name": "user", "auth": {"type": "access_token"}}
         if path == "/api/repos/create":
-            server.created.append(json.loads(body))
-            return 200, {"url": f"{server.url}/user/merged", "name": "user/merged"}
+            wanted = json.loads(body)
+            server.created.append(wanted)
+            name = f"{wanted['organization']}/{wanted['name']}"
+            if name in server.repositories:
+                return 409, {"error": "You already created this model repo", "url": f"{server.url}/{name}"}
+            server.repositories[name] = {}
+            if is_private(wanted):
+                server.private.add(name)
+            return 200, {"url": f"{server.url}/{name}", "name": name}
         if path == "/api/validate-yaml":
             return 200, {"errors": [], "warnings": []}
-        if path.endswith("/preupload/main"):
-            return 200, {"files": [{
-                "path": file["path"],
-                "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
-                "shouldIgnore": False
-            } for file in json.loads(body)["files"]]}  # yapf: disable
-        if path.endswith("/info/lfs/objects/batch"):
-            return 200, {"transfer": "basic", "objects": [self.lfs(**entry) for entry in json.loads(body)["objects"]]}
         if path.startswith("/blobs/"):
             assert hashlib.sha256(body).hexdigest() == path.removeprefix("/blobs/")
             server.blobs[path.removeprefix("/blobs/")] = body
             return 200, {}
-        if path.endswith("/commit/main"):
+        found = re.fullmatch(r"(?:/api/models)?/([^/]+/[^/]+?)(?:\.git)?(/.*)?", path)
+        if found is None or found[1] not in server.repositories:
+            return 404, {"error": "Repository not found"}
+        return self.reply_of(found[1], found[2] or "", body)
+
+    def reply_of(self, name: str, request: str, body: bytes) -> tuple[int, Any]:
+        """Answer what is asked of the repository `name`."""
+        server, repository = self.server, self.server.repositories[name]
+        if request == "/preupload/main":
+            return 200, {"files": [{
+                "path": file["path"],
+                "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
+                "shouldIgnore": file["path"] == server.ignored
+            } for file in json.loads(body)["files"]]}  # yapf: disable
+        if request == "/info/lfs/objects/batch":
+            return 200, {"transfer": "basic", "objects": [self.lfs(**entry) for entry in json.loads(body)["objects"]]}
+        if request == "/commit/main":
             for line in body.splitlines():
                 entry = json.loads(line)
                 value = entry["value"]
                 if entry["key"] == "file":
-                    server.repository[value["path"]] = base64.b64decode(value["content"])
+                    repository[value["path"]] = base64.b64decode(value["content"])
                 elif entry["key"] == "lfsFile":
-                    server.repository[value["path"]] = server.blobs[value["oid"]]
-            return 200, {
-                "commitUrl": f"{server.url}/user/merged/commit/{'0' * 40}",
-                "commitOid": "0" * 40,
-                "success": True
-            }
-        if path in ("/api/models/user/merged", "/api/models/user/merged/revision/main"):
-            return 200, {"id": "user/merged", "modelId": "user/merged", "private": False, "tags": [], "siblings": [],
+                    repository[value["path"]] = server.blobs[value["oid"]]
+                elif entry["key"] == "deletedFile":
+                    del repository[value["path"]]
+            return 200, {"commitUrl": f"{server.url}/{name}/commit/{'0' * 40}", "commitOid": "0" * 40, "success": True}
+        if request == "/tree/main":
+            return 200, [{"type": "file", "path": path, "size": len(data), "oid": "0" * 40}
+                         for path, data in repository.items()]  # yapf: disable
+        if request in ("", "/revision/main"):
+            return 200, {"id": name, "modelId": name, "private": name in server.private, "tags": [], "siblings": [],
                          "downloads": 0, "sha": "0" * 40}  # yapf: disable
-        return 404, {"error": f"the stand-in knows no {path}"}
+        return 404, {"error": f"the stand-in knows no {request}"}
 
     def lfs(self, oid: str, size: int, **_: Any) -> dict[str, Any]:
         entry: dict[str, Any] = {"oid": oid, "size": size}
@@ -105,9 +134,16 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(code)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
+        if code == 404:
+            self.send_header("X-Error-Code", "RepoNotFound")
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data)
+
+
+def is_private(created: dict[str, Any]) -> bool:
+    """Tell whether a private repository is asked for, as huggingface_hub 2 or an earlier one writes it."""
+    return created.get("visibility") == "private" or created.get("private") is True
 
 
 @pytest.fixture
@@ -120,9 +156,14 @@ def server() -> Iterator[Hub]:
     thread.join()
 
 
-def upload(server: Hub, home: Path, *args: str | Path, token: str = TOKEN, program: Any = None) -> Run:
+def upload(server: Hub,
+           home: Path,
+           *args: str | Path,
+           token: str = TOKEN,
+           program: Any = None,
+           to: str = "user/merged") -> Run:
     """Run the merger with an upload to `server`; the configuration check is skipped, to be quick."""
-    return run_program(*args, "--hf-upload-path", "user/merged", program=program or unchecked(), env={
+    return run_program(*args, "--hf-upload-path", to, program=program or unchecked(), env={
         "HF_ENDPOINT": server.url, "HF_TOKEN": token, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1"})  # yapf: disable
 
@@ -135,7 +176,7 @@ def test_the_merged_folder_is_uploaded(private: bool, server: Hub, samples: dict
     assert run.record()["uploaded"] == f"{server.url}/user/merged"
     (created, ) = server.created
     assert (created["organization"], created["name"]) == ("user", "merged")
-    assert (created.get("visibility") == "private" or created.get("private") is True) is private
+    assert is_private(created) is private
     local = {name: data for name, data in listing(out).items() if not name.startswith(".")}
     assert {**server.repository, "merge.json": local["merge.json"]} == local
     assert len([name for name in local if name.endswith(".safetensors")]) > 1
@@ -253,6 +294,27 @@ def test_an_upload_that_broke_off_goes_on_without_merging_again(broken: str, ser
     assert "holds this merge already" in run.err
     assert {name: data for name, data in listing(out).items() if name in merged} == merged
     assert server.repository["model.safetensors"] == merged["model.safetensors"]
+
+
+def test_a_public_repository_is_refused_as_a_private_one(server: Hub, samples: dict[str, Sample],
+                                                         tmp_path: Path) -> None:
+    server.repositories["user/merged"] = {}
+    args = ["--local-dir", samples["FSDP1, 4 ranks"].actor, "--save-dir", tmp_path / "out", "--private"]
+    with untouched(tmp_path):
+        run = upload(server, tmp_path / "home", *args)
+    assert "--private" in run.refusal and "user/merged is public" in run.refusal and "settings" in run.refusal
+    assert server.created == [] and server.repository == {}
+    server.private.add("user/merged")
+    assert upload(server, tmp_path / "home", *args).code == 0
+    assert "model.safetensors" in server.repository
+
+
+def test_a_hub_that_does_not_tell_what_is_private_is_one_line(server: Hub, samples: dict[str, Sample],
+                                                              tmp_path: Path) -> None:
+    server.broken = "/api/models/user/merged"
+    run = upload(server, tmp_path / "home", "--local-dir", samples["FSDP1, 4 ranks"].actor, "--save-dir",
+                 tmp_path / "out", "--private")  # yapf: disable
+    assert "user/merged" in run.refusal and "500" in run.refusal and server.created == []
 
 
 def test_another_merge_s_output_is_not_uploaded_as_this_one(server: Hub, samples: dict[str, Sample],

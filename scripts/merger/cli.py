@@ -129,7 +129,9 @@ def parser() -> argparse.ArgumentParser:
                    "and the model's keys")
     p.add_argument("--force", action="store_true", help="replace weights that are already in the save folder")
     p.add_argument("--hf-upload-path", "--hf_upload_path", metavar="USER/NAME", help="Hub repository to upload to")
-    p.add_argument("--private", action="store_true", help="create that repository as a private one")
+    p.add_argument("--private",
+                   action="store_true",
+                   help="create that repository as a private one; stop where it is public")
     p.add_argument("--json", action="store_true", help="print one JSON object in place of tables and progress")
     mode = p.add_mutually_exclusive_group()
     mode.add_argument("--dry-run", action="store_true", help="check and plan; write nothing")

@@ -15,13 +15,14 @@ REPOSITORY = re.compile(r"(?!.*(?:--|\.\.))(?=.{3,96}$)[A-Za-z0-9_][\w.-]*/[A-Za
                         re.ASCII)
 
 
-def log_in(repo_id: str) -> Any:
-    """Return a Hub client whose token works; before any merging, so that a wrong token costs no time.
+def log_in(repo_id: str, private: bool = False) -> Any:
+    """Return a Hub client whose token works; before any merging, so that what the Hub refuses costs no time.
 
     The token comes from $HF_TOKEN or the login of `hf auth login`.
 
     Raises:
-        MergeError: the name is no repository's, there is no token, or the Hub refuses it.
+        MergeError: the name is no repository's, there is no token, the Hub refuses it, or a repository that shall be
+            private is public.
     """
     if repo_id.count("/") != 1 or not all(repo_id.split("/")):
         raise MergeError(f"--hf-upload-path {repo_id} is no Hub repository; write it as user/name")
@@ -43,7 +44,24 @@ def log_in(repo_id: str) -> Any:
     except Exception as error:  # the library's many, and those of its HTTP client, which changed with version 1
         raise MergeError(f"the Hub at {api.endpoint} does not take the token ({_one_line(error)}); "
                          "set another HF_TOKEN or run `hf auth login`") from error
+    if private:
+        _check_private(api, repo_id)
     return api
+
+
+def _check_private(api: Any, repo_id: str) -> None:
+    """Refuse a repository that is there and public: `create_repo` leaves it so without a word."""
+    from huggingface_hub.utils import RepositoryNotFoundError
+    try:
+        found = api.model_info(repo_id)
+    except RepositoryNotFoundError:  # it will be created
+        return
+    except Exception as error:
+        raise MergeError(f"the Hub at {api.endpoint} does not tell whether {repo_id} is private ({_one_line(error)}); "
+                         "try again, or leave out --private") from error
+    if not found.private:
+        raise MergeError(f"--private was given, but {repo_id} is public; make it private in its settings, name another "
+                         "--hf-upload-path, or leave out --private")
 
 
 def upload(api: Any, folder: Path, repo_id: str, private: bool) -> str:

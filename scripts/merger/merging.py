@@ -41,7 +41,7 @@ def merge(options: Options) -> dict[str, Any]:
         KeyboardInterrupt: with what is complete all the same, if anything.
     """
     began = time.monotonic()
-    api = hub.log_in(options.hf_upload_path) if options.hf_upload_path else None
+    api = hub.log_in(options.hf_upload_path, options.private) if options.hf_upload_path else None
     files = find_checkpoint(options.local_dirs)
     target = target_folder(options, files)
     publish.restore(target)  # by default it holds the checkpoint's config
