@@ -103,7 +103,8 @@ def run_in_container(c: Context, folders: list[str], save_dir: str, gpus: str, f
       help={
           "local_dir": LOCAL_DIR_HELP,
           "save_dir": SAVE_DIR_HELP,
-          "hf_upload_path": "Hub repository, user/name, to upload to (default: $HF_UPLOAD_PATH, then no upload).",
+          "hf_upload_path":
+          "Hub repository, user/name, to upload to; it loses other weights (default: $HF_UPLOAD_PATH, then no upload).",
           "private": "Create the Hub repository as a private one; stop where it is public.",
           "dtype": "bfloat16, float16, float32 or keep (default: bfloat16). Integer and boolean tensors keep theirs.",
           "device": "auto (the CPU), cpu, cuda or cuda:N (default: auto).",

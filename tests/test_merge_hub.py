@@ -296,6 +296,52 @@ def test_an_upload_that_broke_off_goes_on_without_merging_again(broken: str, ser
     assert server.repository["model.safetensors"] == merged["model.safetensors"]
 
 
+def test_what_the_hub_has_of_an_upload_that_broke_off_is_not_sent_again(server: Hub, samples: dict[str, Sample],
+                                                                        tmp_path: Path) -> None:
+    args = ["--local-dir", samples["FSDP1, 4 ranks"].actor, "--save-dir", tmp_path / "out", "--max-shard-size", "200KB"]
+    server.broken = "/commit/main"
+    quick = unchecked("import time; time.sleep = lambda seconds: None")
+    assert upload(server, tmp_path / "home", *args, program=quick).code == 2
+    sent = server.sent
+    assert len(sent) > 1 and server.repository == {}
+    server.broken = None
+    assert upload(server, tmp_path / "home", *args).code == 0
+    assert server.sent == sent
+    assert len([name for name in server.repository if name.endswith(".safetensors")]) == len(sent)
+
+
+def test_weights_of_an_earlier_upload_go_and_other_files_stay(server: Hub, samples: dict[str, Sample],
+                                                              tmp_path: Path) -> None:
+    args = ["--local-dir", samples["FSDP1, 4 ranks"].actor, "--save-dir"]
+    kept = {"notes.txt": b"mine", "sub/model.safetensors": b"mine", ".gitattributes": b"mine"}
+    gone = {"pytorch_model.bin": b"old", "adapter_model.safetensors": b"old", "adapter_config.json": b"{}"}
+    server.repositories["user/merged"] = {**kept, **gone}
+    for out, size in (tmp_path / "one", "5GB"), (tmp_path / "many", "200KB"), (tmp_path / "fewer", "400KB"):
+        assert upload(server, tmp_path / "home", *args, out, "--max-shard-size", size).code == 0
+        local = {name: data for name, data in listing(out).items() if not name.startswith(".")}
+        assert server.repository == {**local, **kept, "merge.json": server.repository["merge.json"]}
+
+
+def test_an_uploaded_folder_goes_to_another_repository_or_one_made_again(server: Hub, samples: dict[str, Sample],
+                                                                         tmp_path: Path) -> None:
+    args = ["--local-dir", samples["FSDP1, 4 ranks"].actor, "--save-dir", tmp_path / "out", "--json"]
+    run = upload(server, tmp_path / "home", *args)
+    assert run.record()["uploaded"] == f"{server.url}/user/merged"
+    whole = server.repositories.pop("user/merged")
+    for to in ("user/other", "user/merged"):
+        run = upload(server, tmp_path / "home", *args, to=to)
+        assert run.record()["uploaded"] == f"{server.url}/{to}"
+        assert server.repositories[to] == whole
+
+
+def test_an_upload_that_lacks_a_file_is_none(server: Hub, samples: dict[str, Sample], tmp_path: Path) -> None:
+    server.ignored = "tokenizer.json"
+    run = upload(server, tmp_path / "home", "--local-dir", samples["FSDP1, 4 ranks"].actor, "--save-dir",
+                 tmp_path / "out")  # yapf: disable
+    assert "user/merged lacks tokenizer.json" in run.refusal and ".gitignore" in run.refusal
+    assert "merge.json" not in server.repository
+
+
 def test_a_public_repository_is_refused_as_a_private_one(server: Hub, samples: dict[str, Sample],
                                                          tmp_path: Path) -> None:
     server.repositories["user/merged"] = {}

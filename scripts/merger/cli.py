@@ -128,7 +128,10 @@ def parser() -> argparse.ArgumentParser:
                    help="read sources and result again: checksums, every element (of fused LoRA: within the rounding), "
                    "and the model's keys")
     p.add_argument("--force", action="store_true", help="replace weights that are already in the save folder")
-    p.add_argument("--hf-upload-path", "--hf_upload_path", metavar="USER/NAME", help="Hub repository to upload to")
+    p.add_argument("--hf-upload-path",
+                   "--hf_upload_path",
+                   metavar="USER/NAME",
+                   help="Hub repository to upload to; it loses other weights")
     p.add_argument("--private",
                    action="store_true",
                    help="create that repository as a private one; stop where it is public")

@@ -7,7 +7,7 @@ from typing import Any
 
 from merger import MergeError
 from merger.modelconfig import dump_json
-from merger.publish import RECORD_NAME
+from merger.publish import RECORD_NAME, is_replaced
 
 CARD_NAME = "README.md"
 # What huggingface_hub's validate_repo_id takes, with an owner.
@@ -67,26 +67,40 @@ def _check_private(api: Any, repo_id: str) -> None:
 def upload(api: Any, folder: Path, repo_id: str, private: bool) -> str:
     """Upload `folder` and return the repository's address. An upload that broke off goes on where it stopped.
 
-    `merge.json` goes without this machine's folders.
+    `merge.json` goes last, without this machine's folders. The same commit deletes what the repository has of other
+    weights, which might be loaded in place of these; every other file there stays.
 
     Raises:
-        MergeError: the Hub refused or could not be reached; `folder` is as it was.
+        MergeError: the Hub refused, could not be reached or left out a file; `folder` is as it was.
     """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
     record = dump_json(public_record(json.loads((folder / RECORD_NAME).read_text()))).encode()
     try:
         url = api.create_repo(repo_id, private=private, exist_ok=True)
-        large = getattr(api, "upload_large_folder", None)  # until huggingface_hub 1; since then upload_folder resumes
-        if large is not None:
-            large(repo_id=repo_id, folder_path=folder, repo_type="model", ignore_patterns=[RECORD_NAME])
-        else:
-            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload merged model",
-                              ignore_patterns=[RECORD_NAME])  # yapf: disable
-        api.upload_file(repo_id=repo_id, path_or_fileobj=record, path_in_repo=RECORD_NAME,
-                        commit_message="Upload the merge's record")  # yapf: disable
+        # This resumes in every version, for the Hub tells which contents it has. upload_large_folder believes notes that
+        # it leaves in the folder and that name no repository; 0.36 repeats for ever what the Hub refuses, 2 has it not.
+        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload merged model",
+                          ignore_patterns=[RECORD_NAME])  # yapf: disable
+        local, remote = _names(folder), api.list_repo_files(repo_id)
+        lost = sorted(set(local) - {*remote, RECORD_NAME})
+        if not lost:
+            stale = [CommitOperationDelete(name) for name in remote if is_replaced(name) and name not in local]
+            api.create_commit(repo_id, [CommitOperationAdd(RECORD_NAME, record), *stale],
+                              commit_message="Upload the merge's record")  # yapf: disable
     except Exception as error:
         raise MergeError(f"the upload to {repo_id} failed ({_one_line(error)}); {folder} is complete; "
                          "run the same command again to go on with the upload") from error
+    if lost:
+        raise MergeError(f"{repo_id} lacks {lost[0]} after the upload; {folder} is complete; see whether a .gitignore "
+                         "names that file, then run the same command again")
     return str(url)
+
+
+def _names(folder: Path) -> list[str]:
+    """Return the files of `folder` that `upload_folder` sends, as the Hub names them."""
+    from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
+    files = [path.relative_to(folder).as_posix() for path in folder.glob("**/*") if path.is_file()]
+    return list(filter_repo_objects(files, ignore_patterns=DEFAULT_IGNORE_PATTERNS))
 
 
 def _one_line(error: BaseException) -> str:
