@@ -17,7 +17,9 @@ from evaluation.numbers import compare, summarize
 PAGE = Path(__file__).parent / "page"
 CHUNK = 64  # attempts whose turns are packed together: unpacking one takes a few milliseconds
 REWARD_BINS = 10
-STEP = re.compile(r"global_step_?(\d+)|step[-_]?(\d+)")
+# Whole words, for there are models called two-step-7b; a plain step stands at the end, for there are step2-mini too.
+STEP = re.compile(r"(?:^|[^a-zA-Z0-9])(?:global_step_?(\d+)(?![a-zA-Z0-9])|step[-_]?(\d+)(?=(?:-actor)?$))")
+DIGEST = re.compile(r"-[0-9a-f]{8}$")  # of a checkpoint's files, at the end of the name that it is served by
 
 
 @dataclass(frozen=True)
@@ -155,27 +157,29 @@ def draw(runs: Sequence[Run]) -> list[dict[str, str]]:
     trainings = by_training(runs)
     if trainings:
         add(
-            "Reward by training step", charts.curves(trainings, "curve"),
-            "; ".join((f"{name}: " if len(trainings) > 1 else "") +
-                      ", ".join(f"step {step}: {show.with_interval(figure)}" for step, figure in points)
-                      for name, points in trainings.items()))
+            "Reward by training step", charts.curves(trainings, "curve"), "; ".join(
+                (f"{name}: " if len(trainings) > 1 else "") + ", ".join(f"step {step}: {show.with_interval(figure)}"
+                                                                        for step, figure in points)
+                for name, points in trainings.items()))
     return found
 
 
 def by_training(runs: Sequence[Run]) -> dict[str, list[tuple[int, Mapping[str, Any]]]]:
     """Return (step, mean reward) of each training of which several steps were evaluated.
 
-    Of one training are runs in one environment whose names differ in the step alone.
+    Of one training are runs in one environment whose models differ in the step alone, and in the files' digest.
     """
     found: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
     several = len({run.told["config"]["env"] for run in runs}) > 1
     for run in runs:
-        match = STEP.search(run.name)
+        model = DIGEST.sub("", run.told["config"]["model"])
+        match = STEP.search(model)
         if match and run.summary["reward"]:
-            name = f"{run.name[:match.start()]}{run.name[match.end():]}".strip("-_ ") or "step"
+            name = f"{model[:match.start()]}{model[match.end():]}".strip("-_ ") or "step"
             name = f"{run.told['config']['env']}: {name}" if several else name
             found.setdefault(name, []).append((int(match[1] or match[2]), run.summary["reward"]))
-    return {name: sorted(points, key=lambda point: point[0]) for name, points in found.items() if len(points) > 1}
+    # As a dictionary, points of one step are one.
+    return {name: sorted(points, key=lambda point: point[0]) for name, points in found.items() if len(dict(points)) > 1}
 
 
 def headline(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:

@@ -302,6 +302,23 @@ def test_each_training_has_a_curve_of_its_own():
     assert report.by_training([of("a-global_step_1"), of("b-global_step_2")]) == {}
 
 
+@pytest.mark.parametrize("models,curve", [
+    (["x-global_step_1-actor-00112233", "x-global_step_20-actor-aabbccdd"], {"x-actor": [1, 20]}),
+    (["global_step_1-0011aabb", "global_step_2-2233ccdd"], {"step": [1, 2]}),
+    (["org/x-step-1", "org/x-step-2"], {"org/x": [1, 2]}),
+    (["x-global_step_1", "x-global_step_1", "x-global_step_2"], {"x": [1, 1, 2]}),
+    (["x-global_step_1", "x-global_step_1"], {}),
+    (["two-step-7b-instruct", "two-step-8b-instruct"], {}),
+    (["stepfun-step2-mini", "stepfun-step3-mini"], {}),
+    (["onestep1", "onestep2"], {}),
+], ids=["checkpoints", "nothing but steps", "steps of one's own", "a step twice", "one step alone", "a size", "a version", "within a word"])
+def test_the_step_is_a_word_and_the_rest_is_the_training(models, curve):
+    # Where models repeat, runs are called after their folders too.
+    called = report.names([(model, Path(f"saves/eval/demo-{n}")) for n, model in enumerate(models)])
+    runs = [report.Run(name, told(model), [record(0)], summarize([record(0)], 1)) for name, model in zip(called, models, strict=True)]
+    assert {name: [step for step, _ in points] for name, points in report.by_training(runs).items()} == curve
+
+
 def test_a_category_that_a_run_never_played_has_no_bar():
     from evaluation import charts
     drawn = {}

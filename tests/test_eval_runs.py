@@ -742,6 +742,19 @@ def test_brackets_in_names_are_shown_as_they_are(tmp_path, capsys):
     assert "x[/y]" in shown and shown.count("a[/b]") >= 3 and shown.count("[red]a") >= 3
 
 
+def test_a_comparison_of_checkpoints_draws_the_curve_over_their_steps(tmp_path):
+    from tasks.lib.checkpoints import served_name
+    with environment() as env, endpoint(counter_player) as model:
+        for step in (100, 200):
+            folder = tmp_path / f"saves/x/global_step_{step}/actor/huggingface"
+            folder.mkdir(parents=True)
+            (folder / "model.safetensors").write_bytes(b"x" * step)
+            assert run(tmp_path / str(step), env.url, model.base_url, "--items", "0-1", "--model", served_name(folder)) == 0
+    assert main(["compare", str(tmp_path / "200"), str(tmp_path / "100"), "--out", str(tmp_path / "both.html")]) == 0
+    page = (tmp_path / "both.html").read_text()
+    assert 'aria-label="Reward by training step: step 100: 50.0 %' in page and ", step 200: 50.0 %" in page and "training step</text>" in page
+
+
 def test_a_rescored_run_is_shown_so_everywhere(tmp_path, capsys):
     folder = tmp_path / "runs" / "one"
     with environment() as env, endpoint(counter_player) as model:
