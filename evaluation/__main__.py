@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from evaluation import __version__
 from evaluation.output import Output
-from evaluation.problems import Misuse, Stopped
+from evaluation.problems import Misuse, Stopped, Unreachable
 from evaluation.records import differences
 
 if TYPE_CHECKING:
@@ -106,7 +106,8 @@ def parser() -> argparse.ArgumentParser:
     add("--max-round", type=_count, default=0, help="completions an episode (default: $MAX_ROUND, then the row's)")
     add("--items",
         default="",
-        help="FILE, 0-99 or textcraft_3,textcraft_5 (default: AgentGym's list, then the row's test split or first items)")
+        help="FILE, 0-99 or textcraft_3,textcraft_5 (default: AgentGym's list, then the row's test split or first items)"
+        )
     add("--limit", type=_count, default=None, help="play at most so many items (default: all)")
     add("--shuffle-seed",
         type=_whole,
@@ -253,13 +254,14 @@ def run_command(options: argparse.Namespace) -> int:
                  f"{f', {len(folder.earlier)} failed by infrastructure are played again' if folder.earlier else ''}")
         tell(f"{len(settings.items)} items ({settings.origin}) x {settings.samples}, model {settings.model}, "
              f"{settings.limits.rounds} rounds, {settings.concurrency} at once, prompt {settings.prompt.source}")
-        code, stopped = 0, None
+        code = 0
+        stopped: Misuse | Unreachable | None = None
         try:
             with show.Watch(total, folder.records.values(), console) as watch:
                 asyncio.run(evaluate(settings, folder, model, watch, say))
         except (KeyboardInterrupt, asyncio.CancelledError):
             code = INTERRUPTED
-        except Misuse as problem:  # such as an account that ran out: what was played until then counts
+        except (Misuse, Unreachable) as problem:  # such as an account that ran out: what was played until then counts
             if not folder.answered():
                 raise
             stopped = problem
@@ -277,7 +279,7 @@ def run_command(options: argparse.Namespace) -> int:
                      options.upstream_compat)
         tell(f"report: {path}")
     if stopped:
-        raise Misuse(f"{stopped}; mended, the same command goes on with {settings.out}")
+        raise type(stopped)(f"{stopped}; mended, the same command goes on with {settings.out}")
     if code == INTERRUPTED:
         say(f"interrupted; the same command goes on with {settings.out}")
     elif summary["error_rate"] > settings.max_error_rate:

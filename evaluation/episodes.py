@@ -10,8 +10,8 @@ from typing import Any
 
 from evaluation.actions import parse
 from evaluation.items import Item
-from evaluation.model import Message, Model, Usage
-from evaluation.problems import ContextOverflow, EnvironmentFault, ModelFault, Stopped
+from evaluation.model import LOST, Message, Model, Usage
+from evaluation.problems import ContextOverflow, EnvironmentFault, ModelFault, Stopped, Unreachable
 from evaluation.prompts import VOCABULARY, Prompt
 from evaluation.protocol import CLOSE_SECONDS, FULL, NOT_CREATED, First, Server
 from evaluation.rows import Row
@@ -84,6 +84,7 @@ class Episode:
     env_seconds: float = 0.0
     retries: int = 0
     in_doubt: bool = False  # whether a request to the server is on its way
+    waited: bool = False  # in vain for the server, as long as one does
     outcome: str = ""
     error: str = ""
 
@@ -148,16 +149,26 @@ async def open_session(server: Server, wait: float) -> int:
 
     Raises:
         EnvironmentFault: it fails otherwise, or the time is up.
+        Unreachable: the time was up for LOST attempts in a row.
     """
     end, delay = time.monotonic() + wait, 0.2
     while True:
         try:
-            return await _create(server)
+            session = await _create(server)
+            server.awaited = 0
+            return session
         except EnvironmentFault as fault:
             now, refused = time.monotonic(), not fault.sent or fault.status in NOT_CREATED
             if fault.status == FULL and server.held:
                 end = now + wait
-            if not refused or now >= end:
+            if not refused:
+                server.awaited = 0
+                raise
+            if now >= end:
+                server.awaited, fault.waited = server.awaited + 1, True
+                if server.awaited >= LOST:
+                    raise Unreachable(f"environment server {server.shown}: {fault}, for {wait:g} s; "
+                                      "see that it is up and has room") from None
                 raise
         await asyncio.sleep(min(delay, end - now) * random.uniform(0.5, 1.0))
         delay = min(5.0, 1.7 * delay)
@@ -196,7 +207,7 @@ async def _one_try(server: Server, row: Row, prompt: Prompt, item: Item, player:
     try:
         session = await open_session(server, limits.wait)
     except EnvironmentFault as fault:
-        episode.outcome, episode.error = "env_error", str(fault)
+        episode.outcome, episode.error, episode.waited = "env_error", str(fault), fault.waited
         return episode
     try:
         async with asyncio.timeout(limits.seconds):
@@ -226,13 +237,14 @@ async def attempt(server: Server, model: Model, row: Row, prompt: Prompt, item: 
 
     Raises:
         Misuse: the model's endpoint refuses every request.
+        Unreachable: the endpoint or the environment server has gone.
     """
     started, begun, tries = datetime.now(UTC), time.perf_counter(), list(before)
     for number in range(limits.tries):
         if number:
             await asyncio.sleep(0.25 * 2**number * random.uniform(0.5, 1.0))
         episode = await _one_try(server, row, prompt, item, model.player(item.number, sample, seed), limits)
-        if episode.outcome != "env_error" or number == limits.tries - 1:
+        if episode.outcome != "env_error" or episode.waited or number == limits.tries - 1:
             break
         tries.append({"outcome": episode.outcome, "error": episode.error, "usage": asdict(episode.usage)})
     scored = episode.outcome in SCORED

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
 from evaluation import surrogates
-from evaluation.problems import ContextOverflow, Misuse, ModelFault
+from evaluation.problems import ContextOverflow, Misuse, ModelFault, Unreachable
 
 if TYPE_CHECKING:
     import openai
@@ -28,6 +28,7 @@ HOPELESS = {
 BROKE = "insufficient_quota"  # OpenAI says it with a 429
 LONGEST_WAIT = 60.0
 REFUSALS = 3  # attempts refused before any was answered: then it is the configuration, and no longer the items
+LOST = 3  # attempts in a row that reached nobody: then the model's endpoint, or the environment server, has gone
 EMPTY = "(empty)"
 NO_KEY = "none"  # sent to an endpoint that needs none
 # What OpenAI, vLLM, llama.cpp, TGI, Anthropic's, LiteLLM's and others' endpoints say of a conversation that is too long.
@@ -113,7 +114,7 @@ class Model(Protocol):
 
     @property
     def refused(self) -> Collection[tuple[int, int]]:
-        """The attempts, item and sample, that it refused before it ever gave a completion."""
+        """The attempts, item and sample, that it refused, or was not there for, before it ever gave a completion."""
 
     def player(self, item: int, sample: int, seed: int | None) -> Player:
         """Return the player of one attempt; `seed` makes its draws repeatable."""
@@ -260,6 +261,7 @@ class ChatModel:
         self.name, self.sampling, self.tries, self.key = name, sampling, tries, key
         self.timeout, self.patience = timeout, patience
         self.refused: set[tuple[int, int]] = set()  # attempts, while none has been answered
+        self.lost = 0  # attempts in a row that did not reach the endpoint
         # base_url="" must not reach the client: it would take OPENAI_BASE_URL, which may be set but empty.
         base_url = base_url or "https://api.openai.com/v1"
         self.client = openai.AsyncOpenAI(api_key=key,
@@ -300,8 +302,10 @@ class ChatModel:
         Raises:
             ContextOverflow: the conversation is too long.
             ModelFault: the tries are used up, or the request is refused for good.
-            Misuse: every further request would be refused: the key, the model's name; a parameter, or a first request
-                that is too long already, once REFUSALS attempts were refused and none was answered.
+            Misuse: every further request would be refused: the key, the model's name; a parameter, a first request
+                that is too long already, or an address where nobody is, once REFUSALS attempts were refused and none
+                was answered.
+            Unreachable: it answered once, and LOST attempts in a row did not reach it.
         """
         import openai
         import tenacity
@@ -336,18 +340,21 @@ class ChatModel:
         try:
             completion: Completion = await retrying(once)
         except openai.APIStatusError as error:
+            self.lost = 0
             filled = [{**one, "content": one["content"] if one["content"].strip() else EMPTY} for one in messages]
             if error.status_code in (400, 422) and filled != list(messages) and not self._overflowed(error):
                 return await self.complete(filled, seed, of)
             raise self._refused(error, retries, of) from None
-        except TimeoutError:
-            raise ModelFault(f"no answer within {self.timeout:g} s (after {retries + 1} tries)", retries) from None
-        except (openai.APIError, ValueError, AttributeError) as error:
-            said = str(error) if isinstance(error, openai.APIError) else f"the answer is no chat completion: {error}"
+        except (openai.APIError, TimeoutError, ValueError, AttributeError) as error:
+            # A timeout is no sign that nobody is there: the endpoint may be slow.
             if isinstance(error, openai.APIConnectionError) and not isinstance(error, openai.APITimeoutError):
-                said = f"cannot reach {redacted_url(str(self.client.base_url))}: {error.__cause__ or error}"
+                raise self._unreached(error, retries, of) from None
+            self.lost = 0
+            said = f"the answer is no chat completion: {error}"
+            if isinstance(error, openai.APIError | TimeoutError):
+                said = str(error) or f"no answer within {self.timeout:g} s"
             raise ModelFault(self._clean(f"{said} (after {retries + 1} tries)"), retries) from None
-        self.answered = True
+        self.answered, self.lost = True, 0
         used = completion.usage.prompt + completion.usage.completion
         if self.sampling.context and used > self.sampling.context:
             raise ContextOverflow(f"{used} tokens, and the model's context has {self.sampling.context}",
@@ -377,6 +384,17 @@ class ChatModel:
             if len(self.refused) >= REFUSALS:
                 return Misuse(f"model {self.name}: HTTP {status}: {line}")
         return ModelFault(f"HTTP {status}: {line} (after {retries + 1} tries)", retries)
+
+    def _unreached(self, error: "openai.APIConnectionError", retries: int, of: tuple[int, int]) -> Exception:
+        said = self._clean(f"cannot reach {redacted_url(str(self.client.base_url))}: {error.__cause__ or error}")
+        self.lost += 1
+        if not self.answered:
+            self.refused.add(of)
+            if len(self.refused) >= REFUSALS:
+                return Misuse(f"model {self.name}: {said}; start the endpoint, or name its address with --base-url")
+        elif self.lost >= LOST:
+            return Unreachable(f"model {self.name}: {said}; start the endpoint again")
+        return ModelFault(f"{said} (after {retries + 1} tries)", retries)
 
     def _clean(self, text: str) -> str:
         """Return `text` without the key, which some endpoints repeat in their errors."""

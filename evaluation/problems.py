@@ -13,18 +13,24 @@ class Stopped(Exception):
     """The run cannot go on, through no fault in its configuration (disk full): one line, exit code 1."""
 
 
+class Unreachable(Stopped):
+    """The model's endpoint or the environment server has gone: what was played until then counts."""
+
+
 class EnvironmentFault(Exception):
     """The environment server answered with an error, in whatever form, or did not answer.
 
     Attributes:
         status: the HTTP status; 200 for an error inside a 200; None where no answer came.
         sent: False where the request surely never reached the server, so that it may be sent again.
+        waited: whether all the time was used up that one waits for the server.
     """
 
     def __init__(self, message: str, status: int | None = None, sent: bool = True) -> None:
         super().__init__(message)
         self.status = status
         self.sent = sent
+        self.waited = False
 
 
 class ModelFault(Exception):

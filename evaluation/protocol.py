@@ -126,6 +126,7 @@ class Server:
         shown: its address without a login, for messages and files.
         opened, closed: how many sessions were created, and closed.
         lost: sessions that could not be closed.
+        awaited: how many attempts in a row waited for a session in vain.
         silence: why it last did not answer at all.
     """
 
@@ -141,7 +142,7 @@ class Server:
         self.protocol = protocol
         self.timeout = timeout
         self.on_open, self.on_close = on_open, on_close
-        self.opened = self.closed = self.lost = 0
+        self.opened = self.closed = self.lost = self.awaited = 0
         self._pool: list[int] = []
         self._held: set[int] = set()
         self._twice: set[int] = set()  # of those, what the server handed out again: whose state it has, nobody knows

@@ -112,7 +112,7 @@ async def play_all(settings: Settings, folder: RunFolder, server: Server, model:
 
     Raises:
         Misuse: the endpoint refuses every request.
-        Stopped: a record cannot be written.
+        Stopped: a record cannot be written, or the endpoint or the server has gone.
     """
     missing = pending(settings, folder)
     await _play(missing, settings, folder, server, model, watch)

@@ -393,6 +393,55 @@ def test_a_server_that_is_killed_and_comes_back_costs_no_score(tmp_path):
     assert sum(len(record["tries_before"]) for record in found) >= 1
 
 
+@pytest.mark.parametrize("how", ["killed", "never up again"])
+def test_a_server_that_goes_midway_stops_the_run_which_keeps_its_numbers(how, tmp_path, capsys):
+    port, gone = free_port(), []
+    server = start_server(port, tmp_path)
+
+    def say(messages, body):
+        if len(model.requests) == 8 and not gone:  # in the middle of the third episode
+            gone.append(server.kill())
+            server.wait()
+        return counter_player(messages, body)
+
+    def fault(path, number, body):
+        return Answer({"error": "no replica is up"}, 503) if path == "/create" and number >= 2 and not gone else None
+
+    try:
+        with endpoint(say) as model, environment(fault) as env:
+            url = f"http://127.0.0.1:{port}" if how == "killed" else env.url
+            args = (tmp_path / "out", url, model.base_url, "--items", "0-9", "--concurrency", "1", "--env-wait", "0.5")
+            assert run(*args) == 1
+            error = capsys.readouterr().err
+            assert error.count("\n") == 1 and f"environment server {url}" in error and f"the same command goes on with {tmp_path / 'out'}" in error
+            found = summary(tmp_path / "out")
+            assert (found["attempts"], found["items"], found["errors"]) == (4, 2, 2) and (tmp_path / "out/report.html").is_file()
+            # The wait for the server is used up once an attempt.
+            assert [len(one["tries_before"]) for one in attempts(tmp_path / "out")] == [0, 0, int(how == "killed"), 0]
+            gone.append("is back")
+            server = start_server(port, tmp_path)
+            assert run(*args, "--env-wait", "60") == 0
+    finally:
+        server.kill()
+        server.wait()
+    assert summary(tmp_path / "out")["items"] == 10
+
+
+def test_attempts_that_wait_in_vain_now_and_then_stop_no_run(tmp_path):
+    away = Answer({"error": "no replica is up"}, 503)
+    with environment() as env, endpoint(counter_player) as model:
+        until = [time.monotonic()]
+
+        def fault(path, number, body):
+            if path == "/close":  # after each episode it is away for two attempts
+                until[0] = time.monotonic() + 0.3
+            return away if path == "/create" and time.monotonic() < until[0] else None
+
+        env.fault = fault
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0-9", "--concurrency", "1", "--env-wait", "0.15", "--max-error-rate", "1") == 0
+    assert len(attempts(tmp_path / "out")) == 10 and summary(tmp_path / "out")["errors"] >= 3
+
+
 def test_no_server_is_one_line(tmp_path, capsys):
     assert run(tmp_path / "out", f"http://127.0.0.1:{free_port()}", "http://127.0.0.1:9/v1", "--env-wait", "0.5") == 2
     error = capsys.readouterr().err
@@ -521,6 +570,42 @@ def test_what_was_refused_before_the_first_answer_is_judged_as_what_came_after(a
     found = outcomes(tmp_path / "out")
     assert (found["0"], found["5"]) == ("context_overflow", "context_overflow")
     assert summary(tmp_path / "out")["items"] == 6 and summary(tmp_path / "out")["errors"] == 0
+
+
+def test_an_endpoint_that_is_not_there_is_misuse_after_three_attempts(tmp_path, capsys):
+    url = f"http://127.0.0.1:{free_port()}/v1"
+    with environment() as env:
+        assert run(tmp_path / "out", env.url, url, "--items", "0-9", "--concurrency", "1", "--model-tries", "2") == 2
+        assert env.created == 3 and env.sessions == {}
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"cannot reach {url}" in error and "--base-url" in error
+    assert len(attempts(tmp_path / "out")) == 2
+
+
+def test_an_endpoint_that_goes_midway_stops_the_run_which_keeps_its_numbers(tmp_path, capsys):
+    gone = [True]
+
+    def say(messages, body):
+        # Gone for good from item 5 on; before, for two attempts in a row.
+        return Answer(drop=True) if gone and messages[2]["content"] not in ("count 0", "count 3", "count 4") else counter_player(messages, body)
+
+    with environment() as env, endpoint(say) as model:
+        args = (tmp_path / "out", env.url, model.base_url, "--items", "0-9", "--concurrency", "1", "--model-tries", "2")
+        assert run(*args) == 1 and env.sessions == {}
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "cannot reach" in error and f"the same command goes on with {tmp_path / 'out'}" in error
+        found = summary(tmp_path / "out")
+        assert (found["attempts"], found["items"], found["errors"]) == (7, 3, 4) and (tmp_path / "out/report.html").is_file()
+        gone.clear()
+        assert run(*args) == 0
+    assert summary(tmp_path / "out")["items"] == 10
+
+
+def test_an_endpoint_that_is_slow_stops_no_run(tmp_path):
+    say = lambda messages, body: counter_player(messages, body) if messages[2]["content"] == "count 0" else Answer(delay=10)  # noqa: E731
+    with environment() as env, endpoint(say) as model:
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0-5", "--model-tries", "1", "--request-timeout", "1") == 1
+    assert list(outcomes(tmp_path / "out").values()).count("model_error") == 5
 
 
 def test_a_run_that_is_stopped_midway_keeps_its_numbers_and_goes_on(tmp_path, capsys):
