@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,17 @@ from evaluation.rows import BESIDE, RESULTS_DEPEND_ON, Row, read_row, rows_file
 
 DEFAULT_MODEL = "gpt-4o-mini"
 OPENAI = "https://api.openai.com/v1"
+# The request's fields that are ours, and what sets them: --extra-body would change them behind the configuration's back.
+OURS = {
+    "model": "use --model",
+    "messages": "use --prompt",
+    "stream": "answers are read whole",
+    "n": "use --samples",
+    "seed": "use --seed",
+    "temperature": "use --temperature, or add --temperature none",
+    "top_p": "use --top-p",
+    "max_tokens": "use --max-tokens, or add --max-tokens 0",
+}
 
 
 @dataclass(frozen=True)
@@ -98,11 +109,14 @@ def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._]+", "-", text.strip("/").rsplit("/", 1)[-1]).strip("-.") or "model"
 
 
-def extra_body(text: str) -> dict[str, Any]:
+def extra_body(text: str, left_out: Collection[str] = ()) -> dict[str, Any]:
     """Return --extra-body as a mapping.
 
+    Args:
+        left_out: fields of OURS that are not sent, so that it may have them.
+
     Raises:
-        Misuse: it is no JSON object, or has NaN or an infinite number, which no request can carry.
+        Misuse: it is no JSON object, has NaN or an infinite number, which no request can carry, or a field of OURS.
     """
     try:
         value = json.loads(text or "{}")
@@ -111,6 +125,9 @@ def extra_body(text: str) -> dict[str, Any]:
         raise Misuse(f"--extra-body {text!r} is no JSON ({error}); write it like '{{\"top_k\": 20}}'") from None
     if not isinstance(value, dict):
         raise Misuse(f"--extra-body {text!r} is no JSON object; write it like '{{\"top_k\": 20}}'")
+    for field in value:
+        if field in OURS and field not in left_out:
+            raise Misuse(f"--extra-body has {field}, which the runner sets itself; leave it out: {OURS[field]}")
     return value
 
 
@@ -199,8 +216,13 @@ def decide(options: argparse.Namespace) -> Settings:
     server = check_url("--server", options.server or environ.get("ENV_SERVER") or f"http://127.0.0.1:{row.port}")
     # An address with the row's own prefix at its end is one that `invoke env.up` prints.
     server = server.removesuffix(row.protocol.prefix) if row.protocol.prefix else server
-    sampling = Sampling(_temperature(options.temperature), options.top_p, options.max_tokens,
-                        extra_body(options.extra_body), options.context_length)
+    temperature = _temperature(options.temperature)
+    left_out = [
+        name for name, sent in (("temperature", temperature is not None), ("max_tokens", options.max_tokens))
+        if not sent
+    ]
+    sampling = Sampling(temperature, options.top_p, options.max_tokens, extra_body(options.extra_body, left_out),
+                        options.context_length)
     rounds = max_round(options.max_round, environ, row)
     config = {
         "env": row.name,

@@ -110,6 +110,22 @@ def test_what_the_endpoint_is_sent(tmp_path):
     assert [message["content"] for message in body["messages"][2:]] == ["count 2", "add", "count 3", "add", "count 4"]
 
 
+@pytest.mark.parametrize("field,flag", [("model", "--model"), ("messages", "--prompt"), ("stream", "read whole"), ("n", "--samples"), ("seed", "--seed"),
+                                        ("temperature", "--temperature"), ("top_p", "--top-p"), ("max_tokens", "--max-tokens")])
+def test_an_extra_body_does_not_change_what_the_run_claims(field, flag, tmp_path, capsys):
+    assert run(tmp_path / "out", "http://127.0.0.1:9", "http://127.0.0.1:9/v1", "--items", "0", "--env-wait", "0.1", "--extra-body", f'{{"{field}": 1}}') == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"--extra-body has {field}," in error and flag in error and not (tmp_path / "out").exists()
+
+
+def test_a_field_that_is_left_out_may_come_with_the_extra_body(tmp_path):
+    with environment() as env, endpoint(counter_player) as model:
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0", "--temperature", "none", "--max-tokens", "0",
+                   "--extra-body", '{"temperature": "auto", "max_tokens": null}') == 0
+    _, body = model.requests[0]
+    assert body["temperature"] == "auto" and body["max_tokens"] is None
+
+
 def test_no_file_and_no_output_has_the_key(tmp_path, capsys):
     def say(messages, body):
         return failure(400, f"Your key {KEY} sent something odd") if body["messages"][2]["content"] == "count 3" else counter_player(messages, body)
