@@ -142,7 +142,9 @@ def parser() -> argparse.ArgumentParser:
         help="share of infrastructure errors that is still a success of "
         "the run; above it the exit code is 1 (default: 0.02)")
     add("--out", default="", help="the run's folder (default: saves/eval/ENV-MODEL-HASH)")
-    add("--fresh", action="store_true", help="remove an earlier run in that folder (default: resume it)")
+    add("--fresh",
+        action="store_true",
+        help="replace an earlier run in that folder, once the model answers (default: resume it)")
     add("--resume", action="store_true", help="go on with the run in --out, and fail where there is none")
     add("--agentgym", default="", help="AgentGym checkout with the prompts (default: $AGENTGYM_SRC, then the image's)")
     add("--prompt", default="", help="file with a prompt of your own")

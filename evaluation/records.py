@@ -6,10 +6,12 @@
     run.json         configuration, its hash, row, prompt, versions, and when the run was worked on
     sessions.jsonl   sessions that were opened and closed, so that a run that was killed leaves none behind
     summary.json     the numbers; report.html: the report
+    .before/         the files of the run that --fresh replaces, until the model has answered in the new one
 """
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +23,8 @@ from evaluation.episodes import ERRORS, SCORED
 from evaluation.problems import Misuse, Stopped
 
 ATTEMPTS, SUPERSEDED, RUN, SESSIONS = "attempts.jsonl", "superseded.jsonl", "run.json", "sessions.jsonl"
-SUMMARY, REPORT, LOCK, RULE = "summary.json", "report.html", ".lock", "rule.json"
+SUMMARY, REPORT, LOCK, RULE, BEFORE = "summary.json", "report.html", ".lock", "rule.json", ".before"
+FILES = (RUN, ATTEMPTS, SUPERSEDED, SUMMARY, REPORT, RULE)  # of one run
 Key = tuple[str, int]
 FIELDS = ("item", "index", "category", "sample", "seed", "outcome", "success", "reward", "scaled", "upstream_reward",
           "rounds", "invalid_actions", "usage", "seconds", "model_seconds", "env_seconds", "model_retries", "error",
@@ -243,11 +246,26 @@ class RunFolder:
             with suppress(OSError, Stopped, Misuse):  # what does not succeed now is done when the run is taken up again
                 lines = read_lines(self.folder / ATTEMPTS, True, FIELDS)
                 self._set_aside(lines, {key_of(record): record for record in lines})
+        before = self.folder / BEFORE
+        if before.is_dir() and (error is not None or not self.records):  # the new run has not begun
+            self._remove()
+            for path in before.iterdir():
+                path.rename(self.folder / path.name)
+        shutil.rmtree(before, ignore_errors=True)
         self._lock.close()
 
     def clear(self) -> None:
-        """Remove an earlier run's files from the folder."""
-        for name in (ATTEMPTS, SUPERSEDED, RUN, SUMMARY, REPORT, RULE):
+        """Put an earlier run's files aside; they come back where the new run stops before the model has answered."""
+        before = self.folder / BEFORE
+        if not before.is_dir():  # else a new run was killed so early
+            before.mkdir()
+            for name in FILES:
+                with suppress(FileNotFoundError):
+                    (self.folder / name).rename(before / name)
+        self._remove()
+
+    def _remove(self) -> None:
+        for name in FILES:
             (self.folder / name).unlink(missing_ok=True)
 
     def begin(self, config: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
@@ -319,6 +337,8 @@ class RunFolder:
         """Keep the record of an attempt that ended."""
         self.attempts.add(record)
         self.records[key_of(record)] = record
+        if record["turns"]:
+            shutil.rmtree(self.folder / BEFORE, ignore_errors=True)
 
     def latest(self) -> list[dict[str, Any]]:
         """Return the record of each attempt, those included that are still to be played again."""

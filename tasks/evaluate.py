@@ -214,7 +214,7 @@ def _runner(runner: str, checkpoint: str = "") -> str:
           "extra_body": "JSON object with further fields of the request (default: none).",
           "max_error_rate": "Share of infrastructure errors above which the exit code is 1 (default: 0.02).",
           "out": "The run's folder (default: saves/eval/ENV-MODEL-HASH, so the same command resumes).",
-          "fresh": "Remove an earlier run in that folder in place of resuming it.",
+          "fresh": "Replace an earlier run in that folder, once the model answers, in place of resuming it.",
           "prompt": "File with a prompt of your own (default: AgentGym's, where its source is at hand).",
           "prices": PRICES_HELP,
           "upstream_compat": COMPAT_HELP,

@@ -222,6 +222,48 @@ def test_a_resume_that_does_not_start_loses_nothing(tmp_path):
     assert [one["outcome"] for one in records.read_lines(tmp_path / "out" / "superseded.jsonl")] == ["env_error"]
 
 
+def files(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.iterdir() if path.is_file() and path.name not in (records.LOCK, records.SESSIONS)}
+
+
+@pytest.mark.parametrize("why", ["no server", "no key", "refused"])
+def test_a_fresh_start_that_fails_costs_the_old_run_nothing(why, tmp_path):
+    answer = []
+    with environment() as env, endpoint(lambda messages, body: answer[0] if answer else counter_player(messages, body)) as model:
+        argv = words(tmp_path / "out", env.url, model.base_url, "--items", "0-3", "--concurrency", "1")
+        assert main(argv) == 0
+        before = files(tmp_path / "out")
+        assert set(before) == {"run.json", "attempts.jsonl", "summary.json", "report.html"}
+        answer.append(failure(401 if why == "no key" else 400, "no, thank you"))
+        away = ("--server", "http://127.0.0.1:9", "--env-wait", "0.1") if why == "no server" else ()
+        assert main([*argv, "--fresh", "--temperature", "0.5", *away]) == 2
+        assert files(tmp_path / "out") == before and not (tmp_path / "out" / records.BEFORE).exists()
+        answer.clear()
+        assert main([*argv, "--fresh", "--temperature", "0.5"]) == 0
+        assert json.loads((tmp_path / "out" / "run.json").read_text())["config"]["sampling"]["temperature"] == 0.5
+        assert not (tmp_path / "out" / records.BEFORE).exists()
+
+
+def test_a_fresh_start_that_is_killed_or_stopped_before_an_answer_costs_the_old_run_nothing(tmp_path):
+    hang = []
+    with environment() as env, endpoint(lambda messages, body: Answer(delay=60) if hang else counter_player(messages, body)) as model:
+        argv = words(tmp_path / "out", env.url, model.base_url, "--items", "0-3")
+        assert main(argv) == 0
+        before = files(tmp_path / "out")
+        hang.append("now")
+        for number in (signal.SIGKILL, signal.SIGKILL, signal.SIGINT):
+            asked = len(model.requests)
+            fresh = process(*argv, "--fresh")
+            while len(model.requests) == asked:
+                time.sleep(0.02)
+            fresh.send_signal(number)
+            fresh.communicate(timeout=60)
+        assert files(tmp_path / "out") == before
+        hang.clear()
+        assert main([*argv, "--fresh"]) == 0
+    assert len(by_key(tmp_path / "out")) == 4 and files(tmp_path / "out") != before
+
+
 def test_a_run_that_is_complete_shows_its_numbers_without_its_server(tmp_path, capsys):
     with environment() as env, endpoint(counter_player) as model:
         argv = words(tmp_path / "out", env.url, model.base_url, "--items", "0-3")
