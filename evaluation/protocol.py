@@ -100,10 +100,12 @@ def step_in(reply: Any, protocol: Protocol) -> Step:
     """Return what a reply of POST /step says.
 
     Raises:
-        EnvironmentFault: observation, reward or end are missing, or the server could not reach what it asks.
+        EnvironmentFault: observation, reward or end are missing or no such, or the server could not reach what it asks.
     """
     try:
-        done = bool(reply[protocol.done])
+        done = reply[protocol.done]
+        if done not in (0, 1):  # of which "false" is neither
+            raise TypeError
         reward = float(reply[protocol.reward])
         observation = text_of(reply[protocol.state])
         upstream = float(reply["score"]) if protocol.reward != "score" and "score" in reply else None
@@ -114,7 +116,7 @@ def step_in(reply: Any, protocol: Protocol) -> Step:
                                200)
     if any(mark in observation for mark in protocol.faults) or observation.startswith(protocol.fault_starts):
         raise EnvironmentFault(f"POST /step: {short(observation)}", 200)
-    return Step(observation, 0.0 if protocol.reward_when_done and not done else reward, done, upstream)
+    return Step(observation, 0.0 if protocol.reward_when_done and not done else reward, bool(done), upstream)
 
 
 class Server:

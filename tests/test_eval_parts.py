@@ -342,6 +342,14 @@ def test_a_reward_before_the_end_counts_nothing_where_the_row_says_so():
     assert step_in({"observation": "o", "reward": 1, "terminated": True}, protocol).reward == 1.0
 
 
+@pytest.mark.parametrize("done", ["false", "true", "", None, 2, [], {}], ids=repr)
+def test_an_end_that_is_neither_true_nor_false_is_the_environments_fault(done):
+    reply = {"observation": "o", "reward": 1, "done": done}
+    with pytest.raises(EnvironmentFault, match="POST /step: no observation, reward and end in"):
+        step_in(reply, row("textcraft").protocol)
+    assert [step_in({**reply, "done": end}, row("textcraft").protocol).done for end in (False, True, 0, 1)] == [False, True, False, True]
+
+
 @pytest.mark.parametrize("name", ["weather", "movie", "todo", "sheet"])
 def test_a_step_that_could_not_reach_the_internet_is_the_environments_fault(name):
     text = "Observation: ERROR | ConnectionError(HTTPSConnectionPool(host='api.example', port=443): Max retries exceeded"
