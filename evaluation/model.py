@@ -193,13 +193,15 @@ def usage_of(used: Any) -> Usage:
 
     def count(group: Any, key: str) -> int | None:
         value = getattr(group, key, None)
-        return value if isinstance(value, int) and not isinstance(value, bool) else None
+        return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
     prompt, completion = count(used, "prompt_tokens"), count(used, "completion_tokens")
     if prompt is None or completion is None:
         return Usage(unknown=1)
+    # Cached tokens are some of the prompt's: more of them would make its cost negative.
     return Usage(prompt, completion,
-                 count(getattr(used, "prompt_tokens_details", None), "cached_tokens") or 0,
+                 min(prompt,
+                     count(getattr(used, "prompt_tokens_details", None), "cached_tokens") or 0),
                  count(getattr(used, "completion_tokens_details", None), "reasoning_tokens") or 0)
 
 

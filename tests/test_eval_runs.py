@@ -766,12 +766,23 @@ def test_what_is_no_answer_is_the_endpoints_fault_and_never_a_score(body, tmp_pa
 
 
 @pytest.mark.parametrize("usage", [None, [], "x", {"total_tokens": 5}, {"prompt_tokens": "12", "completion_tokens": "3"},
-                                   {"prompt_tokens": 1.5, "completion_tokens": 2}, {"prompt_tokens": 5}], ids=json.dumps)
+                                   {"prompt_tokens": 1.5, "completion_tokens": 2}, {"prompt_tokens": 5},
+                                   {"prompt_tokens": -5, "completion_tokens": 1}, {"prompt_tokens": 5, "completion_tokens": -1}], ids=json.dumps)
 def test_tokens_that_are_no_numbers_are_unknown(usage, tmp_path):
     with environment() as env, endpoint(lambda messages, _: said("win", usage=usage)) as model:
         assert run(tmp_path / "out", env.url, model.base_url, "--items", "0") == 0
     record, = attempts(tmp_path / "out")
     assert record["usage"] == {"prompt": 0, "completion": 0, "cached": 0, "reasoning": 0, "unknown": 1}
+
+
+@pytest.mark.parametrize("cached,kept", [(3, 3), (500, 5), (-500, 0)])
+def test_no_more_tokens_are_cached_than_the_prompt_has(cached, kept, tmp_path):
+    usage = {"prompt_tokens": 5, "completion_tokens": 1, "total_tokens": 6, "prompt_tokens_details": {"cached_tokens": cached}}
+    (tmp_path / "prices.toml").write_text('["stand-in"]\ninput = 1000\noutput = 0\ncached = 100\n')
+    with environment() as env, endpoint(lambda messages, _: said("win", usage=usage)) as model:
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0", "--prices", str(tmp_path / "prices.toml")) == 0
+    assert attempts(tmp_path / "out")[0]["usage"]["cached"] == kept
+    assert summary(tmp_path / "out")["cost"] == pytest.approx(((5 - kept) * 1000 + kept * 100) / 1e6)
 
 
 def test_a_proxy_is_not_asked_for_an_endpoint_on_this_machine(tmp_path, monkeypatch):
