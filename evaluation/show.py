@@ -112,7 +112,10 @@ def table(title: str, summaries: Mapping[str, Mapping[str, Any]], prompts: Seque
         line(f"Pass@{k}", [pass_text(one.get("pass_at", {}).get(k), one["items"]) for one in all_of])
     for name in sorted({name for one in all_of for name in one["categories"]}):
         line(f"  {name}", [with_interval(one["categories"].get(name, {}).get("success")) for one in all_of])
-    line("attempts", [f"{one['attempts']} of {one['expected']} ({one['items']} x {one['samples']})" for one in all_of])
+    line("attempts", [
+        f"{one['attempts']} of {one['expected']} ({one['expected'] // one['samples']} x {one['samples']})"
+        for one in all_of
+    ])
     line("outcomes", [", ".join(f"{count} {name}" for name, count in one["outcomes"].items()) for one in all_of])
     line("errors, not scored", [f"{one['errors']} ({percent(one['error_rate'])})" for one in all_of])
     line("rounds", [with_interval(one["rounds"], share=False) for one in all_of])

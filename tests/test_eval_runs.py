@@ -308,7 +308,7 @@ def test_a_lasting_fault_is_an_error_and_never_a_score(tmp_path, capsys):
     broken = next(record for record in attempts(tmp_path / "out") if record["outcome"] == "env_error")
     assert broken["reward"] is None and broken["success"] is None and "item 2 is broken" in broken["error"]
     out = capsys.readouterr().out
-    assert "1 of 4 attempts failed by infrastructure" in out and "item 2 is broken" in out
+    assert "4 of 4 (4 x 1)" in out and "1 of 4 attempts failed by infrastructure" in out and "item 2 is broken" in out
 
 
 def test_a_hanging_step_is_given_up_and_its_session_closed(tmp_path):
