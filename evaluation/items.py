@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from evaluation import surrogates
-from evaluation.problems import Misuse
+from evaluation.problems import Misuse, reason
 from evaluation.rows import Row
 
 COLLECTED = Path(__file__).resolve().parents[1] / "item_maps.json"  # written when the image is built
@@ -51,7 +51,7 @@ def read_map(path: Path) -> list[Any]:
         entries = json.loads(path.read_text())
         trial_numbers([entries])
     except (OSError, ValueError, RecursionError) as error:  # a pointer of Git LFS is no JSON
-        raise Misuse(f"item map {path} cannot be read: {error}; restore it in the checkout") from None
+        raise Misuse(f"item map {path} cannot be read: {reason(error)}; restore it in the checkout") from None
     except (KeyError, TypeError):
         raise Misuse(f"item map {path} has an entry without task_id, task_type and item_id; "
                      "restore it in the checkout") from None
@@ -128,7 +128,8 @@ def read_list(path: Path) -> list[str | int]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise Misuse(f"item list {path} cannot be read: {error}") from None
+        raise Misuse(f"item list {path} cannot be read: {reason(error)}; "
+                     "name a text or JSON file that you may read, or items such as 0-99") from None
     if not text.lstrip().startswith(("[", "{", '"')):
         return [line.strip() for line in text.splitlines() if line.strip()]
     try:

@@ -4,7 +4,7 @@ import math
 import tomllib
 from pathlib import Path
 
-from evaluation.problems import Misuse
+from evaluation.problems import Misuse, reason
 
 Price = dict[str, float]
 
@@ -23,7 +23,8 @@ def read_price(file: str, model: str) -> Price | None:
         text = Path(file).read_text()
         tables = json.loads(text) if file.endswith(".json") else tomllib.loads(text)
     except (OSError, ValueError) as error:
-        raise Misuse(f"--prices {file} cannot be read: {error}") from None
+        raise Misuse(
+            f"--prices {file} cannot be read: {reason(error)}; name a TOML or JSON file with a table a model") from None
     price = tables.get(model) if isinstance(tables, dict) else None
     if price is None:
         return None
@@ -33,4 +34,5 @@ def read_price(file: str, model: str) -> Price | None:
             raise ValueError
         return found
     except (KeyError, TypeError, ValueError):
-        raise Misuse(f"--prices {file}: {model} needs input and output, numbers of at least 0 for a million tokens") from None
+        raise Misuse(
+            f"--prices {file}: {model} needs input and output, numbers of at least 0 for a million tokens") from None

@@ -17,6 +17,11 @@ class Unreachable(Stopped):
     """The model's endpoint or the environment server has gone: what was played until then counts."""
 
 
+def reason(error: Exception) -> str:
+    """Return why a file cannot be read, without its name, which an OSError repeats."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
 class EnvironmentFault(Exception):
     """The environment server answered with an error, in whatever form, or did not answer.
 

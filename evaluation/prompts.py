@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from evaluation.problems import Misuse
+from evaluation.problems import Misuse, reason
 from evaluation.rows import Row
 
 ENVS = Path("agentenv") / "agentenv" / "envs"
@@ -176,8 +176,8 @@ def from_checkout(row: Row, checkout: Path) -> Prompt:
     try:
         texts = read_class((checkout / place).read_text(encoding="utf-8"), row.prompt.class_)
     except (OSError, ValueError, SyntaxError) as error:  # the last where a merge left its marks
-        reason = error.strerror if isinstance(error, OSError) else str(error).replace("<unknown>, ", "")
-        raise Misuse(f"no prompt of {row.name} in {checkout / place}: {reason}; "
+        why = reason(error).replace("<unknown>, ", "")
+        raise Misuse(f"no prompt of {row.name} in {checkout / place}: {why}; "
                      "point --agentgym at the root of an AgentGym checkout, or pass --plain-prompt") from None
     return Prompt(source="agentgym", place=f"{place}:{row.prompt.class_}", revision=revision(checkout), **texts)
 
@@ -200,7 +200,8 @@ def from_file(path: Path) -> Prompt:
     try:
         text = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise Misuse(f"--prompt {path} cannot be read: {error}") from None
+        raise Misuse(f"--prompt {path} cannot be read: {reason(error)}; name a text file with the model's instructions"
+                     ) from None
     if not text:
         raise Misuse(f"--prompt {path} is empty; write the model's instructions into it")
     return Prompt(source="file", place=path.name, user=text)

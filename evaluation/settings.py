@@ -14,7 +14,7 @@ from evaluation.episodes import Limits
 from evaluation.items import Item, choose, read_map
 from evaluation.model import NO_KEY, ChatModel, Model, Sampling, redacted_url
 from evaluation.players import NAMES, ScriptedModel
-from evaluation.problems import Misuse
+from evaluation.problems import Misuse, reason
 from evaluation.prompts import Prompt, find
 from evaluation.rows import BESIDE, RESULTS_DEPEND_ON, Row, read_row, rows_file
 
@@ -88,7 +88,7 @@ def api_key(base_url: str, environ: Mapping[str, str] | None = None) -> str:
         try:
             key = Path(file).read_text().strip()
         except (OSError, UnicodeDecodeError) as error:
-            raise Misuse(f"OPENAI_API_KEY_FILE {file} cannot be read: {error}; correct or unset it") from None
+            raise Misuse(f"OPENAI_API_KEY_FILE {file} cannot be read: {reason(error)}; correct or unset it") from None
     if not key and (not base_url or "api.openai.com" in base_url):
         raise Misuse("no OPENAI_API_KEY in the environment; set it there or in .env, or name another endpoint with "
                      "--base-url (or --model expert, where the environment has one)")

@@ -16,7 +16,7 @@ from evaluation import numbers, prompts, records, surrogates
 from evaluation.__main__ import main
 from evaluation.actions import parse, phrase
 from evaluation.episodes import derived_seed, first_message, judge, opening
-from evaluation.items import COLLECTED, category_of, check_owner, choose, item_of, trial_numbers
+from evaluation.items import COLLECTED, category_of, check_owner, choose, item_of, read_list, trial_numbers
 from evaluation.model import loopback, overflowed, redacted_url, retry_after, said_in
 from evaluation.problems import EnvironmentFault, Misuse, Stopped
 from evaluation.prompts import Prompt
@@ -228,6 +228,11 @@ def test_a_list_of_another_form_is_refused(text, told, tmp_path):
     (tmp_path / "list.json").write_text(text)
     with pytest.raises(Misuse, match=told):
         choose(row("textcraft"), str(tmp_path / "list.json"))
+
+
+def test_a_list_that_cannot_be_read_is_told_with_a_remedy(tmp_path):
+    with pytest.raises(Misuse, match="cannot be read: Is a directory; name a text or JSON file"):
+        read_list(tmp_path)
 
 
 @pytest.mark.parametrize("text,numbers_in", [("5", [5]), ("5\n6\n", [5, 6]), ("\ufeff5\n6", [5, 6]), ("\ufeff[5, 6]", [5, 6])])
@@ -778,8 +783,8 @@ def test_an_address_is_taken_as_it_is(url):
     (["run", "--env", "serchqa"], "did you mean searchqa"), (["run", "--temperature", "hot"], "--temperature hot"),
     (["run", "--env", "textcraft", "--items", "9999"], "no item 9999"), (["run", "--env", "textcraft", "--model", "expert"], "no scripted players"),
     (["run", "--env", "demo"], "no OPENAI_API_KEY"), (["run", "--env", "demo", "--environments", "/nowhere.toml"], "no rows in"),
-    (["rescore", "/nowhere"], "no run in"), (["run", "--prompt", "/nowhere", "--env", "demo"], "--prompt"),
-    (["run", "--prices", "/nowhere", "--env", "demo", "--model", "expert"], "--prices"), (["run", "--fresh", "--resume", "--env", "demo"], "contradict"),
+    (["rescore", "/nowhere"], "no run in"), (["run", "--prompt", "/nowhere", "--env", "demo"], "--prompt /nowhere cannot be read: No such file or directory; name a text file"),
+    (["run", "--prices", "/nowhere", "--env", "demo", "--model", "expert"], "--prices /nowhere cannot be read: No such file or directory; name a TOML or JSON file"), (["run", "--fresh", "--resume", "--env", "demo"], "contradict"),
     (["run", "--env", "demo", "--model", "expert", "--items", "textcraft_3"], "is one of textcraft"),
     (["run", "--env", "demo", "--base-url", "ftp"], "--base-url: 'ftp' is no address; write it like http://127.0.0.1:8000/v1"),
     (["run", "--env", "demo", "--model", "a\udcffb"], "--model 'a\\udcffb' has characters"),
