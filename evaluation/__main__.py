@@ -223,6 +223,7 @@ def run_command(options: argparse.Namespace) -> int:
     """
     from evaluation import report, show
     from evaluation.items import check_owner
+    from evaluation.numbers import wall
     from evaluation.records import REPORT, RUN, RunFolder, read_run
     from evaluation.rows import rows_file, tables
     from evaluation.runner import evaluate, facts
@@ -268,8 +269,8 @@ def run_command(options: argparse.Namespace) -> int:
                 raise
             stopped = problem
         records = folder.latest()
-        wall = sum(work["seconds"] for work in read_run(settings.out)["work"])
-        summary = conclude(settings.out, records, settings.samples, total, price, wall)
+        summary = conclude(settings.out, records, settings.samples, total, price,
+                           wall(read_run(settings.out)["work"], records))
     if options.quiet:
         say(f"{settings.model}: {show.one_line(summary)}")
     else:
@@ -294,11 +295,11 @@ def run_command(options: argparse.Namespace) -> int:
 
 
 def conclude(folder: Path, records: list[dict[str, Any]], samples: int, expected: int, price: dict[str, float] | None,
-             wall: float | None) -> dict[str, Any]:
+             seconds: float) -> dict[str, Any]:
     """Compute the numbers and write summary.json."""
     from evaluation.numbers import summarize
     from evaluation.records import SUMMARY, write_whole
-    summary = summarize(records, samples, expected, price, wall)
+    summary = summarize(records, samples, expected, price, seconds)
     try:
         write_whole(folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
     except OSError as error:
@@ -319,6 +320,7 @@ def show_numbers(console: "Console", summaries: Mapping[str, Mapping[str, Any]],
 def rescore_command(options: argparse.Namespace) -> int:
     """Compute numbers again, and write summary and report anew."""
     from evaluation import report, show
+    from evaluation.numbers import wall
     from evaluation.records import REPORT, read_run
     from evaluation.rescoring import keep_rule, read_scored
     from evaluation.rows import read_row
@@ -329,9 +331,9 @@ def rescore_command(options: argparse.Namespace) -> int:
         config = told["config"]
         keep_rule(folder, read_row(config["env"], Path(options.environments)) if options.environments else None)
         records = read_scored(folder)
-        wall = sum(work["seconds"] for work in told["work"])
         summary = conclude(folder, records, config["samples"],
-                           len(config["items"]) * config["samples"], price_of(options.prices, config["model"]), wall)
+                           len(config["items"]) * config["samples"], price_of(options.prices, config["model"]),
+                           wall(told["work"], records))
         show_numbers(console, {config["model"]: summary}, folder, options.upstream_compat, [told["prompt"]["source"]])
         report.write(folder / REPORT, [report.Run(config["model"], told, records, summary)], options.upstream_compat)
         print(f"report: {folder / REPORT}")

@@ -7,6 +7,7 @@ attempts.
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from statistics import NormalDist, fmean
 from typing import Any
 
@@ -210,6 +211,23 @@ def summarize(records: Sequence[Record],
         },
         "upstream": upstream(records, samples),
     }
+
+
+def wall(work: Sequence[Mapping[str, Any]], records: Sequence[Record]) -> float:
+    """Return the seconds of all stretches of work on a run.
+
+    One that was killed has none of its own: it is taken to have ended with the last of its attempts in `records`.
+    """
+    total = 0.0
+    for one, following in zip(work, [*work[1:], {}], strict=False):
+        if one["seconds"] is None:
+            begun, next_begun = one["started"], following.get("started", "9")  # texts of ISO 8601, which sort
+            total += max(((datetime.fromisoformat(record["started"]) - datetime.fromisoformat(begun)).total_seconds() +
+                          record["seconds"] for record in records if begun <= record["started"] < next_begun),
+                         default=0.0)
+        else:
+            total += one["seconds"]
+    return total
 
 
 def tasks(records: Sequence[Record]) -> set[str]:

@@ -127,8 +127,9 @@ def is_run(told: Any) -> bool:
         return False
     config = told["config"]
     return (isinstance(told.get("revision"), str) and all(isinstance(config.get(key), str) for key in ("env", "model"))
-            and isinstance(config.get("items"), list) and isinstance(config.get("samples"), int)
-            and all(isinstance(work, dict) and isinstance(work.get("seconds"), int | float) for work in told["work"]))
+            and isinstance(config.get("items"), list) and isinstance(config.get("samples"), int) and all(
+                isinstance(work, dict) and isinstance(work.get("started"), str) and "seconds" in work
+                and isinstance(work["seconds"], int | float | None) for work in told["work"]))
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -349,9 +350,9 @@ class RunFolder:
         return any(record["turns"] for record in self.latest())
 
     def note_work(self, work: Mapping[str, Any]) -> None:
-        """Note in run.json one stretch of work on the run."""
+        """Note in run.json one stretch of work on the run: when it begins, without `seconds`, and when it ends."""
         told = read_run(self.folder)
-        told["work"].append(dict(work))
+        told["work"] = [one for one in told["work"] if one["started"] != work["started"]] + [dict(work)]
         write_whole(self.folder / RUN, json.dumps(told, indent=1))
 
     def forget_sessions(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from evaluation import charts, show, surrogates
 from evaluation.episodes import ERRORS, SCORED
-from evaluation.numbers import compare, summarize
+from evaluation.numbers import compare, summarize, wall
 
 PAGE = Path(__file__).parent / "page"
 CHUNK = 64  # attempts whose turns are packed together: unpacking one takes a few milliseconds
@@ -58,9 +58,9 @@ def load(folders: Sequence[Path], price_of: Any = lambda model: None) -> list[Ru
     runs = []
     for name, one, folder in zip(called, told, folders, strict=True):
         config, records = one["config"], read_scored(folder)
-        wall = sum(work["seconds"] for work in one["work"])
         numbers = summarize(records, config["samples"],
-                            len(config["items"]) * config["samples"], price_of(config["model"]), wall)
+                            len(config["items"]) * config["samples"], price_of(config["model"]),
+                            wall(one["work"], records))
         runs.append(Run(name, one, records, numbers))
     return runs
 

@@ -164,13 +164,22 @@ async def evaluate(settings: Settings, folder: RunFolder, model: Model, watch: W
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves SIGHUP
             loop.add_signal_handler(number, stop)
-    begun, started, before = time.perf_counter(), datetime.now(UTC), len(folder.records)
+    begun, before = time.perf_counter(), len(folder.records)
 
     def journal(what: str) -> Callable[[int], None]:
         return lambda session: folder.sessions.add({what: session, "server": server.shown})
 
     model.answered = model.answered or folder.answered()
     server = Server(settings.server, settings.row.protocol, settings.env_timeout, journal("open"), journal("close"))
+    work = {
+        "started": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "seconds": None,  # should it be killed
+        "server": server.shown,
+        "concurrency": settings.concurrency,
+        "versions": versions(),
+    }
+    with suppress(OSError):
+        folder.note_work(work)
     try:
         async with server:
             try:
@@ -188,16 +197,13 @@ async def evaluate(settings: Settings, folder: RunFolder, model: Model, watch: W
             await model.aclose()
         with suppress(OSError):  # a full disk has its own line already
             folder.note_work({
-                "started": started.isoformat(timespec="seconds"),
+                **work,
                 "seconds": round(time.perf_counter() - begun, 3),
                 "attempts": len(folder.records) - before,
-                "server": server.shown,
-                "concurrency": settings.concurrency,
                 "sessions": {
                     "opened": server.opened,
                     "closed": server.closed,
                     "pooled": server.pooled,
                     "lost": server.lost
                 },
-                "versions": versions(),
             })

@@ -630,6 +630,14 @@ def test_categories_are_scored_apart():
     assert {name: one["success"]["mean"] for name, one in found["categories"].items()} == {"x": 1.0, "y": 0.5}
 
 
+def test_a_killed_stretch_of_work_lasted_until_its_last_attempt_ended():
+    played = [{"started": f"2026-01-01T00:00:{second}+00:00", "seconds": 4.5} for second in ("01.500", "02.000", "31.000")]
+    first, second = {"started": "2026-01-01T00:00:01.000+00:00", "seconds": None}, {"started": "2026-01-01T00:00:30.000+00:00", "seconds": 7.0}
+    assert numbers.wall([first, second], played) == 5.5 + 7.0 and numbers.wall([second], played) == 7.0
+    assert numbers.wall([{**first, "seconds": 3.0}, {**second, "seconds": None}], played) == 3.0 + 5.5
+    assert numbers.wall([first], []) == numbers.wall([], played) == 0.0
+
+
 def test_cost_needs_a_price_and_all_tokens():
     usage = {"prompt": 100, "completion": 10, "cached": 40, "reasoning": 0, "unknown": 0}
     assert numbers.cost(usage, {"input": 2.0, "output": 10.0}) == pytest.approx((100 * 2 + 10 * 10) / 1e6)

@@ -129,6 +129,27 @@ def test_the_sessions_of_a_killed_run_are_closed_by_the_next_one(flags, tmp_path
         assert opened() == before
 
 
+def test_a_killed_stretch_of_work_is_in_the_time_that_the_run_took(tmp_path):
+    slowly = lambda messages, body: Answer(completion(counter_player(messages, body)), delay=0.3)  # noqa: E731
+    out = tmp_path / "out"
+    with environment() as env, endpoint(slowly) as model:
+        argv = words(out, env.url, model.base_url, "--items", "0-5", "--concurrency", "1")
+        run = process(*argv)
+        while not (out / "attempts.jsonl").exists() or (out / "attempts.jsonl").read_bytes().count(b"\n") < 3:
+            time.sleep(0.02)
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        killed = attempts(out)
+        assert main(["rescore", str(out)]) == 0
+        took = json.loads((out / "summary.json").read_text())["seconds"]["wall"]
+        assert sum(one["seconds"] for one in killed) <= took + 0.1
+        assert main(argv) == 0
+    work = json.loads((out / "run.json").read_text())["work"]
+    assert [one["seconds"] is None for one in work] == [True, False] and work[0]["started"] <= killed[0]["started"]
+    assert json.loads((out / "summary.json").read_text())["seconds"]["wall"] == pytest.approx(took + work[1]["seconds"])
+    assert f"begun {work[0]['started']}" in (out / "report.html").read_text().replace("&#43;", "+")
+
+
 def test_a_session_that_is_being_created_when_a_run_is_stopped_is_given_back(tmp_path):
     with environment(lambda path, number, body: Answer(delay=5.0) if path == "/create" else None) as env, \
             endpoint(counter_player) as model:
