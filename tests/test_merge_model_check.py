@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from merger import model_check
 from merger.model_check import Verdict, ask, complaint
+from merger.modelconfig import without_quantization
 from merging import Sample, merge, run_program
 
 SHAPES = {"a.weight": (2, 3)}
@@ -250,6 +251,42 @@ def test_what_a_model_keeps_in_float32_is_not_rounded(dtype: str, tmp_path: Path
     assert (told.get("dtype") or told.get("torch_dtype")) == dtype
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype)
     assert torch.equal(loaded.state_dict()[name], bias)
+
+
+QUANTIZED = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+
+
+@pytest.mark.parametrize("machine", ["with a GPU", "without"])
+def test_a_quantization_that_the_weights_have_not_leaves_the_config(machine: str, spoil: Callable[..., Sample],
+                                                                    tmp_path: Path,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU that computes in FP8, transformers would build layers with scales, which the weights have not."""
+    import torch
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: machine == "with a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    sample = spoil("FSDP1, 4 ranks")
+    sample.configure(quantization_config=QUANTIZED)
+    record = merge("--local-dir", sample.actor, "--save-dir", tmp_path / "out", "--verify", "--json").record()
+    assert record["notes"] == ["the weights are not quantized: config.json goes without the quantization_config (fp8)"]
+    assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
+    assert "quantization_config" in sample.config
+
+
+@pytest.mark.parametrize(("dtypes", "stays"), [
+    ({"a.weight": "bfloat16", "steps": "int64"}, False),
+    ({"a.hc_scale": "float32", "logit_scale": "float32"}, False),
+    ({"a.weight": "float8_e4m3fn"}, True),
+    ({"a.weight": "uint8"}, True),
+    ({"a.weight": "float32", "a.weight_scale_inv": "float32"}, True),
+    ({"experts.gate_up_proj_scales": "float32"}, True),
+], ids=["whole", "scales of the model's own", "8-bit floats", "packed", "scales", "fused scales"])  # yapf: disable
+def test_a_quantization_stays_where_the_weights_are_of_it(dtypes: dict[str, str], stays: bool) -> None:
+    for config in ({"quantization_config": QUANTIZED}, {"text_config": {"quantization_config": QUANTIZED}}):
+        found, notes = without_quantization(config, dtypes)
+        assert (found == config, not notes) == (stays, stays)
+        assert stays or (QUANTIZED not in found.values() and found.get("text_config", {}) == {})
+    assert without_quantization({"x": 1}, dtypes) == ({"x": 1}, [])
 
 
 @pytest.mark.parametrize("saved", ["as trained", "as on the Hub"])

@@ -12,7 +12,16 @@ from merger.discover import MERGED, RankFiles, find_checkpoint
 from merger.dtypes import CONVERTED, output_dtype
 from merger.gpu import check_device
 from merger.model_check import Meanwhile, Verdict, complaint, naming_note
-from merger.modelconfig import CONFIG_NAME, dump_json, for_critic, read_config, tied_by_config, untied, with_dtype
+from merger.modelconfig import (
+    CONFIG_NAME,
+    dump_json,
+    for_critic,
+    read_config,
+    tied_by_config,
+    untied,
+    with_dtype,
+    without_quantization,
+)
 from merger.plan import Fusion, Output, OutputFile, split_files
 from merger.show import size_text
 
@@ -125,11 +134,12 @@ def lay_out(options: Options,
     checkpoint = checkpoint or read_checkpoint(files)
     named = _plain_weights(options, checkpoint)
     config, changed = for_critic(config, named)
+    config, cleaned = without_quantization(config, {name: tensor.dtype for name, (tensor, _) in named.items()})
     verdict = model_check.ask(config_dir, {
         name: tensor.shape
         for name, (tensor, _) in named.items()
-    }, options.trust_remote_code, config["architectures"][0] if changed else "", meanwhile)
-    notes = [*checkpoint.notes, *changed, *naming_note(verdict)]
+    }, options.trust_remote_code, config["architectures"][0] if changed else "", bool(cleaned), meanwhile)
+    notes = [*checkpoint.notes, *changed, *cleaned, *naming_note(verdict)]
     if verdict.silent:
         notes.append(f"keys were not checked against a model: {verdict.silent}")
     if "keys" not in options.allow and (fault := complaint(verdict, config, config_dir / CONFIG_NAME)):

@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from merger.modelconfig import CONFIG_NAME, read_config
+from merger.modelconfig import CONFIG_NAME, QUANTIZATION, read_config
 
 SCRIPTS = Path(__file__).resolve().parents[1]
 
@@ -66,11 +66,12 @@ def ask(config_dir: Path,
         shapes: Mapping[str, Sequence[int]],
         trust_remote_code: bool,
         architecture: str = "",
+        unquantized: bool = False,
         meanwhile: Meanwhile = contextlib.nullcontext) -> Verdict:
     """Return what transformers makes of `shapes` (elements by name) under the config in `config_dir`.
 
-    `architecture` stands for the one that the config names, where that is not the weights'; `meanwhile` is entered
-    for as long as a process is waited for.
+    `architecture` stands for the one that the config names, where that is not the weights'; `unquantized` leaves out its
+    `quantization_config`, where the weights are not of that. `meanwhile` is entered for as long as a process is waited for.
 
     The answer depends on the config, the names and shapes and the installed versions alone, so it is remembered: the
     next checkpoint of the same run needs no process with torch and transformers in it.
@@ -79,6 +80,7 @@ def ask(config_dir: Path,
         "config_dir": str(config_dir.absolute()),
         "trust_remote_code": trust_remote_code,
         "architecture": architecture,
+        "unquantized": unquantized,
         "shapes": {
             name: list(shape)
             for name, shape in shapes.items()
@@ -138,7 +140,8 @@ def _version(package: str) -> str | None:
 def check(config_dir: Path,
           shapes: Mapping[str, Sequence[int]],
           trust_remote_code: bool,
-          architecture: str = "") -> dict[str, Any]:
+          architecture: str = "",
+          unquantized: bool = False) -> dict[str, Any]:
     """Return the fields of a `Verdict` for a checkpoint of `shapes` (elements by name). Runs in the child."""
     import torch
     import transformers
@@ -149,6 +152,9 @@ def check(config_dir: Path,
         config = transformers.AutoConfig.from_pretrained(config_dir, trust_remote_code=trust_remote_code)
         if architecture:
             config.architectures = [architecture]
+        if unquantized:
+            for part in (config, getattr(config, "text_config", None)):
+                getattr(part, "__dict__", {}).pop(QUANTIZATION, None)
         model_class = _model_class(config, config_dir, trust_remote_code)
         with torch.device("meta"):
             model = model_class(config)
@@ -273,7 +279,7 @@ def main() -> None:
         out.write(
             json.dumps(
                 check(Path(request["config_dir"]), request["shapes"], request["trust_remote_code"],
-                      request["architecture"])))
+                      request["architecture"], request["unquantized"])))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The model's config.json: read it, and say in it what the merged weights are."""
 import copy
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,10 @@ from merger import MergeError
 
 CONFIG_NAME = "config.json"
 CAUSAL = "ForCausalLM"
+QUANTIZATION = "quantization_config"
+# What no quantized model is made of alone: it has 8-bit or packed tensors, or scales beside its weights.
+WHOLE_TYPES = frozenset({"float64", "float32", "float16", "bfloat16", "int64", "bool"})
+SCALES = ("weight_scale", "input_scale", "scale_inv", "scales", "qweight", "qzeros")
 DTYPE_KEYS = ("dtype", "torch_dtype")  # transformers 5 writes the first, 4 the second; both read the second
 
 
@@ -45,6 +49,23 @@ def for_critic(config: dict[str, Any], names: Collection[str]) -> tuple[dict[str
     return {
         **config, "architectures": [critic]
     }, [f"the weights are a critic's (score.weight): config.json names {critic}, not {named}"]
+
+
+def without_quantization(config: dict[str, Any], dtypes: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
+    """Return `config` without a `quantization_config` that tensors of `dtypes` (by name) are not of, and a note of it.
+
+    A base model in FP8 or MXFP4 is trained in bfloat16 under its old config; by that its weights would be read as 8-bit
+    ones whose scales are missing.
+    """
+    if set(dtypes.values()) - WHOLE_TYPES or any(name.endswith(SCALES) for name in dtypes):
+        return config, []
+    changed, methods = copy.deepcopy(config), []
+    for part in (changed, changed.get("text_config")):
+        if isinstance(part, dict) and (found := part.pop(QUANTIZATION, None)):
+            methods.append(str(found.get("quant_method")) if isinstance(found, dict) else "damaged")
+    if not methods:
+        return config, []
+    return changed, [f"the weights are not quantized: {CONFIG_NAME} goes without the {QUANTIZATION} ({methods[0]})"]
 
 
 def with_dtype(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
