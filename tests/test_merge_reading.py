@@ -12,6 +12,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -461,6 +462,22 @@ def test_reading_in_several_threads_leaves_the_process_without_a_memory_limit(sa
     with ThreadPoolExecutor(8) as pool:
         assert len(list(pool.map(read_shard_file, [path] * 64))) == 64
     assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+
+def test_nothing_is_unpickled_while_threads_start(samples: dict[str, Sample], tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    from merging import merge
+    sample, load, readers = samples["FSDP1, 4 ranks"], pickles.load, []
+
+    def note(data: bytes) -> Any:
+        readers.append(threading.current_thread())
+        return load(data)
+
+    monkeypatch.setattr(pickles, "load", note)
+    args = ["--local-dir", sample.actor, "--save-dir", tmp_path / "out", "--json"]
+    merge(*args, "--verify").record()
+    merge(*args, "--verify-only", "--threads", "32").record()
+    assert readers == [threading.main_thread()] * 8
 
 
 def test_files_that_were_saved_without_checksums_are_read_and_not_compared(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ class ShardFile:
     Attributes:
         path: the file.
         size: its bytes.
-        content: what the pickle holds, with the stand-ins of `pickles` for torch's classes.
+        content: what the pickle holds, with the stand-ins of `pickles` for torch's classes; None where it was not read.
         records: the storages' records by key.
     """
     path: Path
@@ -116,8 +116,8 @@ def is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     return True
 
 
-def read_shard_file(path: Path) -> ShardFile:
-    """Read the directory and the pickle of a `.pt` file; its tensors stay on disk.
+def read_shard_file(path: Path, pickled: bool = True) -> ShardFile:
+    """Read the directory and, where `pickled`, the pickle of a `.pt` file; its tensors stay on disk.
 
     Raises:
         MergeError: the file is no such archive, is truncated or damaged, or its pickle is not on the allow-list.
@@ -129,7 +129,7 @@ def read_shard_file(path: Path) -> ShardFile:
             size = os.fstat(file.fileno()).st_size
             try:
                 with zipfile.ZipFile(file) as archive:
-                    return _read_archive(path, file.fileno(), size, archive)
+                    return _read_archive(path, file.fileno(), size, archive, pickled)
             except MergeError as error:
                 raise MergeError(f"{path}: {error}") from error
             except (zipfile.BadZipFile, EOFError, struct.error, UnicodeDecodeError, NotImplementedError, ValueError,
@@ -140,7 +140,7 @@ def read_shard_file(path: Path) -> ShardFile:
         raise MergeError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def _read_archive(path: Path, fd: int, size: int, archive: zipfile.ZipFile) -> ShardFile:
+def _read_archive(path: Path, fd: int, size: int, archive: zipfile.ZipFile, pickled: bool) -> ShardFile:
     infos = {info.filename.partition("/")[2]: info for info in archive.infolist()}
     if "data.pkl" not in infos:
         raise MergeError("no data.pkl inside; not a file that torch.save wrote")
@@ -153,7 +153,7 @@ def _read_archive(path: Path, fd: int, size: int, archive: zipfile.ZipFile) -> S
         raise MergeError("it was written on a big-endian machine, which is not supported")
     if infos["data.pkl"].file_size > MAX_PICKLE:
         raise MergeError(f"its pickle has {infos['data.pkl'].file_size} bytes, more than any checkpoint's")
-    content = pickles.load(archive.read(infos["data.pkl"]))
+    content = pickles.load(archive.read(infos["data.pkl"])) if pickled else None
     records = {}
     for name, info in infos.items():
         folder, _, key = name.partition("/")

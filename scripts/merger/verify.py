@@ -101,7 +101,7 @@ def check_sources(checkpoint: Checkpoint, threads: int, progress: Callable[[int]
             progress(count)
 
     def check(rank: int) -> None:
-        shard = read_shard_file(checkpoint.path(rank))
+        shard = read_shard_file(checkpoint.path(rank), pickled=False)  # its memory limit lets no other thread start
         for key in damaged_records(shard, step):
             begin, end = shard.records[key].offset, shard.records[key].offset + shard.records[key].size
             name = next(
