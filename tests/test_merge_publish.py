@@ -114,6 +114,32 @@ def test_a_staged_folder_replaces_the_target_and_keeps_its_mode(tmp_path: Path) 
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o2750
 
 
+@pytest.mark.parametrize("allowed", ["both", "the group", "neither"])
+def test_a_replaced_target_keeps_owner_and_group_as_far_as_is_permitted(allowed: str, tmp_path: Path,
+                                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    out, chown = folder(tmp_path / "out", x="old"), os.chown
+    wanted, given = (out.stat().st_uid, out.stat().st_gid), []
+    if os.geteuid() == 0:
+        chown(out, *(wanted := (12345, 23456)))
+    out.chmod(0o2770)
+
+    def permit(path: Path, owner: int, group: int) -> None:
+        if allowed == "neither" or (allowed == "the group" and owner != -1):
+            raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+        chown(path, owner, group)
+        given.append((owner, group))
+
+    monkeypatch.setattr(os, "chown", permit)
+    with publish.Staging(out) as staging:
+        (staging.folder / "x").write_text("new")
+        staging.publish()
+    assert listing(tmp_path) == {"out": None, "out/x": b"new"}
+    assert given == {"both": [wanted], "the group": [(-1, wanted[1])], "neither": []}[allowed]
+    found = out.stat()
+    assert allowed != "both" or (found.st_uid, found.st_gid) == wanted
+    assert stat.S_IMODE(found.st_mode) == 0o2770
+
+
 def test_what_was_staged_vanishes_when_anything_fails(tmp_path: Path) -> None:
     folder(tmp_path / "out", x="old")
     for fault in (ValueError, KeyboardInterrupt, SystemExit):

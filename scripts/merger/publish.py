@@ -90,7 +90,8 @@ class Staging:
             while not self._claim():
                 pass
             if self.target.is_dir():
-                shutil.copymode(self.target, self.folder)
+                _copy_owner(self.target, self.folder)
+                shutil.copymode(self.target, self.folder)  # after the owner, whose change clears bits of the mode
         except BaseException as error:
             self.__exit__()
             if not isinstance(error, OSError):
@@ -143,6 +144,14 @@ def restore(target: Path) -> None:
                 if locked is not False:  # where a merge without locks runs after all, it fails, and nothing is lost
                     os.rename(path, target)
                     show.say(f"put {target} back, which a merge that died had moved aside")
+
+
+def _copy_owner(source: Path, place: Path) -> None:
+    """Give `place` the owner and group of `source`, or the group alone, as far as this process may."""
+    stat = source.stat()
+    for owner in (stat.st_uid, -1):
+        with suppress(OSError):  # some file systems and user namespaces refuse it as no lack of permission
+            return os.chown(place, owner, stat.st_gid)
 
 
 def _ending(folder: Path, ending: str) -> Path:
