@@ -384,6 +384,17 @@ def test_the_flag_decides_about_tied_weights_that_differ(choice: str, spoil: Cal
     assert torch.equal(model.lm_head.weight, wanted[EMBEDDING if choice == "drop" else HEAD].to(model.dtype))
 
 
+@pytest.mark.parametrize("choice", ["keep", "drop"])
+def test_a_choice_about_tied_weights_where_there_are_none_is_noted(choice: str, spoil: Callable[..., Sample]) -> None:
+    sample = spoil("FSDP1, 4 ranks, tied")
+    args = ["--local-dir", sample.actor, "--force", "--json", "--tied-weights"]
+    assert merge(*args, "keep").record()["notes"] == []  # and its config, here the checkpoint's, ties none from now on
+    again = merge(*args, choice).record()
+    (note, ) = again["notes"]
+    assert note.startswith(f"--tied-weights {choice} has nothing to do: {sample.huggingface / 'config.json'} ties no two")
+    assert again["tied_dropped"] == [] and HEAD in weights(sample.huggingface)
+
+
 def test_one_differing_bit_in_tied_weights_is_enough(spoil: Callable[..., Sample], tmp_path: Path) -> None:
     sample = spoil("FSDP1, 4 ranks, tied")
 

@@ -144,7 +144,12 @@ def lay_out(options: Options,
         notes.append(f"keys were not checked against a model: {verdict.silent}")
     if "keys" not in options.allow and (fault := complaint(verdict, config, config_dir / CONFIG_NAME)):
         raise MergeError(fault)
-    config, dropped = _resolve_ties(options, config, named, verdict)
+    tied = config
+    config, dropped = _resolve_ties(options, tied, named, verdict)
+    if options.tied_weights and config is tied and not dropped:
+        notes.append(
+            f"--tied-weights {options.tied_weights} has nothing to do: {config_dir / CONFIG_NAME} ties no two of "
+            "the checkpoint's tensors")
     kept = kept_whole(named, options.dtype, verdict)
     if kept:
         notes.append(f"{len(kept)} tensors keep their type, as the model does not work with them rounded: {kept[0]}"
