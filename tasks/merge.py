@@ -48,7 +48,9 @@ def run_merger(c: Context,
                gpus: str = "",
                **flags: str | bool | list[str] | None) -> None:
     """Run the merger where `runner` says, on `local_dir` or, where that is empty, on `LOCAL_DIR`."""
-    folders = local_dir or [resolve_path("LOCAL_DIR")]
+    if local_dir and not all(local_dir):
+        raise Exit("merge: --local-dir is empty, which is no folder; is a variable unset?", code=2)
+    folders = [resolve_path("LOCAL_DIR", folder) for folder in local_dir or [""]]
     try:
         absent = [name for name in NEEDED if not find_spec(name)]
         chosen = choose_runner(runner, not absent)

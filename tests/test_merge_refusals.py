@@ -677,5 +677,24 @@ def test_a_flag_that_makes_no_sense_is_refused(args: list[str], samples: dict[st
     assert args[0] in refusal or args[-1] in refusal
 
 
+@pytest.mark.parametrize("flag", ["--local-dir", "--save-dir"])
+def test_an_empty_folder_name_is_refused(flag: str, spoil: Callable[..., Sample],
+                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = spoil()
+    monkeypatch.chdir(sample.actor)
+    with untouched(sample.actor):
+        refusal = merge("--local-dir", ".", flag, "").refusal
+    assert flag in refusal and "an empty name is no folder" in refusal
+
+
+def test_a_tilde_that_the_shell_has_left_is_the_home(spoil: Callable[..., Sample],
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = spoil()
+    monkeypatch.setenv("HOME", str(sample.actor.parent))
+    monkeypatch.chdir(sample.actor)
+    record = merge("--local-dir=~/actor", "--save-dir=~/out", "--json").record()
+    assert record["folder"] == str(sample.actor.parent / "out") and not (sample.actor / "~").exists()
+
+
 def test_a_missing_local_dir_flag_is_refused() -> None:
     assert "--local-dir" in merge().refusal

@@ -81,6 +81,22 @@ def test_paths_from_settings_start_at_the_project_and_flags_where_the_user_stand
     assert resolve_path("SAVE_DIR") == ""
 
 
+def test_a_tilde_in_a_setting_or_a_flag_is_the_user_s_home(monkeypatch: pytest.MonkeyPatch,
+                                                           capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SAVE_DIR", "~/models")
+    assert resolve_path("SAVE_DIR") == "/home/me/models"
+    assert invoke("--dry", "merge", "--local-dir=~/a", "--local-dir", "b~") == 0
+    assert shlex.split(capfd.readouterr().out)[2:] == ["--local-dir", "/home/me/a", "--local-dir", "b~",
+                                                      "--save-dir", "/home/me/models"]  # yapf: disable
+
+
+@pytest.mark.parametrize("runner", ["local", "docker"])
+def test_an_empty_local_dir_is_refused(runner: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert invoke("--dry", "merge", "--runner", runner, "--local-dir", "a", "--local-dir", "") == 2
+    assert capfd.readouterr().err == "merge: --local-dir is empty, which is no folder; is a variable unset?\n"
+
+
 def test_the_token_is_marked_as_a_secret() -> None:
     assert SETTINGS["HF_TOKEN"].secret and not SETTINGS["LOCAL_DIR"].secret
 

@@ -62,6 +62,17 @@ def lora_alpha(text: str) -> float:
     return alpha
 
 
+def folder_name(text: str) -> str:
+    """Return a folder's name, with the user's home in place of a `~` that the shell has left (as in `--save-dir=~/x`).
+
+    Raises:
+        argparse.ArgumentTypeError: it is empty, as an unset variable is, and would mean the current folder.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("an empty name is no folder; is a variable unset?")
+    return os.path.expanduser(text)
+
+
 class _Parser(argparse.ArgumentParser):
     """Answers misuse with one line."""
 
@@ -81,6 +92,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--local-dir",
         "--local_dir",
+        type=folder_name,
         action="append",
         required=True,
         metavar="DIR",
@@ -88,6 +100,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--save-dir",
                    "--save_dir",
                    "--target_dir",
+                   type=folder_name,
                    metavar="DIR",
                    help="folder for the merged model (default: LOCAL_DIR/huggingface, or LOCAL_DIR/lora_adapter with "
                    "--lora adapter)")

@@ -194,8 +194,11 @@ def resolve(name: str,
 
 
 def resolve_path(name: str, flag: str | None = None) -> str:
-    """Return the path setting `name`; a relative flag starts where the user stands, any other at the project's root."""
-    value = flag or resolve(name)
+    """Return the path setting `name`; a relative flag starts where the user stands, any other at the project's root.
+
+    A `~` is the user's home: no shell expands it in `.env` or after the = of a flag.
+    """
+    value = os.path.expanduser(flag or resolve(name))
     return value if flag or not value else str(ROOT / value)
 
 
