@@ -14,7 +14,8 @@ from merging import listing, untouched
 @pytest.mark.parametrize("name", [
     "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
     "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack",
-    "adapter_model.safetensors", "adapter_model.bin"])  # yapf: disable
+    "adapter_model.safetensors", "adapter_model.bin", "consolidated.safetensors", "consolidated.safetensors.index.json",
+    "consolidated-00001-of-00002.safetensors", "consolidated.00.pth", "consolidated.pth"])  # yapf: disable
 def test_these_are_weights(name: str) -> None:
     assert publish.is_weight(name)
 
@@ -22,7 +23,8 @@ def test_these_are_weights(name: str) -> None:
 @pytest.mark.parametrize("name", [
     "config.json", "tokenizer.json", "tokenizer.model", "merges.txt", "vocab.json", "modeling_custom.py", "merge.json",
     "generation_config.json", "preprocessor_config.json", "README.md", "adapter_config.json", "training_args.bin",
-    "model_card.md", "model_index.json", "my_model.safetensors.txt", "embeddings.safetensors"])  # yapf: disable
+    "model_card.md", "model_index.json", "my_model.safetensors.txt", "embeddings.safetensors",
+    "model-q4.gguf", "consolidated.json"])  # yapf: disable
 def test_these_are_not(name: str) -> None:
     assert not publish.is_weight(name)
 
@@ -328,6 +330,7 @@ def test_a_target_that_holds_the_current_folder_is_refused(tmp_path: Path, monke
 
 def test_companions_are_copied_and_weights_are_not(tmp_path: Path) -> None:
     source = folder(tmp_path / "source", **{"config.json": "{}", "model.safetensors": "w", "merge.json": "{}",
+                                             "consolidated.00.pth": "w", "model-q4.gguf": "w",
                                              "adapter_config.json": "{}", ".hidden": "", "tokenizer.json": "t"})  # yapf: disable
     folder(source / "code", **{"a.py": "a"})
     folder(source / "code/__pycache__", **{"a.pyc": "a"})
@@ -372,12 +375,14 @@ def test_a_target_that_is_the_companions_folder_needs_no_copy(tmp_path: Path) ->
 
 
 def test_what_lies_in_the_target_is_kept_and_never_written_through(tmp_path: Path) -> None:
-    target = folder(tmp_path / "out", **{"config.json": "old", "notes.md": "mine", "model.safetensors": "w"})
+    target = folder(tmp_path / "out", **{"config.json": "old", "notes.md": "mine", "model.safetensors": "w",
+                                           "consolidated.safetensors": "w", "model-q4.gguf": "made of it"})  # yapf: disable
     (target / "adapter_config.json").write_text("of an adapter that goes")
     folder(target / "runs", log="events").chmod(0o550)
     staging = folder(tmp_path / "staging")
     publish.keep_companions(target, staging)
-    assert listing(staging) == {"config.json": b"old", "notes.md": b"mine", "runs": None, "runs/log": b"events"}
+    assert listing(staging) == {"config.json": b"old", "notes.md": b"mine", "model-q4.gguf": b"made of it", "runs": None,
+                                "runs/log": b"events"}  # yapf: disable
     publish.write_file(staging / "config.json", b"new")
     assert (target / "config.json").read_text() == "old" and (staging / "config.json").read_text() == "new"
 

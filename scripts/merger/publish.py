@@ -27,10 +27,12 @@ RECORD_NAME = "merge.json"
 # These end the name of a folder that makes room, until it is removed: one that was moved aside before the new one came,
 # and one that changed places with it.
 ASIDE, REPLACED = ".old", ".replaced"
-# The names that transformers and PEFT load weights by; a merge replaces these and leaves every other file alone.
+# The names that transformers and PEFT load weights by, and those of Mistral's and Llama's own releases, which vLLM looks
+# for; a merge replaces these and leaves every other file alone.
 WEIGHT = re.compile(
     r"(model|pytorch_model|tf_model|flax_model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin|h5|msgpack)"
-    r"(\.index\.json)?")
+    r"(\.index\.json)?|consolidated(-\d+-of-\d+|\.\d+)?\.(safetensors|pth)(\.index\.json)?")
+GGUF = ".gguf"  # what somebody made of a model, under any name: neither taken along nor removed
 
 
 def is_weight(name: str) -> bool:
@@ -398,12 +400,15 @@ def _link(source: Path, place: Path) -> None:
 def companions(source: Path, target: Path) -> Iterator[Path]:
     """Yield the files and folders of `source` that a model takes along: config, tokenizer, processor and custom code.
 
-    From beside the ranks' files only other files are taken, and no `.pt`. The target, whose files are kept anyway, and
-    folders that hold it are left out.
+    Weights are not taken, and from beside the ranks' files only other files, and no `.pt`. The target, whose files are
+    kept anyway, and folders that hold it are left out.
     """
     if not source.is_dir() or os.path.realpath(source) == os.path.realpath(target):
         return
-    found = [path for path in sorted(source.iterdir()) if not path.name.startswith(".") and not is_replaced(path.name)]
+    found = [
+        path for path in sorted(source.iterdir())
+        if not path.name.startswith(".") and path.suffix != GGUF and not is_replaced(path.name)
+    ]
     if any(RANK_FILE.fullmatch(path.name) for path in found):
         found = [path for path in found if not path.is_dir() and path.suffix != ".pt"]
     for path in found:
