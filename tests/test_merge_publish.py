@@ -376,12 +376,12 @@ def test_a_target_that_is_the_companions_folder_needs_no_copy(tmp_path: Path) ->
 
 def test_what_lies_in_the_target_is_kept_and_never_written_through(tmp_path: Path) -> None:
     target = folder(tmp_path / "out", **{"config.json": "old", "notes.md": "mine", "model.safetensors": "w",
-                                           "consolidated.safetensors": "w", "model-q4.gguf": "made of it"})  # yapf: disable
+                                           "consolidated.safetensors": "w", "q4.gguf": "of it"})  # yapf: disable
     (target / "adapter_config.json").write_text("of an adapter that goes")
     folder(target / "runs", log="events").chmod(0o550)
     staging = folder(tmp_path / "staging")
     publish.keep_companions(target, staging)
-    assert listing(staging) == {"config.json": b"old", "notes.md": b"mine", "model-q4.gguf": b"made of it", "runs": None,
+    assert listing(staging) == {"config.json": b"old", "notes.md": b"mine", "q4.gguf": b"of it", "runs": None,
                                 "runs/log": b"events"}  # yapf: disable
     publish.write_file(staging / "config.json", b"new")
     assert (target / "config.json").read_text() == "old" and (staging / "config.json").read_text() == "new"

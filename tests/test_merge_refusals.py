@@ -574,6 +574,16 @@ def test_the_files_that_a_model_takes_along_need_space_too(spoil: Callable[..., 
     merge(*args, sample.huggingface, "--json").record()  # where they are already
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json"])
+def test_a_link_that_leads_nowhere_is_named(name: str, spoil: Callable[..., Sample], tmp_path: Path) -> None:
+    sample = spoil("FSDP1, 4 ranks")
+    (sample.huggingface / name).unlink(missing_ok=True)
+    (sample.huggingface / name).symlink_to("../blobs/1234")
+    with untouched(tmp_path):
+        refusal = merge("--local-dir", sample.actor, "--save-dir", tmp_path / "out").refusal
+    assert refusal.startswith(f"{sample.huggingface / name} is a link to ../blobs/1234, which is not there; mend")
+
+
 def test_a_model_merged_over_its_adapter_is_no_adapter(spoil: Callable[..., Sample], tmp_path: Path) -> None:
     args = ["--local-dir", spoil("LoRA, FSDP1").actor, "--save-dir", tmp_path / "out", "--json"]
     merge(*args, "--lora", "adapter").record()

@@ -82,6 +82,16 @@ def find_checkpoint(local_dirs: Sequence[str]) -> RankFiles:
     return RankFiles(tuple(folders), world_size, paths, notes)
 
 
+def check_link(path: Path) -> None:
+    """Refuse a link that leads nowhere, such as that of a hub snapshot that was copied without its blobs.
+
+    Raises:
+        MergeError: naming it.
+    """
+    if path.is_symlink() and not path.exists():
+        raise MergeError(f"{path} is a link to {os.readlink(path)}, which is not there; mend or remove the link")
+
+
 def _check_same(folders: Sequence[Path]) -> None:
     """Refuse folders whose paths name different training steps or roles: their ranks would fit, and be no model."""
     parts = list(zip(_own_parts(map(os.path.abspath, folders)), _own_parts(map(os.path.realpath, folders)),

@@ -70,8 +70,9 @@ def ask(config_dir: Path,
         meanwhile: Meanwhile = contextlib.nullcontext) -> Verdict:
     """Return what transformers makes of `shapes` (elements by name) under the config in `config_dir`.
 
-    `architecture` stands for the one that the config names, where that is not the weights'; `unquantized` leaves out its
-    `quantization_config`, where the weights are not of that. `meanwhile` is entered for as long as a process is waited for.
+    `architecture` stands for the one that the config names, where that is not the weights'; `unquantized` leaves its
+    `quantization_config` out, where the weights are not of that. `meanwhile` is entered for as long as a process is
+    waited for.
 
     The answer depends on the config, the names and shapes and the installed versions alone, so it is remembered: the
     next checkpoint of the same run needs no process with torch and transformers in it.

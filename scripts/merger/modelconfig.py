@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from merger import MergeError
+from merger.discover import check_link
 
 CONFIG_NAME = "config.json"
 CAUSAL = "ForCausalLM"
@@ -26,6 +27,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
     except FileNotFoundError:
+        check_link(path)
         raise MergeError(f"no {path}; copy the base model's config.json (and tokenizer) there") from None
     except (OSError, ValueError) as error:
         raise MergeError(f"cannot read {path}: {error}") from error

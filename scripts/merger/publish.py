@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from merger import MergeError, show
-from merger.discover import RANK_FILE
+from merger.discover import RANK_FILE, check_link
 
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2  # linux/fs.h
@@ -27,8 +27,8 @@ RECORD_NAME = "merge.json"
 # These end the name of a folder that makes room, until it is removed: one that was moved aside before the new one came,
 # and one that changed places with it.
 ASIDE, REPLACED = ".old", ".replaced"
-# The names that transformers and PEFT load weights by, and those of Mistral's and Llama's own releases, which vLLM looks
-# for; a merge replaces these and leaves every other file alone.
+# The names that transformers and PEFT load weights by, and those of Mistral's and Llama's own format, which vLLM loads;
+# a merge replaces these and leaves every other file alone.
 WEIGHT = re.compile(
     r"(model|pytorch_model|tf_model|flax_model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin|h5|msgpack)"
     r"(\.index\.json)?|consolidated(-\d+-of-\d+|\.\d+)?\.(safetensors|pth)(\.index\.json)?")
@@ -416,7 +416,12 @@ def companions(source: Path, target: Path) -> Iterator[Path]:
 
 
 def _tree(path: Path, target: Path) -> Iterator[Path]:
-    """Yield `path` and all below it, folders first; but not a link to a folder that it lies in, which has no end."""
+    """Yield `path` and all below it, folders first; but not a link to a folder that it lies in, which has no end.
+
+    Raises:
+        MergeError: a link leads nowhere.
+    """
+    check_link(path)
     if not path.is_dir():
         yield path
     elif path.name != "__pycache__" and not _holds(path, target) and not _holds(path, path.parent):
