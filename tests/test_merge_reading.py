@@ -413,6 +413,19 @@ def test_the_type_is_set_where_the_config_names_it() -> None:
     assert modelconfig.with_dtype(config, None) == config
 
 
+def test_type_and_ties_are_set_at_any_depth_but_not_in_a_quantization() -> None:
+    text = {"torch_dtype": "float32", "tie_word_embeddings": True}
+    config = {"thinker_config": {"dtype": "float32", "text_config": text},
+              "quantization_config": {"dtype": "fp8_e4m3", "weight": {"dtype": "int4"}}}  # yapf: disable
+    assert modelconfig.with_dtype(config, "bfloat16") == {
+        **config, "torch_dtype": "bfloat16",
+        "thinker_config": {"dtype": "bfloat16", "text_config": {**text, "torch_dtype": "bfloat16"}}}  # yapf: disable
+    names = ["thinker.model.embed_tokens.weight", "thinker.lm_head.weight"]
+    assert modelconfig.tied_by_config(config, names) == [names]
+    assert modelconfig.tied_by_config(modelconfig.untied(config), names) == []
+    assert text["tie_word_embeddings"] and "tie_word_embeddings" not in config
+
+
 def test_untying_reaches_nested_configs() -> None:
     config = {"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": True}, "vision_config": {}}
     assert modelconfig.untied(config) == {

@@ -1,7 +1,7 @@
 """The model's config.json: read it, and say in it what the merged weights are."""
 import copy
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,14 @@ def for_critic(config: dict[str, Any], names: Collection[str]) -> tuple[dict[str
     }, [f"the weights are a critic's (score.weight): config.json names {critic}, not {named}"]
 
 
+def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield `config` and the configs in it, at any depth; but no quantization, whose types are its own."""
+    yield config
+    for key, value in config.items():
+        if isinstance(value, dict) and key != QUANTIZATION:
+            yield from _parts(value)
+
+
 def without_quantization(config: dict[str, Any], dtypes: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
     """Return `config` without a `quantization_config` that tensors of `dtypes` (by name) are not of, and a note of it.
 
@@ -75,7 +83,7 @@ def with_dtype(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
     changed = copy.deepcopy(config)
     if dtype is None:
         return changed
-    for part in [changed, *(value for value in changed.values() if isinstance(value, dict))]:
+    for part in _parts(changed):
         for key in DTYPE_KEYS:
             if key in part:
                 part[key] = dtype
@@ -86,17 +94,16 @@ def with_dtype(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
 
 def untied(config: dict[str, Any]) -> dict[str, Any]:
     """Return `config` saying that input and output embeddings are two tensors."""
-    changed = {**config, "tie_word_embeddings": False}
-    for key, value in config.items():
-        if isinstance(value, dict) and "tie_word_embeddings" in value:
-            changed[key] = {**value, "tie_word_embeddings": False}
+    changed = copy.deepcopy(config)
+    for part in _parts(changed):
+        if part is changed or "tie_word_embeddings" in part:
+            part["tie_word_embeddings"] = False
     return changed
 
 
 def tied_by_config(config: dict[str, Any], names: list[str]) -> list[list[str]]:
     """Return the tied names that the config alone tells, for architectures that transformers does not know."""
-    parts = [config, *(value for value in config.values() if isinstance(value, dict))]
-    if not any(part.get("tie_word_embeddings") is True for part in parts):
+    if not any(part.get("tie_word_embeddings") is True for part in _parts(config)):
         return []
     embeddings = [
         name for name in names if name.endswith(("embed_tokens.weight", "wte.weight", "word_embeddings.weight"))
