@@ -426,6 +426,12 @@ def test_a_server_that_goes_midway_stops_the_run_which_keeps_its_numbers(how, tm
     try:
         with endpoint(say) as model, environment(fault) as env:
             url = f"http://127.0.0.1:{port}" if how == "killed" else env.url
+            end = time.monotonic() + 60
+            while time.monotonic() < end:  # longer than --env-wait
+                with suppress(OSError):
+                    socket.create_connection(("127.0.0.1", port)).close()
+                    break
+                time.sleep(0.05)
             args = (tmp_path / "out", url, model.base_url, "--items", "0-9", "--concurrency", "1", "--env-wait", "0.5")
             assert run(*args) == 1
             error = capsys.readouterr().err
