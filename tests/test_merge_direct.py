@@ -5,9 +5,6 @@ import errno
 import itertools
 import os
 import random
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +14,9 @@ import torch
 from merger import copying, direct
 from merger.checkpoint import read_checkpoint
 from merger.copying import Sources
-from merger.direct import AHEAD_BYTES, PAGE, OutputStream, ReadAhead, open_direct, page_buffer
+from merger.direct import PAGE, OutputStream, open_direct, page_buffer
 from merger.discover import find_checkpoint
 from merging import Sample, listing, merge
-
-from benchmarks.disk_limit import cached_share, evict
 
 WAYS = ["around the cache", "refused when opened", "refused when used"]
 
@@ -102,72 +97,6 @@ def test_any_range_of_a_cold_file_is_read(elements: int, way: str, tmp_path: Pat
             begin, end = sorted(chance.randrange(len(whole) + 1) for _ in range(2))
             assert sources.read(0, begin, end - begin, buffer).tobytes() == whole[begin:end]
         assert sources.read(0, 0, len(whole), buffer).tobytes() == whole
-
-
-def make_file(path: Path, cold: bool) -> Path:
-    """A file of 65 readings ahead that is on the disk, and in the page cache unless it is `cold`."""
-    path.write_bytes(bytes(64 * AHEAD_BYTES + PAGE))
-    if cold:
-        evict([path])
-        if cached_share([path]):
-            pytest.skip(f"{path} is on a file system of memory, which is always in the cache")
-    return path
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for what another thread or the kernel does; the test's own limit ends it."""
-    while not condition():
-        time.sleep(0.01)
-
-
-def record_advice(monkeypatch: pytest.MonkeyPatch, then: Callable[[], Any] = lambda: None) -> list[Any]:
-    """Put a recorder in place of posix_fadvise; return what it was asked."""
-    asked: list[Any] = []
-
-    def advise(fd: int, *advice: int) -> None:
-        asked.append(advice)
-        then()
-
-    monkeypatch.setattr(os, "posix_fadvise", advise)
-    return asked
-
-
-def test_what_was_read_ahead_is_there_meanwhile_and_gone_afterwards(tmp_path: Path) -> None:
-    cold, warm = make_file(tmp_path / "cold", True), make_file(tmp_path / "warm", False)
-    with ReadAhead([tmp_path / "absent", cold, warm]) as ahead:
-        assert cached_share([cold]) == 0
-        with ahead.meanwhile():
-            until(lambda: cached_share([cold]) == 1)
-        assert cached_share([cold]) == 1
-    assert cached_share([cold]) == 0 and cached_share([warm]) == 1
-
-
-def test_what_does_not_fit_into_free_memory_is_not_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    large, small = make_file(tmp_path / "large", True), tmp_path / "small"
-    small.write_bytes(b"x" * PAGE)
-    asked = record_advice(monkeypatch)
-    monkeypatch.setattr(direct, "is_cached", lambda fd, size: False)
-    monkeypatch.setattr(direct, "free_memory", lambda: AHEAD_BYTES)
-    with ReadAhead([large, small]) as ahead, ahead.meanwhile():
-        until(lambda: bool(asked))
-    assert asked == [(0, AHEAD_BYTES, os.POSIX_FADV_WILLNEED), (0, 0, os.POSIX_FADV_DONTNEED)]
-
-
-def test_reading_ahead_ends_with_what_it_is_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, ended = make_file(tmp_path / "file", True), threading.Event()
-    asked = record_advice(monkeypatch, ended.wait)
-    with ReadAhead([path]) as ahead:
-        with ahead.meanwhile():
-            until(lambda: bool(asked))
-            threading.Timer(0.1, ended.set).start()  # what it is for ends during the first reading
-        assert len(asked) == 1
-
-
-def test_a_system_that_cannot_read_ahead_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = make_file(tmp_path / "file", True)
-    monkeypatch.delattr(os, "posix_fadvise")
-    with ReadAhead([path]) as ahead, ahead.meanwhile():
-        pass
 
 
 @pytest.mark.parametrize("name", ["FSDP1, 4 ranks", "FSDP2 and TP, 3 x 2 ranks", "HSDP, 2 x 3 ranks, tied"])

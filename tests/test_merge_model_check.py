@@ -1,7 +1,6 @@
 """The question to transformers: its answer is remembered for the same question, and for no other."""
-import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,21 +34,6 @@ def test_the_same_question_is_asked_once(asked: list[Any], tmp_path: Path) -> No
     first = ask(tmp_path / "model", SHAPES, False)
     assert ask(tmp_path / "model", SHAPES, False) == first == Verdict(transformers="5.0", torch="2.4")
     assert len(asked) == 1
-
-
-def test_what_is_done_meanwhile_ends_with_the_answer(asked: list[Any], tmp_path: Path) -> None:
-    steps: list[Any] = []
-
-    @contextlib.contextmanager
-    def meanwhile() -> Iterator[None]:
-        steps.append(len(asked))
-        yield
-        steps.append(len(asked))
-
-    ask(tmp_path / "model", SHAPES, False, meanwhile=meanwhile)
-    assert steps == [0, 1]
-    ask(tmp_path / "model", SHAPES, False, meanwhile=meanwhile)
-    assert steps == [0, 1]
 
 
 @pytest.mark.parametrize("change", ["the config", "a shape", "a name", "custom code", "trust", "a version"])

@@ -2,20 +2,15 @@
 
 Fresh pages of the cache can cost more time than the disk does, and nobody reads a merge's gigabytes from it soon.
 O_DIRECT takes whole blocks of the file and of memory only; what does not fit, or is refused, goes through the cache.
-While a merge waits for something else than the disk, the disk can fill the cache: that is what `ReadAhead` is for.
 """
-import contextlib
 import mmap
 import os
-import threading
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 PAGE = mmap.PAGESIZE  # at least the block of any disk; the cache and direct writes never share one
 FLUSH_BYTES = 64 << 20
-AHEAD_BYTES = 128 << 10  # asked for at a time: Linux cuts what is more than the device's read-ahead, without a word
 
 
 def open_direct(path: Path, flags: int) -> int | None:
@@ -46,75 +41,6 @@ def read_pages(fd: int, offset: int, nbytes: int, buffer: np.ndarray) -> int:
     except OSError:  # reading through the cache may do, or says what is wrong
         return 0
     return min(max(count - lead, 0), nbytes)
-
-
-def is_cached(fd: int, size: int) -> bool:
-    """Tell whether most of a file of `size` bytes is in the page cache, by a few reads that do not wait for the disk."""
-    samples, hits = 8, 0
-    for number in range(samples):
-        try:
-            hits += os.preadv(fd, [bytearray(1)], size * number // samples, os.RWF_NOWAIT)
-        except BlockingIOError:
-            continue
-        except (OSError, AttributeError):  # a file system or a system that cannot tell
-            return False
-    return hits > samples // 2
-
-
-class ReadAhead:
-    """Brings `paths` into the page cache while something else is waited for, and gives that memory back at the end.
-
-    Only files that are not in it, and only as many as fit into the memory that nothing uses.
-    """
-
-    def __init__(self, paths: Iterable[Path]) -> None:
-        self._paths = list(paths)
-        self._brought: list[Path] = []
-
-    def __enter__(self) -> "ReadAhead":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for path in self._brought:
-            with contextlib.suppress(OSError), path.open("rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-    @contextlib.contextmanager
-    def meanwhile(self) -> Iterator[None]:
-        """Read as long as the block lasts."""
-        stop = threading.Event()
-        reader = threading.Thread(target=self._read, args=(stop, ), daemon=True)
-        reader.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            reader.join()
-
-    def _read(self, stop: threading.Event) -> None:
-        room = free_memory()
-        for path in self._paths:
-            with contextlib.suppress(OSError), path.open("rb") as file:  # the copying says what is wrong with it
-                size = os.fstat(file.fileno()).st_size
-                # Looking makes the kernel read around the place, so only what is then read is looked at.
-                if size > room or stop.is_set() or is_cached(file.fileno(), size):
-                    continue
-                room -= size
-                self._brought.append(path)
-                for offset in range(0, size, AHEAD_BYTES):
-                    if stop.is_set():
-                        return
-                    os.posix_fadvise(file.fileno(), offset, AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
-
-
-def free_memory() -> int:
-    """Return the bytes of memory that nothing uses, neither as a cache; 0 where the system cannot tell, or cannot read ahead."""
-    if not hasattr(os, "posix_fadvise"):
-        return 0
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * PAGE
-    except (ValueError, OSError):
-        return 0
 
 
 class OutputStream:

@@ -1,7 +1,6 @@
 """What a merge is asked for, and every check and decision that comes before the first byte is written."""
 import shutil
 from collections.abc import Collection, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from merger.checkpoint import Checkpoint, Tensor, read_checkpoint
 from merger.discover import MERGED, RankFiles, find_checkpoint
 from merger.dtypes import CONVERTED, output_dtype
 from merger.gpu import check_device
-from merger.model_check import Meanwhile, Verdict, complaint, naming_note
+from merger.model_check import Verdict, complaint, naming_note
 from merger.modelconfig import (
     CONFIG_NAME,
     dump_json,
@@ -99,10 +98,8 @@ class Job:
         return sum(output.source.numel for output in self.outputs)
 
 
-def prepare(options: Options, checkpoint: Checkpoint | None = None, meanwhile: Meanwhile = nullcontext) -> Job:
+def prepare(options: Options, checkpoint: Checkpoint | None = None) -> Job:
     """Make every check that comes before the first byte is written; `checkpoint` where it is read already.
-
-    `meanwhile` is entered for as long as another process is waited for.
 
     Raises:
         MergeError: the first fault found.
@@ -111,7 +108,7 @@ def prepare(options: Options, checkpoint: Checkpoint | None = None, meanwhile: M
     target = target_folder(options, files)
     publish.check_target(target, files.folders)
     publish.check_free(target, options.force)
-    job = lay_out(options, files, target, config_folder(files), checkpoint, meanwhile)
+    job = lay_out(options, files, target, config_folder(files), checkpoint)
     _check_space(target, job.files, publish.companions(job.config_dir, target))
     return job
 
@@ -120,8 +117,7 @@ def lay_out(options: Options,
             files: RankFiles,
             target: Path,
             config_dir: Path,
-            checkpoint: Checkpoint | None = None,
-            meanwhile: Meanwhile = nullcontext) -> Job:
+            checkpoint: Checkpoint | None = None) -> Job:
     """Check the checkpoint and decide what its merged model is made of, whatever `target` holds.
 
     Raises:
@@ -138,7 +134,7 @@ def lay_out(options: Options,
     verdict = model_check.ask(config_dir, {
         name: tensor.shape
         for name, (tensor, _) in named.items()
-    }, options.trust_remote_code, config["architectures"][0] if changed else "", bool(cleaned), meanwhile)
+    }, options.trust_remote_code, config["architectures"][0] if changed else "", bool(cleaned))
     notes = [*checkpoint.notes, *changed, *cleaned, *naming_note(verdict)]
     if verdict.silent:
         notes.append(f"keys were not checked against a model: {verdict.silent}")

@@ -9,7 +9,6 @@ from typing import Any
 from merger import MergeError, hub, lora, model_check, publish, show, verify
 from merger.checkpoint import mesh_sizes, read_checkpoint, read_entries
 from merger.copying import THREADS, HostConverter, Tally, write_files
-from merger.direct import ReadAhead
 from merger.discover import RankFiles, find_checkpoint
 from merger.gpu import TorchConverter
 from merger.job import (
@@ -50,16 +49,15 @@ def merge(options: Options) -> dict[str, Any]:
     notes: list[str] = []
     if record is None:
         publish.check_replaceable(target)
-        with ReadAhead(files.paths.values()) as ahead:
-            job = prepare(options, meanwhile=ahead.meanwhile)
-            notes = job.notes
-            for note in notes:
-                if not options.quiet:
-                    show.say(note)
-            try:
-                record = carry_out(job, options, began)
-            except KeyboardInterrupt:  # the folder that was replaced may take its time to go
-                raise KeyboardInterrupt(f"{target} is complete" if job.published else "") from None
+        job = prepare(options)
+        notes = job.notes
+        for note in notes:
+            if not options.quiet:
+                show.say(note)
+        try:
+            record = carry_out(job, options, began)
+        except KeyboardInterrupt:  # the folder that was replaced may take its time to go
+            raise KeyboardInterrupt(f"{target} is complete" if job.published else "") from None
     else:
         show.say(f"{target} holds this merge already; going on with the upload")
         if options.verify:

@@ -11,8 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,8 +20,6 @@ from typing import Any
 from merger.modelconfig import CONFIG_NAME, QUANTIZATION, read_config
 
 SCRIPTS = Path(__file__).resolve().parents[1]
-
-Meanwhile = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -66,13 +63,11 @@ def ask(config_dir: Path,
         shapes: Mapping[str, Sequence[int]],
         trust_remote_code: bool,
         architecture: str = "",
-        unquantized: bool = False,
-        meanwhile: Meanwhile = contextlib.nullcontext) -> Verdict:
+        unquantized: bool = False) -> Verdict:
     """Return what transformers makes of `shapes` (elements by name) under the config in `config_dir`.
 
     `architecture` stands for the one that the config names, where that is not the weights'; `unquantized` leaves its
-    `quantization_config` out, where the weights are not of that. `meanwhile` is entered for as long as a process is
-    waited for.
+    `quantization_config` out, where the weights are not of that.
 
     The answer depends on the config, the names and shapes and the installed versions alone, so it is remembered: the
     next checkpoint of the same run needs no process with torch and transformers in it.
@@ -92,9 +87,8 @@ def ask(config_dir: Path,
     if memory:
         with contextlib.suppress(OSError, ValueError, TypeError):
             return Verdict(**json.loads(memory.read_text()))
-    with meanwhile():
-        process = subprocess.run([sys.executable, "-m", "merger.model_check"],
-                                 input=json.dumps(request), capture_output=True, cwd=SCRIPTS, text=True)  # yapf: disable
+    process = subprocess.run([sys.executable, "-m", "merger.model_check"],
+                             input=json.dumps(request), capture_output=True, cwd=SCRIPTS, text=True)  # yapf: disable
     if process.returncode:
         last = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
         return Verdict(unknown=last[:300])
