@@ -72,8 +72,8 @@ def up(c: Context,
                 env_users.keep(row.name)  # also where an evaluation started it
             print(
                 f"{row.name} is up already: {others[row.name].url} (`invoke env.restart --env {row.name}` starts anew)")
-            if port or (replicas, session_ttl, build) != ("1", "3600",
-                                                          False) or runner not in ("auto", others[row.name].runner):
+            elsewhere = runner not in ("auto", others[row.name].runner)
+            if port or elsewhere or (replicas, session_ttl, build) != ("1", "3600", False):
                 print(
                     f"its flags are those that it was started with; for others `invoke env.down --env {row.name}` first"
                 )

@@ -391,7 +391,7 @@ def test_caches_are_found_outside_what_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size, expected", [(0, "0B"), (999, "999B"), (7_690_000_000, "7.69GB"),
-                                            (378_000_000, "378MB")])
+                                            (378_000_000, "378MB"), (999_900, "1MB")])
 def test_human_size(size: int, expected: str) -> None:
     assert human_size(size) == expected
 

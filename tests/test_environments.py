@@ -225,30 +225,33 @@ def test_what_is_missing_is_refused_with_the_remedy(name, understood, variables,
     assert found is None if message is None else message in (found or "")
 
 
-def test_ctrl_c_ends_the_build_of_all(monkeypatch):
+@pytest.fixture
+def builds_with(monkeypatch):
+    """Set what builds an image, where there is no engine."""
+    monkeypatch.setattr(docker, "require_engine", lambda *_: None)
+    monkeypatch.setattr(docker, "image_facts", lambda _: None)
+    monkeypatch.setattr(env_runs, "model", lambda *_: Path("/nowhere"))
+    return lambda build_one: monkeypatch.setattr(env_docker, "build", build_one)
+
+
+def test_ctrl_c_ends_the_build_of_all(builds_with):
     begun = []
 
     def interrupted(c, row, *_, **__):
         begun.append(row.name)
         raise Exit(code=130)
 
-    monkeypatch.setattr(docker, "require_engine", lambda *_: None)
-    monkeypatch.setattr(docker, "image_facts", lambda _: None)
-    monkeypatch.setattr(env_runs, "model", lambda *_: Path("/nowhere"))
-    monkeypatch.setattr(env_docker, "build", interrupted)
+    builds_with(interrupted)
     with pytest.raises(Exit) as left:
         build.env(Context(), env="all")
     assert left.value.code == 130 and len(begun) == 1
 
 
-def test_each_build_of_all_that_failed_says_why(monkeypatch, capsys):
+def test_each_build_of_all_that_failed_says_why(builds_with, capsys):
     def full(c, row, *_, **__):
         raise Exit(f"docker: no space left for {row.name}", code=1)
 
-    monkeypatch.setattr(docker, "require_engine", lambda *_: None)
-    monkeypatch.setattr(docker, "image_facts", lambda _: None)
-    monkeypatch.setattr(env_runs, "model", lambda *_: Path("/nowhere"))
-    monkeypatch.setattr(env_docker, "build", full)
+    builds_with(full)
     with pytest.raises(Exit, match=r"not built: .*babyai"):
         build.env(Context(), env="all")
     assert "babyai: docker: no space left for babyai\n" in capsys.readouterr().err

@@ -70,8 +70,8 @@ def without_quantization(config: dict[str, Any], dtypes: Mapping[str, str]) -> t
     if set(dtypes.values()) - WHOLE_TYPES or any(name.endswith(SCALES) for name in dtypes):
         return config, []
     changed, methods = copy.deepcopy(config), []
-    for part in (changed, changed.get("text_config")):
-        if isinstance(part, dict) and (found := part.pop(QUANTIZATION, None)):
+    for part in _parts(changed):
+        if found := part.pop(QUANTIZATION, None):
             methods.append(str(found.get("quant_method")) if isinstance(found, dict) else "damaged")
     if not methods:
         return config, []

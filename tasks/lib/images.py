@@ -48,7 +48,7 @@ def image_of(service: str) -> Image:
 def human_size(size: float) -> str:
     """Return `size` bytes the way `docker images` does: 1.5GB."""
     for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
+        if size < 999.5:  # which is rounded to three digits, and not to 1e+03
             return f"{size:.3g}{unit}"
         size /= 1000
     return f"{size:.3g}TB"
