@@ -63,8 +63,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fixture", action="store_true", help="use the tests' sources, images and settings")
     if not parser.parse_args().fixture:
+        from tasks.lib.engine.sources import RL, choose_sources, is_url
         from tasks.lib.settings import read_dotenv
-        from tasks.lib.sources import RL, choose_sources, is_url
         source = choose_sources(ROOT, {**read_dotenv(), **os.environ}).get(RL, "")
         if not source or is_url(source):
             sys.exit(f"build benchmark: no AgentGym-RL checkout to touch a file in; set {RL}, or pass --fixture")

@@ -19,7 +19,7 @@ from typing import Any, Dict, NamedTuple, Optional
 # The servers answer on this machine or on a container's network: a proxy for the internet would only be in the way.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
-# What a row's protocol table may leave out. (tasks/lib/environments.py has the same; a test compares them.)
+# What a row's protocol table may leave out. (tasks/lib/environments/rows.py has the same; a test compares them.)
 DEFAULTS = {
     "prefix": "",
     "create": None,

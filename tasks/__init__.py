@@ -2,8 +2,8 @@
 from invoke.collection import Collection
 
 from tasks import build, clean, env, evaluate, merge, train
+from tasks.edge import guard
 from tasks.formatting import format
-from tasks.lib.edge import guard
 from tasks.project import doctor, down, status
 from tasks.quickstart import quickstart
 

@@ -8,11 +8,11 @@ from invoke.context import Context
 from invoke.exceptions import Exit
 from invoke.tasks import task
 
-from tasks.lib import docker
-from tasks.lib.edge import INTERRUPTED
-from tasks.lib.images import IMAGES, Image, human_size, image_of
+from tasks.lib.engine import client as docker
+from tasks.lib.engine.images import IMAGES, Image, human_size, image_of
+from tasks.lib.engine.sources import GYM, RL, choose_sources, origin, revision
+from tasks.lib.errors import INTERRUPTED
 from tasks.lib.settings import ROOT, SETTINGS, read_dotenv
-from tasks.lib.sources import GYM, RL, choose_sources, origin, revision
 
 FLAGS = {
     "no_cache": "Build every layer again.",
@@ -164,8 +164,9 @@ def eval(c: Context,
       })
 def env(c: Context, env: str = "", no_cache: bool = False, pull: bool = False, tag: str = "") -> None:
     """Build an environment server's image, or all."""
-    from tasks.lib import env_docker, env_runs
-    from tasks.lib.env_plan import Options
+    from tasks.lib.environments import docker as env_docker
+    from tasks.lib.environments import runs as env_runs
+    from tasks.lib.environments.plan import Options
     rows = list(env_runs.all_rows("build.env").values()) if env == "all" else [env_runs.find_row("build.env", env)]
     variables = build_variables(tag)
     docker.require_engine(c, docker.ENGINE_AT_LEAST_FOR_ENVIRONMENTS)

@@ -6,9 +6,10 @@ from invoke.context import Context
 from invoke.exceptions import Exit
 from invoke.tasks import task
 
-from tasks.lib import containers, docker
-from tasks.lib.images import EVERY
-from tasks.lib.leftovers import bytecode_folders
+from tasks.lib.engine import client as docker
+from tasks.lib.engine import containers
+from tasks.lib.engine.images import EVERY
+from tasks.lib.host.leftovers import bytecode_folders
 from tasks.lib.settings import ROOT
 
 YES = {"yes": "Do not ask."}

@@ -13,12 +13,12 @@ from invoke.context import Context
 from invoke.exceptions import Exit
 from invoke.tasks import task
 
-from tasks.lib.edge import INTERRUPTED
+from tasks.lib.errors import INTERRUPTED
 
 if TYPE_CHECKING:
-    from tasks.lib.env_plan import Options
-    from tasks.lib.env_runs import Running
-    from tasks.lib.environments import Environment
+    from tasks.lib.environments.plan import Options
+    from tasks.lib.environments.rows import Environment
+    from tasks.lib.environments.runs import Running
 
 # The rows need pydantic and Docker's door needs python-on-whales: both are imported when a task runs.
 
@@ -54,9 +54,10 @@ def up(c: Context,
        runner: str = "auto",
        i_understand: bool = False) -> None:
     """Start an environment server and wait until ready."""
-    from tasks.lib import env_runs, env_users
-    from tasks.lib.env_plan import Options
-    from tasks.lib.programs import as_ctrl_c
+    from tasks.lib.environments import lease as env_users
+    from tasks.lib.environments import runs as env_runs
+    from tasks.lib.environments.plan import Options
+    from tasks.lib.host.programs import as_ctrl_c
     from tasks.lib.settings import resolve
     row = env_runs.find_row("env.up", env)
     count = env_runs.whole_number("env.up", "replicas", replicas, 1)
@@ -99,8 +100,8 @@ def dry(c: Context, what: str) -> bool:
 
 def announce(row: "Environment", options: "Options", runner: str, url: str) -> None:
     """Print where the server is."""
-    from tasks.lib import env_runs
-    from tasks.lib.env_plan import service_name
+    from tasks.lib.environments import runs as env_runs
+    from tasks.lib.environments.plan import service_name
     prefix = row.protocol.prefix
     inside = ""
     if runner == "docker":
@@ -111,7 +112,7 @@ def announce(row: "Environment", options: "Options", runner: str, url: str) -> N
 @task(positional=[], auto_shortflags=False, help={"env": "Environment to stop (default: all of them)."})
 def down(c: Context, env: str = "") -> None:
     """Stop one environment server, or all."""
-    from tasks.lib import env_runs
+    from tasks.lib.environments import runs as env_runs
     names = [env_runs.find_row("env.down", env).name] if env else sorted(env_runs.running())
     for name in names:
         if not env_runs.stop(c, name):
@@ -125,8 +126,9 @@ def down(c: Context, env: str = "") -> None:
 @task(positional=[], auto_shortflags=False, help={"env": ENV_HELP, "wait": WAIT_HELP})
 def restart(c: Context, env: str = "", wait: str = "120") -> None:
     """Stop a server and start it as it was."""
-    from tasks.lib import env_runs, env_users
-    from tasks.lib.programs import as_ctrl_c
+    from tasks.lib.environments import lease as env_users
+    from tasks.lib.environments import runs as env_runs
+    from tasks.lib.host.programs import as_ctrl_c
     row = env_runs.find_row("env.restart", env)
     seconds = env_runs.whole_number("env.restart", "wait", wait, 1)
     noted = env_runs.recall(row)
@@ -147,7 +149,9 @@ def restart(c: Context, env: str = "", wait: str = "120") -> None:
 @task(name="list", positional=[], auto_shortflags=False)
 def list_(c: Context) -> None:
     """Show every environment: image, port, data, keys."""
-    from tasks.lib import docker, env_docker, env_runs
+    from tasks.lib.engine import client as docker
+    from tasks.lib.environments import docker as env_docker
+    from tasks.lib.environments import runs as env_runs
     rows, up_now, environ = env_runs.all_rows("env.list"), env_runs.running(), env_runs.settings()
     try:
         built = {name for name, row in rows.items() if docker.image_exists(env_docker.image_name(row))}
@@ -192,7 +196,10 @@ def print_files(c: Context, files: Sequence[Path], follow: bool) -> None:
 @task(positional=[], auto_shortflags=False, help={"env": ENV_HELP, "follow": "Go on until Ctrl-C."})
 def logs(c: Context, env: str = "", follow: bool = False) -> None:
     """Show what an environment server printed."""
-    from tasks.lib import docker, env_docker, env_local, env_runs
+    from tasks.lib.engine import client as docker
+    from tasks.lib.environments import docker as env_docker
+    from tasks.lib.environments import local as env_local
+    from tasks.lib.environments import runs as env_runs
     row = env_runs.find_row("env.logs", env)
     files = env_runs.logs(row.name)
     if row.name in env_local.states():
@@ -226,7 +233,10 @@ def logs(c: Context, env: str = "", follow: bool = False) -> None:
 @task(positional=[], auto_shortflags=False, help={"env": ENV_HELP, "user": "User in the container (default: yours)."})
 def shell(c: Context, env: str = "", user: str = "") -> None:
     """Open a shell in an environment's container."""
-    from tasks.lib import containers, env_docker, env_local, env_runs
+    from tasks.lib.engine import containers
+    from tasks.lib.environments import docker as env_docker
+    from tasks.lib.environments import local as env_local
+    from tasks.lib.environments import runs as env_runs
     row = env_runs.find_row("env.shell", env)
     if row.name in env_local.states():
         home = env_local.RUN / row.name
@@ -255,8 +265,9 @@ def shell(c: Context, env: str = "", user: str = "") -> None:
 def check(c: Context, env: str = "", url: str = "", timeout: str = "60") -> None:
     """Check that a running server keeps its protocol."""
     from servers.protocol import Client
-    from tasks.lib import docker, env_runs
-    from tasks.lib.conformance import Conformance
+    from tasks.lib.engine import client as docker
+    from tasks.lib.environments import runs as env_runs
+    from tasks.lib.environments.conformance import Conformance
     row = env_runs.find_row("env.check", env)
     seconds = env_runs.whole_number("env.check", "timeout", timeout, 1)
     if dry(c, f"play sessions on the server of {row.name}"):
@@ -280,7 +291,8 @@ def check(c: Context, env: str = "", url: str = "", timeout: str = "60") -> None
       })
 def data(c: Context, env: str = "", from_: str = "") -> None:
     """Fetch an environment's data into data/<env>."""
-    from tasks.lib import env_data, env_runs
+    from tasks.lib.environments import data as env_data
+    from tasks.lib.environments import runs as env_runs
     row = env_runs.find_row("env.data", env)
     folder = env_runs.data_folder(row)
     if not row.data:

@@ -11,13 +11,13 @@ from invoke.context import Context
 from invoke.exceptions import Exit
 from invoke.tasks import task
 
-from tasks.lib.eval_plan import NEEDED, Endpoint, endpoint_flags, flags, folders, loopback_host
-from tasks.lib.programs import GPUS_HERE, as_ctrl_c, choose_runner, environment, run_module
+from tasks.lib.evaluation.plan import NEEDED, Endpoint, endpoint_flags, flags, folders, loopback_host
+from tasks.lib.host.programs import GPUS_HERE, as_ctrl_c, choose_runner, environment, run_module
 from tasks.lib.settings import ROOT, resolve
 
 if TYPE_CHECKING:
-    from tasks.lib.environments import Environment
-    from tasks.lib.gpus import GpuChoice
+    from tasks.lib.engine.gpus import GpuChoice
+    from tasks.lib.environments.rows import Environment
 
 RUN_HELP = "Folder of a run, or its name in saves/eval (default: the latest). Repeatable."
 PRICES_HELP = "TOML or JSON file with input and output of each model, for a million tokens."
@@ -44,7 +44,8 @@ def served(c: Context, row: "Environment", runner: str, understood: bool, second
     Raises:
         Exit: it cannot start, or cannot be reached from there.
     """
-    from tasks.lib import env_runs, env_users
+    from tasks.lib.environments import lease as env_users
+    from tasks.lib.environments import runs as env_runs
     if c.config.run.dry:
         yield _start(c, row, runner, understood, seconds)
         return
@@ -72,8 +73,8 @@ def served(c: Context, row: "Environment", runner: str, understood: bool, second
 
 
 def _start(c: Context, row: "Environment", runner: str, understood: bool, seconds: int) -> str:
-    from tasks.lib import env_runs
-    from tasks.lib.env_plan import Options, service_name
+    from tasks.lib.environments import runs as env_runs
+    from tasks.lib.environments.plan import Options, service_name
     place = "docker" if runner == "docker" else env_runs.choose_runner("eval",
                                                                        "local" if row.source == "project" else "auto")
     bind = resolve("ENV_BIND")
@@ -104,7 +105,10 @@ def prepare_checkpoint(c: Context, folder: str, runner: str, engine: str, gpus: 
     Raises:
         Exit: one line.
     """
-    from tasks.lib import checkpoints, env_runs, serve_docker, serving
+    from tasks.lib import checkpoints
+    from tasks.lib.environments import runs as env_runs
+    from tasks.lib.serving import docker as serve_docker
+    from tasks.lib.serving import local as serving
     from tasks.merge import run_merger
     seconds = env_runs.whole_number("eval", "serve-wait", wait, 1)
     choice = serve_docker.gpus_for(c, gpus) if runner == "docker" else None
@@ -132,7 +136,8 @@ def served_checkpoint(c: Context, checkpoint: Prepared) -> Iterator[Endpoint]:
     Raises:
         Exit: one line; nothing is left running.
     """
-    from tasks.lib import serve_docker, serving
+    from tasks.lib.serving import docker as serve_docker
+    from tasks.lib.serving import local as serving
     model, name, engine, seconds = checkpoint.model, checkpoint.name, checkpoint.engine, checkpoint.seconds
     server = serve_docker.started(c, "eval", model, name, engine, checkpoint.gpus, seconds) if checkpoint.gpus else \
         serving.started(c, "eval", model, name, engine, seconds)
@@ -154,7 +159,9 @@ def run_evaluation(c: Context,
     Raises:
         Exit: its exit code.
     """
-    from tasks.lib import containers, env_docker, env_runs
+    from tasks.lib.engine import containers
+    from tasks.lib.environments import docker as env_docker
+    from tasks.lib.environments import runs as env_runs
     settings = env_runs.settings()
     if runner == "docker":
         containers.run(c,
@@ -182,7 +189,7 @@ def lacking() -> list[str]:
 
 def _runner(runner: str, checkpoint: str = "") -> str:
     from tasks import merge
-    from tasks.lib import serving
+    from tasks.lib.serving import local as serving
     lacks_merger = checkpoint and not all(find_spec(name) for name in merge.NEEDED)
     try:
         return choose_runner(runner, not lacking() and not lacks_merger and not (checkpoint and serving.missing()))
@@ -251,7 +258,7 @@ def run(c: Context,
         wait: str = "120",
         i_understand: bool = False) -> None:
     """Evaluate a model on an environment."""
-    from tasks.lib import env_runs
+    from tasks.lib.environments import runs as env_runs
     if checkpoint and (model or base_url):
         raise Exit(
             f"eval: --checkpoint {checkpoint} is served under a name of its own; leave out --{'model' if model else 'base-url'}",

@@ -5,9 +5,9 @@ from invoke.context import Context
 from invoke.exceptions import Exit
 from invoke.tasks import task
 
-from tasks.lib import containers
+from tasks.lib.engine import containers
+from tasks.lib.engine.sources import RL, choose_sources, is_url
 from tasks.lib.settings import ROOT, hide_logins, read_dotenv
-from tasks.lib.sources import RL, choose_sources, is_url
 
 
 @task(positional=[],

@@ -8,9 +8,9 @@ from invoke.context import Context
 from invoke.exceptions import Exit
 from invoke.tasks import task
 
-from tasks.lib import containers
-from tasks.lib.mounts import Translation
-from tasks.lib.programs import GPUS_HERE, choose_runner, environment, run_program
+from tasks.lib.engine import containers
+from tasks.lib.engine.mounts import Translation
+from tasks.lib.host.programs import GPUS_HERE, choose_runner, environment, run_program
 from tasks.lib.settings import ROOT, resolve, resolve_path
 
 PROGRAM = ROOT / "scripts" / "model_merger.py"

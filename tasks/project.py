@@ -6,8 +6,10 @@ from invoke.context import Context
 from invoke.exceptions import Exit
 from invoke.tasks import task
 
-from tasks.lib import checks, containers, docker
-from tasks.lib.images import EVERY, human_age, human_size
+from tasks.lib.doctor import checks
+from tasks.lib.engine import client as docker
+from tasks.lib.engine import containers
+from tasks.lib.engine.images import EVERY, human_age, human_size
 
 
 def print_inspection(c: Context, name: str) -> None:

@@ -12,7 +12,7 @@ from invoke.context import Context
 from invoke.exceptions import Exit
 from invoke.tasks import task
 
-from tasks.lib.programs import as_ctrl_c, run_module, run_program
+from tasks.lib.host.programs import as_ctrl_c, run_module, run_program
 from tasks.lib.settings import ROOT
 
 FOLDER = ROOT / "saves" / "quickstart"
@@ -83,9 +83,11 @@ def demo_server(c: Context) -> Iterator[str]:
     Raises:
         Exit: it does not start.
     """
-    from tasks.lib import env_local, env_runs, env_users
-    from tasks.lib.env_plan import Options, choose_port
-    from tasks.lib.environments import environment
+    from tasks.lib.environments import lease as env_users
+    from tasks.lib.environments import local as env_local
+    from tasks.lib.environments import runs as env_runs
+    from tasks.lib.environments.plan import Options, choose_port
+    from tasks.lib.environments.rows import environment
     row = environment("demo")
     if c.config.run.dry:
         yield env_runs.local_url(row) or env_local.url(Options(choose_port(row.port, env_local.port_is_free)))
@@ -135,7 +137,7 @@ def play(c: Context, url: str, model: str, items: range, run: str = "", base_url
 
 def play_served(c: Context, url: str, model: Path, name: str) -> Path:
     """Serve the Hugging Face folder `model` while it plays the items for evaluation; return the run's folder."""
-    from tasks.lib.serving import served_locally
+    from tasks.lib.serving.local import served_locally
     served = nullcontext("http://127.0.0.1:8000/v1") if c.config.run.dry else served_locally("quickstart", model, name)
     with served as base_url:
         return play(c, url, name, HELD_OUT, base_url=base_url)

@@ -6,7 +6,8 @@ from invoke.context import Context
 from invoke.exceptions import Exit
 from invoke.tasks import task
 
-from tasks.lib import containers, docker
+from tasks.lib.engine import client as docker
+from tasks.lib.engine import containers
 
 FLAGS = {
     "shm_size": "Shared memory of a new container, such as 64g (default: $SHM_SIZE, then 32g).",

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from servers.protocol import Client, ServerError, check_ready
-from tasks.lib.conformance import Conformance
+from tasks.lib.environments.conformance import Conformance
 from tests.fixtures.servers import ROOT, rows, running
 
 FORMS = sorted(name for name in rows() if name.startswith("form-"))

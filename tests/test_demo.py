@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from tasks.lib.environments import environment
+from tasks.lib.environments.rows import environment
 from tests.fixtures.servers import ROOT, running
 
 sys.path.insert(0, str(ROOT / "demo"))

@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from tasks.lib import checks
-from tasks.lib.docker import caller_variables, command_line, compose_files, docker_said, redact, remedy
-from tasks.lib.env_plan import Options, compose_model
-from tasks.lib.environments import environment, environments
-from tasks.lib.gpus import NO_RUNTIME, GpuChoice, choose_gpus, refusal
-from tasks.lib.images import human_age, human_size
-from tasks.lib.leftovers import bytecode_folders
-from tasks.lib.mounts import Translation, ensure_folders
-from tasks.lib.programs import choose_runner
+from tasks.lib.doctor import checks
+from tasks.lib.engine.client import caller_variables, command_line, compose_files, docker_said, redact, remedy
+from tasks.lib.engine.gpus import NO_RUNTIME, GpuChoice, choose_gpus, refusal
+from tasks.lib.engine.images import human_age, human_size
+from tasks.lib.engine.mounts import Translation, ensure_folders
+from tasks.lib.engine.sources import GYM, RL, check_source, choose_sources, find_checkouts, origin, revision
+from tasks.lib.environments.plan import Options, compose_model
+from tasks.lib.environments.rows import environment, environments
+from tasks.lib.host.leftovers import bytecode_folders
+from tasks.lib.host.programs import choose_runner
 from tasks.lib.settings import ROOT, SETTINGS, secret_values
-from tasks.lib.sources import GYM, RL, check_source, choose_sources, find_checkouts, origin, revision
 
 
 @pytest.mark.parametrize("flag, setting, nvidia, expected", [

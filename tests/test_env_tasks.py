@@ -24,9 +24,13 @@ import psutil
 import pytest
 
 from servers.protocol import Client, ServerError
-from tasks.lib import env_data, env_local, env_runs, env_users, processes
-from tasks.lib.env_plan import proxy_config
-from tasks.lib.environments import Environment, environments
+from tasks.lib.environments import data as env_data
+from tasks.lib.environments import lease as env_users
+from tasks.lib.environments import local as env_local
+from tasks.lib.environments import runs as env_runs
+from tasks.lib.environments.plan import proxy_config
+from tasks.lib.environments.rows import Environment, environments
+from tasks.lib.host import processes
 from tests.fixtures.servers import FIXTURE_ROWS, ROOT, rows
 
 STATES = ROOT / ".run" / "env"

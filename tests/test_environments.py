@@ -13,9 +13,19 @@ from invoke.exceptions import Exit
 
 from servers import protocol as served_protocol
 from tasks import build
-from tasks.lib import docker, env_docker, env_runs
-from tasks.lib.env_plan import ALIASES, Options, choose_port, compose_model, proxy_config, refusal, server_variables
-from tasks.lib.environments import ROWS, Protocol, Success, environment, environments, parse
+from tasks.lib.engine import client as docker
+from tasks.lib.environments import docker as env_docker
+from tasks.lib.environments import runs as env_runs
+from tasks.lib.environments.plan import (
+    ALIASES,
+    Options,
+    choose_port,
+    compose_model,
+    proxy_config,
+    refusal,
+    server_variables,
+)
+from tasks.lib.environments.rows import ROWS, Protocol, Success, environment, environments, parse
 from tests.fixtures.servers import FIXTURE_ROWS, ROOT, rows
 
 AGENTGYM = {

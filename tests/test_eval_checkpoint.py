@@ -23,7 +23,10 @@ from serve_transformers import generation, link
 from evaluation.__main__ import main as evaluation
 from evaluation.report import STEP
 from tasks import evaluate
-from tasks.lib import checkpoints, eval_plan, serve_docker, serving
+from tasks.lib import checkpoints
+from tasks.lib.evaluation import plan as eval_plan
+from tasks.lib.serving import docker as serve_docker
+from tasks.lib.serving import local as serving
 from tasks.lib.settings import ROOT
 from tests.fixtures.servers import FIXTURE_ROWS, rows, running
 from tests.fixtures.standins import completion, endpoint

@@ -23,7 +23,7 @@ from evaluation.prompts import Prompt
 from evaluation.protocol import First, first_in, session_in, step_in
 from evaluation.rows import Protocol, read_row, rows_file
 from evaluation.settings import api_key, check_url, extra_body
-from tasks.lib.environments import environments
+from tasks.lib.environments.rows import environments
 from tests.fixtures.servers import ROOT
 
 ROWS = ROOT / "environments.toml"

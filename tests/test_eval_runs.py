@@ -80,7 +80,7 @@ def opened(client) -> int:
 
 
 def test_the_expert_solves_the_demo_and_a_random_player_does_not(tmp_path, capsys):
-    from tasks.lib.environments import environment as row_of
+    from tasks.lib.environments.rows import environment as row_of
     with running(row_of("demo"), tmp_path) as client:
         for player in ("expert", "random"):
             assert main(["run", "--env", "demo", "--server", client.base, "--model", player, "--out", str(tmp_path / player),

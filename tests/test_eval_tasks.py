@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from tasks.lib import env_users, eval_plan
+from tasks.lib.environments import lease as env_users
+from tasks.lib.evaluation import plan as eval_plan
 from tests.fixtures.servers import ROOT
 from tests.fixtures.standins import completion, endpoint
 

@@ -32,7 +32,9 @@ def test_the_trained_agent_is_above_chance_and_the_expert_above_all(story: Story
 
 
 def test_a_server_that_the_user_wants_to_keep_is_kept() -> None:
-    from tasks.lib import env_local, env_runs, env_users
+    from tasks.lib.environments import lease as env_users
+    from tasks.lib.environments import local as env_local
+    from tasks.lib.environments import runs as env_runs
     row = env_runs.find_row("test", "demo")
     env_local.down(row.name)
     try:

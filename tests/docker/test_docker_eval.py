@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from workbench import Terminal, Workbench
 
-from tasks.lib import processes, serve_docker
+from tasks.lib.host import processes
+from tasks.lib.serving import docker as serve_docker
 from tasks.lib.settings import SETTINGS
 from tests.fixtures.servers import ROOT
 from tests.fixtures.standins import Endpoint, completion, endpoint

@@ -511,7 +511,7 @@ def test_port_in_use_names_the_setting(built: Workbench, environment_image: str,
         env = {"ENV": environment_image, "ENV_PORT": str(port)}
         # The tasks that start servers come with the environments; the door to Docker is theirs already.
         program = (
-            "from invoke.context import Context; from tasks.lib import docker\n"
+            "from invoke.context import Context; from tasks.lib.engine import client as docker\n"
             "docker.drive(Context(), lambda d: d.compose.up(['env-server'], detach=True, stream_logs=True), profiles=['env'])"
         )
         done = built.run(

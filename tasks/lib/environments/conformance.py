@@ -3,7 +3,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from servers.protocol import Client, ServerError, Step
-from tasks.lib.environments import Environment
+from tasks.lib.environments.rows import Environment
 
 # No environment's vocabulary holds it, and no JSON reader stumbles over it.
 BAD_ACTION = "\u2603 no such action"

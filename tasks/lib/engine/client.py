@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from invoke.context import Context
 from invoke.exceptions import Exit
 
-from tasks.lib.edge import INTERRUPTED
+from tasks.lib.errors import INTERRUPTED
 from tasks.lib.settings import ROOT, hide_logins, read_dotenv, resolve, secret_values
 
 if TYPE_CHECKING:

@@ -8,10 +8,9 @@ from typing import Any
 from invoke.collection import Collection
 from invoke.exceptions import Exit
 
+from tasks.lib.errors import INTERRUPTED, PIPE_CLOSED, UserError
 from tasks.lib.settings import BadSetting
 
-INTERRUPTED = 130
-PIPE_CLOSED = 141  # as a shell says it of SIGPIPE
 REMEDIES = {
     errno.EACCES: "give yourself access (chown, chmod)",
     errno.EPERM: "give yourself access (chown, chmod)",
@@ -35,6 +34,8 @@ def guarded(name: str, body: Callable[..., Any]) -> Callable[..., Any]:
         except BrokenPipeError:  # whoever read what we print wanted no more
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             raise Exit(code=PIPE_CLOSED) from None
+        except UserError as error:
+            raise Exit(error.message and f"{error.speaker or name}: {error.message}", code=error.code) from None
         except OSError as error:
             raise Exit(f"{name}: {line(error)}", code=2) from None
         except BadSetting as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tasks.lib.environments import Environment
+    from tasks.lib.environments.rows import Environment
 
 SEARCHED_PORTS = 100
 # Well above any action and below any attack: a request whose body is longer gets no id out of it and is refused.

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from invoke.exceptions import Exit
 
-from tasks.lib import docker
-from tasks.lib.mounts import FOLDERS
+from tasks.lib.engine import client as docker
+from tasks.lib.engine.mounts import FOLDERS
+from tasks.lib.engine.sources import GYM, RL, choose_sources
 from tasks.lib.settings import ROOT, SETTINGS, hide_logins, read_dotenv, resolve
-from tasks.lib.sources import GYM, RL, choose_sources
 
 OK, NOTE, MISSING = "ok", "note", "missing"
 DISK_GB = 32
@@ -130,7 +130,7 @@ def all_checks() -> Iterator[Check]:
 
 def environment_keys() -> set[str]:
     """Return the variables that the environments ask for; none where their rows cannot be read."""
-    from tasks.lib.environments import environments
+    from tasks.lib.environments.rows import environments
     try:
         rows = environments(ROOT / resolve("ENVIRONMENTS"))
     except (OSError, ValueError):

@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Literal
 from invoke.context import Context
 from invoke.exceptions import Exit
 
-from tasks.lib import containers, docker, processes
-from tasks.lib.edge import INTERRUPTED
-from tasks.lib.env_docker import QUIET, last_line
-from tasks.lib.gpus import GpuChoice
-from tasks.lib.images import SERVE, image_of
-from tasks.lib.mounts import Translation, ensure_folders
-from tasks.lib.serving import ENGINES
+from tasks.lib.engine import client as docker
+from tasks.lib.engine import containers
+from tasks.lib.engine.gpus import GpuChoice
+from tasks.lib.engine.images import SERVE, image_of
+from tasks.lib.engine.mounts import Translation, ensure_folders
+from tasks.lib.environments.docker import QUIET, last_line
+from tasks.lib.errors import INTERRUPTED
+from tasks.lib.host import processes
+from tasks.lib.serving.local import ENGINES
 from tasks.lib.settings import ROOT, read_dotenv, resolve
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from types import FrameType
 from invoke.context import Context
 from invoke.exceptions import Exit
 
-from tasks.lib.edge import INTERRUPTED
+from tasks.lib.errors import INTERRUPTED
 from tasks.lib.settings import ROOT, resolve
 
 RUNNERS = ("auto", "docker", "local")

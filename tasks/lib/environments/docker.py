@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from invoke.context import Context
 from invoke.exceptions import Exit
 
-from tasks.lib import docker
-from tasks.lib.env_local import RUN, probe, url
-from tasks.lib.env_plan import (
+from tasks.lib.engine import client as docker
+from tasks.lib.environments.local import RUN, probe, url
+from tasks.lib.environments.plan import (
     LABEL,
     PORT_LABEL,
     REPLICA_PORT,
@@ -30,7 +30,7 @@ from tasks.lib.env_plan import (
     proxy_config,
     service_name,
 )
-from tasks.lib.environments import Environment
+from tasks.lib.environments.rows import Environment
 from tasks.lib.settings import SETTINGS, resolve
 
 if TYPE_CHECKING:

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from servers.protocol import Client, ServerError, check_ready
-from tasks.lib import processes
-from tasks.lib.env_plan import Options, choose_port, proxy_config, server_variables
-from tasks.lib.environments import Environment
-from tasks.lib.processes import identity, is_running, last_line, port_is_free
+from tasks.lib.environments.plan import Options, choose_port, proxy_config, server_variables
+from tasks.lib.environments.rows import Environment
+from tasks.lib.host import processes
+from tasks.lib.host.processes import identity, is_running, last_line, port_is_free
 from tasks.lib.settings import ROOT
 
 RUN = ROOT / ".run" / "env"

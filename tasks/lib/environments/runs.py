@@ -13,13 +13,17 @@ from invoke.context import Context
 from invoke.exceptions import Exit
 
 from servers.protocol import Client, ServerError
-from tasks.lib import docker, env_docker, env_local, env_users, gpus
-from tasks.lib.env_data import leading_out
-from tasks.lib.env_plan import Options, choose_port, refusal
-from tasks.lib.environments import Environment, environment, environments
-from tasks.lib.programs import RUNNERS
+from tasks.lib.engine import client as docker
+from tasks.lib.engine import gpus
+from tasks.lib.engine.sources import GYM, choose_sources, is_url
+from tasks.lib.environments import docker as env_docker
+from tasks.lib.environments import lease as env_users
+from tasks.lib.environments import local as env_local
+from tasks.lib.environments.data import leading_out
+from tasks.lib.environments.plan import Options, choose_port, refusal
+from tasks.lib.environments.rows import Environment, environment, environments
+from tasks.lib.host.programs import RUNNERS
 from tasks.lib.settings import ROOT, SETTINGS, read_dotenv, resolve
-from tasks.lib.sources import GYM, choose_sources, is_url
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

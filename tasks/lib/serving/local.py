@@ -22,8 +22,8 @@ from uuid import uuid4
 from invoke.context import Context
 from invoke.exceptions import Exit
 
-from tasks.lib import processes
-from tasks.lib.edge import INTERRUPTED
+from tasks.lib.errors import INTERRUPTED
+from tasks.lib.host import processes
 from tasks.lib.settings import ROOT, SETTINGS
 
 RUN = ROOT / ".run" / "serve"

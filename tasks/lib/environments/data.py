@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tasks.lib.environments import Data, Environment
-from tasks.lib.images import human_size
+from tasks.lib.engine.images import human_size
+from tasks.lib.environments.rows import Data, Environment
 from tasks.lib.settings import resolve
 
 if TYPE_CHECKING:

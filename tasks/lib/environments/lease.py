@@ -6,7 +6,7 @@ import fcntl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from tasks.lib.env_local import RUN
+from tasks.lib.environments.local import RUN
 
 STARTED = "an evaluation started it"
 

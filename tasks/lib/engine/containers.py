@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 from invoke.context import Context
 from invoke.exceptions import Exit
 
-from tasks.lib import docker
-from tasks.lib.edge import INTERRUPTED
-from tasks.lib.gpus import GpuChoice, choose_gpus
-from tasks.lib.images import image_of
-from tasks.lib.mounts import ensure_folders
-from tasks.lib.programs import as_ctrl_c
+from tasks.lib.engine import client as docker
+from tasks.lib.engine.gpus import GpuChoice, choose_gpus
+from tasks.lib.engine.images import image_of
+from tasks.lib.engine.mounts import ensure_folders
+from tasks.lib.errors import INTERRUPTED
+from tasks.lib.host.programs import as_ctrl_c
 from tasks.lib.settings import ROOT, read_dotenv, resolve
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""What `invoke doctor` looks at."""

@@ -1,0 +1,1 @@
+"""What `invoke eval` hands to the evaluation runner."""

@@ -1,0 +1,1 @@
+"""This machine: its processes, programs and what Python leaves on it."""
