@@ -16,7 +16,7 @@ from tasks.lib.host.programs import as_ctrl_c, run_module, run_program
 from tasks.lib.settings import ROOT
 
 FOLDER = ROOT / "saves" / "quickstart"
-SCRIPTS = ROOT / "scripts"
+SCRIPTS, SAMPLES = ROOT / "scripts", ROOT / "samples"  # what merges; what trains and compares
 # The demo's items for training, and every third of those for evaluation: four of each level.
 LESSONS = range(48, 240)
 HELD_OUT = range(2, 48, 3)
@@ -50,7 +50,7 @@ def quickstart(c: Context) -> None:
             folder = play(c, url, "expert", LESSONS, "lessons")
             run_module(c, "evaluation", ["conversations", str(folder), "--out", str(lessons)])
         with steps.step("4 FSDP ranks train a tiny byte-level Qwen2 on what it said, and save as verl does"):
-            run_program(c, SCRIPTS / "train_sample.py", [
+            run_program(c, SAMPLES / "train_sample.py", [
                 "--data",
                 str(lessons), "--save-dir",
                 str(actor), "--reference",
@@ -60,7 +60,7 @@ def quickstart(c: Context) -> None:
         with steps.step("the merger puts the shards together, and transformers loads the result"):
             for place, flags in ((untrained, []), (actor, ["--verify"])):
                 run_program(c, SCRIPTS / "model_merger.py", ["--local-dir", str(place), "--force", *flags])
-            run_program(c, SCRIPTS / "compare_model.py",
+            run_program(c, SAMPLES / "compare_model.py",
                         ["--model", str(actor / "huggingface"), "--reference",
                          str(reference)])
         with steps.step(

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import atexit
+import fcntl
 import os
 import shutil
 import subprocess
@@ -21,17 +22,23 @@ os.environ.setdefault("UV_CACHE_DIR", str(Path(os.environ.get("XDG_CACHE_HOME") 
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="merger-tests-cache-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
-from fsdp_samples import SAMPLES, write_samples  # noqa: E402
-from merging import Sample  # noqa: E402
-
 from tests.fixtures.project import copy_project  # noqa: E402
 from tests.fixtures.story import Story  # noqa: E402
+from tests.merger.fsdp_samples import SAMPLES, laid_out, write_samples  # noqa: E402
+from tests.merger.merging import Sample  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Sample]:
-    """Checkpoints that real FSDP wrote, by name; not to be changed."""
-    return write_samples(tmp_path_factory.mktemp("samples"), SAMPLES)
+    """Checkpoints that real FSDP wrote, by name; not to be changed. Processes of pytest-xdist share them."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "samples"
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "complete").exists():
+            write_samples(folder, SAMPLES)
+            (folder / "complete").touch()
+    return laid_out(folder, SAMPLES)
 
 
 @pytest.fixture

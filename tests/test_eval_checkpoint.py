@@ -15,7 +15,6 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from fsdp_samples import write_samples
 from invoke.context import Context
 from invoke.exceptions import Exit
 from serve_transformers import generation, link
@@ -30,6 +29,7 @@ from tasks.lib.serving import local as serving
 from tasks.lib.settings import ROOT
 from tests.fixtures.servers import FIXTURE_ROWS, rows, running
 from tests.fixtures.standins import completion, endpoint
+from tests.merger.fsdp_samples import write_samples
 
 
 def fill(folder: Path, *names: str, **texts: object) -> Path:

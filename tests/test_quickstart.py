@@ -16,10 +16,10 @@ import train_sample
 import transformers
 from invoke import MockContext
 from invoke.exceptions import Exit
-from merging import SCRIPTS
 from safetensors.torch import load_file, save_file
 
 from tests.fixtures.story import SAMPLING, Story, success
+from tests.merger.merging import SAMPLE_PROGRAMS, SCRIPTS
 
 quickstart = importlib.import_module("tasks.quickstart")  # the package's attribute of this name is the task
 
@@ -151,7 +151,7 @@ def test_the_labels_are_what_the_assistant_said_and_its_end(tmp_path: Path) -> N
 def test_one_rank_alone_can_be_trained(tmp_path: Path) -> None:
     lesson = {"messages": [{"role": "user", "content": "go"}, {"role": "assistant", "content": "take"}]}
     (tmp_path / "lessons.jsonl").write_text(json.dumps(lesson) + "\n")
-    done = subprocess.run([sys.executable, str(SCRIPTS / "train_sample.py"), "--data", str(tmp_path / "lessons.jsonl"), "--save-dir",
+    done = subprocess.run([sys.executable, str(SAMPLE_PROGRAMS / "train_sample.py"), "--data", str(tmp_path / "lessons.jsonl"), "--save-dir",
                            str(tmp_path / "actor"), "--reference", str(tmp_path / "reference.safetensors"), "--world-size", "1", "--steps", "2"],
                           capture_output=True, text=True, timeout=300, check=False)  # yapf: disable
     assert done.returncode == 0, done.stderr[-2000:]
@@ -170,7 +170,7 @@ def test_one_rank_alone_can_be_trained(tmp_path: Path) -> None:
 def test_lessons_that_cannot_be_are_one_line_and_write_nothing(data: str | None, words: tuple[str, ...], told: str, tmp_path: Path) -> None:
     if data is not None:
         (tmp_path / "lessons.jsonl").write_text(data)
-    done = subprocess.run([sys.executable, str(SCRIPTS / "train_sample.py"), "--data", str(tmp_path / "lessons.jsonl"), "--save-dir",
+    done = subprocess.run([sys.executable, str(SAMPLE_PROGRAMS / "train_sample.py"), "--data", str(tmp_path / "lessons.jsonl"), "--save-dir",
                            str(tmp_path / "actor"), "--reference", str(tmp_path / "reference"), *words],
                           capture_output=True, text=True, timeout=60, check=False)  # yapf: disable
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and told in done.stderr

@@ -52,7 +52,7 @@ class Tally:
 
 
 def is_cached(fd: int, size: int) -> bool:
-    """Tell whether most of a file of `size` bytes is in the page cache, by a few reads that do not wait for the disk."""
+    """Return True if most of a file of `size` bytes is in the page cache, by a few reads that do not wait for the disk."""
     samples, hits = 8, 0
     for number in range(samples):
         try:
@@ -170,7 +170,7 @@ class HostConverter:
         return target, read, (0, 0) if finite else count_nonfinite(target)
 
     def _cast(self, values: np.ndarray, target: np.ndarray) -> bool:
-        """Cast `values` into `target`, of the same shape; tell whether all elements are finite there."""
+        """Cast `values` into `target`, of the same shape; return True if all elements are finite there."""
         if target.flags.c_contiguous:
             values, target = values.reshape(-1), target.reshape(-1)
         step, finite = max(CACHED_ELEMENTS // math.prod(target.shape[1:]), 1), True
@@ -182,7 +182,7 @@ class HostConverter:
         return finite
 
     def _finite(self, values: np.ndarray) -> bool:
-        """Tell whether all elements are finite: whether no exponent is all ones (IEEE 754)."""
+        """Return True if all elements are finite: whether no exponent is all ones (IEEE 754)."""
         exponent = EXPONENT.get(values.dtype.name)
         if exponent is None:
             return True

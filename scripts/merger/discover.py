@@ -8,12 +8,8 @@ from itertools import islice
 from pathlib import Path
 
 from merger import MergeError
+from merger.filenames import FSDP_CONFIG, MODEL_FOLDER, RANK_FILE, RANK_PATTERN, ROLES, STEP_FOLDER
 
-RANK_FILE = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
-STEP_FOLDER = re.compile(r"global_step_(\d+)")
-PATTERN = "model_world_size_*_rank_*.pt"
-ROLES = ("actor", "critic")
-MERGED = "huggingface"
 LISTED = 8  # of the ranks that are missing: a name may claim a world of any size
 
 
@@ -67,7 +63,7 @@ def find_checkpoint(local_dirs: Sequence[str]) -> RankFiles:
     paths: dict[int, Path] = {}
     for path, world, rank in sorted(files):
         if world != world_size:
-            notes.append(f"left out {path.name}: fsdp_config.json names world size {world_size}")
+            notes.append(f"left out {path.name}: {FSDP_CONFIG} names world size {world_size}")
         elif rank >= world_size:
             raise MergeError(f"{path} names rank {rank} of {world_size}; ranks count from 0, so rename or remove it")
         elif rank in paths and os.path.realpath(path) == os.path.realpath(paths[rank]):
@@ -77,7 +73,7 @@ def find_checkpoint(local_dirs: Sequence[str]) -> RankFiles:
         else:
             paths[rank] = path
     if not paths:
-        raise MergeError(f"no model_world_size_{world_size}_rank_*.pt in {folders[0]}, though fsdp_config.json names "
+        raise MergeError(f"no model_world_size_{world_size}_rank_*.pt in {folders[0]}, though {FSDP_CONFIG} names "
                          f"world size {world_size}; copy the ranks' files there")
     return RankFiles(tuple(folders), world_size, paths, notes)
 
@@ -117,7 +113,7 @@ def _own_parts(paths: Iterable[str]) -> list[tuple[str, ...]]:
 
 def _world_size(folders: Sequence[Path], found: set[int]) -> int:
     for folder in folders:
-        config = folder / "fsdp_config.json"
+        config = folder / FSDP_CONFIG
         if config.is_file():
             try:
                 return int(json.loads(config.read_text())["world_size"])
@@ -131,7 +127,7 @@ def _world_size(folders: Sequence[Path], found: set[int]) -> int:
 
 def _checkpoint_folder(folder: Path, notes: list[str]) -> Path:
     """Return the folder at or below `folder` that holds rank files, noting what was chosen."""
-    if folder.name == MERGED:
+    if folder.name == MODEL_FOLDER:
         raise MergeError(f"--local-dir {folder} is a folder for merged weights; did you mean {folder.parent}?")
     names = _names(folder)
     if any(RANK_FILE.fullmatch(name) for name in names):
@@ -154,15 +150,15 @@ def _checkpoint_folder(folder: Path, notes: list[str]) -> Path:
 def _explain(folder: Path, names: Sequence[str]) -> str:
     """Return why `folder` holds no checkpoint, and where one may be."""
     below = sorted(path.parent
-                   for path in folder.glob(f"*/*/{PATTERN}")) + sorted(path.parent
-                                                                       for path in folder.glob(f"*/{PATTERN}"))
+                   for path in folder.glob(f"*/*/{RANK_PATTERN}")) + sorted(path.parent
+                                                                       for path in folder.glob(f"*/{RANK_PATTERN}"))
     if below:
-        return f"no {PATTERN} in {folder}; did you mean {below[-1]}?"
+        return f"no {RANK_PATTERN} in {folder}; did you mean {below[-1]}?"
     if any(name.startswith("optim_world_size") for name in names):
-        return f"no {PATTERN} in {folder}, only optimizer state; copy the model's shards there too"
+        return f"no {RANK_PATTERN} in {folder}, only optimizer state; copy the model's shards there too"
     if any(name.endswith(".safetensors") for name in names):
-        return f"no {PATTERN} in {folder}; it holds safetensors, which need no merging"
-    return f"no {PATTERN} in {folder}; name the folder that verl wrote, such as …/global_step_100/actor"
+        return f"no {RANK_PATTERN} in {folder}; it holds safetensors, which need no merging"
+    return f"no {RANK_PATTERN} in {folder}; name the folder that verl wrote, such as …/global_step_100/actor"
 
 
 def _has_ranks(folder: Path) -> bool:

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from merger import MergeError
+from merger.companions import is_replaced
+from merger.filenames import CARD, RECORD
+from merger.files import atomic_write
 from merger.modelconfig import dump_json
-from merger.publish import RECORD_NAME, is_replaced
 
-CARD_NAME = "README.md"
 # What huggingface_hub's validate_repo_id takes, with an owner.
 REPOSITORY = re.compile(r"(?!.*(?:--|\.\.))(?=.{3,96}$)[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?",
                         re.ASCII)
@@ -74,18 +75,18 @@ def upload(api: Any, folder: Path, repo_id: str, private: bool) -> str:
         MergeError: the Hub refused, could not be reached or left out a file; `folder` is as it was.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-    record = dump_json(public_record(json.loads((folder / RECORD_NAME).read_text()))).encode()
+    record = dump_json(public_record(json.loads((folder / RECORD).read_text()))).encode()
     try:
         url = api.create_repo(repo_id, private=private, exist_ok=True)
         # This resumes in every version, for the Hub tells which contents it has. upload_large_folder believes notes that
         # it leaves in the folder and that name no repository; 0.36 repeats for ever what the Hub refuses, 2 has it not.
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload merged model",
-                          ignore_patterns=[RECORD_NAME])  # yapf: disable
+                          ignore_patterns=[RECORD])  # yapf: disable
         local, remote = _names(folder), api.list_repo_files(repo_id)
-        lost = sorted(set(local) - {*remote, RECORD_NAME})
+        lost = sorted(set(local) - {*remote, RECORD})
         if not lost:
             stale = [CommitOperationDelete(name) for name in remote if is_replaced(name) and name not in local]
-            api.create_commit(repo_id, [CommitOperationAdd(RECORD_NAME, record), *stale],
+            api.create_commit(repo_id, [CommitOperationAdd(RECORD, record), *stale],
                               commit_message="Upload the merge's record")  # yapf: disable
     except Exception as error:
         raise MergeError(f"the upload to {repo_id} failed ({_one_line(error)}); {folder} is complete; "
@@ -109,9 +110,9 @@ def _one_line(error: BaseException) -> str:
 
 def add_card(folder: Path, record: Mapping[str, Any]) -> None:
     """Write a model card into `folder` where it has none."""
-    card = folder / CARD_NAME
+    card = folder / CARD
     if not card.exists():
-        card.write_text(model_card(record))
+        atomic_write(card, model_card(record).encode())
 
 
 def hub_name(base_model: str | None) -> str | None:

@@ -7,12 +7,13 @@ from typing import Any
 
 from merger import MergeError, lora, model_check, publish
 from merger.checkpoint import Checkpoint, Tensor, read_checkpoint
-from merger.discover import MERGED, RankFiles, find_checkpoint
+from merger.companions import check_free, companions
+from merger.discover import RankFiles, find_checkpoint
 from merger.dtypes import CONVERTED, output_dtype
+from merger.filenames import ADAPTER_CONFIG, ADAPTER_STEM, CONFIG, LORA_FOLDER, MODEL_FOLDER, MODEL_STEM, RECORD
 from merger.gpu import check_device
 from merger.model_check import Verdict, complaint, naming_note
 from merger.modelconfig import (
-    CONFIG_NAME,
     dump_json,
     for_critic,
     read_config,
@@ -24,8 +25,6 @@ from merger.modelconfig import (
 from merger.plan import Fusion, Output, OutputFile, split_files
 from merger.show import size_text
 
-ADAPTER_FOLDER = "lora_adapter"
-MODEL_STEM = "model"
 ROUTING_BIAS = "e_score_correction_bias"
 
 Named = dict[str, tuple[Tensor, Fusion | None]]
@@ -107,9 +106,9 @@ def prepare(options: Options, checkpoint: Checkpoint | None = None) -> Job:
     files = checkpoint.files if checkpoint else find_checkpoint(options.local_dirs)
     target = target_folder(options, files)
     publish.check_target(target, files.folders)
-    publish.check_free(target, options.force)
+    check_free(target, options.force)
     job = lay_out(options, files, target, config_folder(files), checkpoint)
-    _check_space(target, job.files, publish.companions(job.config_dir, target))
+    _check_space(target, job.files, companions(job.config_dir, target))
     return job
 
 
@@ -138,13 +137,13 @@ def lay_out(options: Options,
     notes = [*checkpoint.notes, *changed, *cleaned, *naming_note(verdict)]
     if verdict.silent:
         notes.append(f"keys were not checked against a model: {verdict.silent}")
-    if "keys" not in options.allow and (fault := complaint(verdict, config, config_dir / CONFIG_NAME)):
+    if "keys" not in options.allow and (fault := complaint(verdict, config, config_dir / CONFIG)):
         raise MergeError(fault)
     tied = config
     config, dropped = _resolve_ties(options, tied, named, verdict)
     if options.tied_weights and config is tied and not dropped:
         notes.append(
-            f"--tied-weights {options.tied_weights} has nothing to do: {config_dir / CONFIG_NAME} ties no two of "
+            f"--tied-weights {options.tied_weights} has nothing to do: {config_dir / CONFIG} ties no two of "
             "the checkpoint's tensors")
     kept = kept_whole(named, options.dtype, verdict)
     if kept:
@@ -154,7 +153,7 @@ def lay_out(options: Options,
     written = {output.dtype for output in outputs if output.dtype in CONVERTED and output.name not in kept}
     config = with_dtype(config, written.pop() if len(written) == 1 else None)
     files_out = split_files(outputs, options.max_shard_size)
-    return Job(checkpoint, files_out, target, config_dir, MODEL_STEM, device, {CONFIG_NAME: dump_json(config)},
+    return Job(checkpoint, files_out, target, config_dir, MODEL_STEM, device, {CONFIG: dump_json(config)},
                sorted(dropped), verdict,
                config.get("_name_or_path") or None, notes)
 
@@ -166,11 +165,11 @@ def _lay_out_adapter(options: Options, checkpoint: Checkpoint, target: Path, dev
     outputs = [
         Output(name, tensor, output_dtype(tensor.dtype, options.dtype)) for name, tensor in lora.adapter(found).items()
     ]
-    files_out = split_files(outputs, sum(output.nbytes for output in outputs), lora.ADAPTER_STEM)
-    config_dir = next((folder / MERGED for folder in checkpoint.files.folders if (folder / MERGED).is_dir()), target)
-    base = read_config(config_dir).get("_name_or_path") if (config_dir / CONFIG_NAME).is_file() else None
-    texts = {"adapter_config.json": dump_json(lora.adapter_config(found, checkpoint.tensors, base or None))}
-    return Job(checkpoint, files_out, target, target, lora.ADAPTER_STEM, device, texts, [], None, base or None,
+    files_out = split_files(outputs, sum(output.nbytes for output in outputs), ADAPTER_STEM)
+    config_dir = next((folder / MODEL_FOLDER for folder in checkpoint.files.folders if (folder / MODEL_FOLDER).is_dir()), target)
+    base = read_config(config_dir).get("_name_or_path") if (config_dir / CONFIG).is_file() else None
+    texts = {ADAPTER_CONFIG: dump_json(lora.adapter_config(found, checkpoint.tensors, base or None))}
+    return Job(checkpoint, files_out, target, target, ADAPTER_STEM, device, texts, [], None, base or None,
                list(checkpoint.notes))
 
 
@@ -261,22 +260,22 @@ def _outputs(options: Options, named: Named, dropped: dict[str, str], kept: Coll
 
 def config_folder(files: RankFiles, *others: Path) -> Path:
     """Return the folder with the model's config.json: `huggingface/`, or beside the ranks' files, or one of `others`."""
-    candidates = [*(path for folder in files.folders for path in (folder / MERGED, folder)), *others]
-    return next((path for path in candidates if (path / CONFIG_NAME).is_file()), candidates[0])
+    candidates = [*(path for folder in files.folders for path in (folder / MODEL_FOLDER, folder)), *others]
+    return next((path for path in candidates if (path / CONFIG).is_file()), candidates[0])
 
 
 def target_folder(options: Options, files: RankFiles) -> Path:
     """Return where the merged model goes."""
     if options.save_dir:
         return Path(options.save_dir)
-    return files.folders[0] / (ADAPTER_FOLDER if options.lora == "adapter" else MERGED)
+    return files.folders[0] / (LORA_FOLDER if options.lora == "adapter" else MODEL_FOLDER)
 
 
 def merged_folder(options: Options, files: RankFiles) -> Path:
     """Return where an earlier merge went: the adapter's folder where only that holds one."""
-    target, adapter = target_folder(options, files), files.folders[0] / ADAPTER_FOLDER
-    elsewhere = not options.save_dir and not (target / publish.RECORD_NAME).is_file()
-    return adapter if elsewhere and (adapter / publish.RECORD_NAME).is_file() else target
+    target, adapter = target_folder(options, files), files.folders[0] / LORA_FOLDER
+    elsewhere = not options.save_dir and not (target / RECORD).is_file()
+    return adapter if elsewhere and (adapter / RECORD).is_file() else target
 
 
 def _check_space(target: Path, files: Sequence[OutputFile], companions: Iterable[Path]) -> None:

@@ -107,7 +107,7 @@ def box_of(shape: Sequence[int], placements: Sequence[Placement], mesh_shape: Se
 
 
 def overlap(a: Box, b: Box) -> bool:
-    """Tell whether two blocks have an element in common."""
+    """Return True if two blocks have an element in common."""
     return all(max(i, j) < min(i + n, j + m) for i, n, j, m in zip(a.start, a.shape, b.start, b.shape, strict=True))
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from merger import MergeError
 from merger.checkpoint import Tensor
 from merger.discover import RankFiles
+from merger.filenames import ADAPTER_CONFIG, LORA_FOLDER, LORA_META
 from merger.plan import Fusion
 
 PREFIX = "base_model.model."
@@ -23,14 +24,11 @@ FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.(?:(?P<adapter>[^.]+)
 SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<adapter>[^.]+)\.(?P<weight>.+)")
 ORIGINAL = ".original_module."
 UNSUPPORTED = (".lora_magnitude_vector", ".lora_embedding_")
-META_NAME = "lora_train_meta.json"
-# verl writes PEFT's own record into this folder of the checkpoint.
-ADAPTER_CONFIG = "lora_adapter/adapter_config.json"
+PEFT_RECORD = f"{LORA_FOLDER}/{ADAPTER_CONFIG}"  # verl writes PEFT's own record there
 # Its entries that change the sum in ways that are not computed here.
 OTHER_SUMS = ("use_dora", "alpha_pattern", "rank_pattern", "fan_in_fan_out", "use_qalora", "lora_bias")
 # Those that add tensors to an adapter: fused weights have them all the same, an adapter of ours would lack them.
 MORE_TENSORS = ("bias", "trainable_token_indices")
-ADAPTER_STEM = "adapter_model"
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class Lora:
 
 
 def has_lora(tensors: Mapping[str, Tensor]) -> bool:
-    """Tell whether any name is a LoRA weight's."""
+    """Return True if any name is a LoRA weight's."""
     return any(".lora_" in name for name in tensors)
 
 
@@ -88,15 +86,15 @@ def read_lora(tensors: Mapping[str, Tensor], files: RankFiles, alpha: float | No
     ranks = {pair["A"].shape[0] for pair in sides.values()}
     if len(ranks) != 1:
         raise MergeError(f"LoRA ranks differ between modules ({sorted(ranks)}); merge it with PEFT")
-    config, meta = _recorded(files, ADAPTER_CONFIG), _recorded(files, META_NAME)
+    config, meta = _recorded(files, PEFT_RECORD), _recorded(files, LORA_META)
     rank = ranks.pop()
-    for name, record in ((META_NAME, meta), (ADAPTER_CONFIG, config)):
+    for name, record in ((LORA_META, meta), (PEFT_RECORD, config)):
         if record.get("r", rank) != rank:
             raise MergeError(f"{name} says r = {record['r']}, but the weights have r = {rank}; mend the file")
     other = next((name for name in OTHER_SUMS if config.get(name)), None)
     if other:
         raise MergeError(
-            f"{ADAPTER_CONFIG} has {other} {json.dumps(config[other])[:60]}, which is not supported; merge it "
+            f"{PEFT_RECORD} has {other} {json.dumps(config[other])[:60]}, which is not supported; merge it "
             "with PEFT")
     recorded = {**config, **meta}
     chosen = alpha if alpha is not None else recorded.get("lora_alpha")
@@ -127,7 +125,7 @@ def known_alpha(lora: Lora) -> float:
     """
     if not isinstance(lora.alpha, (int, float)) or not 0 < abs(lora.alpha) <= sys.float_info.max:
         found = "is not recorded" if lora.alpha is None else f"is recorded as {json.dumps(lora.alpha)}"
-        raise MergeError(f"lora_alpha {found} ({META_NAME}, {ADAPTER_CONFIG}); pass the training's with --lora-alpha")
+        raise MergeError(f"lora_alpha {found} ({LORA_META}, {PEFT_RECORD}); pass the training's with --lora-alpha")
     return lora.alpha
 
 
@@ -165,7 +163,7 @@ def adapter(lora: Lora) -> dict[str, Tensor]:
     known_alpha(lora)
     if lora.more:
         raise MergeError(
-            f"{ADAPTER_CONFIG} has {lora.more}, which --lora adapter would leave out; use --lora fuse, or save "
+            f"{PEFT_RECORD} has {lora.more}, which --lora adapter would leave out; use --lora fuse, or save "
             "the adapter with PEFT")
     factors = {
         f"{module}.lora_{side}.weight": tensor

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from merger import MergeError, hub, lora, model_check, publish, show, verify
-from merger.checkpoint import mesh_sizes, read_checkpoint, read_entries
+from merger.checkpoint import read_checkpoint
+from merger.companions import check_free, copy_companions, keep_companions
 from merger.copying import THREADS, HostConverter, Tally, write_files
 from merger.discover import RankFiles, find_checkpoint
+from merger.filenames import CONFIG, MODEL_STEM, RECORD, weight_index
+from merger.files import atomic_write
 from merger.gpu import TorchConverter
 from merger.job import (
-    MODEL_STEM,
     Job,
     Options,
     config_folder,
@@ -23,11 +25,12 @@ from merger.job import (
     target_folder,
 )
 from merger.model_check import complaint
-from merger.modelconfig import CONFIG_NAME, dump_json, read_config
-from merger.plan import BLOCK_BYTES, INDEX_NAME, index_json
+from merger.modelconfig import dump_json, read_config
+from merger.plan import BLOCK_BYTES, index_json
 from merger.record import as_requested, file_sizes, make_record, read_record, same_merge
 from merger.shardfile import read_shard_file
 from merger.show import Kind
+from merger.torchforms import mesh_sizes, read_entries
 
 LARGEST = {"float16": "65504", "bfloat16": "3.39e38", "float32": "3.4e38"}  # finite values; keep changes none
 
@@ -78,24 +81,24 @@ def carry_out(job: Job, options: Options, began: float) -> dict[str, Any]:
     threads = options.threads or THREADS
     converter = HostConverter if job.device == "cpu" else partial(TorchConverter, device=job.device)
     with publish.Staging(job.target) as staging:
-        publish.check_free(job.target, options.force)  # another merge may have ended since the first look
-        publish.copy_companions(job.config_dir, staging.folder, job.target)
-        publish.keep_companions(job.target, staging.folder)
+        check_free(job.target, options.force)  # another merge may have ended since the first look
+        copy_companions(job.config_dir, staging.folder, job.target)
+        keep_companions(job.target, staging.folder)
         with show.progress("merging", job.nbytes, options.quiet) as step:
             tally = write_files(job.checkpoint, job.files, staging.folder, threads, step, converter)
         _check_finite(options, tally)
         index = index_json(job.files)
         if index is not None:
-            publish.write_file(staging.folder / INDEX_NAME, index)
+            atomic_write(staging.folder / weight_index(), index)
         for name, text in job.texts.items():
-            publish.write_file(staging.folder / name, text.encode())
+            atomic_write(staging.folder / name, text.encode())
         if options.verify:
             _verify(job, options, staging.folder, threads)
         record = make_record(job, options, tally, threads, time.monotonic() - began)
-        publish.write_file(staging.folder / publish.RECORD_NAME, dump_json(record).encode())
+        atomic_write(staging.folder / RECORD, dump_json(record).encode())
         if options.hf_upload_path:
             hub.add_card(staging.folder, record)
-        publish.check_free(job.target, options.force)
+        check_free(job.target, options.force)
         staging.publish()
         job.published = True
     return record
@@ -122,7 +125,7 @@ def _verify(job: Job, options: Options, folder: Path, threads: int) -> None:
     if job.stem != MODEL_STEM:
         return
     verdict = model_check.ask(folder, {name: there.shape for name, there in stored.items()}, options.trust_remote_code)
-    if "keys" not in options.allow and (fault := complaint(verdict, read_config(folder), folder / CONFIG_NAME)):
+    if "keys" not in options.allow and (fault := complaint(verdict, read_config(folder), folder / CONFIG)):
         raise MergeError(f"after merging, {fault}")
 
 

@@ -17,7 +17,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from merger.modelconfig import CONFIG_NAME, QUANTIZATION, read_config
+from merger.filenames import CONFIG
+from merger.files import atomic_write
+from merger.modelconfig import QUANTIZATION, read_config
 
 SCRIPTS = Path(__file__).resolve().parents[1]
 
@@ -111,7 +113,7 @@ def _digest(config_dir: Path, request: Mapping[str, Any]) -> str:
     """Return the name of the file that remembers the answer to `request`."""
     asked = {**request, "config_dir": None, "versions": [sys.version, *map(_version, ("torch", "transformers"))]}
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode())
-    for path in [Path(__file__), config_dir / CONFIG_NAME, *sorted(config_dir.glob("*.py"))]:
+    for path in [Path(__file__), config_dir / CONFIG, *sorted(config_dir.glob("*.py"))]:
         with contextlib.suppress(OSError):
             digest.update(path.read_bytes())
     return f"{digest.hexdigest()}.json"
@@ -120,9 +122,7 @@ def _digest(config_dir: Path, request: Mapping[str, Any]) -> str:
 def _remember(memory: Path, answer: str) -> None:
     with contextlib.suppress(OSError):  # a read-only home only costs the next merge a few seconds
         memory.parent.mkdir(parents=True, exist_ok=True)
-        partial = memory.with_suffix(f".{os.getpid()}")
-        partial.write_text(answer)
-        partial.replace(memory)
+        atomic_write(memory, answer.encode())
 
 
 def _version(package: str) -> str | None:
@@ -212,7 +212,7 @@ def naming_note(verdict: Verdict) -> list[str]:
 
 
 def _is_known(config_dir: Path, architecture: str) -> bool:
-    """Tell whether transformers itself has the model that the config names, so that a failure is the config's fault."""
+    """Return True if transformers itself has the model that the config names, so that a failure is the config's fault."""
     import transformers
     config = read_config(config_dir)
     architecture = architecture or (config.get("architectures") or [""])[0]

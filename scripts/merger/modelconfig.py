@@ -7,8 +7,8 @@ from typing import Any
 
 from merger import MergeError
 from merger.discover import check_link
+from merger.filenames import CONFIG
 
-CONFIG_NAME = "config.json"
 CAUSAL = "ForCausalLM"
 QUANTIZATION = "quantization_config"
 # What no quantized model is made of alone: it has 8-bit or packed tensors, or scales beside its weights.
@@ -23,7 +23,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         MergeError: there is none, or it is no JSON object.
     """
-    path = folder / CONFIG_NAME
+    path = folder / CONFIG
     try:
         config = json.loads(path.read_text())
     except FileNotFoundError:
@@ -75,7 +75,7 @@ def without_quantization(config: dict[str, Any], dtypes: Mapping[str, str]) -> t
             methods.append(str(found.get("quant_method")) if isinstance(found, dict) else "damaged")
     if not methods:
         return config, []
-    return changed, [f"the weights are not quantized: {CONFIG_NAME} goes without the {QUANTIZATION} ({methods[0]})"]
+    return changed, [f"the weights are not quantized: {CONFIG} goes without the {QUANTIZATION} ({methods[0]})"]
 
 
 def with_dtype(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:

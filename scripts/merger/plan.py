@@ -13,10 +13,10 @@ import numpy as np
 from merger import MergeError
 from merger.checkpoint import Checkpoint, Tensor
 from merger.dtypes import SAFETENSORS, itemsize
+from merger.filenames import MODEL_STEM
 from merger.layout import Run, cut_dimension, runs_of
 
 BLOCK_BYTES = 8 << 20  # of source data; two buffers of this size a thread
-INDEX_NAME = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Block:
     twin_parts: tuple[tuple[Part, ...], ...] = ()
 
 
-def split_files(outputs: Sequence[Output], max_bytes: int, stem: str = "model") -> list[OutputFile]:
+def split_files(outputs: Sequence[Output], max_bytes: int, stem: str = MODEL_STEM) -> list[OutputFile]:
     """Distribute `outputs` over files of at most `max_bytes` of tensor data (a larger tensor has a file of its own)."""
     groups: list[list[Output]] = [[]]
     filled = 0

@@ -7,11 +7,12 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from merger import DTYPES, MergeError, __version__, publish
+from merger import DTYPES, MergeError, __version__
+from merger.companions import weights_in
 from merger.copying import Tally
 from merger.discover import RankFiles
+from merger.filenames import RECORD, weight_index
 from merger.job import Job, Options
-from merger.plan import INDEX_NAME
 
 
 def sources(files: RankFiles) -> list[dict[str, Any]]:
@@ -98,7 +99,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     Raises:
         MergeError: there is none, or it is damaged.
     """
-    path = folder / publish.RECORD_NAME
+    path = folder / RECORD
     try:
         record: dict[str, Any] = json.loads(path.read_text())
         if not _is_request(record["requested"]) or not isinstance(record["sources"], list):
@@ -111,7 +112,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def _is_request(value: Any) -> bool:
-    """Tell whether `value` is what `requested` returns for some options."""
+    """Return True if `value` is what `requested` returns for some options."""
     return (isinstance(value, dict) and set(value) == set(requested(Options(
         ()))) and value["dtype"] in DTYPES and value["lora"] in (None, "adapter", "fuse")
             and value["tied_weights"] in (None, "keep", "drop") and isinstance(value["lora_alpha"],
@@ -136,7 +137,7 @@ def same_merge(options: Options, files: RankFiles, folder: Path) -> dict[str, An
 
 
 def is_whole(record: dict[str, Any], folder: Path) -> bool:
-    """Tell whether `folder` holds the weights that its record names, of their sizes, their index, and no others."""
-    found = publish.weights_in(folder)
-    files = [{"name": name, "bytes": (folder / name).stat().st_size} for name in found if name != INDEX_NAME]
-    return record.get("files") == files and (INDEX_NAME in found) == (len(files) > 1)
+    """Return True if `folder` holds the weights that its record names, of their sizes, their index, and no others."""
+    found = weights_in(folder)
+    files = [{"name": name, "bytes": (folder / name).stat().st_size} for name in found if name != weight_index()]
+    return record.get("files") == files and (weight_index() in found) == (len(files) > 1)

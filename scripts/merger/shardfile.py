@@ -104,7 +104,7 @@ class ShardFile:
 
 
 def is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    """Tell whether a view of `shape` and `stride` (elements) lies in one run, in row-major order."""
+    """Return True if a view of `shape` and `stride` (elements) lies in one run, in row-major order."""
     expected = 1
     for extent, step in zip(reversed(shape), reversed(stride), strict=True):
         if extent == 0:

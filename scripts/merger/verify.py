@@ -20,8 +20,9 @@ from merger.checkpoint import Checkpoint
 from merger.copying import Sources, factors
 from merger.direct import page_buffer
 from merger.dtypes import NUMPY, SAFETENSORS, itemsize
+from merger.filenames import MODEL_STEM, weight_index
 from merger.layout import Box
-from merger.plan import BLOCK_BYTES, INDEX_NAME, Output
+from merger.plan import BLOCK_BYTES, Output
 from merger.shardfile import damaged_records, read_shard_file
 
 TORCH_DTYPES = {code: dtype for dtype, code in SAFETENSORS.items()}
@@ -36,13 +37,13 @@ class Stored:
     offset: int
 
 
-def read_folder(folder: Path, stem: str = "model") -> dict[str, Stored]:
+def read_folder(folder: Path, stem: str = MODEL_STEM) -> dict[str, Stored]:
     """Return the tensors of a model folder by name, from its index or its single file.
 
     Raises:
         MergeError: no weights, or a file that is missing or not whole.
     """
-    index = folder / INDEX_NAME.replace("model", stem, 1)
+    index = folder / weight_index(stem)
     try:
         if index.is_file():
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -197,7 +198,7 @@ def _compare(sources: Sources, output: Output, stored: Stored, maps: _Maps, rank
 
 
 def is_fused(found: np.ndarray, weight: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float) -> np.ndarray:
-    """Tell for each element of `found`, in the output's type, whether it is one that weight + scale * (b @ a) may give.
+    """Return for each element of `found`, in the output's type, True if it is one that weight + scale * (b @ a) may give.
 
     A float32 sum of r products is off by at most (r + 2) * 2^-24 of the sum of their magnitudes, in whatever order it
     is taken (Higham, Accuracy and Stability of Numerical Algorithms, 3.1): twice that, as there are two of them here.

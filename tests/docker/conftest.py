@@ -44,15 +44,20 @@ def built(bench: Workbench, build: subprocess.CompletedProcess[str]) -> Iterator
 
 @pytest.fixture(scope="session")
 def checkpoint(bench: Workbench, build: None) -> Path:
-    """Return a folder with four FSDP ranks, written inside the container; `reference.safetensors` lies beside it."""
+    """Return a folder with four FSDP ranks, written in the container; `reference.safetensors` lies beside it.
+
+    What writes it is mounted: the image ships no such program.
+    """
     done = bench.compose("--profile",
                          "scripts",
                          "run",
                          "--rm",
                          "-T",
+                         "--volume",
+                         f"{bench.root / 'samples'}:/opt/workbench/samples:ro",
                          "scripts",
                          "python",
-                         "/opt/workbench/scripts/sample_checkpoint.py",
+                         "/opt/workbench/samples/sample_checkpoint.py",
                          "--save-dir",
                          "saves/x/actor",
                          "--strategy",

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write a small checkpoint as verl writes them: real FSDP, one process a rank, on the CPU and offline.
 
-    python scripts/sample_checkpoint.py --save-dir saves/sample/actor --reference saves/sample/reference.safetensors
+    python samples/sample_checkpoint.py --save-dir saves/sample/actor --reference saves/sample/reference.safetensors
 
 The directory gets what `verl/utils/checkpoint/fsdp_checkpoint_manager.py` leaves in `global_step_N/actor`: for each rank
 `{model,optim,extra_state}_world_size_W_rank_R.pt`, and `huggingface/` with config and tokenizer. The reference holds the

@@ -19,7 +19,8 @@ from merger.direct import page_buffer
 from merger.discover import find_checkpoint
 from merger.dtypes import NUMPY
 from merger.plan import tensor_blocks
-from merging import Sample
+
+from tests.merger.merging import Sample
 
 # Random layouts
 

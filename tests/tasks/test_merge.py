@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 from invoke.program import Program
-from merging import ROOT, SCRIPTS, Sample, differences, run_program, weights
 
 from tasks import ns
 from tasks.lib import settings as project_settings
 from tasks.lib.host import programs
 from tasks.lib.settings import SETTINGS, read_dotenv, resolve, resolve_path
 from tasks.merge import merger_args
+from tests.merger.merging import ROOT, SCRIPTS, Sample, differences, run_program, weights
 
 
 @pytest.fixture(autouse=True)

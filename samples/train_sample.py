@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train a tiny byte-level agent on conversations: real FSDP, one process a rank, on the CPU and offline.
 
-    python scripts/train_sample.py --data lessons.jsonl --save-dir saves/sample/actor --reference reference.safetensors
+    python samples/train_sample.py --data lessons.jsonl --save-dir saves/sample/actor --reference reference.safetensors
 
 The data has one JSON object a line, `{"messages": [{"role": …, "content": …}, …]}`; the model learns what the
 assistant says, except where a message has `"weight": 0` (`invoke eval.conversations` writes such a file from the

@@ -18,8 +18,20 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from fsdp_samples import skip_or_fail
-from merging import PROGRAM, Sample, ask_here, differences, listing, merge, run_program, unchecked, untouched, weights
+
+from tests.merger.fsdp_samples import skip_or_fail
+from tests.merger.merging import (
+    PROGRAM,
+    Sample,
+    ask_here,
+    differences,
+    listing,
+    merge,
+    run_program,
+    unchecked,
+    untouched,
+    weights,
+)
 
 TENSORS, ELEMENTS = 16, 1 << 20
 KILLS = 30

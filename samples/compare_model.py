@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Load a merged model with transformers and compare it with the unsharded weights, tensor by tensor.
 
-    python scripts/compare_model.py --model saves/x/actor/huggingface --reference reference.safetensors
+    python samples/compare_model.py --model saves/x/actor/huggingface --reference reference.safetensors
 
 Equal means equal bits, after the reference is cast to the model's element type. Exit codes: 0 equal, 1 different,
 2 misuse. Needs torch, transformers and safetensors.
@@ -35,7 +35,7 @@ def compare(model: Path, reference: Path) -> tuple[int, list[str]]:
 
 
 def same_bits(ours: torch.Tensor | None, theirs: torch.Tensor | None) -> bool:
-    """Tell whether both are there and hold the same bits, `theirs` cast to the type of `ours`."""
+    """Return True if both are there and hold the same bits, `theirs` cast to the type of `ours`."""
     import torch
     if ours is None or theirs is None or ours.shape != theirs.shape:
         return False

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from fsdp_samples import SAMPLES
-from merging import (
+
+from tests.merger.fsdp_samples import SAMPLES
+from tests.merger.merging import (
     Sample,
     cast,
     differences,

@@ -11,8 +11,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fsdp_samples import write_samples
-from merging import ROOT, SCRIPTS, TESTS, UNDER_CI, Run, Sample, cast, differences, merge, run_program, weights
+
+from tests.merger.fsdp_samples import write_samples
+from tests.merger.merging import (
+    ROOT,
+    SCRIPTS,
+    TESTS,
+    UNDER_CI,
+    Run,
+    Sample,
+    cast,
+    differences,
+    merge,
+    run_program,
+    weights,
+)
 
 CACHED = ROOT / ".cache/torch-2.4.0"
 COMPLETE = CACHED / "complete"  # a run that was stopped half-way leaves an environment without it

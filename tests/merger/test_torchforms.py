@@ -7,7 +7,7 @@ from merger.checkpoint import read_checkpoint
 from merger.copying import Sources
 from merger.discover import find_checkpoint
 
-MESHES = Path(__file__).parent / "fixtures/meshes"
+MESHES = Path(__file__).parents[1] / "fixtures/meshes"
 # Names of the tensors' modules, and the mesh that each was saved on.
 KINDS = {
     "tensor_parallel": {"dp_shard": 2, "tp": 2},

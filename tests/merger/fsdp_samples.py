@@ -4,12 +4,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from merging import SCRIPTS, UNDER_CI, Sample
 
-# What `scripts/sample_checkpoint.py` is asked for: the vocabulary of 1003 divides by no world size here.
+from tests.merger.merging import SAMPLE_PROGRAMS, UNDER_CI, Sample
+
+# What `samples/sample_checkpoint.py` is asked for: the vocabulary of 1003 divides by no world size here.
 SAMPLES = {
     "FSDP1, 4 ranks": "--strategy fsdp1 --world-size 4",
     "FSDP1, 3 ranks, tied": "--strategy fsdp1 --world-size 3 --model qwen2-tied",
@@ -50,14 +52,21 @@ for arguments in json.load(sys.stdin):
 """
 
 
+def laid_out(folder: Path, wanted: Iterable[str]) -> dict[str, Sample]:
+    """Return where in `folder` the samples `wanted` are, or will be."""
+    return {
+        name: Sample(folder / str(i) / "actor", folder / str(i) / "reference.safetensors")
+        for i, name in enumerate(wanted)
+    }
+
+
 def write_samples(folder: Path, wanted: dict[str, str], python: str = sys.executable) -> dict[str, Sample]:
     """Write checkpoints with one process of `python`, which imports torch once for all of them."""
-    samples = {name: Sample(folder / str(i) / "actor", folder / str(i) / "reference.safetensors")
-               for i, name in enumerate(wanted)}  # yapf: disable
+    samples = laid_out(folder, wanted)
     requests = [["--save-dir",
                  str(sample.actor), "--reference",
                  str(sample.reference), *wanted[name].split()] for name, sample in samples.items()]
-    done = subprocess.run([python, "-c", WRITE_SAMPLES, str(SCRIPTS)],
+    done = subprocess.run([python, "-c", WRITE_SAMPLES, str(SAMPLE_PROGRAMS)],
                           input=json.dumps(requests),
                           text=True,
                           capture_output=True,

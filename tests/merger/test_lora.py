@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from merging import differences, merge
 from safetensors.torch import load_file
+
+from tests.merger.merging import differences, merge
 
 IDS = torch.arange(10)[None]
 

@@ -23,10 +23,11 @@ from typing import Any
 import pytest
 import torch
 from merger import MergeError, cli, lora, modelconfig, pickles, show
-from merger.checkpoint import plain_name
 from merger.discover import find_checkpoint
 from merger.shardfile import is_contiguous, read_shard_file
-from merging import ROOT, Sample
+from merger.torchforms import plain_name
+
+from tests.merger.merging import ROOT, Sample
 
 # Folders
 

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).resolve().parent
-ROOT = TESTS.parent
+ROOT = TESTS.parents[1]
 SCRIPTS = ROOT / "scripts"
+SAMPLE_PROGRAMS = ROOT / "samples"
 PROGRAM = SCRIPTS / "model_merger.py"
 UNDER_CI = os.environ.get("CI", "").lower() not in ("", "0", "false")
 
@@ -246,11 +247,19 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
 
 
 def same_bits(a: Any, b: Any) -> bool:
-    """Tell whether two torch tensors have one type, one shape and the same bytes."""
+    """Return True if two torch tensors have one type, one shape and the same bytes."""
     import torch
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     return torch.equal(a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))
+
+
+def folder(path: Path, **files: str) -> Path:
+    """Make a folder of text files by name; return it."""
+    path.mkdir(parents=True)
+    for name, text in files.items():
+        (path / name).write_text(text)
+    return path
 
 
 def listing(folder: Path) -> dict[str, bytes | None]:

@@ -1,4 +1,4 @@
-"""Putting a finished folder in place: which files are weights, the exchange, and what stays beside them."""
+"""Putting a finished folder in place: the exchange, locks, leftovers, and targets that cannot be replaced."""
 import errno
 import os
 import stat
@@ -6,34 +6,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from fsdp_samples import skip_or_fail
 from merger import MergeError, publish
-from merging import listing, untouched
+from merger.companions import keep_companions
 
-
-@pytest.mark.parametrize("name", [
-    "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
-    "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack",
-    "adapter_model.safetensors", "adapter_model.bin", "consolidated.safetensors", "consolidated.safetensors.index.json",
-    "consolidated-00001-of-00002.safetensors", "consolidated.00.pth", "consolidated.pth"])  # yapf: disable
-def test_these_are_weights(name: str) -> None:
-    assert publish.is_weight(name)
-
-
-@pytest.mark.parametrize("name", [
-    "config.json", "tokenizer.json", "tokenizer.model", "merges.txt", "vocab.json", "modeling_custom.py", "merge.json",
-    "generation_config.json", "preprocessor_config.json", "README.md", "adapter_config.json", "training_args.bin",
-    "model_card.md", "model_index.json", "my_model.safetensors.txt", "embeddings.safetensors",
-    "model-q4.gguf", "consolidated.json"])  # yapf: disable
-def test_these_are_not(name: str) -> None:
-    assert not publish.is_weight(name)
-
-
-def folder(path: Path, **files: str) -> Path:
-    path.mkdir(parents=True)
-    for name, text in files.items():
-        (path / name).write_text(text)
-    return path
+from tests.merger.fsdp_samples import skip_or_fail
+from tests.merger.merging import folder, listing, untouched
 
 
 @pytest.fixture
@@ -229,7 +206,7 @@ def test_what_comes_to_the_target_while_a_merge_runs_stays(way: str, tmp_path: P
             patch.setattr(publish, "_retire", lambda *_: None)
         (staging.folder / "config.json").write_text("new")
         (staging.folder / "model-00001-of-00001.safetensors").write_text("new")
-        publish.keep_companions(out, staging.folder)
+        keep_companions(out, staging.folder)
         (out / "note.txt").write_text("2")
         (out / "runs/second").write_text("2")
         folder(out / "other", **{"model.safetensors": "another merge's"})
@@ -326,75 +303,3 @@ def test_a_target_that_holds_the_current_folder_is_refused(tmp_path: Path, monke
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
     publish.check_replaceable(tmp_path / "out")
-
-
-def test_companions_are_copied_and_weights_are_not(tmp_path: Path) -> None:
-    source = folder(tmp_path / "source", **{"config.json": "{}", "model.safetensors": "w", "merge.json": "{}",
-                                             "consolidated.00.pth": "w", "model-q4.gguf": "w",
-                                             "adapter_config.json": "{}", ".hidden": "", "tokenizer.json": "t"})  # yapf: disable
-    folder(source / "code", **{"a.py": "a"})
-    folder(source / "code/__pycache__", **{"a.pyc": "a"})
-    (source / "code").chmod(0o550)
-    (source / "link.txt").symlink_to(source / "tokenizer.json")
-    (source / "code/loop").symlink_to(source)  # copied, it would have no end
-    os.chmod(source / "tokenizer.json", 0o640)
-    staging = folder(tmp_path / "staging")
-    publish.copy_companions(source, staging, tmp_path / "out")
-    assert listing(staging) == {"config.json": b"{}", "tokenizer.json": b"t", "link.txt": b"t", "code": None,
-                                "code/a.py": b"a"}  # yapf: disable
-    assert not (staging / "link.txt").is_symlink()
-    assert stat.S_IMODE((staging / "tokenizer.json").stat().st_mode) == 0o640
-    assert stat.S_IMODE((staging / "code").stat().st_mode) == 0o550
-
-
-def test_from_beside_the_ranks_files_only_plain_files_are_copied(tmp_path: Path) -> None:
-    actor = folder(tmp_path / "actor", **{
-        "model_world_size_1_rank_0.pt": "", "optim_world_size_1_rank_0.pt": "", "extra_state_world_size_1_rank_0.pt": "",
-        "config.json": "{}", "tokenizer.json": "t"})  # yapf: disable
-    folder(actor / "huggingface", **{"vocab.json": "{}"})
-    staging = folder(tmp_path / "staging")
-    publish.copy_companions(actor, staging, actor / "huggingface")
-    assert listing(staging) == {"config.json": b"{}", "tokenizer.json": b"t"}
-
-
-@pytest.mark.parametrize("target", ["bf16", "merged/bf16"])
-def test_a_target_inside_the_companions_is_not_copied_into_itself(target: str, tmp_path: Path) -> None:
-    source = folder(tmp_path / "huggingface", **{"config.json": "{}"})
-    folder(source / target, **{"model.safetensors": "w"})
-    folder(source / "code", **{"a.py": "a"})
-    (source / "again").symlink_to(source / target)
-    staging = folder(tmp_path / "staging")
-    publish.copy_companions(source, staging, source / target)
-    assert listing(staging) == {"config.json": b"{}", "code": None, "code/a.py": b"a"}
-
-
-def test_a_target_that_is_the_companions_folder_needs_no_copy(tmp_path: Path) -> None:
-    source = folder(tmp_path / "huggingface", **{"config.json": "{}"})
-    (tmp_path / "link").symlink_to(source)
-    assert list(publish.companions(source, tmp_path / "link")) == []
-
-
-def test_what_lies_in_the_target_is_kept_and_never_written_through(tmp_path: Path) -> None:
-    target = folder(tmp_path / "out", **{"config.json": "old", "notes.md": "mine", "model.safetensors": "w",
-                                           "consolidated.safetensors": "w", "q4.gguf": "of it"})  # yapf: disable
-    (target / "adapter_config.json").write_text("of an adapter that goes")
-    folder(target / "runs", log="events").chmod(0o550)
-    staging = folder(tmp_path / "staging")
-    publish.keep_companions(target, staging)
-    assert listing(staging) == {"config.json": b"old", "notes.md": b"mine", "q4.gguf": b"of it", "runs": None,
-                                "runs/log": b"events"}  # yapf: disable
-    publish.write_file(staging / "config.json", b"new")
-    assert (target / "config.json").read_text() == "old" and (staging / "config.json").read_text() == "new"
-
-
-def test_what_is_in_the_staging_already_is_not_taken_from_the_target(tmp_path: Path) -> None:
-    elsewhere = folder(tmp_path / "elsewhere", a="theirs")
-    target, staging = folder(tmp_path / "out", x="old"), folder(tmp_path / "staging", x="new")
-    folder(target / "code", a="old", b="old")
-    folder(staging / "code", a="new")
-    folder(staging / "tools", a="new")
-    (target / "tools").symlink_to(elsewhere)
-    with untouched(target, elsewhere):
-        publish.keep_companions(target, staging)
-    assert listing(staging) == {"x": b"new", "code": None, "code/a": b"new", "code/b": b"old", "tools": None,
-                                "tools/a": b"new"}  # yapf: disable

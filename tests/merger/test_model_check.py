@@ -9,7 +9,8 @@ import pytest
 from merger import model_check
 from merger.model_check import Verdict, ask, complaint
 from merger.modelconfig import without_quantization
-from merging import Sample, merge, run_program
+
+from tests.merger.merging import Sample, merge, run_program
 
 SHAPES = {"a.weight": (2, 3)}
 

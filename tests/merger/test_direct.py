@@ -16,7 +16,8 @@ from merger.checkpoint import read_checkpoint
 from merger.copying import Sources
 from merger.direct import PAGE, OutputStream, open_direct, page_buffer
 from merger.discover import find_checkpoint
-from merging import Sample, listing, merge
+
+from tests.merger.merging import Sample, listing, merge
 
 WAYS = ["around the cache", "refused when opened", "refused when used"]
 

@@ -14,7 +14,8 @@ from urllib.parse import urlparse
 
 import pytest
 from merger import MergeError, hub
-from merging import PROGRAM, Run, Sample, listing, run_program, unchecked, untouched
+
+from tests.merger.merging import PROGRAM, Run, Sample, listing, run_program, unchecked, untouched
 
 TOKEN = "hf_ThisTokenIsASecretOfTheTests"
 
@@ -142,7 +143,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def is_private(created: dict[str, Any]) -> bool:
-    """Tell whether a private repository is asked for, as huggingface_hub 2 or an earlier one writes it."""
+    """Return True if a private repository is asked for, as huggingface_hub 2 or an earlier one writes it."""
     return created.get("visibility") == "private" or created.get("private") is True
 
 

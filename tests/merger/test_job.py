@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from merging import (
+
+from tests.merger.merging import (
     Sample,
     cast,
     differences,

@@ -1,0 +1,28 @@
+"""What the files and folders of a checkpoint and of a model are called."""
+import re
+
+# What verl writes into `global_step_N/actor` and `…/critic`.
+RANK_FILE = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
+RANK_PATTERN = "model_world_size_*_rank_*.pt"
+STEP_FOLDER = re.compile(r"global_step_(\d+)")
+ROLES = ("actor", "critic")
+FSDP_CONFIG = "fsdp_config.json"
+LORA_META = "lora_train_meta.json"
+LORA_FOLDER = "lora_adapter"  # also where a merged adapter goes
+MODEL_FOLDER = "huggingface"  # also where a merged model goes
+
+# A model's folder.
+CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
+CARD = "README.md"
+RECORD = "merge.json"
+MODEL_STEM, ADAPTER_STEM = "model", "adapter_model"
+
+
+def weight_index(stem: str = MODEL_STEM) -> str:
+    """Return the name of the index of weights that lie in several files.
+
+    >>> weight_index()
+    'model.safetensors.index.json'
+    """
+    return f"{stem}.safetensors.index.json"
