@@ -216,8 +216,9 @@ def fused(block: Block, weight: np.ndarray, sources: Sources) -> np.ndarray:
     assert fusion is not None
     a, b = factors(sources, fusion.a, fusion.b)
     first, rows = block.start // columns, block.numel // columns
-    delta = (b[first:first + rows] @ a) * np.float32(fusion.scale)
-    return weight.astype(np.float32) + delta.reshape(-1)
+    delta: np.ndarray = (b[first:first + rows] @ a) * np.float32(fusion.scale)
+    total: np.ndarray = weight.astype(np.float32) + delta.reshape(-1)
+    return total
 
 
 @lru_cache(maxsize=4)

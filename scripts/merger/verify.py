@@ -209,7 +209,8 @@ def is_fused(found: np.ndarray, weight: np.ndarray, a: np.ndarray, b: np.ndarray
     slack = np.abs(weight) + np.abs(scale32) * (np.abs(b) @ np.abs(a))
     slack *= np.float32((len(a) + 3) * 2.0**-23)
     low, exact, high = (values.astype(found.dtype) for values in (wanted - slack, wanted, wanted + slack))
-    return ((low <= found) & (found <= high)) | (found == exact) | (np.isnan(found) & np.isnan(exact))
+    right: np.ndarray = ((low <= found) & (found <= high)) | (found == exact) | (np.isnan(found) & np.isnan(exact))
+    return right
 
 
 def _bits(values: np.ndarray) -> np.ndarray:

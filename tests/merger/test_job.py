@@ -411,8 +411,9 @@ def test_one_differing_bit_in_tied_weights_is_enough(spoil: Callable[..., Sample
 @pytest.mark.parametrize("differing", ["b", "c"])
 def test_every_copy_of_three_tied_weights_is_compared(differing: str, tmp_path: Path,
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
-    import merging
     from merger.model_check import Verdict
+
+    from tests.merger import merging
     monkeypatch.setattr(merging, "ask_here", lambda *question: Verdict(tied=[["a", "b", "c"]]))
     state = {name: torch.arange(12.0).reshape(3, 4) for name in "abc"}
     (tmp_path / "actor/huggingface").mkdir(parents=True)
@@ -430,8 +431,9 @@ def test_every_copy_of_three_tied_weights_is_compared(differing: str, tmp_path: 
 @pytest.mark.parametrize("choice", [None, "drop", "keep"])
 def test_lora_on_a_tied_head_is_never_dropped(choice: str | None, tmp_path: Path,
                                               monkeypatch: pytest.MonkeyPatch) -> None:
-    import merging
     from merger.model_check import Verdict
+
+    from tests.merger import merging
     monkeypatch.setattr(merging, "ask_here", lambda *question: Verdict(tied=[[EMBEDDING, HEAD]]))
     table, a, b = torch.arange(12.0).reshape(3, 4), torch.ones(2, 4), torch.ones(3, 2)
     (tmp_path / "actor/huggingface").mkdir(parents=True)

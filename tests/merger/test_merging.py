@@ -170,7 +170,7 @@ def test_replicas_that_differ_are_refused(spoil: Callable[..., Sample], tmp_path
     def nudge(state: dict[str, Any]) -> None:
         state["model.norm.weight"]._local_tensor[0] += 1
 
-    from merging import edit_rank
+    from tests.merger.merging import edit_rank
     edit_rank(sample.rank(3), nudge)
     with untouched(tmp_path):
         refusal = merge("--local-dir", sample.actor, "--verify").refusal
@@ -183,7 +183,7 @@ def test_a_shard_whose_replicas_differ_is_refused_unread(spoil: Callable[..., Sa
     def nudge(state: dict[str, Any]) -> None:
         state[name]._local_tensor[0] += 1
 
-    from merging import edit_rank
+    from tests.merger.merging import edit_rank
     for rank in range(4):
         edit_rank(sample.rank(rank), nudge if rank == 3 else lambda state: None)
     with untouched(tmp_path):

@@ -452,7 +452,7 @@ def test_other_kinds_of_adapters_are_refused(name: str) -> None:
 
 
 def test_two_adapters_are_refused(spoil: Callable[..., Any]) -> None:
-    from merging import edit_ranks, merge
+    from tests.merger.merging import edit_ranks, merge
     sample = spoil("LoRA, FSDP1")
 
     def double(state: dict[str, Any]) -> None:
@@ -464,7 +464,7 @@ def test_two_adapters_are_refused(spoil: Callable[..., Any]) -> None:
 
 
 def test_a_json_record_that_is_no_object_is_refused(spoil: Callable[..., Any]) -> None:
-    from merging import merge
+    from tests.merger.merging import merge
     sample = spoil("LoRA, FSDP1")
     for text in ("[]", "{", *(json.dumps({"r": 8, "lora_alpha": alpha}) for alpha in ("many", math.nan, 10**400))):
         (sample.actor / "lora_train_meta.json").write_text(text)
@@ -480,7 +480,7 @@ def test_reading_in_several_threads_leaves_the_process_without_a_memory_limit(sa
 
 def test_nothing_is_unpickled_while_threads_start(samples: dict[str, Sample], tmp_path: Path,
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
-    from merging import merge
+    from tests.merger.merging import merge
     sample, load, readers = samples["FSDP1, 4 ranks"], pickles.load, []
 
     def note(data: bytes) -> Any:
@@ -495,7 +495,7 @@ def test_nothing_is_unpickled_while_threads_start(samples: dict[str, Sample], tm
 
 
 def test_files_that_were_saved_without_checksums_are_read_and_not_compared(tmp_path: Path) -> None:
-    from merging import merge
+    from tests.merger.merging import merge
     (tmp_path / "huggingface").mkdir()
     (tmp_path / "huggingface/config.json").write_text('{"architectures": ["Own"], "model_type": "own"}')
     torch.serialization.set_crc32_options(False)
