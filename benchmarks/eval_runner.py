@@ -17,14 +17,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from evaluation import report
+from evaluation import compared, report
+from evaluation.attempts import Attempt, Outcome, Turn, UsageCounts
 from evaluation.episodes import Limits, attempt
 from evaluation.items import Item
 from evaluation.model import Completion, Message
@@ -172,10 +173,10 @@ def beside_agentgym(url: str, items: int, rounds: int, latency: float, checkout:
 
 def large_report(attempts: int, rounds: int) -> dict[str, float]:
     """Return what a report of so many attempts takes, each of `rounds` rounds with its own words."""
-    usage = {"prompt": 900, "completion": 60, "cached": 0, "reasoning": 0, "unknown": 0}
-    records: list[Mapping[str, Any]] = []
+    usage = UsageCounts(prompt=900, completion=60, cached=0, reasoning=0, unknown=0)
+    records: list[Attempt] = []
     for number in range(attempts):
-        turns = [{
+        turns: list[Turn] = [{
             "completion": f"Thought:\n{number} needs {turn}\n\nAction:\nget {turn} oak log",
             "action": f"get {turn} oak log",
             "observation": f"{OBSERVATION} {number * turn}",
@@ -190,7 +191,7 @@ def large_report(attempts: int, rounds: int) -> dict[str, float]:
             "seed": None,
             "task": "x",
             "started": "",
-            "outcome": "success" if won else "failure",
+            "outcome": Outcome.SUCCESS if won else Outcome.FAILURE,
             "success": won,
             "reward": float(won),
             "scaled": float(won),
@@ -205,7 +206,7 @@ def large_report(attempts: int, rounds: int) -> dict[str, float]:
             "error": "",
             "tries_before": [],
             "first": OBSERVATION,
-            "turns": turns
+            "turns": list(turns)
         })
     told = {
         "config": {
@@ -227,7 +228,7 @@ def large_report(attempts: int, rounds: int) -> dict[str, float]:
     begun = time.perf_counter()
     summary = summarize(records, 1)
     summed = time.perf_counter() - begun
-    page = report.render([report.Run("m", told, records, summary)])
+    page = report.render([compared.Run("m", told, records, summary)])
     return {
         "attempts": attempts,
         "numbers_s": summed,

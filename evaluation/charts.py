@@ -123,7 +123,13 @@ def curves(runs: Mapping[str, Sequence[tuple[float, Mapping[str, Any]]]], name: 
             low = [0.0 if figure["low"] is None else figure["mean"] - figure["low"] for _, figure in points]
             high = [0.0 if figure["high"] is None else figure["high"] - figure["mean"] for _, figure in points]
             colour = SERIES[number % len(SERIES)]
-            axes.errorbar(steps, means, yerr=[low, high], color=colour, ecolor=colour, marker="o", capsize=3,
+            axes.errorbar(steps,
+                          means,
+                          yerr=[low, high],
+                          color=colour,
+                          ecolor=colour,
+                          marker="o",
+                          capsize=3,
                           label=legend(run))
         axes.set_xlabel("training step")
         axes.set_ylabel("mean reward")

@@ -1,11 +1,12 @@
 """Conversations out of a run's records: what a model can be trained on."""
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from evaluation.attempts import Attempt
 from evaluation.episodes import opening
 from evaluation.problems import Misuse
 from evaluation.prompts import Prompt
@@ -13,7 +14,7 @@ from evaluation.records import RUN, read_run
 from evaluation.rescoring import read_scored
 
 
-def conversation(prompt: Prompt, record: Mapping[str, Any]) -> list[dict[str, Any]]:
+def conversation(prompt: Prompt, record: Attempt) -> list[dict[str, Any]]:
     """Return what was said in an attempt, up to the model's last answer.
 
     What the prompt lays into the model's mouth has the weight 0, as fine-tuning services take it.

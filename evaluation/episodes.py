@@ -3,22 +3,19 @@ import asyncio
 import hashlib
 import random
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 from evaluation.actions import parse
+from evaluation.attempts import SCORED, Attempt, Outcome, Try, Turn
 from evaluation.items import Item
 from evaluation.model import LOST, Message, Model, Usage
-from evaluation.problems import ContextOverflow, EnvironmentFault, ModelFault, Stopped, Unreachable
+from evaluation.problems import ContextOverflow, EnvironmentFault, ModelFault, Unreachable
 from evaluation.prompts import VOCABULARY, Prompt
 from evaluation.protocol import CLOSE_SECONDS, FULL, NOT_CREATED, First, Server
 from evaluation.rows import Row
-
-SCORED = ("success", "failure", "max_rounds", "token_limit", "context_overflow")
-# The infrastructure's own: they say nothing of the model and never enter a score.
-ERRORS = ("env_error", "model_error", "timeout")
 
 
 @dataclass(frozen=True)
@@ -39,14 +36,14 @@ class Limits:
     wait: float = 120.0
 
 
-def judge(row: Row, reward: float, done: bool) -> str:
+def judge(row: Row, reward: float, done: bool) -> Outcome:
     """Return the outcome of an episode that was played: success, failure, or max_rounds where it never ended."""
-    return ended(row, reward, "failure" if done else "max_rounds")
+    return ended(row, reward, Outcome.FAILURE if done else Outcome.MAX_ROUNDS)
 
 
-def ended(row: Row, reward: float, how: str) -> str:
+def ended(row: Row, reward: float, how: Outcome) -> Outcome:
     """Return the outcome of an episode that ended as `how` says: what was won before that stays won."""
-    return "success" if row.success.holds(reward) else how
+    return Outcome.SUCCESS if row.success.holds(reward) else how
 
 
 def derived_seed(seed: int, index: int, sample: int) -> int:
@@ -74,7 +71,7 @@ def opening(prompt: Prompt, observation: str) -> list[Message]:
 class Episode:
     """One try at an item: what has happened so far."""
     first: str = ""
-    turns: list[dict[str, Any]] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
     reward: float = 0.0
     upstream: float = 0.0
     done: bool = False
@@ -85,7 +82,7 @@ class Episode:
     retries: int = 0
     in_doubt: bool = False  # whether a request to the server is on its way
     waited: bool = False  # in vain for the server, as long as one does
-    outcome: str = ""
+    outcome: Outcome = Outcome.ENV_ERROR
     error: str = ""
 
     async def play(self, server: Server, session: int, row: Row, prompt: Prompt, item: Item, player: Any,
@@ -104,7 +101,7 @@ class Episode:
         messages = opening(prompt, self.first)
         while not self.done and len(self.turns) < limits.rounds:
             if limits.tokens and self.usage.prompt + self.usage.completion >= limits.tokens:
-                self.outcome = ended(row, self.reward, "token_limit")
+                self.outcome = ended(row, self.reward, Outcome.TOKEN_LIMIT)
                 return
             completion = await player.reply(messages)
             self.usage.add(completion.usage)
@@ -112,7 +109,7 @@ class Episode:
             self.model_seconds += completion.seconds
             action = parse(row.action, completion.text)
             self.invalid += not action.found
-            turn: dict[str, Any] = {"completion": completion.text, "action": action.text}
+            turn: Turn = {"completion": completion.text, "action": action.text}
             if completion.reasoning:
                 turn["reasoning"] = completion.reasoning
             if completion.finish not in ("stop", ""):
@@ -180,15 +177,13 @@ async def _create(server: Server) -> int:
     try:
         return await asyncio.shield(creating)
     except asyncio.CancelledError:
-        try:
-            async with asyncio.timeout(CLOSE_SECONDS):
-                session = await creating
-        except TimeoutError:
+        # No asyncio.timeout: up to Python 3.11.4 one that is entered after a cancellation raises no TimeoutError.
+        await asyncio.wait([creating], timeout=CLOSE_SECONDS)
+        if not creating.done():
+            creating.cancel()
             server.lost += 1
-        except (EnvironmentFault, Stopped):
-            pass
-        else:
-            await server.give_back(session, clean=True)
+        elif not creating.exception():
+            await asyncio.wait([asyncio.ensure_future(server.give_back(creating.result(), clean=True))])
         raise
 
 
@@ -207,29 +202,29 @@ async def _one_try(server: Server, row: Row, prompt: Prompt, item: Item, player:
     try:
         session = await open_session(server, limits.wait)
     except EnvironmentFault as fault:
-        episode.outcome, episode.error, episode.waited = "env_error", str(fault), fault.waited
+        episode.outcome, episode.error, episode.waited = Outcome.ENV_ERROR, str(fault), fault.waited
         return episode
     try:
         async with asyncio.timeout(limits.seconds):
             await episode.play(server, session, row, prompt, item, player, limits)
     except EnvironmentFault as fault:
-        episode.outcome, episode.error = "env_error", str(fault)
+        episode.outcome, episode.error = Outcome.ENV_ERROR, str(fault)
     except ModelFault as fault:
-        episode.outcome, episode.error = "model_error", str(fault)
+        episode.outcome, episode.error = Outcome.MODEL_ERROR, str(fault)
         episode.retries += fault.retries
     except ContextOverflow as overflow:
-        episode.outcome, episode.error = ended(row, episode.reward, "context_overflow"), str(overflow)
+        episode.outcome, episode.error = ended(row, episode.reward, Outcome.CONTEXT_OVERFLOW), str(overflow)
         if overflow.usage is not None:
             episode.usage.add(overflow.usage)
     except TimeoutError:
-        episode.outcome, episode.error = "timeout", f"the episode took longer than {limits.seconds:g} s"
+        episode.outcome, episode.error = Outcome.TIMEOUT, f"the episode took longer than {limits.seconds:g} s"
     finally:
         await _give_back(server, session, clean=not episode.in_doubt)
     return episode
 
 
 async def attempt(server: Server, model: Model, row: Row, prompt: Prompt, item: Item, sample: int, seed: int | None,
-                  limits: Limits, before: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+                  limits: Limits, before: Sequence[Try]) -> Attempt:
     """Play an item until it has a result, or the environment has failed too often; return its record.
 
     Args:
@@ -244,9 +239,9 @@ async def attempt(server: Server, model: Model, row: Row, prompt: Prompt, item: 
         if number:
             await asyncio.sleep(0.25 * 2**number * random.uniform(0.5, 1.0))
         episode = await _one_try(server, row, prompt, item, model.player(item.number, sample, seed), limits)
-        if episode.outcome != "env_error" or episode.waited or number == limits.tries - 1:
+        if episode.outcome != Outcome.ENV_ERROR or episode.waited or number == limits.tries - 1:
             break
-        tries.append({"outcome": episode.outcome, "error": episode.error, "usage": asdict(episode.usage)})
+        tries.append(Try(outcome=episode.outcome, error=episode.error, usage=episode.usage.counts()))
     scored = episode.outcome in SCORED
     return {
         "item": item.id,
@@ -261,7 +256,7 @@ async def attempt(server: Server, model: Model, row: Row, prompt: Prompt, item: 
         "upstream_reward": episode.upstream if scored else None,
         "rounds": len(episode.turns),
         "invalid_actions": episode.invalid,
-        "usage": asdict(episode.usage),
+        "usage": episode.usage.counts(),
         "seconds": round(time.perf_counter() - begun, 4),
         "model_seconds": round(episode.model_seconds, 4),
         "env_seconds": round(episode.env_seconds, 4),

@@ -9,16 +9,17 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from statistics import NormalDist, fmean
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from evaluation.episodes import ERRORS, SCORED
+from evaluation.attempts import ERRORS, SCORED, Attempt, UsageCounts
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
+COUNTS: tuple[Literal["prompt", "completion", "cached", "reasoning", "unknown"],
+              ...] = ("prompt", "completion", "cached", "reasoning", "unknown")
 Z = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
-Record = Mapping[str, Any]
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:
@@ -76,25 +77,25 @@ def figure(values: Sequence[float], binary: bool = False, bounded: bool = True) 
     return {"mean": mean, "low": low, "high": high, "method": "bootstrap over items", "items": count}
 
 
-def by_item(records: Sequence[Record]) -> dict[str, list[Record]]:
+def by_item(records: Sequence[Attempt]) -> dict[str, list[Attempt]]:
     """Return the scored records by item."""
-    items: dict[str, list[Record]] = {}
+    items: dict[str, list[Attempt]] = {}
     for record in records:
         if record["outcome"] in SCORED:
             items.setdefault(record["item"], []).append(record)
     return items
 
 
-def by_number(records: Sequence[Record]) -> dict[int, list[Record]]:
+def by_number(records: Sequence[Attempt]) -> dict[int, list[Attempt]]:
     """Return the scored records by the number that the server knows the item by: lists spell its id in several ways."""
     return {group[0]["index"]: group for group in by_item(records).values()}
 
 
-def scores(records: Sequence[Record], samples: int) -> dict[str, Any]:
+def scores(records: Sequence[Attempt], samples: int) -> dict[str, Any]:
     """Return reward, success and Pass@k of `records`, of which each item should have `samples`."""
     items = by_item(records)
-    rewards = [fmean(float(one["scaled"]) for one in group) for group in items.values()]
-    solved = [fmean(float(one["success"]) for one in group) for group in items.values()]
+    rewards = [fmean(one["scaled"] or 0.0 for one in group) for group in items.values()]
+    solved = [fmean(float(bool(one["success"])) for one in group) for group in items.values()]
     found: dict[str, Any] = {
         "items": len(items),
         "scored": sum(map(len, items.values())),
@@ -115,10 +116,10 @@ def scores(records: Sequence[Record], samples: int) -> dict[str, Any]:
     return found
 
 
-def usage_sum(usages: Iterable[Mapping[str, int]]) -> dict[str, int]:
+def usage_sum(usages: Iterable[UsageCounts]) -> dict[str, int]:
     """Return the sum of token counts."""
     counted = list(usages)
-    return {key: sum(one[key] for one in counted) for key in ("prompt", "completion", "cached", "reasoning", "unknown")}
+    return {key: sum(one[key] for one in counted) for key in COUNTS}
 
 
 def cost(usage: Mapping[str, int], price: Mapping[str, float] | None) -> float | None:
@@ -130,7 +131,7 @@ def cost(usage: Mapping[str, int], price: Mapping[str, float] | None) -> float |
             usage["completion"] * price["output"]) / 1e6
 
 
-def upstream(records: Sequence[Record], samples: int) -> dict[str, Any]:
+def upstream(records: Sequence[Attempt], samples: int) -> dict[str, Any]:
     """Return the figures as AgentGym's and AgentGym-RL's own evaluations would count them.
 
     Their rewards are raw, an attempt that the infrastructure spoilt counts as 0, success is a reward of exactly 1 or
@@ -155,7 +156,7 @@ def histogram(values: Sequence[float]) -> dict[str, int]:
     return {f"{value:g}": count for value, count in sorted(Counter(values).items())}
 
 
-def summarize(records: Sequence[Record],
+def summarize(records: Sequence[Attempt],
               samples: int,
               expected: int | None = None,
               price: Mapping[str, float] | None = None,
@@ -213,7 +214,7 @@ def summarize(records: Sequence[Record],
     }
 
 
-def wall(work: Sequence[Mapping[str, Any]], records: Sequence[Record]) -> float:
+def wall(work: Sequence[Mapping[str, Any]], records: Sequence[Attempt]) -> float:
     """Return the seconds of all stretches of work on a run.
 
     One that was killed has none of its own: it is taken to have ended with the last of its attempts in `records`.
@@ -230,12 +231,12 @@ def wall(work: Sequence[Mapping[str, Any]], records: Sequence[Record]) -> float:
     return total
 
 
-def tasks(records: Sequence[Record]) -> set[str]:
+def tasks(records: Sequence[Attempt]) -> set[str]:
     """Return the digests of the first observations in `records`, as far as they are known."""
     return {record["task"] for record in records if record.get("task")}
 
 
-def compare(one: Sequence[Record], other: Sequence[Record], same_words: bool = True) -> dict[str, Any]:
+def compare(one: Sequence[Attempt], other: Sequence[Attempt], same_words: bool = True) -> dict[str, Any]:
     """Return the paired difference of two runs, other minus one, on the items that both have, whatever they call them.
 
     Items that flipped: solved in most samples of one run and not of the other. An item that began with another
@@ -251,10 +252,10 @@ def compare(one: Sequence[Record], other: Sequence[Record], same_words: bool = T
     strange = {item for item, (a, b) in known.items() if a and b and a != b}
     common = [item for item in both if item not in strange]
 
-    def means(group: Mapping[int, list[Record]], key: str) -> list[float]:
-        return [fmean(float(record[key]) for record in group[item]) for item in common]
+    def means(group: Mapping[int, list[Attempt]], key: Literal["success", "scaled"]) -> list[float]:
+        return [fmean(float(record[key] or 0.0) for record in group[item]) for item in common]
 
-    def difference(key: str) -> dict[str, Any] | None:
+    def difference(key: Literal["success", "scaled"]) -> dict[str, Any] | None:
         pairs = zip(means(left, key), means(right, key), strict=True)
         return figure([b - a for a, b in pairs], bounded=False)
 

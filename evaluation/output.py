@@ -38,7 +38,7 @@ class Output(io.TextIOBase):
                 self._lose(error)
 
     def isatty(self) -> bool:
-        """Tell whether somebody looks."""
+        """Return True if somebody looks."""
         return not self.gone and self.file.isatty()
 
     def fileno(self) -> int:

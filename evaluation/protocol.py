@@ -3,7 +3,6 @@
 aiohttp and not httpx: a step of a text game costs its server half a millisecond, and a client must not cost more.
 """
 import asyncio
-import json
 import math
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -13,9 +12,10 @@ from typing import Any, NamedTuple
 import aiohttp
 
 from evaluation import surrogates
-from evaluation.model import redacted_url
+from evaluation.endpoint import redacted_url
 from evaluation.problems import EnvironmentFault, Stopped
 from evaluation.rows import Protocol
+from evaluation.text import short
 
 # Below uvicorn's five seconds: a connection that the server closes just as we send leaves us in doubt about the step.
 KEEP_ALIVE = 4.0
@@ -49,12 +49,6 @@ def error_in(reply: Any) -> str | None:
     if isinstance(reply, dict) and reply.get("error") is not None:
         return str(reply["error"])
     return None
-
-
-def short(value: Any, width: int = 200) -> str:
-    """Return `value` as JSON, cut to `width` characters."""
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= width else text[:width - 1] + "…"
 
 
 def text_of(observation: Any) -> str:
@@ -302,9 +296,9 @@ class Server:
             self.lost += 1
 
     async def _lacks_close(self) -> bool:
-        return await self.keeper() is None
+        return await self.wrapper_status() is None
 
-    async def keeper(self) -> dict[str, Any] | None:
+    async def wrapper_status(self) -> dict[str, Any] | None:
         """Return what this project's servers/serve.py says of its sessions; None where the server is bare."""
         try:
             reply = await self._call("GET", self.root + "/_sessions", "GET /_sessions")
@@ -313,7 +307,7 @@ class Server:
         return reply if isinstance(reply, dict) and "live" in reply else None
 
     async def answers(self) -> bool:
-        """Tell whether anything answers at the address, whatever it says."""
+        """Return True if anything answers at the address, whatever it says."""
         try:
             await self._call("GET", self.root + "/", "GET /")
         except EnvironmentFault as fault:

@@ -12,35 +12,22 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from evaluation import surrogates
-from evaluation.episodes import ERRORS, SCORED
+from evaluation.attempts import ERRORS, Attempt, Key, Try, key_of, read_attempt
 from evaluation.problems import Misuse, Stopped
+from evaluation.text import short
+
+T = TypeVar("T")
 
 ATTEMPTS, SUPERSEDED, RUN, SESSIONS = "attempts.jsonl", "superseded.jsonl", "run.json", "sessions.jsonl"
 SUMMARY, REPORT, LOCK, RULE, BEFORE = "summary.json", "report.html", ".lock", "rule.json", ".before"
 FILES = (RUN, ATTEMPTS, SUPERSEDED, SUMMARY, REPORT, RULE)  # of one run
-Key = tuple[str, int]
-FIELDS = ("item", "index", "category", "sample", "seed", "outcome", "success", "reward", "scaled", "upstream_reward",
-          "rounds", "invalid_actions", "usage", "seconds", "model_seconds", "env_seconds", "model_retries", "error",
-          "tries_before", "started", "task", "first", "turns")
-TYPES: dict[str, Any] = {
-    **dict.fromkeys(("item", "category", "outcome", "error", "started", "task", "first", "server"), str),
-    **dict.fromkeys(("index", "sample", "rounds", "invalid_actions", "model_retries"), int),
-    **dict.fromkeys(("seconds", "model_seconds", "env_seconds"), int | float),
-    **dict.fromkeys(("reward", "scaled", "upstream_reward"), int | float | None),
-    **dict.fromkeys(("turns", "tries_before"), list), "usage": dict
-}
-
-
-def key_of(record: Mapping[str, Any]) -> Key:
-    """Return what an attempt is known by: item and sample."""
-    return record["item"], record["sample"]
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -82,13 +69,14 @@ def whole_lines(data: bytes) -> tuple[list[Any], int]:
 
 
 def read_lines(path: Path,
+               read: Callable[[Any], T],
                repair: bool = False,
-               fields: Sequence[str] = (),
-               remedy: str = "restore the file, or start anew with --fresh") -> list[Any]:
-    """Return the objects in a file of JSON lines; an absent one has none. `repair` cuts a torn last line off.
+               remedy: str = "restore the file, or start anew with --fresh") -> list[T]:
+    """Return what `read` makes of the values in a file of JSON lines; an absent one has none.
 
     Args:
-        fields: what each must have.
+        read: raises ValueError for a value that is none of the file's.
+        repair: cut a torn last line off.
         remedy: for a file that is damaged.
 
     Raises:
@@ -100,36 +88,55 @@ def read_lines(path: Path,
         return []
     except OSError as error:
         raise Misuse(f"{path} cannot be read: {error.strerror}") from None
+    found = []
     try:
         values, size = whole_lines(data)
         for number, value in enumerate(values, 1):
-            if not isinstance(value, dict):
-                raise ValueError(f"line {number} is no JSON object")
-            missing = [field for field in fields if field not in value]
-            if missing:
-                raise ValueError(f"line {number} has no {missing[0]}")
-            strange = [field for field in fields if not isinstance(value[field], TYPES.get(field, object))]
-            if strange or ("outcome" in fields and value["outcome"] not in (*SCORED, *ERRORS)):
-                field = strange[0] if strange else "outcome"
-                raise ValueError(f"line {number} has {field} {json.dumps(value[field])[:60]}")
+            try:
+                found.append(read(value))
+            except ValueError as error:
+                raise ValueError(f"line {number} {error}") from None
     except ValueError as error:
         raise Misuse(f"{path}: {error}; {remedy}") from None
     if repair and size < len(data):
         os.truncate(path, size)
-    return values
+    return found
 
 
-def is_run(told: Any) -> bool:
-    """Tell whether a value has the form of run.json."""
-    if not isinstance(told, dict) or not isinstance(told.get("work"), list):
+def read_object(value: Any) -> dict[str, Any]:
+    """Return a JSON object.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not isinstance(value, dict):
+        raise ValueError("is no JSON object")
+    return value
+
+
+def read_session(value: Any) -> dict[str, Any]:
+    """Return a line of sessions.jsonl.
+
+    Raises:
+        ValueError: it names no server.
+    """
+    if not isinstance(read_object(value).get("server"), str):
+        raise ValueError(f"has server {short(value.get('server'))}" if "server" in value else "has no server")
+    return value
+
+
+def is_run(manifest: Any) -> bool:
+    """Return True if a value has the form of run.json."""
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("work"), list):
         return False
-    if not all(isinstance(told.get(key), dict) for key in ("config", "row", "prompt")):
+    if not all(isinstance(manifest.get(key), dict) for key in ("config", "row", "prompt")):
         return False
-    config = told["config"]
-    return (isinstance(told.get("revision"), str) and all(isinstance(config.get(key), str) for key in ("env", "model"))
+    config = manifest["config"]
+    return (isinstance(manifest.get("revision"), str)
+            and all(isinstance(config.get(key), str) for key in ("env", "model"))
             and isinstance(config.get("items"), list) and isinstance(config.get("samples"), int) and all(
                 isinstance(work, dict) and isinstance(work.get("started"), str) and "seconds" in work
-                and isinstance(work["seconds"], int | float | None) for work in told["work"]))
+                and isinstance(work["seconds"], int | float | None) for work in manifest["work"]))
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -139,17 +146,17 @@ def read_run(folder: Path) -> dict[str, Any]:
         Misuse: there is none, or it is damaged.
     """
     try:
-        told = json.loads((folder / RUN).read_text(encoding="utf-8"))
+        manifest = json.loads((folder / RUN).read_text(encoding="utf-8"))
     except OSError:
         raise Misuse(f"no run in {folder}: it has no {RUN}; `python -m evaluation list` shows the runs") from None
     except ValueError:
         raise Misuse(f"{folder / RUN} is no JSON; restore it, or start anew with --fresh") from None
-    if not is_run(told):
+    if not is_run(manifest):
         raise Misuse(f"{folder / RUN} tells of no run; restore it, or start anew with --fresh")
-    return told
+    return manifest
 
 
-def latest_of(records: Iterable[dict[str, Any]], config: Mapping[str, Any]) -> dict[Key, dict[str, Any]]:
+def latest_of(records: Iterable[Attempt], config: Mapping[str, Any]) -> dict[Key, Attempt]:
     """Return the records of a run by what they are known by, the later of two; others' items are left out."""
     items = set(config["items"])
     return {
@@ -158,13 +165,13 @@ def latest_of(records: Iterable[dict[str, Any]], config: Mapping[str, Any]) -> d
     }
 
 
-def read_attempts(folder: Path) -> list[dict[str, Any]]:
+def read_attempts(folder: Path) -> list[Attempt]:
     """Return the attempts of a run's folder, without a torn last one; a later line stands for an earlier one.
 
     Raises:
         Misuse: a file is damaged.
     """
-    return list(latest_of(read_lines(folder / ATTEMPTS, fields=FIELDS), read_run(folder)["config"]).values())
+    return list(latest_of(read_lines(folder / ATTEMPTS, read_attempt), read_run(folder)["config"]).values())
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
@@ -218,10 +225,10 @@ class RunFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.records: dict[Key, dict[str, Any]] = {}
+        self.records: dict[Key, Attempt] = {}
         self.leftover: dict[str, list[int]] = {}
-        self.spoilt: dict[Key, dict[str, Any]] = {}  # by the infrastructure, before this stretch of work
-        self.earlier: dict[Key, list[dict[str, Any]]] = {}
+        self.spoilt: dict[Key, Attempt] = {}  # by the infrastructure, before this stretch of work
+        self.earlier: dict[Key, list[Try]] = {}
 
     def __enter__(self) -> "RunFolder":
         try:
@@ -245,7 +252,7 @@ class RunFolder:
                 getattr(self, name).close()
         if self.spoilt.keys() & self.records.keys():
             with suppress(OSError, Stopped, Misuse):  # what does not succeed now is done when the run is taken up again
-                lines = read_lines(self.folder / ATTEMPTS, True, FIELDS)
+                lines = read_lines(self.folder / ATTEMPTS, read_attempt, True)
                 self._set_aside(lines, {key_of(record): record for record in lines})
         before = self.folder / BEFORE
         if before.is_dir() and (error is not None or not self.records):  # the new run has not begun
@@ -290,8 +297,8 @@ class RunFolder:
                 raise Misuse(f"{self.folder} has a run with another configuration ({'; '.join(differing)}); "
                              "choose another --out, or start anew with --fresh")
         self.leftover = open_sessions(
-            read_lines(self.folder / SESSIONS, True, ("server", ), "remove it; sessions may stay open"))
-        lines = read_lines(self.folder / ATTEMPTS, True, FIELDS)
+            read_lines(self.folder / SESSIONS, read_session, True, "remove it; sessions may stay open"))
+        lines = read_lines(self.folder / ATTEMPTS, read_attempt, True)
         # Without run.json nobody knows what the attempts are of.
         latest = latest_of(lines, config) if resumed else {}
         try:
@@ -306,15 +313,14 @@ class RunFolder:
         self.spoilt = {key: record for key, record in latest.items() if record["outcome"] in ERRORS}
         self.records = {key: record for key, record in latest.items() if key not in self.spoilt}
         self.earlier = {
-            key: [*record["tries_before"], {
-                name: record[name]
-                for name in ("outcome", "error", "usage")
-            }]
+            key:
+            [*record["tries_before"],
+             Try(outcome=record["outcome"], error=record["error"], usage=record["usage"])]
             for key, record in self.spoilt.items()
         }
         return resumed
 
-    def _set_aside(self, lines: Sequence[dict[str, Any]], latest: Mapping[Key, dict[str, Any]]) -> None:
+    def _set_aside(self, lines: Sequence[Attempt], latest: Mapping[Key, Attempt]) -> None:
         """Move those of the attempts that do not stand any more from attempts.jsonl to superseded.jsonl.
 
         Killed on the way, it has written some there already: the next time it writes the rest.
@@ -323,7 +329,8 @@ class RunFolder:
         if not away:
             return
         path = self.folder / SUPERSEDED
-        there = {(one.get("item"), one.get("sample"), one.get("started")) for one in read_lines(path, repair=True)}
+        there = {(one.get("item"), one.get("sample"), one.get("started"))
+                 for one in read_lines(path, read_object, True)}
         superseded = Lines(path)
         try:
             for record in away:
@@ -334,26 +341,26 @@ class RunFolder:
         write_whole(self.folder / ATTEMPTS,
                     "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in latest.values()))
 
-    def add(self, record: dict[str, Any]) -> None:
+    def add(self, record: Attempt) -> None:
         """Keep the record of an attempt that ended."""
         self.attempts.add(record)
         self.records[key_of(record)] = record
         if record["turns"]:
             shutil.rmtree(self.folder / BEFORE, ignore_errors=True)
 
-    def latest(self) -> list[dict[str, Any]]:
+    def latest(self) -> list[Attempt]:
         """Return the record of each attempt, those included that are still to be played again."""
         return list({**self.spoilt, **self.records}.values())
 
     def answered(self) -> bool:
-        """Tell whether the model has ever answered in this run."""
+        """Return True if the model has ever answered in this run."""
         return any(record["turns"] for record in self.latest())
 
     def note_work(self, work: Mapping[str, Any]) -> None:
         """Note in run.json one stretch of work on the run: when it begins, without `seconds`, and when it ends."""
-        told = read_run(self.folder)
-        told["work"] = [one for one in told["work"] if one["started"] != work["started"]] + [dict(work)]
-        write_whole(self.folder / RUN, json.dumps(told, indent=1))
+        manifest = read_run(self.folder)
+        manifest["work"] = [one for one in manifest["work"] if one["started"] != work["started"]] + [dict(work)]
+        write_whole(self.folder / RUN, json.dumps(manifest, indent=1))
 
     def forget_sessions(self) -> None:
         """Empty the list of sessions, once all are closed."""

@@ -4,10 +4,11 @@
                 go by it, until the run is played on or rescored by its own
 """
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from evaluation.attempts import Attempt, Outcome
 from evaluation.problems import Misuse, Stopped
 from evaluation.records import RULE, read_attempts, read_run, write_whole
 from evaluation.rows import RESULTS_DEPEND_ON, Row
@@ -29,7 +30,7 @@ def keep_rule(folder: Path, row: Row | None) -> None:
         raise Stopped(f"{path} cannot be written: {error.strerror}; make room and run `rescore` again") from None
 
 
-def reward_of(record: Mapping[str, Any], row: Row) -> float:
+def reward_of(record: Attempt, row: Row) -> float:
     """Return the episode's reward as `row` counts it: the last step's, or the best."""
     reward = 0.0
     for turn in record["turns"]:
@@ -38,7 +39,7 @@ def reward_of(record: Mapping[str, Any], row: Row) -> float:
     return reward
 
 
-def rescored(records: Iterable[dict[str, Any]], row: Row) -> list[dict[str, Any]]:
+def rescored(records: Iterable[Attempt], row: Row) -> list[Attempt]:
     """Return the records with reward, success and scaled reward as `row` says.
 
     A success that the rule undoes becomes a failure, also where the episode had reached its last round.
@@ -52,7 +53,7 @@ def rescored(records: Iterable[dict[str, Any]], row: Row) -> list[dict[str, Any]
                 **record, "reward": reward,
                 "success": success,
                 "scaled": row.scaled(reward),
-                "outcome": "success" if success else "failure" if outcome == "success" else outcome
+                "outcome": Outcome.SUCCESS if success else Outcome.FAILURE if outcome == Outcome.SUCCESS else outcome
             }
         found.append(record)
     return found
@@ -73,7 +74,7 @@ def read_rule(folder: Path) -> Row | None:
         raise Misuse(f"{path} cannot be read ({str(error).splitlines()[0]}); run `rescore` again") from None
 
 
-def read_scored(folder: Path) -> list[dict[str, Any]]:
+def read_scored(folder: Path) -> list[Attempt]:
     """Return the attempts of a run's folder, by the rule that it was rescored by, if it was.
 
     Raises:
@@ -83,13 +84,13 @@ def read_scored(folder: Path) -> list[dict[str, Any]]:
     return records if row is None else rescored(records, row)
 
 
-def read_told(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
     """Return run.json, with the rule that the run was rescored by in its configuration, so that a comparison shows it.
 
     Raises:
         Misuse: a file is damaged.
     """
-    told, row = read_run(folder), read_rule(folder)
+    manifest, row = read_run(folder), read_rule(folder)
     if row is not None:
-        told["config"]["row"] = row.model_dump(mode="json", include=RESULTS_DEPEND_ON)
-    return told
+        manifest["config"]["row"] = row.model_dump(mode="json", include=RESULTS_DEPEND_ON)
+    return manifest

@@ -49,7 +49,7 @@ class Success(Table):
         return max(before, reward) if self.best else reward
 
     def holds(self, reward: float) -> bool:
-        """Tell whether `reward`, as the server gives it, solves the item."""
+        """Return True if `reward`, as the server gives it, solves the item."""
         return reward >= self.at_least if self.at_least is not None else reward > (self.above or 0.0)
 
 

@@ -6,13 +6,14 @@ import platform
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from evaluation import __version__
+from evaluation.attempts import Attempt
 from evaluation.episodes import attempt, derived_seed
 from evaluation.items import Item
 from evaluation.model import Model
@@ -21,7 +22,7 @@ from evaluation.protocol import Server
 from evaluation.records import RunFolder
 from evaluation.settings import Settings, config_hash
 
-Watcher = Callable[[Mapping[str, Any]], None]
+Watcher = Callable[[Attempt], None]
 
 
 def versions() -> dict[str, str]:
@@ -87,7 +88,7 @@ async def close_leftovers(server: Server, folder: RunFolder, say: Callable[[str]
     number may be somebody else's session by now.
     """
     left = folder.leftover.pop(server.shown, [])
-    if not left or await server.keeper() is None:
+    if not left or await server.wrapper_status() is None:
         return
     before = server.closed
     for session in left:

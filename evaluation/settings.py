@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from evaluation.endpoint import NO_KEY, ChatModel, redacted_url
 from evaluation.episodes import Limits
 from evaluation.items import Item, choose, read_map
-from evaluation.model import NO_KEY, ChatModel, Model, Sampling, redacted_url
+from evaluation.model import Model, Sampling
 from evaluation.players import NAMES, ScriptedModel
 from evaluation.problems import Misuse, reason
 from evaluation.prompts import Prompt, find

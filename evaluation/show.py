@@ -10,8 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from evaluation.episodes import ERRORS, SCORED
-from evaluation.records import key_of
+from evaluation.attempts import ERRORS, SCORED, Attempt, Outcome, key_of
 
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
 
@@ -42,7 +41,7 @@ def pass_text(figure: Mapping[str, Any] | None, items: int) -> str:
 class Watch:
     """Progress: done, success rate so far, tokens, errors, time left."""
 
-    def __init__(self, total: int, records: Iterable[Mapping[str, Any]], console: Console) -> None:
+    def __init__(self, total: int, records: Iterable[Attempt], console: Console) -> None:
         self.total, self.console, self.played = total, console, 0
         self.outcomes = {key_of(record): record["outcome"] for record in records}
         self.tokens = 0
@@ -73,10 +72,10 @@ class Watch:
         counts = Counter(self.outcomes.values())
         scored = sum(counts[name] for name in SCORED)
         errors = sum(counts[name] for name in ERRORS)
-        rate = percent(counts["success"] / scored) if scored else "-"
+        rate = percent(counts[Outcome.SUCCESS] / scored) if scored else "-"
         return f"success {rate}, {self.tokens:,} tokens, {errors} errors"
 
-    def __call__(self, record: Mapping[str, Any]) -> None:
+    def __call__(self, record: Attempt) -> None:
         """Take note of an attempt that ended."""
         self.played += 1
         self.outcomes[key_of(record)] = record["outcome"]

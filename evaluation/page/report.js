@@ -1,13 +1,10 @@
-"use strict";
 // Everything that a model or an environment said is put on the page as text (textContent), never as markup.
 const data = JSON.parse(document.getElementById("data").textContent);
-const [RUN, ITEM, CATEGORY, SAMPLE, OUTCOME, REWARD, ROUNDS, INVALID, TOKENS, SECONDS] = Array(10).keys();
+data.rows = data.rows.map((row) => Object.fromEntries(data.fields.map((name, index) => [name, row[index]])));
 const PAGE_SIZE = 100;
-const columns = [
-  ["item", ITEM], ["run", RUN], ["category", CATEGORY], ["sample", SAMPLE], ["outcome", OUTCOME], ["reward", REWARD],
-  ["rounds", ROUNDS], ["invalid", INVALID], ["tokens", TOKENS], ["seconds", SECONDS],
-].filter(([, key]) => !(key === RUN && data.runs.length === 1) && !(key === CATEGORY && data.rows.every((row) => !row[CATEGORY])));
-const numeric = new Set([SAMPLE, REWARD, ROUNDS, INVALID, TOKENS, SECONDS]);
+const columns = ["item", "run", "category", "sample", "outcome", "reward", "rounds", "invalid", "tokens", "seconds"]
+  .filter((key) => !(key === "run" && data.runs.length === 1) && !(key === "category" && data.rows.every((row) => !row.category)));
+const numeric = new Set(["sample", "reward", "rounds", "invalid", "tokens", "seconds"]);
 const at = (id) => document.getElementById(id);
 const state = { shown: [], page: 0, sort: null, down: false, open: null };
 
@@ -19,9 +16,9 @@ function make(tag, text, className) {
 }
 
 function cell(row, key) {
-  if (key === RUN) return data.runs[row[RUN]];
-  if (key === REWARD) return row[REWARD] === null ? "–" : row[REWARD].toFixed(2);
-  if (key === SECONDS) return row[SECONDS].toFixed(1);
+  if (key === "run") return data.runs[row.run];
+  if (key === "reward") return row.reward === null ? "–" : row.reward.toFixed(2);
+  if (key === "seconds") return row.seconds.toFixed(1);
   return row[key];
 }
 
@@ -36,10 +33,10 @@ function filter() {
   const run = at("run").value, outcome = at("outcome").value, category = at("category").value;
   state.shown = [];
   data.rows.forEach((row, number) => {
-    if (text && !row[ITEM].toLowerCase().includes(text)) return;
-    if (run !== "" && row[RUN] !== Number(run)) return;
-    if (outcome && (outcome === "errors" ? !["env_error", "model_error", "timeout"].includes(row[OUTCOME]) : row[OUTCOME] !== outcome)) return;
-    if (category && row[CATEGORY] !== category) return;
+    if (text && !row.item.toLowerCase().includes(text)) return;
+    if (run !== "" && row.run !== Number(run)) return;
+    if (outcome && (outcome === "errors" ? !["env_error", "model_error", "timeout"].includes(row.outcome) : row.outcome !== outcome)) return;
+    if (category && row.category !== category) return;
     state.shown.push(number);
   });
   if (state.sort !== null) {
@@ -63,10 +60,10 @@ function draw() {
     const row = data.rows[number], line = make("tr");
     line.dataset.number = number;
     if (number === state.open) line.className = "open";
-    for (const [, key] of columns) {
-      const place = make("td", null, numeric.has(key) ? "number" : key === OUTCOME ? row[OUTCOME] : "");
-      if (key === ITEM) {
-        const button = make("button", row[ITEM]);
+    for (const key of columns) {
+      const place = make("td", null, numeric.has(key) ? "number" : key === "outcome" ? row.outcome : "");
+      if (key === "item") {
+        const button = make("button", row.item);
         button.type = "button";
         button.addEventListener("click", () => { location.hash = link(number); });
         place.append(button);
@@ -84,8 +81,8 @@ function draw() {
 
 function header() {
   const line = document.querySelector("#table thead tr");
-  for (const [name, key] of columns) {
-    const place = make("th", null, numeric.has(key) ? "number" : ""), button = make("button", name);
+  for (const key of columns) {
+    const place = make("th", null, numeric.has(key) ? "number" : ""), button = make("button", key);
     place.scope = "col";
     button.type = "button";
     button.addEventListener("click", () => {
@@ -102,7 +99,7 @@ function header() {
 
 function link(number) {
   const row = data.rows[number];
-  return new URLSearchParams({ run: row[RUN], item: row[ITEM], sample: row[SAMPLE] }).toString();
+  return new URLSearchParams({ run: row.run, item: row.item, sample: row.sample }).toString();
 }
 
 const places = new Map(data.rows.map((row, number) => [link(number), number]));
@@ -126,13 +123,13 @@ function part(turn, title, text, className) {
 }
 
 async function transcript(number) {
-  const [first, turns, error, tries, reward, seed, task, started] = await details(number);
+  const { first, turns, error, tries_before: tries, reward, seed, task, started } = await details(number);
   const row = data.rows[number], column = make("article");
-  column.append(make("h3", `${data.runs[row[RUN]]}, sample ${row[SAMPLE]}`));
+  column.append(make("h3", `${data.runs[row.run]}, sample ${row.sample}`));
   const facts = make("p", null, "facts");
-  facts.append(make("strong", row[OUTCOME], row[OUTCOME]));
-  facts.append(` · reward ${reward === null ? "none" : reward} · ${row[ROUNDS]} rounds · ${row[TOKENS]} tokens · ` +
-    `${row[SECONDS].toFixed(1)} s · seed ${seed === null ? "none" : seed} · task ${task} · ${started}`);
+  facts.append(make("strong", row.outcome, row.outcome));
+  facts.append(` · reward ${reward === null ? "none" : reward} · ${row.rounds} rounds · ${row.tokens} tokens · ` +
+    `${row.seconds.toFixed(1)} s · seed ${seed === null ? "none" : seed} · task ${task} · ${started}`);
   column.append(facts);
   if (error) column.append(make("p", `Error: ${error}`, "problem"));
   for (const one of tries) column.append(make("p", `Earlier try, ${one.outcome}: ${one.error}`, "problem"));
@@ -155,16 +152,16 @@ async function transcript(number) {
   return column;
 }
 
-async function open(number, focus) {
+async function showAttempt(number, focus) {
   state.open = number;
   const row = data.rows[number];
   at("viewer").hidden = false;
-  at("viewer-title").textContent = row[ITEM];
+  at("viewer-title").textContent = row.item;
   const beside = at("beside");
   beside.replaceChildren();
   option(beside, "", "nothing");
   data.rows.forEach((other, index) => {
-    if (index !== number && other[ITEM] === row[ITEM]) option(beside, index, `${data.runs[other[RUN]]}, sample ${other[SAMPLE]} (${other[OUTCOME]})`);
+    if (index !== number && other.item === row.item) option(beside, index, `${data.runs[other.run]}, sample ${other.sample} (${other.outcome})`);
   });
   beside.parentElement.hidden = beside.options.length === 1;
   const column = await transcript(number);
@@ -177,7 +174,7 @@ async function open(number, focus) {
   }
 }
 
-function close() {
+function closeAttempt() {
   history.replaceState(null, "", location.pathname + location.search);
   hide();
 }
@@ -193,7 +190,7 @@ function hide() {
 
 function follow() {
   const number = places.get(new URLSearchParams(location.hash.slice(1)).toString());
-  if (number !== undefined) open(number, true);
+  if (number !== undefined) showAttempt(number, true);
   else if (state.open !== null) hide();  // the way back led to the page itself
 }
 
@@ -208,9 +205,9 @@ function step(by) {
 header();
 data.runs.forEach((name, number) => option(at("run"), number, name));
 at("run-label").hidden = data.runs.length === 1;
-for (const outcome of new Set(data.rows.map((row) => row[OUTCOME]))) option(at("outcome"), outcome);
+for (const outcome of new Set(data.rows.map((row) => row.outcome))) option(at("outcome"), outcome);
 option(at("outcome"), "errors", "all errors");
-const categories = [...new Set(data.rows.map((row) => row[CATEGORY]).filter(Boolean))].sort();
+const categories = [...new Set(data.rows.map((row) => row.category).filter(Boolean))].sort();
 for (const category of categories) option(at("category"), category);
 at("category-label").hidden = !categories.length;
 for (const id of ["run", "outcome", "category"]) at(id).addEventListener("change", filter);
@@ -218,7 +215,7 @@ at("text").addEventListener("input", filter);
 at("filters").addEventListener("submit", (event) => event.preventDefault());
 at("before").addEventListener("click", () => { state.page -= 1; draw(); });
 at("after").addEventListener("click", () => { state.page += 1; draw(); });
-at("close").addEventListener("click", close);
+at("close").addEventListener("click", closeAttempt);
 at("beside").addEventListener("change", async (event) => {
   const wanted = event.target.value, number = state.open;
   const both = [await transcript(number)];
@@ -228,7 +225,7 @@ at("beside").addEventListener("change", async (event) => {
 addEventListener("hashchange", follow);
 addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
-  if (event.key === "Escape" && state.open !== null) return close();
+  if (event.key === "Escape" && state.open !== null) return closeAttempt();
   if (/^(INPUT|SELECT|TEXTAREA)$/.test(document.activeElement.tagName)) return;
   if (event.key === "/") { event.preventDefault(); at("text").focus(); }
   if (event.key === "j") step(1);

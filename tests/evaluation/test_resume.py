@@ -13,6 +13,7 @@ import pytest
 
 from evaluation import records
 from evaluation.__main__ import main
+from evaluation.attempts import FIELDS
 from evaluation.problems import Stopped
 from evaluation.protocol import Server
 from tests.fixtures.servers import FIXTURE_ROWS, ROOT, rows, running
@@ -22,7 +23,7 @@ ITEMS = 10
 SAMPLES = 4
 RECORD = {
     "item": "a", "index": 0, "category": "", "sample": 0, "seed": None, "outcome": "success", "success": True, "reward": 1.0, "scaled": 1.0,
-    "upstream_reward": 1.0, "rounds": 0, "invalid_actions": 0, "usage": {}, "seconds": 0.0, "model_seconds": 0.0, "env_seconds": 0.0,
+    "upstream_reward": 1.0, "rounds": 0, "invalid_actions": 0, "usage": {"prompt": 0, "completion": 0, "cached": 0, "reasoning": 0, "unknown": 0}, "seconds": 0.0, "model_seconds": 0.0, "env_seconds": 0.0,
     "model_retries": 0, "error": "", "tries_before": [], "started": "", "task": "", "first": "", "turns": []
 }
 
@@ -64,6 +65,7 @@ def by_key(out: Path) -> dict:
     return keyed
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_twenty_moments_ends_as_if_it_never_was(tmp_path):
     import urllib.request
     # Slow enough that every kill meets attempts in flight: 40 attempts of 3 answers, 4 at once.
@@ -240,7 +242,7 @@ def test_a_resume_that_does_not_start_loses_nothing(tmp_path):
     record = next(one for one in attempts(tmp_path / "out") if one["item"] == "form-textcraft_1")
     assert [one["outcome"] for one in record["tries_before"]] == ["env_error"]
     assert len(by_key(tmp_path / "out")) == 4
-    assert [one["outcome"] for one in records.read_lines(tmp_path / "out" / "superseded.jsonl")] == ["env_error"]
+    assert [one["outcome"] for one in records.read_lines(tmp_path / "out" / "superseded.jsonl", records.read_object)] == ["env_error"]
 
 
 def files(out: Path) -> dict[str, bytes]:
@@ -319,8 +321,8 @@ def test_a_kill_between_a_new_record_and_the_end_of_the_run_doubles_nothing(tmp_
     with records.RunFolder(tmp_path) as folder:
         folder.begin(config, {"row": {}, "prompt": {}, "revision": "x"})
         assert list(folder.records.values()) == [new] and folder.earlier == {}
-    assert records.read_lines(tmp_path / records.ATTEMPTS) == [new]
-    assert records.read_lines(tmp_path / records.SUPERSEDED) == [old]
+    assert records.read_lines(tmp_path / records.ATTEMPTS, records.read_object) == [new]
+    assert records.read_lines(tmp_path / records.SUPERSEDED, records.read_object) == [old]
 
 
 def test_an_item_that_the_endpoint_always_refuses_is_an_error_however_often_it_is_tried(tmp_path):
@@ -438,7 +440,7 @@ def test_a_disk_that_is_full_from_the_start_is_one_line(tmp_path):
 def test_the_fields_that_a_record_must_have_are_those_that_it_has(tmp_path):
     with environment() as env, endpoint(counter_player) as model:
         assert main(words(tmp_path / "out", env.url, model.base_url, "--items", "0")) == 0
-    assert set(records.FIELDS) == set(attempts(tmp_path / "out")[0]) == set(RECORD)
+    assert set(FIELDS) == set(attempts(tmp_path / "out")[0]) == set(RECORD)
 
 
 @pytest.mark.parametrize("flags,told", [(("--temperature", "0.5"), "sampling.temperature: was 1.0, is 0.5"),

@@ -20,7 +20,7 @@ from invoke.exceptions import Exit
 from serve_transformers import generation, link
 
 from evaluation.__main__ import main as evaluation
-from evaluation.report import STEP
+from evaluation.compared import STEP
 from tasks import evaluate
 from tasks.lib import checkpoints
 from tasks.lib.evaluation import plan as eval_plan

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from evaluation import report
+from evaluation import compared, pictures, report
 from evaluation.items import category_of
 from evaluation.numbers import summarize
 from evaluation.output import Output
-from tests.test_eval_parts import attempt
+from tests.evaluation.samples import attempt
 
 HOSTILE = "<script>window.stolen = 1</script><img src=x onerror='window.stolen = 2'></script><!--"
 
@@ -38,7 +38,7 @@ def record(number, outcome="success", reward=1.0, text="count 3", category="", s
 
 
 def run(records, model="m", **options):
-    return report.Run(model, told(model, **options), records, summarize(records, 1))
+    return compared.Run(model, told(model, **options), records, summarize(records, 1))
 
 
 @pytest.fixture(scope="module")
@@ -246,34 +246,34 @@ def test_the_page_has_the_numbers_without_a_browser(tmp_path):
 
 def test_runs_of_one_model_are_told_apart_by_their_folders():
     p, q = Path("p"), Path("q")
-    assert report.names([("a", p), ("b", q)]) == ["a", "b"]
-    assert report.names([("a", p / "r"), ("a", q / "s")]) == ["a (r)", "a (s)"]
-    assert report.names([("a", p / "r"), ("a", q / "r")]) == ["a (p/r)", "a (q/r)"]
-    assert report.names([("a", p), ("a", p)]) == ["1: a (p)", "2: a (p)"]
+    assert compared.names([("a", p), ("b", q)]) == ["a", "b"]
+    assert compared.names([("a", p / "r"), ("a", q / "s")]) == ["a (r)", "a (s)"]
+    assert compared.names([("a", p / "r"), ("a", q / "r")]) == ["a (p/r)", "a (q/r)"]
+    assert compared.names([("a", p), ("a", p)]) == ["1: a (p)", "2: a (p)"]
 
 
 def test_a_comparison_says_how_many_items_were_another_task(tmp_path):
     one, other = run([record(n) for n in range(3)], "a"), run([record(n, task="abc" if n else "xyz") for n in range(3)], "b")
-    line, = report.difference_lines([one, other])
+    line, = compared.difference_lines([one, other])
     assert line["items"] == "2 (1 more were another task and are left out)"
     assert line["items"] in report.render([one, other])
     # Another prompt dresses the first observation in other words: its digest then tells nothing.
-    other.told["prompt"]["before_first"] = "Before.\n"
-    assert report.difference_lines([one, other])[0]["items"] == "3"
+    other.manifest["prompt"]["before_first"] = "Before.\n"
+    assert compared.difference_lines([one, other])[0]["items"] == "3"
 
 
 def test_runs_of_different_environments_are_not_paired():
     one, other = run([record(n) for n in range(3)], "a"), run([record(n, "failure", 0.0) for n in range(3)], "b")
-    assert len(report.difference_lines([one, other, one])) == 2
-    other.told["config"]["env"] = "maze"
-    assert [line["name"] for line in report.difference_lines([one, other, one])] == ["a − a"]
+    assert len(compared.difference_lines([one, other, one])) == 2
+    other.manifest["config"]["env"] = "maze"
+    assert [line["name"] for line in compared.difference_lines([one, other, one])] == ["a − a"]
     assert "Differences, item by item" not in report.render([one, other])
 
 
 def test_names_that_are_no_utf_8_end_no_report(tmp_path):
     path = Path(os.fsdecode(b"searchqa_h\xffrd_test.json"))
-    runs = [run([record(0, category=category_of(path, "searchqa"))], name) for name in report.names([("m", Path(os.fsdecode(b"o\xff"))), ("m", Path("p"))])]
-    runs[0].told["items_from"] = path.name
+    runs = [run([record(0, category=category_of(path, "searchqa"))], name) for name in compared.names([("m", Path(os.fsdecode(b"o\xff"))), ("m", Path("p"))])]
+    runs[0].manifest["items_from"] = path.name
     report.write(tmp_path / "x.html", runs)
     page = (tmp_path / "x.html").read_text()
     assert "m (o\ufffd)" in page and "h\ufffdrd" in page and "searchqa_h\ufffdrd_test.json" in page
@@ -289,17 +289,17 @@ def test_a_name_that_the_output_cannot_spell_is_shown_as_an_escape(encoding, sho
 def test_each_training_has_a_curve_of_its_own():
     def of(name, env="demo"):
         made = run([record(n) for n in range(3)], name)
-        made.told["config"]["env"] = env
+        made.manifest["config"]["env"] = env
         return made
 
     two = [of(f"{training}-global_step_{step}") for training in "ab" for step in (200, 100)]
-    assert {name: [step for step, _ in points] for name, points in report.by_training(two).items()} == {"a": [100, 200], "b": [100, 200]}
-    curve, = (chart for chart in report.draw(two) if chart["title"] == "Reward by training step")
+    assert {name: [step for step, _ in points] for name, points in compared.by_training(two).items()} == {"a": [100, 200], "b": [100, 200]}
+    curve, = (chart for chart in pictures.draw(two) if chart["title"] == "Reward by training step")
     assert curve["words"].startswith("a: step 100: ") and "; b: step 100: " in curve["words"]
     mixed = [of("x-global_step_1"), of("x-global_step_2"), of("x-global_step_3", "textcraft")]
-    assert list(report.by_training(mixed)) == ["demo: x"] and len(report.by_training(mixed)["demo: x"]) == 2
+    assert list(compared.by_training(mixed)) == ["demo: x"] and len(compared.by_training(mixed)["demo: x"]) == 2
     assert "<title>demo, textcraft: x-global_step_1" in report.render(mixed)
-    assert report.by_training([of("a-global_step_1"), of("b-global_step_2")]) == {}
+    assert compared.by_training([of("a-global_step_1"), of("b-global_step_2")]) == {}
 
 
 @pytest.mark.parametrize("models,curve", [
@@ -314,9 +314,9 @@ def test_each_training_has_a_curve_of_its_own():
 ], ids=["checkpoints", "nothing but steps", "steps of one's own", "a step twice", "one step alone", "a size", "a version", "within a word"])
 def test_the_step_is_a_word_and_the_rest_is_the_training(models, curve):
     # Where models repeat, runs are called after their folders too.
-    called = report.names([(model, Path(f"saves/eval/demo-{n}")) for n, model in enumerate(models)])
-    runs = [report.Run(name, told(model), [record(0)], summarize([record(0)], 1)) for name, model in zip(called, models, strict=True)]
-    assert {name: [step for step, _ in points] for name, points in report.by_training(runs).items()} == curve
+    called = compared.names([(model, Path(f"saves/eval/demo-{n}")) for n, model in enumerate(models)])
+    runs = [compared.Run(name, told(model), [record(0)], summarize([record(0)], 1)) for name, model in zip(called, models, strict=True)]
+    assert {name: [step for step, _ in points] for name, points in compared.by_training(runs).items()} == curve
 
 
 def test_a_category_that_a_run_never_played_has_no_bar():
@@ -329,15 +329,15 @@ def test_a_category_that_a_run_never_played_has_no_bar():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(charts, "bars", keep)
-        report.draw([run([record(0, category="easy")], "one"), run([record(0, category="hard")], "two")])
+        pictures.draw([run([record(0, category="easy")], "one"), run([record(0, category="hard")], "two")])
     assert str(drawn["categories"]) == "{'one': [1.0, nan], 'two': [nan, 1.0]}"
-    assert "<svg" in report.draw([run([record(0, category="easy")], "one"), run([record(0, category="hard")], "two")])[-1]["svg"]
+    assert "<svg" in pictures.draw([run([record(0, category="easy")], "one"), run([record(0, category="hard")], "two")])[-1]["svg"]
 
 
 @pytest.mark.parametrize("category", ["", "hard"])
 def test_charts_keep_runs_whose_names_begin_alike(category):
     ends = ["Qwen/Qwen2.5-7B-Instruct (textcraft-Qwen2.5-7B-Instruct-" + end for end in ("1a2b3c4d)", "9f8e7d6c)")]
-    drawn = report.draw([run([record(n, category=category) for n in range(3)], name) for name in ends])
+    drawn = pictures.draw([run([record(n, category=category) for n in range(3)], name) for name in ends])
     for chart in drawn:
         assert "1a2b3c4d)" in chart["svg"] and "9f8e7d6c)" in chart["svg"], chart["title"]
     assert len(drawn) == (4 if category else 3)

@@ -1,0 +1,314 @@
+"""What each command does."""
+import argparse
+import asyncio
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evaluation.attempts import ERRORS, Attempt
+from evaluation.cli import FAILED, INTERRUPTED, MISUSE
+from evaluation.problems import Misuse, Stopped, Unreachable
+from evaluation.records import differences
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+COMPARED = "saves/eval/compare.html"
+
+
+def price_of(file: str, model: str) -> dict[str, float] | None:
+    """Return the price of `model` in the file of --prices; say so where the file has none.
+
+    Raises:
+        Misuse: the file cannot be read.
+    """
+    from evaluation.prices import read_price
+    price = read_price(file, model)
+    if file and price is None:
+        print(f"eval: --prices {file} has no price for {model}, so its cost is not shown; add a table [\"{model}\"]",
+              file=sys.stderr)
+    return price
+
+
+def run_command(options: argparse.Namespace) -> int:
+    """Play what is missing of a run; show its numbers.
+
+    Raises:
+        Misuse, Stopped: in one line.
+    """
+    from evaluation import compared, report, show
+    from evaluation.items import check_owner
+    from evaluation.numbers import wall
+    from evaluation.records import REPORT, RUN, RunFolder, read_run
+    from evaluation.rows import rows_file, tables
+    from evaluation.runner import evaluate, facts
+    from evaluation.settings import decide
+    settings = decide(options)
+    check_owner(settings.items, settings.row.name, tables(rows_file(options.environments)))
+    price = price_of(options.prices, settings.model)
+    if options.fresh and options.resume:
+        raise Misuse("--fresh and --resume contradict each other; give one")
+    if options.resume and not (settings.out / RUN).exists():
+        raise Misuse(f"--resume: no run in {settings.out}; leave --resume out, or name the run's folder with --out")
+    model = settings.make_model()
+    if options.check:
+        return 0
+    console = show.console()
+
+    def say(line: str) -> None:
+        console.print(f"{settings.row.name}: {line}", highlight=False, markup=False, soft_wrap=True)
+
+    def tell(line: str) -> None:
+        if not options.quiet:
+            say(line)
+
+    with RunFolder(settings.out) as folder:
+        if options.fresh:
+            folder.clear()
+        resumed = folder.begin(settings.config, facts(settings))
+        total = len(settings.items) * settings.samples
+        if resumed:
+            tell(f"resuming {settings.out}: {len(folder.records)} of {total} attempts are done"
+                 f"{f', {len(folder.earlier)} failed by infrastructure are played again' if folder.earlier else ''}")
+        tell(f"{len(settings.items)} items ({settings.origin}) x {settings.samples}, model {settings.model}, "
+             f"{settings.limits.rounds} rounds, {settings.concurrency} at once, prompt {settings.prompt.source}")
+        code = 0
+        stopped: Misuse | Unreachable | None = None
+        try:
+            with show.Watch(total, folder.records.values(), console) as watch:
+                asyncio.run(evaluate(settings, folder, model, watch, say))
+        except (KeyboardInterrupt, asyncio.CancelledError):
+            code = INTERRUPTED
+        except (Misuse, Unreachable) as problem:  # such as an account that ran out: what was played until then counts
+            if not folder.answered():
+                raise
+            stopped = problem
+        records = folder.latest()
+        summary = conclude(settings.out, records, settings.samples, total, price,
+                           wall(read_run(settings.out)["work"], records))
+    if options.quiet:
+        say(f"{settings.model}: {show.one_line(summary)}")
+    else:
+        show_numbers(console, {settings.model: summary}, settings.out, options.upstream_compat,
+                     [settings.prompt.source])
+    if records:
+        path = settings.out / REPORT
+        report.write(path, [compared.Run(settings.model, read_run(settings.out), records, summary)],
+                     options.upstream_compat)
+        tell(f"report: {path}")
+    if stopped:
+        raise type(stopped)(f"{stopped}; mended, the same command goes on with {settings.out}")
+    if code == INTERRUPTED:
+        say(f"interrupted; the same command goes on with {settings.out}")
+    elif summary["error_rate"] > settings.max_error_rate:
+        first = next(record for record in records if record["outcome"] in ERRORS)
+        say(f"{summary['errors']} of {summary['attempts']} attempts failed by infrastructure, more than --max-error-rate "
+            f"{settings.max_error_rate:g}; the first: {first['item']} {first['outcome']}: {first['error']}; "
+            "the same command plays them again")
+        code = FAILED
+    return code
+
+
+def conclude(folder: Path, records: list[Attempt], samples: int, expected: int, price: dict[str, float] | None,
+             seconds: float) -> dict[str, Any]:
+    """Compute the numbers and write summary.json."""
+    from evaluation.numbers import summarize
+    from evaluation.records import SUMMARY, write_whole
+    summary = summarize(records, samples, expected, price, seconds)
+    try:
+        write_whole(folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
+    except OSError as error:
+        raise Stopped(f"{folder / SUMMARY} cannot be written: {error.strerror}; make room and run `rescore`") from None
+    return summary
+
+
+def show_numbers(console: "Console", summaries: Mapping[str, Mapping[str, Any]], folder: Path | None, compat: bool,
+                 prompts: Sequence[str]) -> None:
+    """Print the table."""
+    from evaluation import show
+    console.print(show.table(f"{folder}" if folder else "", summaries, prompts))
+    if compat:
+        for summary in summaries.values():
+            console.print(show.upstream_line(summary), highlight=False)
+
+
+def rescore_command(options: argparse.Namespace) -> int:
+    """Compute numbers again, and write summary and report anew."""
+    from evaluation import compared, report, show
+    from evaluation.numbers import wall
+    from evaluation.records import REPORT, read_run
+    from evaluation.rescoring import keep_rule, read_scored
+    from evaluation.rows import read_row
+    console = show.console()
+    for name in options.folders:
+        folder = Path(name)
+        manifest = read_run(folder)
+        config = manifest["config"]
+        keep_rule(folder, read_row(config["env"], Path(options.environments)) if options.environments else None)
+        records = read_scored(folder)
+        summary = conclude(folder, records, config["samples"],
+                           len(config["items"]) * config["samples"], price_of(options.prices, config["model"]),
+                           wall(manifest["work"], records))
+        show_numbers(console, {config["model"]: summary}, folder, options.upstream_compat,
+                     [manifest["prompt"]["source"]])
+        report.write(folder / REPORT, [compared.Run(config["model"], manifest, records, summary)],
+                     options.upstream_compat)
+        print(f"report: {folder / REPORT}")
+    return 0
+
+
+def report_command(options: argparse.Namespace) -> int:
+    """Write a report."""
+    from evaluation import compared, report
+    from evaluation.records import REPORT
+    folders = [Path(name) for name in options.folders]
+    runs = compared.load(folders, lambda model: price_of(options.prices, model))
+    path = Path(options.out) if options.out else folders[0] / REPORT if len(folders) == 1 else Path(COMPARED)
+    report.write(path, runs, options.upstream_compat)
+    print(f"report: {path}")
+    return 0
+
+
+def compare_command(options: argparse.Namespace) -> int:
+    """Compare runs."""
+    from rich.table import Table
+
+    from evaluation import compared, report, show
+    if len(options.folders) < 2:
+        raise Misuse(f"compare {options.folders[0]}: one run only; name two or more folders")
+    runs = compared.load([Path(name) for name in options.folders], lambda model: price_of(options.prices, model))
+    environments = sorted({run.manifest["config"]["env"] for run in runs})
+    if len(environments) > 1:
+        raise Misuse(f"compare: runs of different environments ({', '.join(environments)}); name runs of one")
+    console = show.console()
+    show_numbers(console, {run.name: run.summary
+                           for run in runs}, None, options.upstream_compat,
+                 [run.manifest["prompt"]["source"] for run in runs])
+    table = Table("difference, item by item", "items", "success rate", "mean reward", "newly solved", "no longer")
+    for line in compared.difference_lines(runs):
+        show.add_row(table, line["name"], line["items"], line["success"], line["reward"], str(len(line["gained"])),
+                     str(len(line["lost"])))
+    console.print(table)
+    for run in runs[1:]:
+        differing = differences({
+            **runs[0].manifest["config"], "items": None
+        }, {
+            **run.manifest["config"], "items": None
+        })
+        console.print(f"{run.name}: {'; '.join(differing) or 'the same configuration'}",
+                      highlight=False,
+                      markup=False,
+                      soft_wrap=True)
+    path = Path(options.out or COMPARED)
+    report.write(path, runs, options.upstream_compat)
+    print(f"report: {path}")
+    return 0
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a file and the folders above it.
+
+    Raises:
+        Misuse: it cannot be written.
+    """
+    from evaluation.records import write_whole
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, text)
+    except OSError as error:
+        raise Misuse(f"{path} cannot be written: {error.strerror}; choose another place with --out") from None
+
+
+def conversations_command(options: argparse.Namespace) -> int:
+    """Write conversations.
+
+    Raises:
+        Misuse: there is none.
+    """
+    from evaluation.conversations import lines
+    found = [line for name in options.folders for line in lines(Path(name), options.all)]
+    if not found:
+        raise Misuse(f"conversations: no attempt of {', '.join(options.folders)} ended in success; "
+                     "take the others too with --all")
+    write_file(Path(options.out), "\n".join(found) + "\n")
+    print(f"{len(found)} conversations: {options.out}")
+    return 0
+
+
+def summary_of(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the numbers of a run: those in summary.json, which a `rescore` may have made, unless attempts came after.
+
+    Raises:
+        Misuse: the attempts are damaged.
+    """
+    from evaluation.numbers import summarize
+    from evaluation.records import ATTEMPTS, SUMMARY
+    from evaluation.rescoring import read_scored
+    try:
+        if (folder / SUMMARY).stat().st_mtime_ns >= (folder / ATTEMPTS).stat().st_mtime_ns:
+            return json.loads((folder / SUMMARY).read_text())
+    except (OSError, ValueError):
+        pass
+    return summarize(read_scored(folder), config["samples"], len(config["items"]) * config["samples"])
+
+
+def list_command(options: argparse.Namespace) -> int:
+    """Show the runs in a folder; a damaged one is named and hides no other."""
+    from rich.table import Table
+
+    from evaluation import show
+    from evaluation.records import RUN, read_run
+    found = sorted(Path(options.folder).glob(f"*/{RUN}"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        print(f"no runs in {options.folder}")
+        return 0
+    table = Table("folder", "environment", "model", "attempts", "success rate", "errors")
+    damaged = []
+    for folder in (path.parent for path in found):
+        try:
+            config = read_run(folder)["config"]
+            summary = summary_of(folder, config)
+            show.add_row(table, folder.name, config["env"], config["model"],
+                         f"{summary['attempts']} of {summary['expected']}", show.with_interval(summary["success"]),
+                         str(summary["errors"]))
+        except Misuse as problem:
+            damaged.append(str(problem))
+        except (KeyError, TypeError):  # JSON of another form
+            damaged.append(f"{folder} holds no run that this version can read; remove it or look there with its own")
+    show.console().print(table)
+    for line in damaged:
+        print(f"eval: {line}", file=sys.stderr)
+    return MISUSE if damaged else 0
+
+
+def prompts_command(options: argparse.Namespace) -> int:
+    """Read prompts and item maps."""
+    from evaluation.items import collect_maps
+    from evaluation.prompts import collect
+    from evaluation.rows import read_row, rows_file, tables
+    path = rows_file(options.environments)
+    rows = [read_row(name, path) for name in tables(path)] if path.exists() else []
+    found = collect(rows, Path(options.agentgym))
+    if options.out:
+        write_file(Path(options.out), json.dumps(found, indent=1, ensure_ascii=False))
+    if options.item_maps:
+        maps = collect_maps(rows, Path(options.agentgym))
+        write_file(Path(options.item_maps), json.dumps(maps))
+        print(f"item maps: {', '.join(maps) or 'none in the checkout'}")
+    for name, prompt in found.items():
+        print(f"{name:12} {prompt['place']}  {len(prompt['user'])} characters")
+    print(f"{len(found)} of {sum(bool(row.prompt.file) for row in rows)} prompts read")
+    return 0
+
+
+COMMANDS = {
+    "run": run_command,
+    "rescore": rescore_command,
+    "report": report_command,
+    "compare": compare_command,
+    "conversations": conversations_command,
+    "list": list_command,
+    "prompts": prompts_command
+}

@@ -1,0 +1,101 @@
+"""The runs that a report or a comparison is of: their names, their differences, the trainings that they belong to."""
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evaluation import show
+from evaluation.attempts import Attempt
+from evaluation.numbers import compare, summarize, wall
+
+# Whole words, for there are models called two-step-7b; a plain step stands at the end, for there are step2-mini too.
+STEP = re.compile(r"(?:^|[^a-zA-Z0-9])(?:global_step_?(\d+)(?![a-zA-Z0-9])|step[-_]?(\d+)(?=(?:-actor)?$))")
+DIGEST = re.compile(r"-[0-9a-f]{8}$")  # of a checkpoint's files, at the end of the name that it is served by
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is reported.
+
+    Attributes:
+        name: what it is called in the report, another for each.
+        manifest: its run.json.
+    """
+    name: str
+    manifest: Mapping[str, Any]
+    records: Sequence[Attempt]
+    summary: Mapping[str, Any]
+
+
+def names(labels: Sequence[tuple[str, Path]]) -> list[str]:
+    """Return a name of its own for each run, given model and folder.
+
+    The models; where these repeat, with the folders' names, then with their paths, then with a number.
+    """
+    called = [model for model, _ in labels]
+    for longer in ([f"{model} ({folder.name})"
+                    for model, folder in labels], [f"{model} ({folder})" for model, folder in labels]):
+        if len(set(called)) == len(called):
+            return called
+        called = longer
+    return called if len(set(called)) == len(called) else [f"{n}: {name}" for n, name in enumerate(called, 1)]
+
+
+def load(folders: Sequence[Path], price_of: Any = lambda model: None) -> list[Run]:
+    """Return the runs in `folders`, called as `names` says."""
+    from evaluation.rescoring import read_manifest, read_scored
+    manifests = [read_manifest(folder) for folder in folders]
+    called = names([(one["config"]["model"], folder) for one, folder in zip(manifests, folders, strict=True)])
+    runs = []
+    for name, one, folder in zip(called, manifests, folders, strict=True):
+        config, records = one["config"], read_scored(folder)
+        numbers = summarize(records, config["samples"],
+                            len(config["items"]) * config["samples"], price_of(config["model"]),
+                            wall(one["work"], records))
+        runs.append(Run(name, one, records, numbers))
+    return runs
+
+
+def by_training(runs: Sequence[Run]) -> dict[str, list[tuple[int, Mapping[str, Any]]]]:
+    """Return (step, mean reward) of each training of which several steps were evaluated.
+
+    Of one training are runs in one environment whose models differ in the step alone, and in the files' digest.
+    """
+    found: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
+    several = len({run.manifest["config"]["env"] for run in runs}) > 1
+    for run in runs:
+        model = DIGEST.sub("", run.manifest["config"]["model"])
+        match = STEP.search(model)
+        if match and run.summary["reward"]:
+            name = f"{model[:match.start()]}{model[match.end():]}".strip("-_ ") or "step"
+            name = f"{run.manifest['config']['env']}: {name}" if several else name
+            found.setdefault(name, []).append((int(match[1] or match[2]), run.summary["reward"]))
+    # As a dictionary, points of one step are one.
+    return {name: sorted(points, key=lambda point: point[0]) for name, points in found.items() if len(dict(points)) > 1}
+
+
+def dress(run: Run) -> list[str]:
+    """Return the words of the prompt that stand around or in place of the first observation."""
+    return [run.manifest["prompt"].get(key, "") for key in ("before_first", "first", "actions_label")]
+
+
+def difference_lines(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Return how each run of the first one's environment differs from the first, on the items that both have."""
+    lines = []
+    for run in runs[1:]:
+        if run.manifest["config"]["env"] != runs[0].manifest["config"]["env"]:
+            continue  # the same number is another item there
+        found = compare(runs[0].records, run.records, same_words=dress(run) == dress(runs[0]))
+        apart = [(found["other_task"], "more were another task and are left out"),
+                 (found["only_one"], "only in the first"), (found["only_other"], "only in the other")]
+        said = ", ".join(f"{count} {words}" for count, words in apart if count)
+        lines.append({
+            "name": f"{run.name} − {runs[0].name}",
+            "items": f"{found['items']} ({said})" if said else str(found["items"]),
+            "success": show.with_interval(found["success"]),
+            "reward": show.with_interval(found["reward"]),
+            "gained": found["gained"],
+            "lost": found["lost"],
+        })
+    return lines

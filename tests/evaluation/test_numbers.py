@@ -1,0 +1,115 @@
+"""Figures and their intervals."""
+import itertools
+import math
+import random
+from statistics import fmean
+
+import pytest
+
+from evaluation import numbers
+from tests.evaluation.samples import attempt
+
+
+def test_pass_at_k_is_the_share_of_draws_with_a_success():
+    for n in range(1, 7):
+        for c in range(n + 1):
+            for k in range(1, n + 1):
+                draws = list(itertools.combinations([True] * c + [False] * (n - c), k))
+                assert numbers.pass_at_k(n, c, k) == pytest.approx(fmean(map(any, draws)))
+    with pytest.raises(ValueError, match="needs 3 samples"):
+        numbers.pass_at_k(2, 1, 3)
+
+
+@pytest.mark.parametrize("solved,count", [(0, 10), (10, 10), (3, 10), (81, 263), (1, 1)])
+def test_wilsons_bounds_are_where_the_score_test_just_rejects(solved, count):
+    share = solved / count
+    for bound in numbers.wilson(share, count):
+        if 0 < bound < 1:
+            assert abs(share - bound) / math.sqrt(bound * (1 - bound) / count) == pytest.approx(1.959964, rel=1e-5)
+        else:
+            assert bound == pytest.approx(share)
+
+
+def test_wilson_agrees_with_the_published_example():
+    # Newcombe 1998, table I: 81 of 263 and 15 of 148.
+    assert numbers.wilson(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert numbers.wilson(15 / 148, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
+
+
+def test_the_bootstraps_interval_is_about_the_normal_one_for_many_values():
+    rng = random.Random(4)
+    values = [rng.random() for _ in range(1000)]
+    half = 1.96 * math.sqrt(sum((value - fmean(values))**2 for value in values) / 999 / 1000)
+    low, high = numbers.bootstrap(values)
+    assert (low, high) == pytest.approx((fmean(values) - half, fmean(values) + half), abs=0.002)
+    assert numbers.bootstrap(values) == (low, high)  # the same for the same records
+
+
+def test_an_interval_covers_the_truth_about_as_often_as_it_says():
+    rng = random.Random(5)
+    hits = 0
+    for number in range(200):
+        values = [rng.betavariate(2, 5) for _ in range(40)]
+        low, high = numbers.bootstrap(values, seed=number)
+        hits += low <= 2 / 7 <= high
+    assert 178 <= hits <= 199
+
+
+def test_equal_rewards_do_not_claim_certainty():
+    found = numbers.figure([1.0] * 10)
+    assert found["low"] == pytest.approx(0.7225, abs=1e-4) and found["method"] == "Wilson"
+
+
+def test_infrastructure_never_enters_a_score_but_upstream_counts_it_as_zero():
+    found = numbers.summarize([attempt("a"), attempt("b", outcome="failure", reward=0.5), attempt("c", outcome="env_error"),
+                               attempt("d", outcome="timeout")], samples=1, expected=5)
+    assert (found["success"]["mean"], found["reward"]["mean"], found["errors"], found["items"]) == (0.5, 0.75, 2, 2)
+    assert (found["attempts"], found["expected"], found["error_rate"]) == (4, 5, 0.5)
+    assert found["upstream"] == {"score": 0.375, "success": 0.25, "avg@1": 0.375, "pass@1": 0.5}
+
+
+def test_items_weigh_the_same_whatever_samples_they_lost():
+    found = numbers.summarize([attempt("a", 0), attempt("a", 1), attempt("b", 0, "failure", 0.0), attempt("b", 1, "model_error")], 2)
+    assert found["success"]["mean"] == 0.5 and found["pass_at"]["2"]["items"] == 1
+
+
+def test_categories_are_scored_apart():
+    found = numbers.summarize([attempt("a", category="x"), attempt("b", 0, "failure", 0.0, "y"), attempt("c", category="y")], 1)
+    assert {name: one["success"]["mean"] for name, one in found["categories"].items()} == {"x": 1.0, "y": 0.5}
+
+
+def test_a_killed_stretch_of_work_lasted_until_its_last_attempt_ended():
+    played = [{"started": f"2026-01-01T00:00:{second}+00:00", "seconds": 4.5} for second in ("01.500", "02.000", "31.000")]
+    first, second = {"started": "2026-01-01T00:00:01.000+00:00", "seconds": None}, {"started": "2026-01-01T00:00:30.000+00:00", "seconds": 7.0}
+    assert numbers.wall([first, second], played) == 5.5 + 7.0 and numbers.wall([second], played) == 7.0
+    assert numbers.wall([{**first, "seconds": 3.0}, {**second, "seconds": None}], played) == 3.0 + 5.5
+    assert numbers.wall([first], []) == numbers.wall([], played) == 0.0
+
+
+def test_cost_needs_a_price_and_all_tokens():
+    usage = {"prompt": 100, "completion": 10, "cached": 40, "reasoning": 0, "unknown": 0}
+    assert numbers.cost(usage, {"input": 2.0, "output": 10.0}) == pytest.approx((100 * 2 + 10 * 10) / 1e6)
+    assert numbers.cost(usage, {"input": 2.0, "output": 10.0, "cached": 1.0}) == pytest.approx((60 * 2 + 40 + 100) / 1e6)
+    assert numbers.cost(usage, None) is None and numbers.cost({**usage, "unknown": 1}, {"input": 2.0, "output": 1.0}) is None
+
+
+def test_a_comparison_is_paired():
+    one = [attempt(str(n), 0, "success" if n < 5 else "failure", float(n < 5)) for n in range(10)]
+    other = [attempt(str(n), 0, "success" if n < 8 and n != 0 else "failure", float(n < 8 and n != 0)) for n in range(11)]
+    found = numbers.compare(one, other)
+    assert (found["items"], found["only_other"], found["gained"], found["lost"]) == (10, 1, ["5", "6", "7"], ["0"])
+    assert found["success"]["mean"] == pytest.approx(0.2) and found["success"]["low"] < 0.2 < found["success"]["high"]
+
+
+def test_items_are_paired_however_their_lists_spell_them():
+    one, other = [attempt(f"maze_{n}") for n in range(4)], [attempt(f"lmrlgym_maze_{n}", outcome="failure", reward=0.0) for n in range(5)]
+    found = numbers.compare(one, other)
+    assert (found["items"], found["only_one"], found["only_other"], found["lost"]) == (4, 0, 1, [f"maze_{n}" for n in range(4)])
+
+
+def test_another_task_under_the_same_id_is_no_pair():
+    one = [{**attempt(str(n)), "task": f"t{n}"} for n in range(4)]
+    other = [{**attempt(str(n), outcome="failure", reward=0.0), "task": task} for n, task in enumerate(["t0", "tx", "", "t3"])]
+    found = numbers.compare(one, other)
+    assert (found["items"], found["other_task"], found["lost"], found["only_one"]) == (3, 1, ["0", "2", "3"], 0)
+    assert numbers.compare(one, other, same_words=False)["items"] == 4
