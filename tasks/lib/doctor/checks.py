@@ -20,7 +20,7 @@ DISK_GB = 32
 NO_SETTINGS = {"COMPOSE_FILE", "COMPOSE_PROFILES", "I_UNDERSTAND"}
 FILES = ("docker-compose.yml", "docker-compose.cpu.yml", "docker-compose.gpu-env.yml", "docker/base.Dockerfile",
          "docker/train.Dockerfile", "docker/scripts.Dockerfile", "docker/serve.Dockerfile", "docker/env.Dockerfile",
-         "Dockerfile.eval", "environments.toml")
+         "Dockerfile.eval", "environments.toml", "training.toml")
 
 
 @dataclass(frozen=True)
