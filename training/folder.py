@@ -26,15 +26,20 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 RESERVE_BYTES = 1 << 20
 
 
-def atomic_write(path: Path, text: str) -> None:
-    """Write `text` to `path`: a reader, and whoever comes after a crash, sees the old text or the new one."""
+def atomic_write(path: Path, text: str, durable: bool = True) -> None:
+    """Write `text` to `path`: a reader, and whoever comes after a crash, sees the old text or the new one.
+
+    Args:
+        durable: wait until it is on the disk, which a save of a checkpoint may keep busy for a minute.
+    """
     path = Path(path)
     staged = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
     try:
         with open(staged, "x", encoding="utf-8", errors="surrogateescape") as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(staged, path)
     except BaseException:
         with suppress(OSError):
@@ -237,12 +242,18 @@ class RunFolder:
 
     def _write(self, run: dict[str, Any]) -> None:
         text = json.dumps(run, indent=1) + "\n"
-        self._where_full_again(lambda: atomic_write(self.run_json, text))
+        try:
+            atomic_write(self.run_json, text)
+        except OSError as error:
+            reserve = self.path / ".reserve"
+            if error.errno not in FULL or not reserve.exists():
+                raise
+            reserve.unlink()
+            atomic_write(self.run_json, text)
 
     def append_event(self, event: str, **fields: Any) -> None:
         """Append a line to events.jsonl: the time (seconds since 1970), what happened, and more."""
-        line = {"time": round(time.time(), 3), "event": event, **fields}
-        self._where_full_again(lambda: append_line(self.events, line))
+        append_line(self.events, {"time": round(time.time(), 3), "event": event, **fields})
 
     def read_events(self, last_bytes: int | None = None) -> list[dict[str, Any]]:
         """Return the events, the first one first."""
@@ -251,7 +262,7 @@ class RunFolder:
     def append_metrics(self, step: int, attempt: int, metrics: dict[str, float]) -> None:
         """Append a step's figures to metrics.jsonl."""
         line = {"step": step, "attempt": attempt, "time": round(time.time(), 3), "metrics": metrics}
-        self._where_full_again(lambda: append_line(self.metrics, line))
+        append_line(self.metrics, line)
 
     def read_metrics(self, last_bytes: int | None = None) -> dict[int, dict[str, Any]]:
         """Return the lines of metrics.jsonl by step, in order of the steps; of a step seen again the last counts.
@@ -270,7 +281,7 @@ class RunFolder:
     def write_state(self, **fields: Any) -> None:
         """Write state.json, with the time."""
         state = {"schema": SCHEMA, **fields, "updated": round(time.time(), 3)}
-        atomic_write(self.state_json, json.dumps(state) + "\n")
+        atomic_write(self.state_json, json.dumps(state) + "\n", durable=False)
 
     def read_state(self) -> dict[str, Any] | None:
         """Return state.json; None where there is none that can be read."""
@@ -280,18 +291,8 @@ class RunFolder:
             return None
 
     def reserve(self) -> None:
-        """Put a little of the disk by, for `_where_full_again`."""
+        """Put a little of the disk by: what ended a run that filled it must go into run.json."""
         place = self.path / ".reserve"
         with suppress(OSError):
             if not place.exists() or place.stat().st_size < RESERVE_BYTES:
                 place.write_bytes(os.urandom(RESERVE_BYTES))  # some file systems keep no block of zeros
-
-    def _where_full_again(self, write: Callable[[], None]) -> None:
-        try:
-            write()
-        except OSError as error:
-            reserve = self.path / ".reserve"
-            if error.errno not in FULL or not reserve.exists():
-                raise
-            reserve.unlink()
-            write()

@@ -33,11 +33,11 @@ def checkpoint(run: Path, step: int, world: int = 2, critic: bool = False, track
     return folder
 
 
-def record(folder: Path, **changes: Any) -> dict[str, Any]:
-    """Return a run.json for `folder`; `changes` go over it."""
+def record(place: Path, /, **changes: Any) -> dict[str, Any]:
+    """Return a run.json for the folder `place`; `changes` go over it."""
     return {
         "schema": 1,
-        "name": folder.name,
+        "name": place.name,
         "created": 1.0,
         "environment": {
             "name": "babyai",
@@ -52,7 +52,7 @@ def record(folder: Path, **changes: Any) -> dict[str, Any]:
         "command": [],
         "variables": {},
         "secrets": {},
-        "cwd": str(folder),
+        "cwd": str(place),
         "runner": "local",
         "container": None,
         "image": None,
@@ -71,14 +71,14 @@ def record(folder: Path, **changes: Any) -> dict[str, Any]:
             "stop_seconds": 5,
             "skip": []
         },
-        "folder": str(folder),
+        "folder": str(place),
         "attempts": [],
         "poisoned": [],
         **changes
     }
 
 
-def write_run(folder: Path, **changes: Any) -> dict[str, Any]:
+def write_run(folder: Path, /, **changes: Any) -> dict[str, Any]:
     """Write run.json; return what it holds."""
     folder.mkdir(parents=True, exist_ok=True)
     run = record(folder, **changes)

@@ -135,7 +135,7 @@ def test_a_full_disk_costs_the_reserve_before_a_record(tmp_path, monkeypatch):
     run.reserve()
     real = folder_module.atomic_write
 
-    def full(path, text):
+    def full(path, text, durable=True):
         if (tmp_path / ".reserve").exists():
             raise OSError(errno.ENOSPC, "full")
         real(path, text)

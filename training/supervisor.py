@@ -1,0 +1,810 @@
+"""Run the trainer of a run's folder: read what it says, watch it and the environment, explain its end, try again.
+
+One supervisor a folder; it is the container's program, or a process of its own on a host. The trainer is its child, in
+a session of its own, and goes when it goes. All that is known is in the folder at any moment (`training/folder.py`).
+"""
+from __future__ import annotations
+
+import errno
+import fcntl
+import glob
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from training import checkpoints, diagnosis, machine, resume, rollouts
+from training.console import Lines, Steps, speaker
+from training.diagnosis import Death, Evidence, Facts
+from training.environment import Monitor, ask
+from training.folder import RunFolder, atomic_write
+from training.text import shown
+
+MISUSE, STOPPED = 2, 143
+HEARTBEAT = 1.0  # seconds
+TICK = 0.1
+SHOWN_LINES = 20
+LINE_WIDTH = 2000  # characters of a line in state.json
+LATE_SECONDS = 5.0  # between what one process of the trainer says and another
+ORPHAN_SECONDS = 5.0  # for what the trainer started to end by itself
+GPUS_EVERY = 30.0
+RAY_LOG_BYTES, RAY_LOGS_BYTES = 256 << 10, 16 << 20  # of a file, of all, that are kept of a dead attempt
+# Words by which the training loop tells that it begins: from then on trajectories may be open.
+BEGINS = ("Training from scratch", "Setting global step to", "Running rounds")
+
+
+class Refusal(Exception):
+    """The folder cannot be run; one line for the user."""
+
+
+class Options:
+    """run.json's `options`, with the defaults of those that it leaves out; seconds where nothing else is said."""
+
+    def __init__(self, found: Mapping[str, Any]) -> None:
+
+        def number(name: str, default: float) -> float:
+            value = found.get(name)
+            good = isinstance(value,
+                              (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+            return float(value) if good else default  # type: ignore[arg-type]
+
+        self.retries = int(number("retries", 0))
+        self.keeps_on = found.get("on_env_loss") == "continue"
+        self.stop_seconds = number("stop_seconds", 30)
+        # A step's requests wait up to 2400 s for the environment (verl/utils/agentgym/client.py).
+        self.hang_seconds = number("hang_seconds", 3600)
+        self.env_lost_seconds = number("env_lost_seconds", 10)
+        self.env_wait_seconds = number("env_wait_seconds", 600)
+        self.env_start_seconds = number("env_start_seconds", 60)
+        self.retry_seconds = number("retry_seconds", 10)
+
+
+def say(text: str) -> None:
+    """Print a line for whoever reads the supervisor's own output; it may have nobody."""
+    with suppress(OSError, ValueError):
+        print(shown(text), flush=True)
+
+
+class Attempt:
+    """One run of the trainer: the process, what it says, and what is known of it."""
+
+    def __init__(self, folder: RunFolder, run: Mapping[str, Any], number: int, resumed_from: int | None) -> None:
+        self.folder, self.run, self.number, self.resumed_from = folder, run, number, resumed_from
+        self.steps: int | None = run.get("steps")
+        world = run.get("world_size")
+        self.ranks = world if isinstance(world, int) and world > 0 else 1  # each writes trajectories
+        self.started = time.time()
+        self.began: dict[int, float] = {}  # when the last steps did
+        self.noted_step: int | None = None
+        self.tracked = checkpoints.tracked(folder.path)
+        self.judged = 0  # the last step whose trajectories were looked at
+        self.last_step: int | None = None
+        self.step_ended = self.started
+        self.begun = False
+        self.nan: tuple[int, tuple[str, ...]] | None = None
+        self.evidence = Evidence()
+        self.heard = time.monotonic()
+        self.last_lines: deque[str] = deque(maxlen=SHOWN_LINES)
+        self.log_bytes = 0
+        self.log_lost = 0
+        self.step_errors = 0  # of the step that is played
+        self.away_lines = 0
+        self.away_before = 0  # of the step before: lines of different processes come in no order
+        self.process: subprocess.Popen[bytes] | None = None
+        self._lines, self._steps = Lines(), Steps()
+        self._lock = threading.Lock()
+        self._log = -1
+        self._reader: threading.Thread | None = None
+
+    @property
+    def step(self) -> int:
+        """The number of the step that is played or will be."""
+        return (self.last_step if self.last_step is not None else self.resumed_from or 0) + 1
+
+    def start(self, argv: Sequence[str], environment: Mapping[str, str]) -> None:
+        """Start the trainer.
+
+        Raises:
+            OSError: it cannot be.
+        """
+        self.folder.logs.mkdir(exist_ok=True)
+        self._log = os.open(self.folder.log(self.number), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        self.process = subprocess.Popen(list(argv),
+                                        stdin=subprocess.DEVNULL,
+                                        stdout=subprocess.PIPE,
+                                        stderr=subprocess.STDOUT,
+                                        cwd=self.run.get("cwd") or str(self.folder.path),
+                                        env=dict(environment),
+                                        start_new_session=True,
+                                        preexec_fn=machine.die_with_parent)
+        self._reader = threading.Thread(target=self._read, name="reader", daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process is not None and self.process.stdout is not None
+        handle = self.process.stdout.fileno()
+        while True:
+            try:
+                data = os.read(handle, 1 << 16)
+            except OSError:
+                data = b""
+            self.take(data)
+            if not data:
+                return
+
+    def take(self, data: bytes) -> None:
+        """Take what the trainer wrote; b"" is its end."""
+        with self._lock:
+            self.heard = time.monotonic()
+            lines = self._lines.feed(data)
+            if lines:
+                self._write("".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace"))
+            for line in lines:
+                self._line(line)
+            if not data:
+                self._note(self._steps.flush())
+
+    def idle(self) -> None:
+        """Take it that a step's line that lacks its end gets no more."""
+        with self._lock:
+            if self._steps.waits and time.monotonic() - self.heard > 2:
+                self._note(self._steps.flush())
+
+    def _write(self, data: bytes) -> None:
+        if self._log < 0:
+            return
+        try:
+            self.log_bytes += os.write(self._log, data)
+        except OSError as error:  # the disk is full: the run is judged by the trainer's own fate
+            self.log_lost += len(data)
+            self.evidence.feed(f"OSError: [Errno {error.errno}] {error.strerror}: {self.folder.log(self.number)}")
+
+    def _line(self, line: str) -> None:
+        if line.strip():
+            self.last_lines.append(line[:LINE_WIDTH])
+        who, said, times = speaker(line)
+        if not self.begun and said.startswith(BEGINS):
+            self.begun = True
+        error = rollouts.STEP_ERROR.search(said)
+        if error:
+            self.step_errors += times
+            if rollouts.AWAY.search(error["what"] or error["reset"] or ""):
+                self.away_lines += times
+            return  # it is survived, so it is no evidence for a death
+        self.evidence.feed(said)
+        self._note(self._steps.feed(who, said))
+
+    def _note(self, found: list[Any]) -> None:
+        for line in found:
+            known = self.last_step if self.last_step is not None else self.resumed_from or 0
+            if line.step == self.last_step:  # more of it
+                with suppress(OSError):
+                    self.folder.append_metrics(line.step, self.number, line.metrics)
+                continue
+            if line.step <= known or (self.steps is not None and line.step > self.steps):
+                continue  # no line of the training loop's
+            self.last_step, self.step_ended, self.begun = line.step, time.time(), True
+            self.began = {**dict(list(self.began.items())[-2:]), line.step + 1: self.step_ended}
+            self.evidence.step_done()
+            self.away_before, self.away_lines, self.step_errors = self.away_lines, 0, 0
+            bad = tuple(key for key, value in line.metrics.items()
+                        if not math.isfinite(value) and (key.startswith("actor/") or key in SCORES))
+            if bad and self.nan is None:
+                self.nan = (line.step, bad)
+            with suppress(OSError):
+                self.folder.append_metrics(line.step, self.number, line.metrics)
+
+    def drain(self) -> None:
+        """Wait for the rest of what the trainer wrote; another process may hold its pipe open."""
+        if self._reader is not None:
+            self._reader.join(2)
+        if self._log >= 0:
+            os.close(self._log)
+            self._log = -1
+        if self.process is not None and self.process.stdout is not None and not self.reading:
+            self.process.stdout.close()
+
+    @property
+    def reading(self) -> bool:
+        """Whether the pipe is open."""
+        return self._reader is not None and self._reader.is_alive()
+
+
+# What the trainer learns from.
+SCORES = ("critic/score/mean", "critic/rewards/mean", "critic/advantages/mean", "critic/task_score/mean")
+
+
+class Supervisor:
+    """Runs attempts of a run until it is finished, stopped, or died of what another attempt does not cure."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.folder = RunFolder(Path(path).absolute())
+        self.stop_signal = 0
+        self.signals = 0
+        self.identity = machine.identity(os.getpid())
+        self.attempt: Attempt | None = None
+        self.monitor: Monitor | None = None
+        self.gpus: list[dict[str, Any]] | None = None
+        self.note = ""  # what the supervisor itself waits for
+        self._beat = 0.0
+        self._gpus_at = 0.0
+        self._spawning = threading.Lock()
+        self._lock = -1
+
+    # -- the whole run
+
+    def run(self) -> int:
+        """Run the folder; return the exit code.
+
+        Raises:
+            Refusal: it cannot be run.
+        """
+        try:
+            run = self.folder.read()
+        except FileNotFoundError:
+            raise Refusal(f"{self.folder.run_json} is not there; `invoke train.start` makes a run's folder") from None
+        except (OSError, ValueError) as error:
+            raise Refusal(str(error)) from None
+        self.options = Options(run.get("options") or {})
+        self._take_folder()
+        for caught in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(caught, self._on_signal)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a terminal that closes
+        machine.adopt_orphans()
+        self.folder.reserve()
+        run = self._close_left_over(run)
+        if resume.is_finished(self.folder, run):
+            say(f"{self.folder.name} has trained all its {run.get('steps')} steps; nothing is left to do")
+            return 0
+        retries = 0
+        while True:
+            number = 1 + max((found.get("number", 0) for found in run["attempts"]), default=0)
+            death, code = self._one(run,
+                                    number,
+                                    waits=self.options.env_wait_seconds if retries else self.options.env_start_seconds)
+            run = self.folder.read()
+            if death is None:
+                return code
+            if not death.curable or retries >= self.options.retries or self.stop_signal:
+                return code
+            retries += 1
+            self._event("retry", attempt=number, cause=death.cause, retry=retries, of=self.options.retries)
+            say(f"retry {retries} of {self.options.retries} in {self.options.retry_seconds:g} s")
+            if not self._sleep(self.options.retry_seconds, f"retry {retries} of {self.options.retries} begins soon"):
+                return self._stopped_between(number)
+
+    def _take_folder(self) -> None:
+        self._lock = os.open(self.folder.path / ".supervisor.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                return  # a file system without locks
+            raise Refusal(f"{self.folder.path} is being run already; `invoke train.status --name "
+                          f"{self.folder.name}` shows it") from None
+
+    def _on_signal(self, number: int, _: object) -> None:
+        self.stop_signal = self.stop_signal or number
+        self.signals += 1
+
+    def _close_left_over(self, run: dict[str, Any]) -> dict[str, Any]:
+        """Close the attempt that a supervisor before this one left open, and end what it left running."""
+        state = self.folder.read_state() or {}
+        trainer = state.get("trainer")
+        if isinstance(trainer, dict) and machine.lives(trainer):
+            say(f"the trainer of an earlier supervisor still runs (process {trainer['pid']}); ending it")
+            self._end_process(int(trainer["pid"]))
+        opened = [found for found in run.get("attempts", []) if found.get("ended") is None]
+        if not opened:
+            return run
+        same_boot = state.get("boot_id") == machine.boot_id()
+        reason = "the supervisor was killed, or its container was" if same_boot else "the machine was restarted"
+        last = max(self.folder.read_metrics(1 << 20), default=None)
+        done = resume.is_finished(self.folder, run)
+        ended = state.get("updated") or time.time()
+
+        def close(now: dict[str, Any]) -> None:
+            for found in now["attempts"]:
+                if found.get("ended") is None:
+                    found.update(ended=ended,
+                                 exit_code=None,
+                                 state="finished" if done else "died",
+                                 cause=None if done else diagnosis.KILLED,
+                                 reason="" if done else reason,
+                                 last_step=last)
+
+        run = self.folder.update(close)
+        self._event("finished" if done else "died",
+                    attempt=opened[-1].get("number"),
+                    cause=None if done else diagnosis.KILLED,
+                    reason="" if done else reason)
+        return run
+
+    def _stopped_between(self, number: int) -> int:
+
+        def mark(now: dict[str, Any]) -> None:
+            now["attempts"][-1].update(state="stopped", reason="stopped while it waited for a retry")
+
+        self.folder.update(mark)
+        self._event("stopped", attempt=number)
+        self._heartbeat("stopped", force=True)
+        return 128 + self.stop_signal
+
+    def _event(self, event: str, **fields: Any) -> None:
+        with suppress(OSError):  # a full disk does not end a run
+            self.folder.append_event(event, **fields)
+
+    # -- one attempt
+
+    def _one(self, run: dict[str, Any], number: int, waits: float) -> tuple[Death | None, int]:
+        """Run one attempt; return why it died (None where it did not) and the exit code."""
+        try:
+            plan = resume.plan(self.folder, run)
+        except ValueError as error:
+            raise Refusal(str(error)) from None
+        step = plan.step
+        resumed = step.number if step is not None else None
+        fresh = number == 1 and step is None
+        argv = [*run["command"], *run["overrides"], *resume.resume_overrides(run, step)]
+        self.note = ""
+        for passed in plan.passed_over:
+            say(f"passed over: {passed}")
+        if step is not None:
+            say(f"resuming from global_step_{step.number}, {resume.steps_to_train(run, step)} steps to train. "
+                f"{resume.LOADER}")
+            if resume.scaling_stages(run):
+                say("ScalingInter: the rounds are given step by step, as an unbroken run plays them")
+        elif not fresh:
+            say("no whole checkpoint: beginning at step 1")
+        self._put_aside(number, resumed, run)
+        attempt = self.attempt = Attempt(self.folder, run, number, resumed)
+        record = {
+            "number": number,
+            "started": attempt.started,
+            "ended": None,
+            "argv": argv,
+            "resumed_from": resumed,
+            "exit_code": None,
+            "state": "running",
+            "cause": None,
+            "reason": "",
+            "last_step": None
+        }
+
+        def begin(now: dict[str, Any]) -> None:
+            now["attempts"].append(record)
+            for which in ("poisoned", "nan_steps"):  # what is trained again is clean
+                now[which] = [bad for bad in now.get(which, []) if bad <= (resumed or 0)]
+
+        self.folder.update(begin)
+        self._event("started",
+                    attempt=number,
+                    resumed_from=resumed,
+                    passed_over=list(plan.passed_over),
+                    note=resume.LOADER if step is not None else "")
+        self._heartbeat("running", force=True)
+        problem = self._wait_for_environment(run, waits)
+        if problem:
+            return self._over(attempt, 1, Death(diagnosis.ENVIRONMENT, problem))
+        if self.stop_signal:
+            return self._over(attempt, 128 + self.stop_signal, None)
+        before = machine.oom_kills()
+        try:
+            with self._spawning:
+                attempt.start(argv, self._environment(run))
+        except (OSError, ValueError) as error:
+            return self._over(attempt, 127, Death(diagnosis.MISUSE, f"the trainer cannot be started: {error}"))
+        say(f"attempt {number} began: log in {self.folder.log(number)}")
+        url = (run.get("environment") or {}).get("url")
+        if url:
+            self.monitor = Monitor(url, int((run.get("environment") or {}).get("replicas") or 1))
+            self.monitor.start()
+        self._heartbeat("running", force=True)
+        try:
+            code, death = self._follow(attempt)
+        finally:
+            self._sweep(attempt)
+        self._progress(attempt)
+        if death is None and not self.stop_signal:  # the last words, and the last trajectories
+            death = diagnosis.diagnose(attempt.evidence, self._facts(attempt, code, 0)) if attempt.nan else None
+            poison = "" if death is not None else self._judge(attempt)
+            death = Death(diagnosis.ENVIRONMENT, poison) if poison else death
+        if attempt.nan is not None:
+            self._mark("nan_steps", attempt.nan[0])
+        if death is None and (self.stop_signal or (code == 0 and self._is_complete(attempt))):
+            return self._over(attempt, code, None)
+        if death is None:
+            after = machine.oom_kills()
+            death = diagnosis.diagnose(attempt.evidence, self._facts(attempt, code, (after or 0) - (before or 0)))
+            if death.cause in (diagnosis.RAY, diagnosis.UNKNOWN, diagnosis.KILLED):
+                death = self._ask_ray(attempt, code, death)
+        return self._over(attempt, diagnosis.exit_code(code), death)
+
+    def _facts(self, attempt: Attempt, code: int, oom_kills: int, **more: Any) -> Facts:
+        free = None
+        with suppress(OSError):
+            free = shutil.disk_usage(self.folder.path).free
+        return Facts(exit_code=code,
+                     last_step=attempt.last_step,
+                     steps=attempt.steps,
+                     oom_kills=oom_kills,
+                     disk_free=free,
+                     nan=attempt.nan,
+                     environment_lost=self.monitor.told() if self.monitor is not None else "",
+                     **more)
+
+    def _environment(self, run: Mapping[str, Any]) -> dict[str, str]:
+        """Return the trainer's environment variables: ours, the run's, and the secrets from their files.
+
+        Raises:
+            OSError: a secret's file cannot be read.
+        """
+        found = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        found.update({name: str(value) for name, value in (run.get("variables") or {}).items()})
+        for name, place in (run.get("secrets") or {}).items():
+            found[name] = Path(place).read_text().strip()
+        return found
+
+    def _put_aside(self, number: int, resumed: int | None, run: Mapping[str, Any]) -> None:
+        """Move the checkpoints after the one that is resumed from out of the trainer's way.
+
+        It would write over them in place, and a half one would look whole.
+        """
+        later = [found for found in checkpoints.numbers(self.folder.path) if resumed is None or found > resumed]
+        if later:
+            aside = self.folder.aside / f"attempt-{number}"
+            aside.mkdir(parents=True, exist_ok=True)
+            for found in later:
+                os.rename(self.folder.checkpoint(found), aside / f"global_step_{found}")
+            self._event("aside", attempt=number, checkpoints=later, folder=str(aside))
+            say(f"moved {', '.join(f'global_step_{found}' for found in later)} to {aside}")
+        tracked = checkpoints.tracked(self.folder.path)
+        if resumed is None:
+            self.folder.tracker.unlink(missing_ok=True)
+        elif tracked != resumed:
+            atomic_write(self.folder.tracker, str(resumed))
+
+    def _wait_for_environment(self, run: Mapping[str, Any], seconds: float) -> str:
+        """Wait until the environment's server answers; return what is wrong where it does not, "" otherwise."""
+        place = run.get("environment") or {}
+        url = place.get("url")
+        if not url:
+            return ""
+        end = time.monotonic() + seconds
+        while True:
+            answer = ask(url, int(place.get("replicas") or 1), timeout=2)
+            if answer.why != "refused":  # one that is busy will answer the trainer
+                return ""
+            if time.monotonic() >= end:
+                return f"nothing answers at the environment's address {url}, tried for {seconds:.0f} s"
+            if not self._sleep(min(1.0, max(0.1, seconds)), f"waiting for the environment's server at {url}"):
+                return ""
+
+    def _sleep(self, seconds: float, note: str) -> bool:
+        """Wait, with a heartbeat; return False where the run is to stop."""
+        self.note = note
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not self.stop_signal:
+            self._heartbeat("running")
+            time.sleep(min(TICK, max(0.0, end - time.monotonic())))
+        self.note = ""
+        return not self.stop_signal
+
+    def _follow(self, attempt: Attempt) -> tuple[int, Death | None]:
+        """Follow the trainer to its end; return its exit code, and the death where the supervisor ended it."""
+        process = attempt.process
+        assert process is not None
+        while True:
+            code = process.poll()
+            if code is not None:
+                return code, None
+            self._reap()
+            attempt.idle()
+            self._heartbeat("running")
+            self._progress(attempt)
+            if self.stop_signal:
+                self._end(attempt, self.options.stop_seconds)
+                return process.returncode, None
+            if attempt.nan is not None:
+                return self._kill(attempt, self._facts(attempt, 1, 0))
+            poison = self._judge(attempt)
+            if poison:
+                self._end(attempt, min(5.0, self.options.stop_seconds))
+                return process.returncode, Death(diagnosis.ENVIRONMENT, poison)
+            silent = time.monotonic() - attempt.heard
+            limit = min(300.0, self.options.hang_seconds) if attempt.evidence.waits else self.options.hang_seconds
+            if limit and silent > limit:
+                return self._kill(attempt, self._facts(attempt, 1, 0, hung=True, silent_seconds=silent))
+            time.sleep(TICK)
+
+    def _progress(self, attempt: Attempt) -> None:
+        """Write down a step that is finished, and a checkpoint."""
+        if attempt.last_step != attempt.noted_step:
+            attempt.noted_step = attempt.last_step
+            self._event("step", attempt=attempt.number, step=attempt.last_step)
+            self._heartbeat("running", force=True)
+        tracked = checkpoints.tracked(self.folder.path)
+        if tracked != attempt.tracked and tracked is not None:
+            attempt.tracked = tracked
+            self._event("checkpoint", attempt=attempt.number, step=tracked)
+            say(f"checkpoint global_step_{tracked}")
+
+    def _kill(self, attempt: Attempt, facts: Facts) -> tuple[int, Death]:
+        self._end(attempt, min(5.0, self.options.stop_seconds))
+        assert attempt.process is not None
+        return attempt.process.returncode, diagnosis.diagnose(attempt.evidence, facts)
+
+    def _judge(self, attempt: Attempt) -> str:
+        """Look for a step that learnt, or would, from what the environment did not say; return why the run is to end.
+
+        The trajectories' files are written before the step is learnt from. "" where the run goes on.
+        """
+        step, now = attempt.step, time.time()
+        windows = list(self.monitor.windows) if self.monitor is not None else []
+        # One that was finished before its files were looked at, and the one that is played.
+        for number in range(max(attempt.judged + 1, (attempt.resumed_from or 0) + 1, step - 1), step + 1):
+            written = rollouts.count_files(self.folder.rollouts, number, attempt.started)
+            if not written or (written < attempt.ranks and number == step):
+                continue
+            played = rollouts.read(self.folder.rollouts, number, attempt.started)
+            if played is None:
+                continue
+            attempt.judged = number
+            why = rollouts.verdict(played, windows, attempt.began.get(number, attempt.started), now,
+                                   attempt.away_lines + attempt.away_before)
+            if why:
+                return self._poison(attempt, number, why)
+            if played.cut:
+                self._event("server_errors",
+                            attempt=attempt.number,
+                            step=number,
+                            cut=played.cut,
+                            trajectories=played.trajectories)
+        if attempt.judged >= step or not self._is_open(attempt):
+            return ""
+        if attempt.away_lines:
+            before = rollouts.read(self.folder.rollouts, step - 1, attempt.started)
+            # Lines of different processes come in no order: these may be of the step before.
+            late = before is not None and before.cut and now - attempt.step_ended < LATE_SECONDS
+            number = step - 1 if late else step
+            attempt.judged = max(attempt.judged, number)
+            lines, attempt.away_lines = attempt.away_lines, 0
+            trajectories = "a trajectory" if lines == 1 else f"{lines} trajectories"
+            return self._poison(attempt, number,
+                                f"{trajectories} scored 0 because the environment's server did not answer")
+        for window in windows if not self.options.keeps_on else ():
+            lasts = window.end is None and window.why == "refused" and now - window.begin > self.options.env_lost_seconds
+            if window.meets(attempt.step_ended, now) and (lasts or window.why == "restarted"):
+                how = "was restarted and lost its sessions" if window.why == "restarted" else "is gone"
+                attempt.judged = step
+                return self._poison(attempt, step, f"the environment's server {how} while its trajectories were open")
+        return ""
+
+    def _is_open(self, attempt: Attempt) -> bool:
+        """Tell whether trajectories of the step that is played may be open."""
+        written = rollouts.count_files(self.folder.rollouts, attempt.step, attempt.started)
+        return attempt.begun and written < attempt.ranks
+
+    def _poison(self, attempt: Attempt, step: int, why: str) -> str:
+        """Write down that a step is poisoned; return why the run is to end, "" where it is to go on."""
+        told = f"step {step}: {why}"
+        goes_on = self.options.keeps_on
+
+        self._mark("poisoned", step)
+        self._event("poisoned", attempt=attempt.number, step=step, reason=why, goes_on=goes_on)
+        say(told + ("; going on, as --on-env-loss says" if goes_on else "; ending the trainer before more is learnt"))
+        return "" if goes_on else told
+
+    def _mark(self, which: str, step: int) -> None:
+        """Write down that the checkpoints from `step` on are none to go on from."""
+
+        def mark(now: dict[str, Any]) -> None:
+            now[which] = sorted({*now.get(which, []), step})
+
+        self.folder.update(mark)
+
+    def _is_complete(self, attempt: Attempt) -> bool:
+        """Tell whether all steps were trained when the trainer ended with 0."""
+        if attempt.steps is None:
+            return True
+        if attempt.last_step is not None and attempt.last_step >= attempt.steps:
+            return True
+        # Without the console among its loggers the trainer tells no step.
+        return bool(rollouts.count_files(self.folder.rollouts, attempt.steps, attempt.started))
+
+    def _over(self, attempt: Attempt, code: int, death: Death | None) -> tuple[Death | None, int]:
+        """Write down how an attempt ended; return why it died and the exit code."""
+        if self.monitor is not None:
+            self.monitor.stop()
+        complete = code == 0 and self._is_complete(attempt)
+        state = "died" if death is not None else "stopped" if self.stop_signal and not complete else "finished"
+        code = 128 + self.stop_signal if state == "stopped" else code
+
+        def end(now: dict[str, Any]) -> None:
+            for found in now["attempts"]:
+                if found["number"] == attempt.number:
+                    found.update(ended=round(time.time(), 3),
+                                 exit_code=code,
+                                 state=state,
+                                 cause=death.cause if death is not None else None,
+                                 reason=death.reason[:LINE_WIDTH] if death is not None else "",
+                                 last_step=attempt.last_step)
+
+        self.folder.update(end)
+        self._event(state,
+                    attempt=attempt.number,
+                    exit_code=code,
+                    cause=death.cause if death is not None else None,
+                    reason=death.reason[:LINE_WIDTH] if death is not None else "",
+                    step=attempt.last_step)
+        self._heartbeat(state, force=True)
+        self.monitor = None
+        if death is not None:
+            say(f"attempt {attempt.number} died of {death.cause}: {death.reason}")
+        else:
+            say(f"{state} after step {attempt.last_step if attempt.last_step is not None else attempt.resumed_from or 0}"
+                )
+        return death, code
+
+    # -- processes
+
+    def _end(self, attempt: Attempt, seconds: float) -> None:
+        """End the trainer: SIGTERM, and SIGKILL to its group after `seconds` or a second signal to us."""
+        process = attempt.process
+        assert process is not None
+        with suppress(ProcessLookupError):
+            process.terminate()
+        end, signals = time.monotonic() + seconds, self.signals
+        while process.poll() is None and time.monotonic() < end and self.signals == signals:
+            self._heartbeat("running")
+            time.sleep(0.05)
+        if process.poll() is None:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def _sweep(self, attempt: Attempt) -> None:
+        """End what the trainer left behind: it has become our child."""
+        if attempt.process is not None and attempt.process.poll() is None:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(attempt.process.pid, signal.SIGKILL)
+            attempt.process.wait()
+        end = time.monotonic() + ORPHAN_SECONDS
+        while time.monotonic() < end:
+            self._reap()
+            if not machine.descendants(os.getpid()):
+                break
+            self._heartbeat("running")
+            time.sleep(0.1)
+        for _ in range(20):
+            left = machine.descendants(os.getpid())
+            if not left:
+                break
+            machine.kill(left, signal.SIGKILL)
+            time.sleep(0.05)
+            self._reap()
+        attempt.drain()
+
+    def _reap(self) -> None:
+        """Take note of the end of adopted processes; the trainer's own is its Popen's."""
+        with self._spawning:
+            mine = self.attempt.process.pid if self.attempt is not None and self.attempt.process is not None else -1
+            for _ in range(1000):
+                try:
+                    found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                    if found is None or found.si_pid == mine:
+                        return
+                    os.waitpid(found.si_pid, os.WNOHANG)
+                except ChildProcessError:
+                    return
+
+    def _end_process(self, pid: int) -> None:
+        started = machine.start_time(pid)
+        for hard in (False, True):
+            with suppress(ProcessLookupError, PermissionError):
+                if hard:
+                    os.killpg(pid, signal.SIGKILL)
+                else:
+                    os.kill(pid, signal.SIGTERM)
+            end = time.monotonic() + (5.0 if hard else self.options.stop_seconds)
+            while time.monotonic() < end and machine.start_time(pid) == started:
+                time.sleep(0.1)
+            if machine.start_time(pid) != started:
+                return
+
+    # -- Ray's own logs
+
+    def _ray_logs(self) -> list[Path]:
+        variables = {**os.environ, **(self.attempt.run.get("variables") or {} if self.attempt is not None else {})}
+        if variables.get("RAY_ADDRESS") and variables["RAY_ADDRESS"] != "local":
+            return []  # a cluster's: not ours, and not of this run alone
+        session = Path(variables.get("RAY_TMPDIR") or "/tmp") / "ray" / "session_latest" / "logs"
+        since = self.attempt.started if self.attempt is not None else 0.0
+        found = []
+        for pattern in ("worker-*.err", "raylet.out", "raylet.err", "gcs_server.out", "python-core-driver-*.log"):
+            for place in glob.glob(str(session / pattern)):
+                with suppress(OSError):
+                    if os.stat(place).st_mtime >= since and os.path.getsize(place):
+                        found.append(Path(place))
+        return sorted(found)
+
+    def _ask_ray(self, attempt: Attempt, code: int, death: Death) -> Death:
+        """Keep the ends of Ray's logs beside the attempt's, and look there for a better reason."""
+        logs = self._ray_logs()
+        evidence, kept = Evidence(), 0
+        target = self.folder.logs / f"attempt-{attempt.number}-ray"
+        for place in logs:
+            try:
+                with open(place, "rb") as file:
+                    file.seek(max(0, os.fstat(file.fileno()).st_size - RAY_LOG_BYTES))
+                    data = file.read(RAY_LOG_BYTES)
+                if kept + len(data) <= RAY_LOGS_BYTES:
+                    target.mkdir(exist_ok=True)
+                    (target / place.name).write_bytes(data)
+                    kept += len(data)
+            except OSError:
+                continue
+            for line in data.decode("utf-8", "replace").splitlines():
+                evidence.feed(line)
+        better = diagnosis.diagnose(evidence, self._facts(attempt, code, 0)) if evidence.first else death
+        return better if better.cause in (diagnosis.GPU_OOM, diagnosis.HOST_OOM, diagnosis.DISK) else death
+
+    # -- the heartbeat
+
+    def _heartbeat(self, state: str, force: bool = False) -> None:
+        now = time.monotonic()
+        if not force and now - self._beat < HEARTBEAT:
+            return
+        self._beat = now
+        attempt, monitor = self.attempt, self.monitor
+        if now - self._gpus_at > GPUS_EVERY and state == "running":
+            self._gpus_at = now
+            threading.Thread(target=self._look_at_gpus, daemon=True).start()
+        place: dict[str, Any] | None = None
+        if monitor is not None:
+            seen = monitor.seen
+            place = {"reachable": seen.reachable, "sessions": seen.sessions, "since": seen.since, "why": seen.why}
+        process = attempt.process if attempt is not None else None
+        trainer = machine.identity(process.pid) if process is not None and process.returncode is None else None
+        silent = now - attempt.heard if attempt is not None else 0.0
+        with suppress(OSError):  # a full disk; the next one may go through
+            self.folder.write_state(**self.identity,
+                                    trainer=trainer,
+                                    state=state,
+                                    attempt=attempt.number if attempt is not None else None,
+                                    step=attempt.last_step if attempt is not None else None,
+                                    resumed_from=attempt.resumed_from if attempt is not None else None,
+                                    total=attempt.steps if attempt is not None else None,
+                                    started=attempt.started if attempt is not None else None,
+                                    step_started=attempt.step_ended if attempt is not None else None,
+                                    silent_seconds=round(silent, 1),
+                                    note=self.note,
+                                    environment=place,
+                                    gpus=self.gpus,
+                                    log=str(self.folder.log(attempt.number)) if attempt is not None else None,
+                                    log_bytes=attempt.log_bytes if attempt is not None else 0,
+                                    log_lost=attempt.log_lost if attempt is not None else 0,
+                                    last_lines=list(attempt.last_lines) if attempt is not None else [])
+
+    def _look_at_gpus(self) -> None:
+        if shutil.which("nvidia-smi"):
+            self.gpus = machine.gpus()
+
+
+def main(path: str) -> int:
+    """Run the folder; return the exit code."""
+    try:
+        return Supervisor(path).run()
+    except (Refusal, OSError) as error:
+        with suppress(OSError):
+            print(shown(f"training: {error}"), file=sys.stderr, flush=True)
+        return MISUSE
