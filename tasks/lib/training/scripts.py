@@ -213,7 +213,7 @@ class Shell:
     def expand(self, word: Word) -> list[str]:
         """Return the words that `word` becomes: unquoted variables are cut at blanks."""
         found = [""]
-        kept = word.quoted and not any(piece[:1] == ("@",) for piece in word.pieces)  # "$@" of no arguments is no word
+        kept = word.quoted and not any(piece[:1] == ("@", ) for piece in word.pieces)  # "$@" of no arguments is no word
         for piece in word.pieces:
             if isinstance(piece, str):
                 found[-1] += piece
