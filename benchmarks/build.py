@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "docker")]
+sys.path.insert(0, str(ROOT))
 
 
 def build(root: Path, env: dict[str, str]) -> tuple[float, str]:
@@ -70,7 +70,7 @@ def main() -> None:
             sys.exit(f"build benchmark: no AgentGym-RL checkout to touch a file in; set {RL}, or pass --fixture")
         measure(ROOT, Path(source), dict(os.environ))
         return
-    from workbench import Workbench
+    from tests.docker.workbench import Workbench
     with tempfile.TemporaryDirectory() as folder:
         bench = Workbench.create(Path(folder))
         try:

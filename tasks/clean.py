@@ -3,12 +3,12 @@ import shutil
 import sys
 
 from invoke.context import Context
-from invoke.exceptions import Exit
 from invoke.tasks import task
 
-from tasks.lib.engine import client as docker
 from tasks.lib.engine import containers
-from tasks.lib.engine.images import EVERY
+from tasks.lib.engine.client import drive, require_engine
+from tasks.lib.engine.images import EVERY, environment_images, image_exists, image_name
+from tasks.lib.errors import DockerError, UserError
 from tasks.lib.host.leftovers import bytecode_folders
 from tasks.lib.settings import ROOT
 
@@ -21,7 +21,7 @@ def confirm(c: Context, what: list[str], yes: bool) -> bool:
     """Say `what` will be removed and ask; return whether to go on.
 
     Raises:
-        Exit: nobody is there to answer.
+        UserError: nobody is there to answer.
     """
     if c.config.run.dry:
         return True
@@ -32,7 +32,7 @@ def confirm(c: Context, what: list[str], yes: bool) -> bool:
     if yes:
         return True
     if sys.stdin is None or not sys.stdin.isatty():
-        raise Exit("clean: nobody is here to answer; add --yes", code=2)
+        raise UserError("nobody is here to answer; add --yes")
     try:
         return input("Go on? [y/N] ").strip().lower() in ("y", "yes")
     except EOFError:  # Ctrl-D
@@ -42,19 +42,19 @@ def confirm(c: Context, what: list[str], yes: bool) -> bool:
 
 def remove_containers(c: Context) -> None:
     """Stop and remove the project's containers and network."""
-    docker.drive(c, lambda client: client.compose.down(remove_orphans=True), profiles=["*"])
+    drive(c, lambda client: client.compose.down(remove_orphans=True), profiles=["*"])
 
 
 def remove_images(c: Context, names: list[str]) -> None:
     """Remove the images `names`."""
     if names:
-        docker.drive(c, lambda client: client.image.remove(names))
+        drive(c, lambda client: client.image.remove(names))
 
 
 def remove_cache(c: Context, older_than: str) -> None:
     """Remove the engine's unused build cache."""
     filters = {"until": older_than} if older_than else {}
-    docker.drive(c, lambda client: client.buildx.prune(filters=filters, stream_logs=True))
+    drive(c, lambda client: client.buildx.prune(filters=filters, stream_logs=True))
 
 
 def remove_bytecode(c: Context) -> None:
@@ -80,10 +80,10 @@ def container_lines(c: Context) -> list[str]:
 
 def image_names(c: Context) -> list[str]:
     """Return the names of the project's images that exist; under `--dry` without an engine, of all that might."""
-    names = [docker.image_name(image.name) for image in EVERY]
+    names = [image_name(image.name) for image in EVERY]
     try:
-        return [*filter(docker.image_exists, names), *docker.environment_images()]
-    except Exit:
+        return [*filter(image_exists, names), *environment_images()]
+    except DockerError:
         if c.config.run.dry:
             return names
         raise
@@ -105,7 +105,7 @@ def bytecode_lines() -> list[str]:
 @task(name="containers", positional=[], auto_shortflags=False, help=YES)
 def clean_containers(c: Context, yes: bool = False) -> None:
     """Remove this project's containers and network."""
-    docker.require_engine(c)
+    require_engine(c)
     if confirm(c, container_lines(c), yes):
         remove_containers(c)
 
@@ -113,7 +113,7 @@ def clean_containers(c: Context, yes: bool = False) -> None:
 @task(name="images", positional=[], auto_shortflags=False, help=YES)
 def clean_images(c: Context, yes: bool = False) -> None:
     """Remove the images that the tasks built."""
-    docker.require_engine(c)
+    require_engine(c)
     names = image_names(c)
     if confirm(c, [f"image {name}" for name in names], yes):
         remove_images(c, names)
@@ -122,7 +122,7 @@ def clean_images(c: Context, yes: bool = False) -> None:
 @task(name="cache", positional=[], auto_shortflags=False, help=CACHE)
 def clean_cache(c: Context, yes: bool = False, older_than: str = "") -> None:
     """Remove the engine's unused build cache."""
-    docker.require_engine(c)
+    require_engine(c)
     if confirm(c, cache_lines(older_than), yes):
         remove_cache(c, older_than)
 
@@ -137,7 +137,7 @@ def clean_pycache(c: Context, yes: bool = False) -> None:
 @task(name="all", positional=[], auto_shortflags=False, help=ALL)
 def clean_all(c: Context, yes: bool = False, older_than: str = "") -> None:
     """Remove containers, images, build cache and pycache."""
-    docker.require_engine(c)
+    require_engine(c)
     names = image_names(c)
     lines = [*container_lines(c), *(f"image {name}" for name in names), *cache_lines(older_than), *bytecode_lines()]
     if confirm(c, lines, yes):

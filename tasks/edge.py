@@ -8,8 +8,8 @@ from typing import Any
 from invoke.collection import Collection
 from invoke.exceptions import Exit
 
-from tasks.lib.errors import INTERRUPTED, PIPE_CLOSED, UserError
-from tasks.lib.settings import BadSetting
+from tasks.lib.errors import INTERRUPTED, MISUSE, PIPE_CLOSED, UserError
+from tasks.lib.notices import TASK
 
 REMEDIES = {
     errno.EACCES: "give yourself access (chown, chmod)",
@@ -25,33 +25,34 @@ def line(error: OSError) -> str:
 
 
 def guarded(name: str, body: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the task `body`, which leaves with `Exit` where system, setting or package stops it, and on Ctrl-C."""
+    """Return the task `body`, which leaves with `Exit` where user, system or package stops it, and on Ctrl-C."""
 
     @wraps(body)
     def run(*args: Any, **kwargs: Any) -> Any:
+        before = TASK.set(name)
         try:
             return body(*args, **kwargs)
+        except UserError as error:
+            raise Exit(error.said(name) or None, code=error.code) from None
         except BrokenPipeError:  # whoever read what we print wanted no more
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             raise Exit(code=PIPE_CLOSED) from None
-        except UserError as error:
-            raise Exit(error.message and f"{error.speaker or name}: {error.message}", code=error.code) from None
         except OSError as error:
-            raise Exit(f"{name}: {line(error)}", code=2) from None
-        except BadSetting as error:
-            raise Exit(f"{name}: {error}", code=2) from None
+            raise Exit(f"{name}: {line(error)}", code=MISUSE) from None
         except ModuleNotFoundError as error:
             raise Exit(f"{name}: this Python has no {error.name}; `pip install -r requirements-dev.txt`",
-                       code=2) from None
+                       code=MISUSE) from None
         except KeyboardInterrupt:
             raise Exit(f"{name}: interrupted", code=INTERRUPTED) from None
+        finally:
+            TASK.reset(before)
 
     return run
 
 
 def guard(collection: Collection, prefix: str = "") -> None:
-    """Guard every task of `collection`."""
+    """Guard every task of `collection`; its default task goes by the collection's name."""
     for name, task in collection.tasks.items():
-        task.body = guarded(prefix + name, task.body)
+        task.body = guarded(prefix.rstrip(".") if name == collection.default else prefix + name, task.body)
     for name, inner in collection.collections.items():
         guard(inner, f"{prefix}{name}.")

@@ -1,7 +1,6 @@
 """Start, stop and look at environment servers."""
 import shlex
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -10,15 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from invoke.context import Context
-from invoke.exceptions import Exit
 from invoke.tasks import task
 
-from tasks.lib.errors import INTERRUPTED
+from tasks.lib.errors import INTERRUPTED, DockerError, UserError
+from tasks.lib.notices import say
 
 if TYPE_CHECKING:
     from tasks.lib.environments.plan import Options
     from tasks.lib.environments.rows import Environment
-    from tasks.lib.environments.runs import Running
+    from tasks.lib.environments.running import Running
 
 # The rows need pydantic and Docker's door needs python-on-whales: both are imported when a task runs.
 
@@ -54,23 +53,26 @@ def up(c: Context,
        runner: str = "auto",
        i_understand: bool = False) -> None:
     """Start an environment server and wait until ready."""
-    from tasks.lib.environments import lease as env_users
-    from tasks.lib.environments import runs as env_runs
+    from tasks.lib.environments import lease
+    from tasks.lib.environments.lookup import find_row
     from tasks.lib.environments.plan import Options
-    from tasks.lib.host.programs import as_ctrl_c
+    from tasks.lib.environments.running import servers_up
+    from tasks.lib.environments.start_stop import choose_server_runner, pick_port, start_server
+    from tasks.lib.flags import port_number, whole_number
+    from tasks.lib.interrupts import as_ctrl_c
     from tasks.lib.settings import resolve
-    row = env_runs.find_row("env.up", env)
-    count = env_runs.whole_number("env.up", "replicas", replicas, 1)
-    ttl = env_runs.whole_number("env.up", "session-ttl", session_ttl, 0)
-    seconds = env_runs.whole_number("env.up", "wait", wait, 1)
+    row = find_row(env)
+    count = whole_number("replicas", replicas, 1)
+    ttl = whole_number("session-ttl", session_ttl, 0)
+    seconds = whole_number("wait", wait, 1)
     if port:
-        env_runs.port_number("env.up", "--port", port)
-    chosen = env_runs.choose_runner("env.up", runner)
-    with as_ctrl_c(), nullcontext() if c.config.run.dry else env_users.alone(row.name):
-        others = env_runs.serving()
+        port_number("--port", port)
+    chosen = choose_server_runner(runner)
+    with as_ctrl_c(), nullcontext() if c.config.run.dry else lease.exclusive_lock(row.name):
+        others = servers_up()
         if row.name in others:
             if not c.config.run.dry:
-                env_users.keep(row.name)  # also where an evaluation started it
+                lease.detach_owner(row.name)  # also where an evaluation started it
             print(
                 f"{row.name} is up already: {others[row.name].url} (`invoke env.restart --env {row.name}` starts anew)")
             elsewhere = runner not in ("auto", others[row.name].runner)
@@ -80,13 +82,13 @@ def up(c: Context,
                 )
             return
         bind = resolve("ENV_BIND")
-        options = Options(port=env_runs.pick_port("env.up", row, port, bind),
+        options = Options(port=pick_port(row, port, bind),
                           replicas=count,
                           session_ttl=ttl,
                           bind=bind,
                           understood=i_understand,
                           aliases=not others)
-        url = env_runs.start(c, "env.up", row, options, chosen, build, seconds)
+        url = start_server(c, row, options, chosen, build, seconds)
         if not c.config.run.dry:
             announce(row, options, chosen, url)
 
@@ -100,22 +102,24 @@ def dry(c: Context, what: str) -> bool:
 
 def announce(row: "Environment", options: "Options", runner: str, url: str) -> None:
     """Print where the server is."""
-    from tasks.lib.environments import runs as env_runs
-    from tasks.lib.environments.plan import service_name
+    from tasks.lib.environments.compose_model import service_name
+    from tasks.lib.environments.running import container_url
     prefix = row.protocol.prefix
     inside = ""
     if runner == "docker":
-        inside = f"; in containers {env_runs.container_url(service_name(row), options.port)}{prefix}"
+        inside = f"; in containers {container_url(service_name(row), options.port)}{prefix}"
     print(f"{row.name} is ready: {url}{prefix}{inside}", flush=True)
 
 
 @task(positional=[], auto_shortflags=False, help={"env": "Environment to stop (default: all of them)."})
 def down(c: Context, env: str = "") -> None:
     """Stop one environment server, or all."""
-    from tasks.lib.environments import runs as env_runs
-    names = [env_runs.find_row("env.down", env).name] if env else sorted(env_runs.running())
+    from tasks.lib.environments.lookup import find_row
+    from tasks.lib.environments.running import running_servers
+    from tasks.lib.environments.start_stop import stop_server
+    names = [find_row(env).name] if env else sorted(running_servers())
     for name in names:
-        if not env_runs.stop(c, name):
+        if not stop_server(c, name):
             print(f"{name} was not up", flush=True)
         elif not c.config.run.dry:
             print(f"{name} is down", flush=True)
@@ -126,22 +130,25 @@ def down(c: Context, env: str = "") -> None:
 @task(positional=[], auto_shortflags=False, help={"env": ENV_HELP, "wait": WAIT_HELP})
 def restart(c: Context, env: str = "", wait: str = "120") -> None:
     """Stop a server and start it as it was."""
-    from tasks.lib.environments import lease as env_users
-    from tasks.lib.environments import runs as env_runs
-    from tasks.lib.host.programs import as_ctrl_c
-    row = env_runs.find_row("env.restart", env)
-    seconds = env_runs.whole_number("env.restart", "wait", wait, 1)
-    noted = env_runs.recall(row)
+    from tasks.lib.environments import lease
+    from tasks.lib.environments.lookup import find_row
+    from tasks.lib.environments.running import servers_up
+    from tasks.lib.environments.start_stop import recall_options, require_startable, start_server, stop_server
+    from tasks.lib.flags import whole_number
+    from tasks.lib.interrupts import as_ctrl_c
+    row = find_row(env)
+    seconds = whole_number("wait", wait, 1)
+    noted = recall_options(row)
     if noted is None:
         if dry(c, f"stop {row.name} and start it as it was, but it was never started here"):
             return
-        raise Exit(f"env.restart: {row.name} was never started here; `invoke env.up --env {row.name}`", code=2)
+        raise UserError(f"{row.name} was never started here; `invoke env.up --env {row.name}`")
     options, runner = noted
-    with as_ctrl_c(), nullcontext() if c.config.run.dry else env_users.alone(row.name):
-        env_runs.require_startable(c, "env.restart", row, options, runner)
-        env_runs.stop(c, row.name)
-        options = replace(options, aliases=not env_runs.serving())
-        url = env_runs.start(c, "env.restart", row, options, runner, False, seconds)
+    with as_ctrl_c(), nullcontext() if c.config.run.dry else lease.exclusive_lock(row.name):
+        require_startable(c, row, options, runner)
+        stop_server(c, row.name)
+        options = replace(options, aliases=not servers_up())
+        url = start_server(c, row, options, runner, False, seconds)
         if not c.config.run.dry:
             announce(row, options, runner, url)
 
@@ -149,29 +156,32 @@ def restart(c: Context, env: str = "", wait: str = "120") -> None:
 @task(name="list", positional=[], auto_shortflags=False)
 def list_(c: Context) -> None:
     """Show every environment: image, port, data, keys."""
-    from tasks.lib.engine import client as docker
+    from tasks.lib.engine.images import image_exists
     from tasks.lib.environments import docker as env_docker
-    from tasks.lib.environments import runs as env_runs
-    rows, up_now, environ = env_runs.all_rows("env.list"), env_runs.running(), env_runs.settings()
+    from tasks.lib.environments.lookup import all_rows, data_folder
+    from tasks.lib.environments.running import running_servers, session_totals
+    from tasks.lib.settings import effective_environment
+    from tasks.lib.tables import print_table
+    rows, up_now, environ = all_rows(), running_servers(), effective_environment()
     try:
-        built = {name for name, row in rows.items() if docker.image_exists(env_docker.image_name(row))}
-    except Exit:
+        built = {name for name, row in rows.items() if image_exists(env_docker.server_image(row))}
+    except DockerError:
         built = set()
     lines = []
     for name, row in rows.items():
         found = up_now.get(name, [])
-        told = env_runs.sessions(found[0]) if found else None
+        told = session_totals(found[0]) if found else None
         lines.append((
             name,
             "yes" if name in built else "no",
             " ".join(servers_of(one) for one in found) or "-",
             " ".join(str(one.port) for one in found) or f"({row.port})",
-            "-" if not row.data else "no" if row.missing_data(env_runs.data_folder(row)) else "yes",
+            "-" if not row.data else "no" if row.missing_data(data_folder(row)) else "yes",
             "-" if not row.keys else "no" if row.missing_keys(environ) else "yes",
             f"{told['live']}, {told['memory_mb']:.0f} MB" if told else "-",
             row.title,
         ))
-    docker.print_table(("environment", "image", "running", "port", "data", "keys", "sessions", ""), lines)
+    print_table(("environment", "image", "running", "port", "data", "keys", "sessions", ""), lines)
 
 
 def servers_of(one: "Running") -> str:
@@ -190,44 +200,43 @@ def print_files(c: Context, files: Sequence[Path], follow: bool) -> None:
     try:
         process.wait()
     except KeyboardInterrupt:
-        raise Exit(code=INTERRUPTED) from None
+        raise UserError(code=INTERRUPTED) from None
 
 
 @task(positional=[], auto_shortflags=False, help={"env": ENV_HELP, "follow": "Go on until Ctrl-C."})
 def logs(c: Context, env: str = "", follow: bool = False) -> None:
     """Show what an environment server printed."""
-    from tasks.lib.engine import client as docker
+    from tasks.lib.engine.client import drive
+    from tasks.lib.engine.compose_files import QUIET
     from tasks.lib.environments import docker as env_docker
     from tasks.lib.environments import local as env_local
-    from tasks.lib.environments import runs as env_runs
-    row = env_runs.find_row("env.logs", env)
-    files = env_runs.logs(row.name)
+    from tasks.lib.environments.lookup import find_row
+    from tasks.lib.environments.running import log_files
+    row = find_row(env)
+    files = log_files(row.name)
     if row.name in env_local.states():
         print_files(c, files, follow)
         return
     try:
         containers = env_docker.servers(row.name)
-    except Exit:
+    except DockerError:
         if not (files or c.config.run.dry):
             raise
         containers = []
     if not containers:
         if files:
-            print(f"env.logs: {row.name} is not up; this is what its last start printed", file=sys.stderr, flush=True)
+            say(f"{row.name} is not up; this is what its last start printed")
             print_files(c, files, False)
         elif not dry(c, f"show the logs of {row.name}, but it is not up"):
-            raise Exit(f"env.logs: {row.name} is not up; `invoke env.up --env {row.name}`", code=1)
+            raise UserError(f"{row.name} is not up; `invoke env.up --env {row.name}`", code=1)
         return
     if follow and len(containers) > 1:
         file = env_local.RUN / row.name / "compose.json"
         names = [f"env-{row.name}", *(f"env-{row.name}-{number}" for number in range(len(containers) - 1))]
-        docker.drive(c,
-                     lambda client: client.compose.logs(names, follow=True, stream=True),
-                     variables=env_docker.QUIET,
-                     files=[file])
+        drive(c, lambda client: client.compose.logs(names, follow=True, stream=True), variables=QUIET, files=[file])
         return
     for server in containers:
-        docker.drive(c, env_docker.printing(server.id, follow))
+        drive(c, env_docker.printing(server.id, follow))
 
 
 @task(positional=[], auto_shortflags=False, help={"env": ENV_HELP, "user": "User in the container (default: yours)."})
@@ -236,22 +245,21 @@ def shell(c: Context, env: str = "", user: str = "") -> None:
     from tasks.lib.engine import containers
     from tasks.lib.environments import docker as env_docker
     from tasks.lib.environments import local as env_local
-    from tasks.lib.environments import runs as env_runs
-    row = env_runs.find_row("env.shell", env)
+    from tasks.lib.environments.lookup import find_row
+    row = find_row(env)
     if row.name in env_local.states():
         home = env_local.RUN / row.name
-        raise Exit(f"env.shell: {row.name} is a local process; its Python is {home / 'venv' / 'bin' / 'python'}",
-                   code=1)
+        raise UserError(f"{row.name} is a local process; its Python is {home / 'venv' / 'bin' / 'python'}", code=1)
     try:
         found = [server for server in env_docker.servers(row.name) if server.role == "server"]
-    except Exit:
+    except DockerError:
         if not c.config.run.dry:
             raise
         found = []
     if not found:
         if dry(c, f"open bash in the container of {row.name}, but it is not up"):
             return
-        raise Exit(f"env.shell: {row.name} is not up; `invoke env.up --env {row.name}`", code=1)
+        raise UserError(f"{row.name} is not up; `invoke env.up --env {row.name}`", code=1)
     containers.join(c, found[0].id, ["bash"], user)
 
 
@@ -265,22 +273,24 @@ def shell(c: Context, env: str = "", user: str = "") -> None:
 def check(c: Context, env: str = "", url: str = "", timeout: str = "60") -> None:
     """Check that a running server keeps its protocol."""
     from servers.protocol import Client
-    from tasks.lib.engine import client as docker
-    from tasks.lib.environments import runs as env_runs
     from tasks.lib.environments.conformance import Conformance
-    row = env_runs.find_row("env.check", env)
-    seconds = env_runs.whole_number("env.check", "timeout", timeout, 1)
+    from tasks.lib.environments.lookup import find_row
+    from tasks.lib.environments.running import servers_up
+    from tasks.lib.flags import whole_number
+    from tasks.lib.tables import print_table
+    row = find_row(env)
+    seconds = whole_number("timeout", timeout, 1)
     if dry(c, f"play sessions on the server of {row.name}"):
         return
-    found = None if url else env_runs.serving().get(row.name)
+    found = None if url else servers_up().get(row.name)
     if not url and not found:
-        raise Exit(f"env.check: {row.name} is not up; `invoke env.up --env {row.name}`, or give --url", code=1)
+        raise UserError(f"{row.name} is not up; `invoke env.up --env {row.name}`, or give --url", code=1)
     client = Client(url or (found.url if found else ""), row.protocol.model_dump(), timeout=seconds)
     findings = Conformance(row, client).run()
     says = {True: "yes", False: "NO", None: "has none"}
-    docker.print_table(("check", "holds", "seen"), [(one.check, says[one.holds], one.detail) for one in findings])
+    print_table(("check", "holds", "seen"), [(one.check, says[one.holds], one.detail) for one in findings])
     if any(one.holds is False for one in findings):
-        raise Exit(code=1)
+        raise UserError(code=1)
 
 
 @task(positional=[],
@@ -292,9 +302,9 @@ def check(c: Context, env: str = "", url: str = "", timeout: str = "60") -> None
 def data(c: Context, env: str = "", from_: str = "") -> None:
     """Fetch an environment's data into data/<env>."""
     from tasks.lib.environments import data as env_data
-    from tasks.lib.environments import runs as env_runs
-    row = env_runs.find_row("env.data", env)
-    folder = env_runs.data_folder(row)
+    from tasks.lib.environments.lookup import data_folder, find_row
+    row = find_row(env)
+    folder = data_folder(row)
     if not row.data:
         print(f"{row.name} needs no data")
         return
@@ -302,20 +312,17 @@ def data(c: Context, env: str = "", from_: str = "") -> None:
         return
     begun = time.monotonic()
     missing = []
-    try:
-        if from_:
-            env_data.adopt(row, folder, Path(from_).expanduser())
-            link = env_data.leading_out(row, folder)
-            if link:
-                print(
-                    f"{row.name}: {link} is a link out of that folder, which --runner local can follow and a container "
-                    "cannot; for Docker copy the data with `cp -rL`",
-                    flush=True)
-        else:
-            missing = env_data.fetch(row, folder, lambda line: print(line, flush=True))
-    except env_data.DataError as error:
-        raise Exit(f"env.data: {error}", code=2 if from_ else 1) from None
+    if from_:
+        env_data.adopt(row, folder, Path(from_).expanduser())
+        link = env_data.leading_out(row, folder)
+        if link:
+            print(
+                f"{row.name}: {link} is a link out of that folder, which --runner local can follow and a container "
+                "cannot; for Docker copy the data with `cp -rL`",
+                flush=True)
+    else:
+        missing = env_data.fetch(row, folder, lambda line: print(line, flush=True))
     if missing:
         lines = [f"  {folder / one.path}: {one.how or one.url or 'hub ' + one.hub}" for one in missing]
-        raise Exit(f"env.data: {row.name} still needs, by hand:\n" + "\n".join(lines), code=1)
+        raise UserError(f"{row.name} still needs, by hand:\n" + "\n".join(lines), code=1)
     print(f"{row.name}: all data is in {folder} ({time.monotonic() - begun:.0f} s)")

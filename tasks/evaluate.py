@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from invoke.context import Context
-from invoke.exceptions import Exit
 from invoke.tasks import task
 
+from tasks.lib.errors import UserError
 from tasks.lib.evaluation.plan import NEEDED, Endpoint, endpoint_flags, flags, folders, loopback_host
-from tasks.lib.host.programs import GPUS_HERE, as_ctrl_c, choose_runner, environment, run_module
+from tasks.lib.host.programs import GPUS_HERE, choose_program_runner, environment, run_module
+from tasks.lib.interrupts import as_ctrl_c
+from tasks.lib.notices import say
 from tasks.lib.settings import ROOT, resolve
 
 if TYPE_CHECKING:
@@ -42,50 +44,47 @@ def served(c: Context, row: "Environment", runner: str, understood: bool, second
         seconds: until a server that is started must be ready.
 
     Raises:
-        Exit: it cannot start, or cannot be reached from there.
+        UserError: it cannot start, or cannot be reached from there.
     """
-    from tasks.lib.environments import lease as env_users
-    from tasks.lib.environments import runs as env_runs
+    from tasks.lib.environments import lease
+    from tasks.lib.environments.running import container_url, servers_up
+    from tasks.lib.environments.start_stop import stop_server
     if c.config.run.dry:
         yield _start(c, row, runner, understood, seconds)
         return
 
     def find() -> str | None:
-        up = env_runs.serving().get(row.name)
+        up = servers_up().get(row.name)
         if up and runner == "docker" and up.runner == "local":
-            raise Exit(
-                f"eval: {row.name} is up as a process of this machine, which a container cannot reach; "
-                f"`invoke env.down --env {row.name}`, or --runner local",
-                code=2)
+            raise UserError(f"{row.name} is up as a process of this machine, which a container cannot reach; "
+                            f"`invoke env.down --env {row.name}`, or --runner local")
         if up is None:
             return None
-        return env_runs.container_url(up.service, up.port) if runner == "docker" else up.url
+        return container_url(up.service, up.port) if runner == "docker" else up.url
 
     def leave(shared: bool) -> None:
         if shared:
-            print(f"eval: left {row.name} up, another evaluation uses it", flush=True)
+            say(f"left {row.name} up, another evaluation uses it")
         else:
-            env_runs.stop(c, row.name)
-            print(f"eval: stopped {row.name}", flush=True)
+            stop_server(c, row.name)
+            say(f"stopped {row.name}")
 
-    with env_users.using(row.name, find, lambda: _start(c, row, runner, understood, seconds), leave) as url:
+    with lease.shared_server(row.name, find, lambda: _start(c, row, runner, understood, seconds), leave) as url:
         yield url
 
 
 def _start(c: Context, row: "Environment", runner: str, understood: bool, seconds: int) -> str:
-    from tasks.lib.environments import runs as env_runs
-    from tasks.lib.environments.plan import Options, service_name
-    place = "docker" if runner == "docker" else env_runs.choose_runner("eval",
-                                                                       "local" if row.source == "project" else "auto")
+    from tasks.lib.environments.compose_model import service_name
+    from tasks.lib.environments.plan import Options
+    from tasks.lib.environments.running import container_url, servers_up
+    from tasks.lib.environments.start_stop import choose_server_runner, pick_port, start_server
+    place = "docker" if runner == "docker" else choose_server_runner("local" if row.source == "project" else "auto")
     bind = resolve("ENV_BIND")
-    options = Options(port=env_runs.pick_port("eval", row, "", bind),
-                      bind=bind,
-                      understood=understood,
-                      aliases=not env_runs.serving())
-    url = env_runs.start(c, "eval", row, options, place, False, seconds)
+    options = Options(port=pick_port(row, "", bind), bind=bind, understood=understood, aliases=not servers_up())
+    url = start_server(c, row, options, place, False, seconds)
     if not c.config.run.dry:
-        print(f"eval: started {row.name} at {url}", flush=True)
-    return env_runs.container_url(service_name(row), options.port) if runner == "docker" else url
+        say(f"started {row.name} at {url}")
+    return container_url(service_name(row), options.port) if runner == "docker" else url
 
 
 @dataclass(frozen=True)
@@ -103,29 +102,26 @@ def prepare_checkpoint(c: Context, folder: str, runner: str, engine: str, gpus: 
     """Check what the user asked for, and merge the checkpoint if need be.
 
     Raises:
-        Exit: one line.
+        UserError: one line.
     """
     from tasks.lib import checkpoints
-    from tasks.lib.environments import runs as env_runs
+    from tasks.lib.flags import whole_number
     from tasks.lib.serving import docker as serve_docker
     from tasks.lib.serving import local as serving
     from tasks.merge import run_merger
-    seconds = env_runs.whole_number("eval", "serve-wait", wait, 1)
+    seconds = whole_number("serve-wait", wait, 1)
     choice = serve_docker.gpus_for(c, gpus) if runner == "docker" else None
-    try:
-        chosen, why = serve_docker.choose_engine(engine, choice.cpu) if choice else serving.choose_engine(engine)
-        found = checkpoints.find(Path(folder))
-        if found.merge:
-            print(f"eval: merging {found.shards}", flush=True)
-            run_merger(c, runner, [str(found.shards)], gpus=gpus, force=found.force)
-        elif found.shards:
-            print(f"eval: {found.model} is merged from these shards already", flush=True)
-        absent = c.config.run.dry and found.merge
-        context = 0 if absent else checkpoints.check(found.model)
-    except ValueError as error:
-        raise Exit(f"eval: {error}", code=2) from None
+    chosen, why = serve_docker.choose_engine(engine, choice.cpu) if choice else serving.choose_engine(engine)
+    found = checkpoints.find(Path(folder))
+    if found.merge:
+        say(f"merging {found.shards}")
+        run_merger(c, runner, [str(found.shards)], gpus=gpus, force=found.force)
+    elif found.shards:
+        say(f"{found.model} is merged from these shards already")
+    absent = c.config.run.dry and found.merge
+    context = 0 if absent else checkpoints.check(found.model)
     name = checkpoints.served_name(found.model)
-    print(f"eval: {found.model} is evaluated as {name}, served by {chosen} ({why})", flush=True)
+    say(f"{found.model} is evaluated as {name}, served by {chosen} ({why})")
     return Prepared(found.model, name, chosen, context, seconds, choice)
 
 
@@ -134,13 +130,13 @@ def served_checkpoint(c: Context, checkpoint: Prepared) -> Iterator[Endpoint]:
     """Serve the checkpoint and give where it answers; it is stopped afterwards.
 
     Raises:
-        Exit: one line; nothing is left running.
+        UserError: one line; nothing is left running.
     """
     from tasks.lib.serving import docker as serve_docker
     from tasks.lib.serving import local as serving
     model, name, engine, seconds = checkpoint.model, checkpoint.name, checkpoint.engine, checkpoint.seconds
-    server = serve_docker.started(c, "eval", model, name, engine, checkpoint.gpus, seconds) if checkpoint.gpus else \
-        serving.started(c, "eval", model, name, engine, seconds)
+    server = serve_docker.started(c, model, name, engine, checkpoint.gpus, seconds) if checkpoint.gpus else \
+        serving.started(c, model, name, engine, seconds)
     with server as url:
         yield Endpoint(name, url, engine, checkpoint.context)
 
@@ -157,26 +153,21 @@ def run_evaluation(c: Context,
         variables: for its environment.
 
     Raises:
-        Exit: its exit code.
+        UserError: its exit code.
     """
     from tasks.lib.engine import containers
-    from tasks.lib.environments import docker as env_docker
-    from tasks.lib.environments import runs as env_runs
-    settings = env_runs.settings()
+    from tasks.lib.engine.compose_files import QUIET
+    from tasks.lib.environments.lookup import gym_source
+    from tasks.lib.settings import effective_environment
+    settings = effective_environment()
     if runner == "docker":
-        containers.run(c,
-                       "eval-runner",
-                       words if inside is None else inside,
-                       variables={
-                           **env_docker.QUIET,
-                           **(variables or {})
-                       })
+        containers.run(c, "eval-runner", words if inside is None else inside, variables={**QUIET, **(variables or {})})
         return
     absent = lacking()
     if absent:
-        raise Exit(f"eval: this Python has no {', '.join(absent)}; `pip install -r requirements-dev.txt`", code=2)
+        raise UserError(f"this Python has no {', '.join(absent)}; `pip install -r requirements-dev.txt`")
     own = {name: settings[name] for name in ("MAX_ROUND", ) if settings.get(name)}
-    source = env_runs.gym_source("eval")
+    source = gym_source()
     if Path(source).is_dir():
         own["AGENTGYM_SRC"] = source
     run_module(c, "evaluation", words, env={**environment(VARIABLES, os.environ), **own, **(variables or {})})
@@ -191,10 +182,7 @@ def _runner(runner: str, checkpoint: str = "") -> str:
     from tasks import merge
     from tasks.lib.serving import local as serving
     lacks_merger = checkpoint and not all(find_spec(name) for name in merge.NEEDED)
-    try:
-        return choose_runner(runner, not lacking() and not lacks_merger and not (checkpoint and serving.missing()))
-    except ValueError as error:
-        raise Exit(f"eval: {error}", code=2) from None
+    return choose_program_runner(runner, not lacking() and not lacks_merger and not (checkpoint and serving.missing()))
 
 
 @task(default=True,
@@ -258,19 +246,20 @@ def run(c: Context,
         wait: str = "120",
         i_understand: bool = False) -> None:
     """Evaluate a model on an environment."""
-    from tasks.lib.environments import runs as env_runs
+    from tasks.lib.environments.lookup import find_row, rows_path
+    from tasks.lib.flags import whole_number
+    from tasks.lib.settings import effective_environment
     if checkpoint and (model or base_url):
-        raise Exit(
-            f"eval: --checkpoint {checkpoint} is served under a name of its own; leave out --{'model' if model else 'base-url'}",
-            code=2)
+        raise UserError(
+            f"--checkpoint {checkpoint} is served under a name of its own; leave out --{'model' if model else 'base-url'}"
+        )
     if not checkpoint and (engine != "auto" or gpus or serve_wait != SERVE_WAIT):
-        raise Exit("eval: --engine, --gpus and --serve-wait are about the server of a --checkpoint; leave them out",
-                   code=2)
+        raise UserError("--engine, --gpus and --serve-wait are about the server of a --checkpoint; leave them out")
     chosen = _runner(runner, checkpoint)
     if chosen == "local" and gpus:
-        raise Exit(f"eval: {GPUS_HERE}", code=2)
-    row = env_runs.find_row("eval", env)
-    seconds = env_runs.whole_number("eval", "wait", wait, 1)
+        raise UserError(f"{GPUS_HERE}")
+    row = find_row(env)
+    seconds = whole_number("wait", wait, 1)
     values: dict[str, str | bool] = {
         "env": row.name,
         "model": model,
@@ -294,19 +283,17 @@ def run(c: Context,
     }
     if (chosen == "docker" and any(os.path.exists(name)
                                    for name in (items, prompt, prices) if name)) or (chosen == "docker" and out):
-        raise Exit(
-            "eval: --runner docker reads AgentEval, AgentItemId and writes saves/eval; for other files and folders "
-            "use --runner local",
-            code=2)
+        raise UserError(
+            "--runner docker reads AgentEval, AgentItemId and writes saves/eval; for other files and folders "
+            "use --runner local")
     if chosen == "docker":
         endpoint = "" if checkpoint or resolve("MODEL", model) in SCRIPTED else resolve("OPENAI_BASE_URL", base_url)
         for name, address in (("--server", server), ("--base-url" if base_url else "OPENAI_BASE_URL", endpoint)):
             if host := loopback_host(address):
-                raise Exit(
-                    f"eval: {host}, the host of {name}, would be the container itself; give an address that it can "
-                    "reach, or use --runner local",
-                    code=2)
-    here = [f"--environments={env_runs.rows_path()}", f"--root={ROOT}"]
+                raise UserError(
+                    f"{host}, the host of {name}, would be the container itself; give an address that it can "
+                    "reach, or use --runner local")
+    here = [f"--environments={rows_path()}", f"--root={ROOT}"]
     if not c.config.run.dry:  # what the runner would refuse is refused before anything starts
         asked = flags({**values, "model": CHECKPOINT if checkpoint else model, "server": server})
         run_evaluation(c, chosen, ["run", "--check", *asked, *here], ["run", "--check", *asked],
@@ -320,15 +307,12 @@ def run(c: Context,
             variables = {"OPENAI_API_KEY": "none"}  # the user's own is for another endpoint
         words = ["run", *flags({**values, "server": url})]
         if chosen == "docker" and not max_round:  # Compose has a default of its own, which is not the environment's
-            words.append(f"--max-round={env_runs.settings().get('MAX_ROUND') or row.rounds}")
+            words.append(f"--max-round={effective_environment().get('MAX_ROUND') or row.rounds}")
         run_evaluation(c, chosen, [*words, *here], inside=words, variables=variables)
 
 
 def _folders(command: str, names: list[str] | None) -> list[Path]:
-    try:
-        return folders(names or [], ROOT)
-    except ValueError as error:
-        raise Exit(f"eval.{command}: {error}", code=2) from None
+    return folders(names or [], ROOT)
 
 
 def _over_runs(c: Context,
@@ -338,7 +322,7 @@ def _over_runs(c: Context,
                least: int = 1) -> None:
     found = _folders(command, names)
     if len(found) < least:
-        raise Exit(f"eval.{command}: needs at least {least} runs; name each with --run", code=2)
+        raise UserError(f"needs at least {least} runs; name each with --run")
     run_evaluation(c, "local", [command, *map(str, found), *flags(values)])
 
 

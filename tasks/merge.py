@@ -1,16 +1,16 @@
 """Merge sharded FSDP checkpoints into Hugging Face safetensors."""
 import os
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 from invoke.context import Context
-from invoke.exceptions import Exit
 from invoke.tasks import task
 
 from tasks.lib.engine import containers
 from tasks.lib.engine.mounts import Translation
-from tasks.lib.host.programs import GPUS_HERE, choose_runner, environment, run_program
+from tasks.lib.errors import UserError
+from tasks.lib.host.programs import GPUS_HERE, choose_program_runner, environment, run_program
+from tasks.lib.notices import say
 from tasks.lib.settings import ROOT, resolve, resolve_path
 
 PROGRAM = ROOT / "scripts" / "model_merger.py"
@@ -49,19 +49,16 @@ def run_merger(c: Context,
                **flags: str | bool | list[str] | None) -> None:
     """Run the merger where `runner` says, on `local_dir` or, where that is empty, on `LOCAL_DIR`."""
     if local_dir and not all(local_dir):
-        raise Exit("merge: --local-dir is empty, which is no folder; is a variable unset?", code=2)
+        raise UserError("--local-dir is empty, which is no folder; is a variable unset?")
     folders = [resolve_path("LOCAL_DIR", folder) for folder in local_dir or [""]]
-    try:
-        absent = [name for name in NEEDED if not find_spec(name)]
-        chosen = choose_runner(runner, not absent)
-    except ValueError as error:
-        raise Exit(f"merge: {error}", code=2) from None
+    absent = [name for name in NEEDED if not find_spec(name)]
+    chosen = choose_program_runner(runner, not absent)
     if runner == "auto":  # on standard error: the other one may be for a machine
         why = f"this Python lacks {', '.join(absent)}" if absent else "this Python has all that it needs"
-        print(f"merge: running with --runner {chosen}: {why}", file=sys.stderr, flush=True)
+        say(f"running with --runner {chosen}: {why}")
     if chosen == "local":
         if gpus:
-            raise Exit(f"merge: {GPUS_HERE}", code=2)
+            raise UserError(f"{GPUS_HERE}")
         run_program(c,
                     PROGRAM,
                     merger_args(folders, save_dir=save_dir, **flags),
@@ -74,24 +71,21 @@ def run_in_container(c: Context, folders: list[str], save_dir: str, gpus: str, f
     """Run the merger in the scripts container, with the container's names for the host's folders.
 
     Raises:
-        Exit: 2 for a folder that is not there, which Docker would create as root, or that cannot be made; else the
+        UserError: 2 for a folder that is not there, which Docker would create as root, or that cannot be made; else the
             merger's exit code.
     """
     for folder in folders:
         if not Path(folder).is_dir():
-            raise Exit(f"merge: no folder {folder}; give --local-dir the folder with the shards", code=2)
+            raise UserError(f"no folder {folder}; give --local-dir the folder with the shards")
     if save_dir and not c.config.run.dry and not flags.get("dry_run"):
         try:
             Path(save_dir).parent.mkdir(parents=True, exist_ok=True)  # as the caller: Docker would make it as root
         except OSError as error:
-            raise Exit(f"merge: cannot make {Path(save_dir).parent}: {error.strerror}; choose another --save-dir",
-                       code=2) from None
+            raise UserError(
+                f"cannot make {Path(save_dir).parent}: {error.strerror}; choose another --save-dir") from None
     translation = Translation(ROOT)
-    try:
-        inside = [translation.path(folder) for folder in folders]
-        save_inside = translation.output(save_dir) if save_dir else ""
-    except ValueError as error:
-        raise Exit(f"merge: {error}", code=2) from None
+    inside = [translation.path(folder) for folder in folders]
+    save_inside = translation.output(save_dir) if save_dir else ""
     containers.run(c,
                    "scripts", ["python", PROGRAM_INSIDE, *merger_args(inside, save_dir=save_inside, **flags)],
                    gpus=gpus,

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from invoke.context import Context
-from invoke.exceptions import Exit
 from invoke.tasks import task
 
-from tasks.lib.host.programs import as_ctrl_c, run_module, run_program
+from tasks.lib.errors import UserError
+from tasks.lib.host.programs import run_module, run_program
+from tasks.lib.interrupts import as_ctrl_c
 from tasks.lib.settings import ROOT
 
 FOLDER = ROOT / "saves" / "quickstart"
@@ -81,16 +82,17 @@ def demo_server(c: Context) -> Iterator[str]:
     """Give the address of the demo's server: the one that is up on this machine, or one for the time being.
 
     Raises:
-        Exit: it does not start.
+        UserError: it does not start.
     """
-    from tasks.lib.environments import lease as env_users
+    from tasks.lib.environments import lease
     from tasks.lib.environments import local as env_local
-    from tasks.lib.environments import runs as env_runs
+    from tasks.lib.environments.lookup import server_environment
     from tasks.lib.environments.plan import Options, choose_port
     from tasks.lib.environments.rows import environment
+    from tasks.lib.environments.running import local_url
     row = environment("demo")
     if c.config.run.dry:
-        yield env_runs.local_url(row) or env_local.url(Options(choose_port(row.port, env_local.port_is_free)))
+        yield local_url(row) or env_local.url(Options(choose_port(row.port, env_local.port_is_free)))
         return
 
     def start() -> str:
@@ -100,7 +102,7 @@ def demo_server(c: Context) -> Iterator[str]:
                             options,
                             ROOT,
                             ROOT / "data" / row.name,
-                            env_runs.variables(row),
+                            server_environment(row),
                             wait=120,
                             python=Path(sys.executable))
 
@@ -108,18 +110,15 @@ def demo_server(c: Context) -> Iterator[str]:
         if not shared:
             env_local.down(row.name)
 
-    try:
-        with env_users.using(row.name, lambda: env_runs.local_url(row), start, leave) as url:
-            yield url
-    except env_local.LocalError as error:
-        raise Exit(f"quickstart: {error}", code=1) from None
+    with lease.shared_server(row.name, lambda: local_url(row), start, leave) as url:
+        yield url
 
 
 def play(c: Context, url: str, model: str, items: range, run: str = "", base_url: str = "") -> Path:
     """Let `model` play `items`; return the run's folder.
 
     Raises:
-        Exit: the runner's exit code.
+        UserError: the runner's exit code.
     """
     folder = FOLDER / "eval" / (run or model)
     words = ["run", "--env=demo", f"--server={url}", f"--model={model}", f"--items={','.join(map(str, items))}"]
@@ -138,7 +137,7 @@ def play(c: Context, url: str, model: str, items: range, run: str = "", base_url
 def play_served(c: Context, url: str, model: Path, name: str) -> Path:
     """Serve the Hugging Face folder `model` while it plays the items for evaluation; return the run's folder."""
     from tasks.lib.serving.local import served_locally
-    served = nullcontext("http://127.0.0.1:8000/v1") if c.config.run.dry else served_locally("quickstart", model, name)
+    served = nullcontext("http://127.0.0.1:8000/v1") if c.config.run.dry else served_locally(model, name)
     with served as base_url:
         return play(c, url, name, HELD_OUT, base_url=base_url)
 
@@ -173,11 +172,11 @@ def judge(random: Path, trained: Path) -> None:
     """Stop where the trained agent is not above chance: what was merged is then not what was trained.
 
     Raises:
-        Exit: exit code 1.
+        UserError: exit code 1.
     """
     chance, reached = success(random), success(trained)
     if reached["mean"] <= chance["high"]:
-        raise Exit(
-            f"quickstart: the trained agent's success rate, {reached['mean']:.2f}, is not above the interval of a "
+        raise UserError(
+            f"the trained agent's success rate, {reached['mean']:.2f}, is not above the interval of a "
             f"random player's, which ends at {chance['high']:.2f}; something is wrong, see {FOLDER / 'eval'}",
             code=1)

@@ -1,15 +1,13 @@
 """Work in the training image."""
 import re
 import sys
-from json import dumps
 
 from invoke.context import Context
-from invoke.exceptions import Exit
 from invoke.tasks import task
 
-from tasks.lib.engine import client as docker
 from tasks.lib.engine import containers
-from tasks.lib.training import plotting, runs, showing, stopping
+from tasks.lib.engine.client import remainder
+from tasks.lib.errors import UserError
 
 FLAGS = {
     "shm_size": "Shared memory of a new container, such as 64g (default: $SHM_SIZE, then 32g).",
@@ -22,10 +20,10 @@ def container_variables(shm_size: str) -> dict[str, str]:
     """Return what Compose interpolates for the flag.
 
     Raises:
-        Exit: no such size.
+        UserError: no such size.
     """
     if shm_size and not re.fullmatch(r"\d+(\.\d+)?[bkmg]b?", shm_size, re.IGNORECASE):
-        raise Exit(f"train: --shm-size {shm_size!r} is no size; write it as 512m or 32g", code=2)
+        raise UserError(f"--shm-size {shm_size!r} is no size; write it as 512m or 32g")
     return {"SHM_SIZE": shm_size} if shm_size else {}
 
 
@@ -45,75 +43,7 @@ def shell(c: Context, shm_size: str = "", gpus: str = "", user: str = "") -> Non
 @task(positional=[], auto_shortflags=False, help=FLAGS)
 def run(c: Context, shm_size: str = "", gpus: str = "", user: str = "") -> None:
     """Run the command after -- in the training image."""
-    command = docker.remainder(c)
+    command = remainder(c)
     if not command:
-        raise Exit("train: no command; write it after --: invoke train.run -- python -V", code=2)
+        raise UserError("no command; write it after --: invoke train.run -- python -V")
     containers.run(c, "train", command, gpus=gpus, user=user, variables=container_variables(shm_size))
-
-
-@task(positional=[],
-      auto_shortflags=False,
-      help={
-          "name": "The run's name (default: the one that runs, or the last one made).",
-          "watch": "Show it again every 2 s until the run has ended.",
-          "json": "Print JSON, for a program.",
-      })
-def status(c: Context, name: str = "", watch: bool = False, json: bool = False) -> None:
-    """Show a run: step, reward, time left, health."""
-    run = runs.find(name)
-
-    def told() -> list[str]:
-        found = runs.read(run)[0]
-        return [dumps(found.json())] if json else showing.lines(found, width=showing.width_of_terminal())
-
-    if watch:
-        showing.watch(run, told, lambda: runs.read(run)[0].state)
-    else:
-        print("\n".join(told()))
-
-
-@task(name="list", positional=[], auto_shortflags=False, help={"json": "Print JSON, for a program."})
-def list_runs(c: Context, json: bool = False) -> None:
-    """List the training runs in saves/."""
-    found = runs.all_statuses()
-    if json:
-        print(dumps([one.json() for one in found]))
-    elif not found:
-        print(f"train: no run in {runs.saves()}; `invoke train.start` makes one")
-    docker.print_table(showing.HEAD, [] if json else [showing.row(one) for one in found])
-
-
-@task(positional=[],
-      help={
-          "name": "The run's name (default: the one that runs, or the last one made).",
-          "follow": "Go on with what comes, until the run has ended.",
-          "lines": "How many of the last lines; 0 for all (default: 200).",
-          "attempt": "Which attempt's log (default: the last).",
-      })
-def logs(c: Context, name: str = "", follow: bool = False, lines: int = 200, attempt: int = 0) -> None:
-    """Show what the trainer of a run printed."""
-    showing.logs(runs.find(name), max(0, lines), follow, attempt or None)
-
-
-@task(positional=[],
-      auto_shortflags=False,
-      help={
-          "name": "The run's name (default: the one that runs, or the last one made).",
-          "now": "Kill the trainer at once in place of asking it to end.",
-      })
-def stop(c: Context, name: str = "", now: bool = False) -> None:
-    """Stop a run and say what is left of it."""
-    said = stopping.stop(c, runs.find(name), now)
-    if said:
-        print(f"train.stop: {said}")
-
-
-@task(positional=[],
-      auto_shortflags=False,
-      help={
-          "name": "The run's name (default: the one that runs, or the last one made).",
-          "output": "The file to write (default: plot.html in the run's folder).",
-      })
-def plot(c: Context, name: str = "", output: str = "") -> None:
-    """Write a run's curves into one HTML file."""
-    print(f"train.plot: {plotting.write(runs.find(name), output)}")

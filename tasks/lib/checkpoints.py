@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tasks.lib.errors import UserError
+
 RANK_FILE = re.compile(r"model_world_size_\d+_rank_\d+\.pt")
 MERGED = "huggingface"
 RECORD = "merge.json"
@@ -34,16 +36,16 @@ def find(folder: Path) -> Checkpoint:
     """Return the checkpoint in `folder`: shards, a step's folder with `actor`, or a Hugging Face model.
 
     Raises:
-        ValueError: there is none, in one line.
+        UserError: there is none, in one line.
     """
     if not folder.is_dir():
-        raise ValueError(f"--checkpoint {folder}: no such folder; name one with shards, or a Hugging Face model")
+        raise UserError(f"--checkpoint {folder}: no such folder; name one with shards, or a Hugging Face model")
     shards = next((place for place in (folder, folder / "actor") if rank_files(place)), None)
     if shards is None:
         if has_weights(folder):
             return Checkpoint(folder)
         below = sorted((path.parent for path in folder.glob("global_step_*/actor/*.pt")), key=step_of)
-        raise ValueError(
+        raise UserError(
             f"--checkpoint {folder}: neither shards (model_world_size_*_rank_*.pt) nor a Hugging Face model "
             f"(config.json, *.safetensors); " +
             (f"did you mean {below[-1]}?" if below else "name a folder such as …/global_step_100/actor"))
@@ -51,7 +53,7 @@ def find(folder: Path) -> Checkpoint:
     if not any(model.glob("*.safetensors")):
         return Checkpoint(model, shards, merge=True)
     if not (model / RECORD).is_file():
-        raise ValueError(
+        raise UserError(
             f"{model} holds weights that are no merge of these shards; name it with --checkpoint to evaluate "
             f"them, or `invoke merge --local-dir {shards} --force`")
     current = is_current(model, shards)
@@ -110,14 +112,14 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in `path`.
 
     Raises:
-        ValueError: it cannot be read, or is none.
+        UserError: it cannot be read, or is none.
     """
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from None
+        raise UserError(f"cannot read {path}: {error}") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{path} is no JSON object")
+        raise UserError(f"{path} is no JSON object")
     return found
 
 
@@ -125,17 +127,17 @@ def check(model: Path) -> int:
     """Return how many tokens the model's context has; 0 where its config does not say.
 
     Raises:
-        ValueError: the model cannot hold a conversation; with the remedy.
+        UserError: the model cannot hold a conversation; with the remedy.
     """
     config = read_json(model / "config.json")
     kind = ", ".join(config.get("architectures") or ["model of no architecture"])
     if not re.search("CausalLM|ConditionalGeneration|LMHead", kind):
-        raise ValueError(f"{model} is a {kind}, which writes no text; name the actor's folder")
+        raise UserError(f"{model} is a {kind}, which writes no text; name the actor's folder")
     if not (model / "tokenizer_config.json").is_file():
-        raise ValueError(
+        raise UserError(
             f"{model} has no tokenizer; copy tokenizer.json and tokenizer_config.json of the base model there")
     if "chat_template" not in read_json(model / "tokenizer_config.json") and not any(model.glob("chat_template*")):
-        raise ValueError(
+        raise UserError(
             f"{model} has no chat template; copy chat_template.jinja or tokenizer_config.json of an instruct "
             "model there")
     places = (config, config.get("text_config") or {})  # of a model that sees, the second

@@ -19,3 +19,17 @@ class UserError(Exception):
         super().__init__(message)
         self.message = message
         self.code = code
+
+    def said(self, name: str = "") -> str:
+        """Return the message with whoever says it before it: `name`, unless it is somebody else; empty without one."""
+        speaker = self.speaker or name
+        return f"{speaker}: {self.message}" if self.message and speaker else self.message
+
+
+class DockerError(UserError):
+    """A failure of Docker, or of what the tasks need of it."""
+    speaker = "docker"
+
+
+class NoEngine(DockerError):
+    """No docker command is here, or no engine answers it."""

@@ -1,15 +1,12 @@
 """One place that knows every setting: flag, then environment, then `.env`, then the default."""
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tasks.lib.errors import UserError
+
 ROOT = Path(__file__).resolve().parents[2]
-
-
-class BadSetting(ValueError):
-    """A setting that cannot be; the message is for the user."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +162,7 @@ def read_dotenv(path: Path = ROOT / ".env") -> dict[str, str]:
     """Return the variables of a `.env` file; an absent file has none.
 
     Raises:
-        BadSetting: it is no text.
+        UserError: it is no text.
 
     `dotenv_values` and not `load_dotenv`: the latter would change the environment that Docker Compose sees.
     """
@@ -175,7 +172,7 @@ def read_dotenv(path: Path = ROOT / ".env") -> dict[str, str]:
     try:
         return {name: value for name, value in dotenv_values(path).items() if value is not None}
     except UnicodeDecodeError:
-        raise BadSetting(f"{path} is not UTF-8; save it as UTF-8") from None
+        raise UserError(f"{path} is not UTF-8; save it as UTF-8") from None
 
 
 def resolve(name: str,
@@ -202,18 +199,9 @@ def resolve_path(name: str, flag: str | None = None) -> str:
     return value if flag or not value else str(ROOT / value)
 
 
-def hide_logins(text: str) -> str:
-    """Return `text` without the logins in its URLs; what stands before the last @ of a host is one."""
-    return re.sub(r"(\w+://)[^/\s]*@", r"\1***@", text)
+FOLDERS = ("models", "saves", "data", "AgentItemId", "AgentEval")
 
 
-def secret_values(environ: Mapping[str, str] | None = None, dotenv: Mapping[str, str] | None = None) -> list[str]:
-    """Return the values of all secrets that are set, longest first: what no output may show."""
-    environ = os.environ if environ is None else environ
-    dotenv = read_dotenv() if dotenv is None else dotenv
-    found = {
-        source[name]
-        for source in (environ, dotenv)
-        for name, setting in SETTINGS.items() if setting.secret and source.get(name)
-    }
-    return sorted(found, key=len, reverse=True)
+def effective_environment() -> dict[str, str]:
+    """Return the environment, with `.env` below it."""
+    return {**read_dotenv(), **os.environ}

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from workbench import Workbench, engine_answers
+
+from tests.docker.workbench import Workbench, engine_answers
 
 
 @pytest.fixture(scope="session")

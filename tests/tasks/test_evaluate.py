@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from tasks.lib.environments import lease as env_users
+from tasks.lib.environments import lease
+from tasks.lib.errors import UserError
 from tasks.lib.evaluation import plan as eval_plan
 from tests.fixtures.servers import ROOT
 from tests.fixtures.standins import completion, endpoint
@@ -59,8 +60,8 @@ def test_the_last_of_two_evaluations_stops_the_server(clean, tmp_path):
     assert [process.returncode for process in both] == [0, 0], said
     assert "".join(said).count("started demo") == "".join(said).count("stopped demo") >= 1
     # The one that started it leaves while another one plays.
-    with env_users.alone("demo"):
-        other = env_users.User("demo")
+    with lease.exclusive_lock("demo"):
+        other = lease.User("demo")
     done = invoke("eval", "--env", "demo", "--model", "expert", "--limit", "1", "--out", str(tmp_path / "third"), env=clean)
     assert done.returncode == 0 and "left demo up, another evaluation uses it" in done.stdout and "stopped" not in done.stdout
     assert other.leave() == (True, False)
@@ -184,5 +185,5 @@ def test_runs_are_found_by_name_by_path_and_the_latest_by_itself(tmp_path):
         os.utime(folder / "run.json", (1e9 - age, 1e9 - age))
     assert eval_plan.folders([], tmp_path)[0].name == "new"
     assert eval_plan.folders(["old", str(tmp_path / "saves" / "eval" / "new")], tmp_path)[0].name == "old"
-    with pytest.raises(ValueError, match="no runs in"):
+    with pytest.raises(UserError, match="no runs in"):
         eval_plan.latest_run(tmp_path / "none")

@@ -16,13 +16,13 @@ from types import SimpleNamespace
 import psutil
 import pytest
 from invoke.context import Context
-from invoke.exceptions import Exit
 from serve_transformers import generation, link
 
 from evaluation.__main__ import main as evaluation
 from evaluation.compared import STEP
 from tasks import evaluate
 from tasks.lib import checkpoints
+from tasks.lib.errors import DockerError, UserError
 from tasks.lib.evaluation import plan as eval_plan
 from tasks.lib.serving import docker as serve_docker
 from tasks.lib.serving import local as serving
@@ -62,17 +62,17 @@ def test_a_folder_with_shards_a_step_and_a_model_are_found(tmp_path):
 
 
 def test_a_folder_without_a_model_says_what_it_is(tmp_path):
-    with pytest.raises(ValueError, match="no such folder"):
+    with pytest.raises(UserError, match="no such folder"):
         checkpoints.find(tmp_path / "none")
-    with pytest.raises(ValueError, match="neither shards"):
+    with pytest.raises(UserError, match="neither shards"):
         checkpoints.find(tmp_path)
     actor = shards(tmp_path / "global_step_9" / "actor")
     shards(tmp_path / "global_step_30" / "actor")
     actor = shards(tmp_path / "global_step_100" / "actor")  # the last step, though not the last name
-    with pytest.raises(ValueError, match=f"did you mean {actor}"):
+    with pytest.raises(UserError, match=f"did you mean {actor}"):
         checkpoints.find(tmp_path)
     fill(actor / "huggingface", "model.safetensors", config={})
-    with pytest.raises(ValueError, match="no merge of these shards"):
+    with pytest.raises(UserError, match="no merge of these shards"):
         checkpoints.find(actor)
 
 
@@ -110,7 +110,7 @@ def test_a_model_that_cannot_talk_is_refused(config, tokenizer, said, tmp_path):
     if said is None:
         assert checkpoints.check(model) == 4096
     else:
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(UserError, match=said):
             checkpoints.check(model)
 
 
@@ -128,7 +128,7 @@ def test_which_engine_serves_here(engine, packages, cuda, expected, monkeypatch)
     monkeypatch.setattr(serving, "has_cuda", lambda: cuda)
     monkeypatch.setattr(serving, "missing", list)
     if isinstance(expected, str):
-        with pytest.raises(ValueError, match=expected):
+        with pytest.raises(UserError, match=expected):
             serving.choose_engine(engine)
     else:
         chosen, why = serving.choose_engine(engine)
@@ -137,14 +137,14 @@ def test_which_engine_serves_here(engine, packages, cuda, expected, monkeypatch)
 
 def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setattr(serving, "find_spec", lambda name: name not in ("fastapi", "vllm"))
-    with pytest.raises(ValueError, match=r"serving a model needs fastapi; `pip install -r requirements-dev.txt`"):
+    with pytest.raises(UserError, match=r"serving a model needs fastapi; `pip install -r requirements-dev.txt`"):
         serving.choose_engine("auto")
 
 
 @pytest.mark.parametrize("engine, cpu, expected", [("auto", True, "transformers"), ("auto", False, "vllm"), ("transformers", False, "transformers")])
 def test_which_engine_serves_in_a_container(engine, cpu, expected):
     assert serve_docker.choose_engine(engine, cpu)[0] == expected
-    with pytest.raises(ValueError, match="needs a GPU"):
+    with pytest.raises(UserError, match="needs a GPU"):
         serve_docker.choose_engine("vllm", True)
 
 
@@ -289,19 +289,19 @@ def test_a_container_that_came_before_ours_is_left_alone(whose, monkeypatch, tmp
     def run(*_, **__):
         if whose == "another run's":
             there.append("it")
-        raise Exit("the name is in use", code=1)
+        raise DockerError("the name is in use", code=1)
 
     labels = {serve_docker.OWNER: json.dumps({"pid": 1, "born": "before"})}
     client = SimpleNamespace(
         compose=SimpleNamespace(run=run),
         container=SimpleNamespace(list=lambda **_: [], exists=lambda _: bool(there), remove=lambda name, **_: removed.append(name),
                                   inspect=lambda _: SimpleNamespace(config=SimpleNamespace(labels=labels))))
-    monkeypatch.setattr(serve_docker.docker, "ask", lambda action, **_: action(client))
+    monkeypatch.setattr(serve_docker, "ask", lambda action, **_: action(client))
     monkeypatch.setattr(serve_docker, "ensure_image", lambda *_: None)
     monkeypatch.setattr(serve_docker, "ensure_folders", lambda *_: [])
     gpus = SimpleNamespace(variables={}, cpu=True)
     told = "another run serves x" if whose == "another run's" else "the name is in use"
-    with pytest.raises(Exit, match=told), serve_docker.started(Context(), "eval", tmp_path, "x", "transformers", gpus, 1):
+    with pytest.raises(UserError, match=told), serve_docker.started(Context(), tmp_path, "x", "transformers", gpus, 1):
         pass
     assert removed == []
 

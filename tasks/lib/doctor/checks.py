@@ -7,12 +7,17 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from invoke.exceptions import Exit
-
-from tasks.lib.engine import client as docker
-from tasks.lib.engine.mounts import FOLDERS
+from tasks.lib.engine.client import (
+    ENGINE_AT_LEAST,
+    ENGINE_AT_LEAST_FOR_ENVIRONMENTS,
+    ask,
+    engine_version,
+    has_nvidia_runtime,
+)
 from tasks.lib.engine.sources import GYM, RL, choose_sources
-from tasks.lib.settings import ROOT, SETTINGS, hide_logins, read_dotenv, resolve
+from tasks.lib.errors import DockerError, UserError
+from tasks.lib.redaction import hide_logins
+from tasks.lib.settings import FOLDERS, ROOT, SETTINGS, read_dotenv
 
 OK, NOTE, MISSING = "ok", "note", "missing"
 DISK_GB = 32
@@ -45,17 +50,17 @@ class Check:
 
 def check_engine(version: str) -> Check:
     """Judge the engine's version, such as 26.1.5."""
-    if int(version.split(".")[0]) >= docker.ENGINE_AT_LEAST:
+    if int(version.split(".")[0]) >= ENGINE_AT_LEAST:
         return Check("engine", OK, version)
-    return Check("engine", MISSING, version, f"install Docker Engine {docker.ENGINE_AT_LEAST} or newer")
+    return Check("engine", MISSING, version, f"install Docker Engine {ENGINE_AT_LEAST} or newer")
 
 
 def check_engine_for_environments(version: str) -> Check:
     """Judge whether the engine can build environment servers, for which the other images' engine may be too old."""
-    if int(version.split(".")[0]) >= docker.ENGINE_AT_LEAST_FOR_ENVIRONMENTS:
+    if int(version.split(".")[0]) >= ENGINE_AT_LEAST_FOR_ENVIRONMENTS:
         return Check("environments", OK, f"engine {version} builds environment servers")
     return Check("environments", NOTE, f"engine {version} builds no environment servers",
-                 f"install Docker Engine {docker.ENGINE_AT_LEAST_FOR_ENVIRONMENTS} or newer, or use --runner local")
+                 f"install Docker Engine {ENGINE_AT_LEAST_FOR_ENVIRONMENTS} or newer, or use --runner local")
 
 
 def check_compose(version: str) -> Check:
@@ -89,7 +94,7 @@ def check_sources(root: Path, settings: Mapping[str, str]) -> list[Check]:
     """Judge where AgentGym-RL and AgentGym come from."""
     try:
         chosen = choose_sources(root, settings)
-    except ValueError as error:
+    except UserError as error:
         return [Check("sources", MISSING, str(error), "see AGENTGYM_RL_SRC and AGENTGYM_SRC in .env.example")]
     return [
         Check(
@@ -119,40 +124,30 @@ def check_nvidia(runtime: bool) -> Check:
                  "install nvidia-container-toolkit to train")
 
 
-def all_checks() -> Iterator[Check]:
-    """Look at everything that the project needs, Docker first."""
+def all_checks(keys: Collection[str]) -> Iterator[Check]:
+    """Look at everything that the project needs, Docker first; `keys` are the variables that environments ask for."""
     yield from _docker_checks()
     dotenv = read_dotenv()
-    yield check_dotenv((ROOT / ".env").is_file(), dotenv, environment_keys())
+    yield check_dotenv((ROOT / ".env").is_file(), dotenv, keys)
     yield from check_sources(ROOT, {**dotenv, **os.environ})
     yield check_files(ROOT)
-
-
-def environment_keys() -> set[str]:
-    """Return the variables that the environments ask for; none where their rows cannot be read."""
-    from tasks.lib.environments.rows import environments
-    try:
-        rows = environments(ROOT / resolve("ENVIRONMENTS"))
-    except (OSError, ValueError):
-        return set()
-    return {key.name for row in rows.values() for key in row.keys}
 
 
 def _compose_reads() -> Check:
     """Let Compose read its files and `.env`, in which it accepts less than we do."""
     try:
-        docker.ask(lambda client: client.compose.config(return_json=True), profiles=["*"])
-    except Exit as error:
-        said = (error.message or "Compose gives no reason").removeprefix("docker: ")
+        ask(lambda client: client.compose.config(return_json=True), profiles=["*"])
+    except DockerError as error:
+        said = error.message or "Compose gives no reason"
         return Check("settings", MISSING, said, "mend what Compose names: .env, or docker-compose.override.yml")
     return Check("settings", OK, "Compose reads its files and .env")
 
 
 def _docker_checks() -> Iterator[Check]:
     try:
-        version = docker.engine_version()
-    except Exit as error:
-        yield Check("engine", MISSING, "none answers", (error.message or "start Docker").removeprefix("docker: "))
+        version = engine_version()
+    except DockerError as error:
+        yield Check("engine", MISSING, "none answers", error.message or "start Docker")
         return
     yield check_engine(version)
     yield check_engine_for_environments(version)
@@ -161,12 +156,12 @@ def _docker_checks() -> Iterator[Check]:
         ("buildx", lambda client: client.buildx.version(), lambda version: Check("buildx", OK, version)),
     ):
         try:
-            yield judge(docker.ask(question))
-        except Exit:
+            yield judge(ask(question))
+        except DockerError:
             yield Check(name, MISSING, "not installed", f"install the plugin docker-{name}-plugin")
     yield _compose_reads()
-    yield check_nvidia(docker.has_nvidia_runtime())
-    place = Path(docker.ask(lambda client: client.system.info().docker_root_dir) or "/")
+    yield check_nvidia(has_nvidia_runtime())
+    place = Path(ask(lambda client: client.system.info().docker_root_dir) or "/")
     # The engine may run elsewhere (Docker Desktop, a remote host), with a folder that is not here.
     here = place if place.exists() else ROOT
     yield check_disk(shutil.disk_usage(here).free, str(here))

@@ -11,15 +11,26 @@ from secrets import token_hex
 from typing import TYPE_CHECKING
 
 from invoke.context import Context
-from invoke.exceptions import Exit
 
-from tasks.lib.engine import client as docker
+from tasks.lib.engine.client import (
+    ask,
+    drive,
+    execute,
+    has_nvidia_hook,
+    has_nvidia_runtime,
+    interactive,
+    require_engine,
+)
 from tasks.lib.engine.gpus import GpuChoice, choose_gpus
-from tasks.lib.engine.images import image_of
+from tasks.lib.engine.images import image_name, image_of, require_image
 from tasks.lib.engine.mounts import ensure_folders
-from tasks.lib.errors import INTERRUPTED
-from tasks.lib.host.programs import as_ctrl_c
+from tasks.lib.errors import INTERRUPTED, DockerError, UserError
+from tasks.lib.interrupts import as_ctrl_c
+from tasks.lib.notices import say
 from tasks.lib.settings import ROOT, read_dotenv, resolve
+
+if TYPE_CHECKING:
+    from python_on_whales import Container
 
 if TYPE_CHECKING:
     from python_on_whales import Container
@@ -36,19 +47,16 @@ def gpus_for(c: Context, service: str, flag: str) -> GpuChoice:
     `--dry` asks the engine nothing: it assumes GPUs where the NVIDIA container toolkit is installed on this host.
 
     Raises:
-        Exit: the flag is wrong, or asks for what the engine cannot give.
+        UserError: the flag is wrong, or asks for what the engine cannot give.
     """
     if service not in GPU_SERVICES:
         return GpuChoice(cpu=False, variables={})
     setting = resolve("GPUS")
-    try:
-        choose_gpus(flag, setting, nvidia=True)  # a wrong word is a wrong word with and without GPUs
-        nvidia = docker.has_nvidia_hook() if c.config.run.dry else docker.has_nvidia_runtime()
-        choice = choose_gpus(flag, setting, nvidia)
-    except ValueError as error:
-        raise Exit(f"{service}: {error}", code=2) from None
+    choose_gpus(flag, setting, nvidia=True)  # a wrong word is a wrong word with and without GPUs
+    nvidia = has_nvidia_hook() if c.config.run.dry else has_nvidia_runtime()
+    choice = choose_gpus(flag, setting, nvidia)
     if choice.notice:
-        print(f"{service}: {choice.notice}", file=sys.stderr, flush=True)
+        say(choice.notice)
     return choice
 
 
@@ -71,37 +79,37 @@ def run(c: Context,
         variables: what Compose interpolates.
 
     Raises:
-        Exit: Docker's exit code or the command's; one clear line where engine or image are missing.
+        UserError: Docker's exit code or the command's; one clear line where engine or image are missing.
     """
     source = image_of(IMAGE_FROM.get(service, service))
     profile = service if service in IMAGE_FROM else source.profile
-    docker.require_engine(c)
+    require_engine(c)
     choice = gpus_for(c, service, gpus)
-    docker.require_image(c, docker.image_name(source.name), source.task)
+    require_image(c, image_name(source.name), source.task)
     if not c.config.run.dry:
         for folder in ensure_folders(ROOT, {**read_dotenv(), **os.environ}):
-            print(f"{service}: created {folder}", file=sys.stderr, flush=True)
-    tty = docker.interactive()
+            say(f"created {folder}")
+    tty = interactive()
     # A name that tells this run's container from every other's; under `--dry` Compose's own will do.
     name = f"{resolve('COMPOSE_PROJECT_NAME')}-{service}-run-{token_hex(6)}"
     try:
         with as_ctrl_c():
-            docker.drive(c,
-                         lambda client: client.compose.run(service,
-                                                           list(command),
-                                                           name=None if c.config.run.dry else name,
-                                                           tty=tty,
-                                                           stream=not tty,
-                                                           remove=True,
-                                                           user=user or None,
-                                                           volumes=list((volumes or {}).items())),
-                         profiles=[profile],
-                         cpu=choice.cpu,
-                         variables={
-                             **choice.variables,
-                             **(variables or {})
-                         })
-    except (Exit, OSError) as error:  # the reader of a pipe may have left
+            drive(c,
+                  lambda client: client.compose.run(service,
+                                                    list(command),
+                                                    name=None if c.config.run.dry else name,
+                                                    tty=tty,
+                                                    stream=not tty,
+                                                    remove=True,
+                                                    user=user or None,
+                                                    volumes=list((volumes or {}).items())),
+                  profiles=[profile],
+                  cpu=choice.cpu,
+                  variables={
+                      **choice.variables,
+                      **(variables or {})
+                  })
+    except (UserError, OSError) as error:  # the reader of a pipe may have left
         if isinstance(error, OSError) or error.code == INTERRUPTED:
             stop_left(name)
         raise
@@ -112,17 +120,17 @@ def stop_left(name: str) -> None:
 
     Its command gets SIGINT as on a terminal, and TIDY_SECONDS to tidy up.
     """
-    with suppress(Exit):
-        if not docker.ask(lambda client: client.container.exists(name)):
+    with suppress(DockerError):
+        if not ask(lambda client: client.container.exists(name)):
             return
         print(f"interrupted; stopping the container {name}", file=sys.stderr, flush=True)
-        docker.ask(lambda client: client.container.kill(name, signal="SIGINT"))
+        ask(lambda client: client.container.kill(name, signal="SIGINT"))
         end = time.monotonic() + TIDY_SECONDS
         while time.monotonic() < end:
-            if not docker.ask(lambda client: client.container.exists(name)):
+            if not ask(lambda client: client.container.exists(name)):
                 return
             time.sleep(0.2)
-        docker.ask(lambda client: client.container.remove(name, force=True))
+        ask(lambda client: client.container.remove(name, force=True))
 
 
 @dataclass(frozen=True)
@@ -147,17 +155,17 @@ def of_project() -> list[Found]:
     """Return the project's containers, running or not, with those of `compose run`, the latest first."""
     # By label: `compose ps` leaves out what `compose run` started.
     filters = _of_project()
-    return docker.ask(lambda client: [describe(found) for found in client.container.list(all=True, filters=filters)])
+    return ask(lambda client: [describe(found) for found in client.container.list(all=True, filters=filters)])
 
 
 def networks_of_project() -> list[str]:
     """Return the names of the project's networks."""
     filters = _of_project()
-    return docker.ask(lambda client: [network.name for network in client.network.list(filters=filters)])
+    return ask(lambda client: [network.name for network in client.network.list(filters=filters)])
 
 
 def _of_project() -> dict[str, str]:
-    project = docker.ask(lambda client: client.compose.config(return_json=True), profiles=["*"])["name"]
+    project = ask(lambda client: client.compose.config(return_json=True), profiles=["*"])["name"]
     return {"label": f"com.docker.compose.project={project}"}
 
 
@@ -176,7 +184,7 @@ def describe(container: Container) -> Found:
 
 def running(c: Context, service: str) -> str:
     """Return the id of a running container of `service`, the latest; empty where none runs, and under `--dry`."""
-    docker.require_engine(c)
+    require_engine(c)
     if c.config.run.dry:
         return ""
     return next((found.id for found in of_project() if found.service == service and found.state == "running"), "")
@@ -186,6 +194,13 @@ def join(c: Context, container: str, command: Sequence[str], user: str) -> None:
     """Run `command` in the running `container`, on this terminal where there is one.
 
     Raises:
-        Exit: Docker's exit code or the command's.
+        UserError: Docker's exit code or the command's.
     """
-    docker.drive(c, lambda client: docker.execute(client, container, command, user))
+    drive(c, lambda client: execute(client, container, command, user))
+
+
+def last_line(container: str) -> str:
+    """Return the last line of a container's log that says something."""
+    said = ask(lambda client: client.container.logs(container, tail=30))
+    lines = [line for line in str(said).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else "it said nothing"

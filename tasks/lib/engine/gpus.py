@@ -2,6 +2,8 @@
 import re
 from dataclasses import dataclass
 
+from tasks.lib.errors import UserError
+
 NO_RUNTIME = "no NVIDIA runtime on this engine: running without GPUs (docker-compose.cpu.yml)"
 
 
@@ -23,7 +25,7 @@ def refusal(name: str, setting: str, nvidia: bool) -> str | None:
     """Return why an environment that needs a GPU gets none, and the remedy; None where it gets one.
 
     Raises:
-        ValueError: GPUS, `setting`, is no choice.
+        UserError: GPUS, `setting`, is no choice.
     """
     if setting == "none":
         return f"{name} needs an NVIDIA GPU, and GPUS=none; set GPUS to all, or to indices such as 0,1"
@@ -41,16 +43,16 @@ def choose_gpus(flag: str, setting: str, nvidia: bool) -> GpuChoice:
         nvidia: whether the engine has the NVIDIA runtime.
 
     Raises:
-        ValueError: no such choice, or a flag asks for GPUs that the engine cannot give.
+        UserError: no such choice, or a flag asks for GPUs that the engine cannot give.
     """
     wanted = flag or setting
     if wanted == "none":
         return GpuChoice(cpu=True, variables={})
     if wanted != "all" and not re.fullmatch(r"(\d+|GPU-[\w-]+)(,(\d+|GPU-[\w-]+))*", wanted):
-        raise ValueError(f"--gpus {wanted!r} is no choice; use all, none, or indices such as 0,1")
+        raise UserError(f"--gpus {wanted!r} is no choice; use all, none, or indices such as 0,1")
     if nvidia:
         return GpuChoice(cpu=False, variables={"GPUS": wanted} if flag else {})
     if flag:
-        raise ValueError(f"--gpus {flag}: the engine has no NVIDIA runtime; install nvidia-container-toolkit, "
-                         "or pass --gpus none")
+        raise UserError(f"--gpus {flag}: the engine has no NVIDIA runtime; install nvidia-container-toolkit, "
+                        "or pass --gpus none")
     return GpuChoice(cpu=True, variables={}, notice=NO_RUNTIME)

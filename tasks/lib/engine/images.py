@@ -1,6 +1,15 @@
 """Which images there are, what builds them, and in which order."""
+from __future__ import annotations
+
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime
+from fnmatch import fnmatch
+
+from invoke.context import Context
+
+from tasks.lib.engine.client import ask, require_engine
+from tasks.lib.errors import DockerError
+from tasks.lib.settings import resolve
 
 
 @dataclass(frozen=True)
@@ -45,20 +54,45 @@ def image_of(service: str) -> Image:
     return {image.service: image for image in EVERY}[service]
 
 
-def human_size(size: float) -> str:
-    """Return `size` bytes the way `docker images` does: 1.5GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 999.5:  # which is rounded to three digits, and not to 1e+03
-            return f"{size:.3g}{unit}"
-        size /= 1000
-    return f"{size:.3g}TB"
+def image_exists(name: str) -> bool:
+    """Return whether the engine has the image `name`."""
+    return ask(lambda docker: docker.image.exists(name))
 
 
-def human_age(age: timedelta) -> str:
-    """Return `age` in its largest unit: 3 days."""
-    seconds = int(age.total_seconds())
-    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
-        if seconds >= length:
-            count = seconds // length
-            return f"{count} {unit}{'s' if count > 1 else ''}"
-    return "seconds"
+def require_image(c: Context, name: str, task: str) -> None:
+    """Stop with one clear line where the engine has no image `name`; `task` builds it. `--dry` asks nothing.
+
+    Raises:
+        UserError: exit code 1.
+    """
+    require_engine(c)
+    if not c.config.run.dry and not image_exists(name):
+        raise DockerError(f"no image {name} yet; build it with `invoke {task}`", code=1)
+
+
+def image_name(name: str, tag: str = "") -> str:
+    """Return the full name of our image `name` (agentgym-rl/train), with registry and tag."""
+    return f"{resolve('REGISTRY')}{name}:{resolve('IMAGE_TAG', tag)}"
+
+
+def environment_images() -> list[str]:
+    """Return the names of the environment servers' images that the engine has under our registry and tag."""
+    pattern = image_name("agentgym/env-*")
+    found = ask(lambda docker: docker.image.list(filters={"reference": pattern}))
+    return sorted({tag for image in found for tag in image.repo_tags if fnmatch(tag, pattern)})
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What the engine knows of an image: its id, its size in bytes, when it was created."""
+    id: str
+    size: int
+    created: datetime
+
+
+def image_facts(name: str) -> ImageFacts | None:
+    """Return what the engine knows of the image `name`, or None where it has none of that name."""
+    if not image_exists(name):
+        return None
+    image = ask(lambda docker: docker.image.inspect(name))
+    return ImageFacts(image.id, image.size, image.created)

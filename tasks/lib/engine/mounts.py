@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from tasks.lib.settings import BadSetting
+from tasks.lib.errors import UserError
+from tasks.lib.settings import FOLDERS
 
 WORKSPACE = PurePosixPath("/workspace")
 # Folders outside the mounts appear under this prefix: under their own name they could hide the image's own.
 OUTSIDE = PurePosixPath("/host")
-FOLDERS = ("models", "saves", "data", "AgentItemId", "AgentEval")
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Translation:
         there is not mounted, because Docker would create it as root.
 
         Raises:
-            ValueError: a name that Docker cannot mount.
+            UserError: a name that Docker cannot mount.
         """
         real = Path(os.path.realpath(host))
         for folder in FOLDERS:
@@ -39,7 +39,7 @@ class Translation:
                 return str(WORKSPACE / folder / real.relative_to(mount).as_posix())
         inside = str(OUTSIDE / real.as_posix().lstrip("/"))
         if ":" in str(real):
-            raise ValueError(f"{real} has a colon, which Docker's mounts cannot take; move or rename the folder")
+            raise UserError(f"{real} has a colon, which Docker's mounts cannot take; move or rename the folder")
         if real.is_dir():
             self.volumes[str(real)] = inside
         return inside
@@ -59,18 +59,18 @@ def ensure_folders(root: Path, environ: Mapping[str, str]) -> list[Path]:
     Root creating them for another user's containers (HOST_UID) hands them over.
 
     Raises:
-        BadSetting: an id that is no number, or a link to a folder that is not there.
+        UserError: an id that is no number, or a link to a folder that is not there.
     """
     created = []
     ids = {name: environ[name] for name in ("HOST_UID", "HOST_GID") if environ.get(name)}
     for name, value in ids.items():
         if not value.isdecimal():
-            raise BadSetting(f"{name}={value} is no number; `id -u` and `id -g` tell yours")
+            raise UserError(f"{name}={value} is no number; `id -u` and `id -g` tell yours")
     for folder in FOLDERS:
         path = root / folder
         if path.is_symlink() and not path.exists():
-            raise BadSetting(f"{path} is a link to {os.readlink(path)}, which is not there; create that folder, "
-                             "or remove the link")
+            raise UserError(f"{path} is a link to {os.readlink(path)}, which is not there; create that folder, "
+                            "or remove the link")
         if not path.exists():
             path.mkdir()
             created.append(path)

@@ -5,7 +5,8 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-from tasks.lib.settings import hide_logins
+from tasks.lib.errors import UserError
+from tasks.lib.redaction import hide_logins
 
 RL, GYM = "AGENTGYM_RL_SRC", "AGENTGYM_SRC"
 # What tells a checkout, relative to its root.
@@ -40,17 +41,17 @@ def check_source(name: str, source: str, root: Path) -> str:
     A folder inside the checkout that was meant (AgentGym-RL/AgentGym-RL, AgentGym/agentenv) stands for the checkout.
 
     Raises:
-        ValueError: a folder without the expected sources, or a URL that no commit pins.
+        UserError: a folder without the expected sources, or a URL that no commit pins.
     """
     if is_url(source):
         if "#" not in source:
-            raise ValueError(f"{name}={hide_logins(source)} is not pinned; add #<commit>")
+            raise UserError(f"{name}={hide_logins(source)} is not pinned; add #<commit>")
         return source
     folder = (root / os.path.expanduser(source)).resolve()  # Path.expanduser raises for a user that is not there
     for place in (folder, folder.parent):
         if (place / MARKS[name]).is_dir():
             return str(place)
-    raise ValueError(f"{name}={source} has no {MARKS[name]}; point it at the root of a checkout, or unset it")
+    raise UserError(f"{name}={source} has no {MARKS[name]}; point it at the root of a checkout, or unset it")
 
 
 def choose_sources(root: Path, settings: Mapping[str, str]) -> dict[str, str]:
@@ -59,7 +60,7 @@ def choose_sources(root: Path, settings: Mapping[str, str]) -> dict[str, str]:
     Nothing leaves Compose with its default, a pinned git URL.
 
     Raises:
-        ValueError: see `check_source`.
+        UserError: see `check_source`.
     """
     found = {name: str(path) for name, path in find_checkouts(root).items()}
     return {

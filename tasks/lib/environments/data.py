@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tasks.lib.engine.images import human_size
 from tasks.lib.environments.rows import Data, Environment
+from tasks.lib.errors import UserError
 from tasks.lib.settings import resolve
+from tasks.lib.tables import human_size
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -27,30 +28,26 @@ PARTS = ".parts"
 Say = Callable[[str], None]
 
 
-class DataError(Exception):
-    """Data that cannot be had; the message is for the user."""
-
-
 def adopt(row: Environment, folder: Path, source: Path) -> None:
     """Let `folder` be the data that already lies in `source`.
 
     Raises:
-        DataError: `source` lacks something, or `folder` holds data of its own.
+        UserError: `source` lacks something, or `folder` holds data of its own.
     """
     if not source.is_dir():
-        raise DataError(f"--from {source} is no folder")
+        raise UserError(f"--from {source} is no folder")
     missing = row.missing_data(source)
     if missing:
-        raise DataError(f"{source} has no {missing[0].path}; {row.name} needs {', '.join(d.path for d in row.data)}")
+        raise UserError(f"{source} has no {missing[0].path}; {row.name} needs {', '.join(d.path for d in row.data)}")
     target = source.resolve()  # before a link goes that it may lead through
     if folder.resolve() == target:
         return
     if folder.is_symlink():
         folder.unlink()
     elif folder.is_file():
-        raise DataError(f"{folder} is a file; move it away, and run it again")
+        raise UserError(f"{folder} is a file; move it away, and run it again")
     elif folder.is_dir() and any(folder.iterdir()):
-        raise DataError(f"{folder} is not empty; move it away, or leave --from out")
+        raise UserError(f"{folder} is not empty; move it away, or leave --from out")
     elif folder.is_dir():
         folder.rmdir()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -75,33 +72,34 @@ def url_size(url: str) -> int:
     """Return the size in bytes that the server of `url` tells; 0 where it tells none.
 
     Raises:
-        DataError: the server refuses or cannot be reached.
+        UserError: the server refuses or cannot be reached.
     """
     try:
         with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=30) as reply:
             return int(reply.headers.get("Content-Length") or 0)
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise DataError(f"{url}: {getattr(error, 'reason', error)}; fetch it by other means, then --from DIR") from None
+        raise UserError(f"{url}: {getattr(error, 'reason', error)}; fetch it by other means, then --from DIR",
+                        code=1) from None
 
 
 def hub_files(data: Data) -> list[tuple[str, int]]:
     """Return the files of a hub entry with their sizes.
 
     Raises:
-        DataError: the hub cannot be reached.
+        UserError: the hub cannot be reached.
     """
     kind, repository = hub_repository(data.hub)
     client = hub_client()
     try:
         info = client.repo_info(repository, repo_type=kind, files_metadata=True)
     except Exception as error:  # hub, HTTP and network errors have no common class across releases
-        raise DataError(
-            f"hub {repository}: {str(error).splitlines()[0]}; check HF_ENDPOINT, or use --from DIR") from None
+        raise UserError(f"hub {repository}: {str(error).splitlines()[0]}; check HF_ENDPOINT, or use --from DIR",
+                        code=1) from None
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in getattr(info, "siblings", None) or []}
     wanted = data.files or tuple(sizes)
     absent = [name for name in wanted if name not in sizes]
     if absent:
-        raise DataError(f"hub {repository} has no {absent[0]}")
+        raise UserError(f"hub {repository} has no {absent[0]}", code=1)
     return [(name, sizes[name]) for name in wanted]
 
 
@@ -120,7 +118,7 @@ def download(url: str, target: Path, size: int, say: Say) -> None:
     """Fetch `url` into `target`, going on where an earlier try stopped.
 
     Raises:
-        DataError: the connection broke or the size is wrong; what came is kept for the next try.
+        UserError: the connection broke or the size is wrong; what came is kept for the next try.
     """
     part = target.with_name(target.name + ".part")
     if size and part.exists() and part.stat().st_size > size:  # the file changed since: nothing to go on with
@@ -145,31 +143,32 @@ def download(url: str, target: Path, size: int, say: Say) -> None:
     except (OSError, http.client.HTTPException) as error:
         if getattr(error, "code", 0) == 416:  # there is nothing after what came: it is of another file
             part.unlink()
-            raise DataError(f"{url}: what came before was of another file, and was removed; run it again") from None
-        raise DataError(
-            f"{url}: {getattr(error, 'reason', error)} after {human_size(have)}; run it again to go on") from None
+            raise UserError(f"{url}: what came before was of another file, and was removed; run it again",
+                            code=1) from None
+        raise UserError(f"{url}: {getattr(error, 'reason', error)} after {human_size(have)}; run it again to go on",
+                        code=1) from None
     if size and have != size:
-        raise DataError(f"{url}: {human_size(have)} of {human_size(size)} came; run it again to go on")
+        raise UserError(f"{url}: {human_size(have)} of {human_size(size)} came; run it again to go on", code=1)
     part.rename(target)
 
 
-def damaged(archive: Path, error: Exception) -> DataError:
+def damaged(archive: Path, error: Exception) -> UserError:
     """Remove `archive`, so that the next try fetches it anew, and return what to say."""
     archive.unlink(missing_ok=True)
-    return DataError(f"{archive.name} is damaged ({error}) and was removed; run it again to fetch it anew")
+    return UserError(f"{archive.name} is damaged ({error}) and was removed; run it again to fetch it anew", code=1)
 
 
 def unzip(archive: Path, folder: Path) -> None:
     """Unpack `archive`, checking every file, and remove it.
 
     Raises:
-        DataError: it is damaged, or leads out of `folder`.
+        UserError: it is damaged, or leads out of `folder`.
     """
     try:
         with zipfile.ZipFile(archive) as zipped:
             for name in zipped.namelist():
                 if not (folder / name).resolve().is_relative_to(folder.resolve()):
-                    raise DataError(f"{archive.name} holds {name}, which leads out of {folder}")
+                    raise UserError(f"{archive.name} holds {name}, which leads out of {folder}", code=1)
             zipped.extractall(folder)
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise damaged(archive, error) from None
@@ -180,18 +179,18 @@ def unpack(data: Data, archive: Path, folder: Path) -> None:
     """Unpack `archive` and the archives in it beside it, then move what holds the row's path into `folder`.
 
     Raises:
-        DataError: it is damaged, does not hold the path, or `folder` has something in its place.
+        UserError: it is damaged, does not hold the path, or `folder` has something in its place.
     """
     path = Path(data.path)
     top, unpacked = path.parts[0], archive.with_name("unpacked")
     if (folder / top).is_dir() and any((folder / top).iterdir()):
-        raise DataError(f"{folder / top} is there without {path.name}; move it away, and run it again")
+        raise UserError(f"{folder / top} is there without {path.name}; move it away, and run it again", code=1)
     unzip(archive, unpacked)
     if not (unpacked / path).exists():
         # BIRD's dev.zip holds dev_20240627/ where AgentGym wants dev/.
         found = [other for other in unpacked.iterdir() if (other / Path(*path.parts[1:])).is_file()]
         if len(path.parts) < 2 or len(found) != 1:
-            raise DataError(f"{archive.name} holds no {path}")
+            raise UserError(f"{archive.name} holds no {path}", code=1)
         found[0].rename(unpacked / top)
     for inner in data.inner:
         unzip(unpacked / inner, (unpacked / inner).parent)
@@ -202,7 +201,7 @@ def finish(data: Data, parts: Sequence[Path], folder: Path) -> None:
     """Make of the fetched `parts` what the row asks for.
 
     Raises:
-        DataError: an archive is damaged (it is gone then), or `folder` has something in its place.
+        UserError: an archive is damaged (it is gone then), or `folder` has something in its place.
     """
     target = folder / data.path
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -233,7 +232,7 @@ def sizes(row: Environment, folder: Path) -> dict[str, int]:
     """Return what there is to fetch for what is missing, in bytes, by path.
 
     Raises:
-        DataError: a source cannot be reached.
+        UserError: a source cannot be reached.
     """
     found = {}
     for data in row.missing_data(folder):
@@ -255,12 +254,13 @@ def fetch(row: Environment, folder: Path, say: Say) -> list[Data]:
     """Fetch what is missing and can be fetched; return what the user must get by hand.
 
     Raises:
-        DataError: too little space, or a source that fails.
+        UserError: too little space, or a source that fails.
     """
     if folder.is_file():
-        raise DataError(f"{folder} is a file; move it away, and run it again")
+        raise UserError(f"{folder} is a file; move it away, and run it again", code=1)
     if folder.is_symlink() and not folder.exists():
-        raise DataError(f"{folder} is a link to {os.readlink(folder)}, which is not there; remove it, and run it again")
+        raise UserError(f"{folder} is a link to {os.readlink(folder)}, which is not there; remove it, and run it again",
+                        code=1)
     to_fetch = sizes(row, folder)
     for data in row.missing_data(folder) if to_fetch else ():  # before the hours of fetching, not after them alone
         if data.path not in to_fetch:
@@ -273,8 +273,10 @@ def fetch(row: Environment, folder: Path, say: Say) -> list[Data]:
         here = f" ({human_size(have)} of it came before)" if have else ""
         say(f"{row.name}: {human_size(total)} to fetch into {folder}{here}, {human_size(free)} free")
         if needed > free:
-            raise DataError(f"{row.name} needs about {human_size(needed)} more to fetch and unpack, "
-                            f"{human_size(free)} are free in {folder}")
+            raise UserError(
+                f"{row.name} needs about {human_size(needed)} more to fetch and unpack, "
+                f"{human_size(free)} are free in {folder}",
+                code=1)
     for data in row.missing_data(folder):
         if not (data.url or data.hub):
             continue
@@ -303,4 +305,4 @@ def fetch_from_hub(data: Data, store: Path) -> list[Path]:
             return [inside / "anything"]
         return [Path(client.hf_hub_download(repository, name, repo_type=kind, local_dir=store)) for name in data.files]
     except Exception as error:  # see hub_files
-        raise DataError(f"hub {repository}: {str(error).splitlines()[0]}; run it again to go on") from None
+        raise UserError(f"hub {repository}: {str(error).splitlines()[0]}; run it again to go on", code=1) from None

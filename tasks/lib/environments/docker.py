@@ -16,28 +16,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from invoke.context import Context
-from invoke.exceptions import Exit
 
-from tasks.lib.engine import client as docker
-from tasks.lib.environments.local import RUN, probe, url
-from tasks.lib.environments.plan import (
+from tasks.lib.engine.client import ask, drive
+from tasks.lib.engine.compose_files import QUIET
+from tasks.lib.engine.containers import last_line
+from tasks.lib.engine.images import image_name
+from tasks.lib.environments.compose_model import (
     LABEL,
     PORT_LABEL,
     REPLICA_PORT,
     ROLE_LABEL,
-    Options,
     compose_model,
-    proxy_config,
     service_name,
 )
+from tasks.lib.environments.haproxy import proxy_config
+from tasks.lib.environments.local import RUN, probe, url
+from tasks.lib.environments.plan import Options
 from tasks.lib.environments.rows import Environment
+from tasks.lib.errors import DockerError, UserError
 from tasks.lib.settings import SETTINGS, resolve
 
 if TYPE_CHECKING:
     from python_on_whales import Container, DockerClient
 
-# Other environments' services are in the same project but not in the files at hand; Compose need not say so.
-QUIET = {"COMPOSE_IGNORE_ORPHANS": "true"}
 DIED = ("exited", "dead", "restarting", "removing")
 CONTEXT = "agentgym"
 
@@ -59,7 +60,7 @@ def servers(name: str = "") -> list[Server]:
     project = resolve("COMPOSE_PROJECT_NAME")
     filters: list[tuple[Literal["label"], str]] = [("label", f"com.docker.compose.project={project}"),
                                                    ("label", f"{LABEL}={name}" if name else LABEL)]
-    found = docker.ask(lambda client: client.container.list(all=True, filters=filters))
+    found = ask(lambda client: client.container.list(all=True, filters=filters))
     return [describe(container) for container in found]
 
 
@@ -98,14 +99,14 @@ def build_section(row: Environment, root: Path, gym: str, rows_file: str) -> dic
     return section
 
 
-def image_name(row: Environment, tag: str = "") -> str:
+def server_image(row: Environment, tag: str = "") -> str:
     """Return the full name of the row's image."""
-    return docker.image_name(f"agentgym/env-{row.name}", tag)
+    return image_name(f"agentgym/env-{row.name}", tag)
 
 
 def proxy_image(tag: str = "") -> str:
     """Return the full name of the image of the proxy before replicas."""
-    return docker.image_name("agentgym/env-proxy", tag)
+    return image_name("agentgym/env-proxy", tag)
 
 
 def write_private(path: Path, text: str) -> None:
@@ -121,7 +122,7 @@ def write_model(path: Path, row: Environment, options: Options, data: Path, buil
     home = path.parent
     write_private(
         path,
-        json.dumps(compose_model(row, options, image_name(row, tag), proxy_image(tag), home, data, build), indent=2))
+        json.dumps(compose_model(row, options, server_image(row, tag), proxy_image(tag), home, data, build), indent=2))
     if options.replicas > 1:  # not private: HAProxy's own user in the container reads it
         addresses = [f"{service_name(row, number)}:{REPLICA_PORT}" for number in range(options.replicas)]
         (home / "haproxy.cfg").write_text(proxy_config(row, options.port, addresses, dns=True))
@@ -137,38 +138,38 @@ def build(c: Context, row: Environment, options: Options, file: Path, variables:
     """Build the row's image, and the proxy's where there are replicas."""
     # The replicas share one image: the first one's service builds it.
     wanted = [services(row, options)[0]] + ([service_name(row)] if options.replicas > 1 else [])
-    docker.drive(c,
-                 lambda client: client.compose.build(wanted, stream_logs=True, **flags),
-                 variables={
-                     **QUIET,
-                     **variables
-                 },
-                 files=[file])
+    drive(c,
+          lambda client: client.compose.build(wanted, stream_logs=True, **flags),
+          variables={
+              **QUIET,
+              **variables
+          },
+          files=[file])
 
 
 def up(c: Context, row: Environment, options: Options, file: Path, wait: float, variables: dict[str, str]) -> str:
     """Start the row's containers; return the URL once a session can be played.
 
     Raises:
-        Exit: they could not start, or were not ready in time; none is left.
+        UserError: they could not start, or were not ready in time; none is left.
     """
     wanted = services(row, options)
     started = False
     try:
         # quiet: a failure is one line, and a start says nothing of its own
-        docker.drive(c,
-                     lambda client: client.compose.up(wanted, detach=True, quiet=True, force_recreate=True),
-                     variables={
-                         **QUIET,
-                         **variables
-                     },
-                     files=[file])
+        drive(c,
+              lambda client: client.compose.up(wanted, detach=True, quiet=True, force_recreate=True),
+              variables={
+                  **QUIET,
+                  **variables
+              },
+              files=[file])
         if not c.config.run.dry:
             wait_until_ready(row, options, wait)
         started = True
     finally:
         if not started:
-            with suppress(Exit):
+            with suppress(DockerError):
                 keep_logs(row.name)
             down(c, row.name)
     return url(options)
@@ -178,18 +179,18 @@ def wait_until_ready(row: Environment, options: Options, wait: float) -> None:
     """Return when a session could be played through the published port, on every replica.
 
     Raises:
-        Exit: a container ended, or the time is up.
+        UserError: a container ended, or the time is up.
     """
     end, reason = time.monotonic() + wait, "no answer"
     seen: set[int] = set()
     while True:
         for server in servers(row.name):
             if server.state in DIED:  # not while it starts again and prints the reason once more
-                raise Exit(f"env.up: {row.name} ended: {last_line(server.id)}", code=1)
+                raise UserError(f"{row.name} ended: {last_line(server.id)}", code=1)
         left = end - time.monotonic()
         if left <= 0:
-            raise Exit(
-                f"env.up: {row.name} was not ready after {wait:g} s: {reason}; see `invoke env.logs --env {row.name}`, "
+            raise UserError(
+                f"{row.name} was not ready after {wait:g} s: {reason}; see `invoke env.logs --env {row.name}`, "
                 "or give it longer with --wait",
                 code=1)
         reason = probe(row, url(options), options.replicas, seen, left) or reason
@@ -209,17 +210,10 @@ def printing(container: str, follow: bool) -> Callable[[DockerClient], Any]:
         [*client.client_config.docker_cmd, "container", "logs", *flags, container])
 
 
-def last_line(container: str) -> str:
-    """Return the last line of a container's log that says something."""
-    said = docker.ask(lambda client: client.container.logs(container, tail=30))
-    lines = [line for line in str(said).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else "it said nothing"
-
-
 def keep_logs(name: str) -> None:
     """Write what the environment's containers printed to its run folder, for `env.logs` after they are gone."""
     for server in servers(name):
-        said = docker.ask(lambda client, found=server: client.container.logs(found.id))  # type: ignore[misc]
+        said = ask(lambda client, found=server: client.container.logs(found.id))  # type: ignore[misc]
         write_private(RUN / name / f"{server.service}.log", said)
 
 
@@ -230,6 +224,6 @@ def down(c: Context, name: str) -> bool:
         return False
     # The proxy first: a client then sees a refused connection, not a replica that is down.
     ids = [server.id for server in sorted(found, key=lambda server: server.role != "proxy")]
-    docker.drive(c, lambda client: client.container.stop(ids, time=10))
-    docker.drive(c, lambda client: client.container.remove(ids, force=True, volumes=True))
+    drive(c, lambda client: client.container.stop(ids, time=10))
+    drive(c, lambda client: client.container.remove(ids, force=True, volumes=True))
     return True

@@ -4,28 +4,21 @@ Of the evaluations that use one, the first starts it, and the last to leave stop
 """
 import fcntl
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from tasks.lib.environments.local import RUN
+from tasks.lib.host.locks import exclusive
 
 STARTED = "an evaluation started it"
 
 
-@contextmanager
-def alone(name: str) -> Iterator[None]:
+def exclusive_lock(name: str) -> AbstractContextManager[None]:
     """Let one command at a time look whether the server is up, start it or stop it."""
-    RUN.mkdir(parents=True, exist_ok=True)
-    with (RUN / f"{name}.turn").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another command that starts or stops {name}", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    return exclusive(RUN / f"{name}.turn", f"waiting for another command that starts or stops {name}")
 
 
 class User:
-    """One evaluation's use of a server, from `alone` on; it ends with the process, however that ends."""
+    """One evaluation's use of a server, from `exclusive_lock` on; it ends with the process, however that ends."""
 
     def __init__(self, name: str) -> None:
         self._file = (RUN / f"{name}.users").open("a+")
@@ -50,13 +43,13 @@ class User:
 
 
 @contextmanager
-def using(name: str, find: Callable[[], str | None], start: Callable[[], str], leave: Callable[[bool],
-                                                                                               None]) -> Iterator[str]:
+def shared_server(name: str, find: Callable[[], str | None], start: Callable[[], str],
+                  leave: Callable[[bool], None]) -> Iterator[str]:
     """Give a server's address while it is used: what `find` tells, or where none is up, what `start` returns.
 
     `leave` is called at the end where it was started for its users alone; it is told whether there still is another one.
     """
-    with alone(name):
+    with exclusive_lock(name):
         user = User(name)
         url = find()
         if url is None:
@@ -65,13 +58,13 @@ def using(name: str, find: Callable[[], str | None], start: Callable[[], str], l
     try:
         yield url
     finally:
-        with alone(name):
+        with exclusive_lock(name):
             ours, shared = user.leave()
             if ours:
                 leave(shared)
 
 
-def keep(name: str) -> None:
+def detach_owner(name: str) -> None:
     """Forget that an evaluation started the server: it was stopped, or the user wants it up."""
     path = RUN / f"{name}.users"
     if path.exists():  # emptied, not removed: evaluations that use the server hold their locks on this very file

@@ -3,7 +3,6 @@
 Everything of one server lies in .run/env/<name>/: its virtual environment, the copy of the package folder that it
 runs from (data is linked into it), its log, and state.json, which names the processes to stop.
 """
-import hashlib
 import json
 import os
 import shutil
@@ -16,64 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from servers.protocol import Client, ServerError, check_ready
-from tasks.lib.environments.plan import Options, choose_port, proxy_config, server_variables
+from tasks.lib.environments.haproxy import proxy_config
+from tasks.lib.environments.plan import Options, choose_port, server_variables
 from tasks.lib.environments.rows import Environment
+from tasks.lib.errors import UserError
 from tasks.lib.host import processes
-from tasks.lib.host.processes import identity, is_running, last_line, port_is_free
+from tasks.lib.host.ports import port_is_free
+from tasks.lib.host.processes import identity, is_running, last_line
+from tasks.lib.host.venvs import ensure_venv, run_quietly
 from tasks.lib.settings import ROOT
 
 RUN = ROOT / ".run" / "env"
 CONSTRAINTS = ROOT / "docker" / "constraints"
-
-
-class LocalError(Exception):
-    """A server that cannot be prepared or does not start; the message is for the user."""
-
-
-def uv() -> str:
-    """Return the path of uv.
-
-    Raises:
-        LocalError: it is not installed.
-    """
-    beside = Path(sys.executable).with_name("uv")
-    found = str(beside) if beside.exists() else shutil.which("uv")
-    if not found:
-        raise LocalError("no uv on PATH; `pip install uv` (requirements-dev.txt has it)")
-    return found
-
-
-def _quietly(argv: Sequence[str], what: str) -> None:
-    done = subprocess.run(argv, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise LocalError(f"{what} failed: {reason_in(done.stderr or done.stdout)}")
-
-
-def reason_in(said: str) -> str:
-    """Return why a program failed: its first line and the last, without hints about its own flags."""
-    lines = [line.strip(" ×│├╰─▶") for line in said.splitlines()]
-    hint = next((number for number, line in enumerate(lines) if line.lower().startswith("hint:")), len(lines))
-    told = [line for line in lines[:hint] if line] or ["no message"]
-    return told[0] if len(told) == 1 else f"{told[0]}: {told[-1]}"
-
-
-def ensure_venv(row: Environment, folder: Path) -> Path:
-    """Return the Python of the row's virtual environment, made anew when the constraints changed."""
-    pins = CONSTRAINTS / f"env-{row.constraints}.txt"
-    wanted = hashlib.sha256(pins.read_bytes() + row.python.encode()).hexdigest()
-    venv, stamp = folder / "venv", folder / "venv" / ".made-from"
-    if not stamp.is_file() or stamp.read_text() != wanted:
-        _quietly([uv(), "venv", "--quiet", "--clear", "--python", row.python,
-                  str(venv)],
-                 f"no Python {row.python} on PATH that works (install it, or use --runner docker); fetching one")
-        # --no-deps: the file is a whole freeze that ran, and some packages' own requirements contradict it.
-        _quietly([
-            uv(), "pip", "install", "--quiet", "--no-deps", "--python",
-            str(venv / "bin" / "python"), "--requirements",
-            str(pins)
-        ], f"installing {pins.name}")
-        stamp.write_text(wanted)
-    return venv / "bin" / "python"
 
 
 def prepare(row: Environment,
@@ -91,28 +44,29 @@ def prepare(row: Environment,
         python: a Python that has what the server needs, in place of a virtual environment.
 
     Raises:
-        LocalError: what is missing, in one line.
+        UserError: what is missing, in one line.
     """
     home = folder / row.name
     package = source / row.folder
     if not package.is_dir():
         remedy = "set AGENTGYM_SRC to an AgentGym checkout" if row.source == "agentgym" else "correct `folder` in its row"
-        raise LocalError(f"no {row.folder} in {source}; {remedy}")
+        raise UserError(f"no {row.folder} in {source}; {remedy}", code=1)
     for program in row.programs:
         if not shutil.which(program):
-            raise LocalError(f"{row.name} needs {program} on PATH" +
-                             (f" (Debian: apt install {row.system[0]})" if row.system else ""))
+            raise UserError(f"{row.name} needs {program} on PATH" +
+                            (f" (Debian: apt install {row.system[0]})" if row.system else ""),
+                            code=1)
     home.mkdir(parents=True, exist_ok=True)
     # Packages that load the nearest .env above their own files must not come to the project's, with all its secrets.
     (home / ".env").touch()
-    python = python or ensure_venv(row, home)
+    python = python or ensure_venv(home, row.python, CONSTRAINTS / f"env-{row.constraints}.txt")
     copy = home / "source"
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(package, copy / row.folder, ignore=shutil.ignore_patterns(".git", "__pycache__"), symlinks=True)
     row_file = home / "row.json"
     row_file.write_text(json.dumps(row.served()))
     (home / "home").mkdir(exist_ok=True)
-    _quietly([
+    run_quietly([
         "env", f"HOME={home / 'home'}", sys.executable,
         str(ROOT / "servers" / "link_data.py"),
         str(row_file), "--source",
@@ -172,21 +126,18 @@ def up(row: Environment,
     """Start the row's server, or replicas behind HAProxy; return the URL once a session can be played.
 
     Raises:
-        LocalError: it could not start or did not get ready; nothing is left running.
+        UserError: it could not start or did not get ready; nothing is left running.
     """
     home = folder / row.name
     proxy = shutil.which("haproxy", path=environ.get("PATH", "") + ":/usr/sbin")
     if options.replicas > 1 and not proxy:
-        raise LocalError("--replicas needs haproxy on PATH (Debian: apt install haproxy), or --runner docker")
+        raise UserError("--replicas needs haproxy on PATH (Debian: apt install haproxy), or --runner docker", code=1)
     python, row_file, copy = prepare(row, source, data, folder, python)
     ports = [options.port]
     if options.replicas > 1:
         ports = []
         for _ in range(options.replicas):
-            try:
-                ports.append(choose_port((ports[-1] if ports else options.port) + 1, port_is_free))
-            except ValueError as error:
-                raise LocalError(f"{row.name}: {error}") from None
+            ports.append(choose_port((ports[-1] if ports else options.port) + 1, port_is_free))
     state: dict[str, Any] = {"url": url(options), "port": options.port, "processes": []}
 
     def launch(argv: Sequence[str], role: str, port: int, variables: Mapping[str, str]) -> None:
@@ -262,18 +213,21 @@ def wait_until_ready(row: Environment, options: Options, state: Mapping[str, Any
     """Return when a session could be played on every replica.
 
     Raises:
-        LocalError: a process ended, or the time is up.
+        UserError: a process ended, or the time is up.
     """
     end, reason = time.monotonic() + wait, "no answer"
     seen: set[int] = set()
     while True:
         for entry in state["processes"]:
             if not is_running(entry):
-                raise LocalError(f"{row.name}: the {entry['role']} ended: {last_line(home / (entry['role'] + '.log'))}")
+                raise UserError(f"{row.name}: the {entry['role']} ended: {last_line(home / (entry['role'] + '.log'))}",
+                                code=1)
         left = end - time.monotonic()
         if left <= 0:
-            raise LocalError(f"{row.name} was not ready after {wait:g} s: {reason}; see {home / 'server-0.log'}, "
-                             "or give it longer with --wait")
+            raise UserError(
+                f"{row.name} was not ready after {wait:g} s: {reason}; see {home / 'server-0.log'}, "
+                "or give it longer with --wait",
+                code=1)
         if is_ours(row, state, left):
             reason = probe(row, state["url"], options.replicas, seen, left) or reason
             if len(seen) == options.replicas:

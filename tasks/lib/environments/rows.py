@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from tasks.lib.errors import UserError
 from tasks.lib.settings import ROOT
 
 ROWS = ROOT / "environments.toml"
@@ -180,28 +181,28 @@ def parse(tables: Mapping[str, Any], file: str = ROWS.name) -> dict[str, Environ
     """Return the environments of parsed TOML `tables`, by name; `file` is what messages call them.
 
     Raises:
-        ValueError: a row does not fit; the message names row, key and fault in one line.
+        UserError: a row does not fit; the message names row, key and fault in one line.
     """
     found = {}
     for name, table in tables.items():
         if not isinstance(table, Mapping):
-            raise ValueError(f"{file}: {name} is no table; a row begins with [{name}]")
+            raise UserError(f"{file}: {name} is no table; a row begins with [{name}]")
         if not re.fullmatch(NAME, name):
-            raise ValueError(
+            raise UserError(
                 f"{file}: {name!r} names an image, a service and folders: lower-case letters and digits, with "
                 "single - or _ between them")
         if "name" in table:
-            raise ValueError(f"{file}: {name}.name: the table's own name is the row's; leave the key out")
+            raise UserError(f"{file}: {name}.name: the table's own name is the row's; leave the key out")
         try:
             found[name] = Environment(name=name, **table)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, (name, *first["loc"])))
-            raise ValueError(f"{file}: {where}: {first['msg']}") from None
+            raise UserError(f"{file}: {where}: {first['msg']}") from None
     ports: dict[int, str] = {}
     for row in found.values():
         if row.port in ports:
-            raise ValueError(f"{file}: {row.name}.port: {row.port} is the port of {ports[row.port]} too")
+            raise UserError(f"{file}: {row.name}.port: {row.port} is the port of {ports[row.port]} too")
         ports[row.port] = row.name
     return found
 
@@ -211,14 +212,14 @@ def environments(path: Path = ROWS) -> dict[str, Environment]:
     """Return every row of `path`.
 
     Raises:
-        ValueError: it cannot be read, is no TOML, or a row does not fit.
+        UserError: it cannot be read, is no TOML, or a row does not fit.
     """
     try:
         tables = tomllib.loads(path.read_text())
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}; ENVIRONMENTS must name a file with rows") from None
+        raise UserError(f"{path}: {error.strerror}; ENVIRONMENTS must name a file with rows") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path.name}: {error}") from None
+        raise UserError(f"{path.name}: {error}") from None
     return parse(tables, path.name)
 
 
@@ -226,11 +227,11 @@ def environment(name: str, path: Path = ROWS) -> Environment:
     """Return the row called `name`.
 
     Raises:
-        ValueError: there is none; the message suggests near names.
+        UserError: there is none; the message suggests near names.
     """
     rows = environments(path)
     if name in rows:
         return rows[name]
     near = difflib.get_close_matches(name.lower(), rows, n=2, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(rows)}"
-    raise ValueError(f"no environment {name!r} in {path.name}; {hint}")
+    raise UserError(f"no environment {name!r} in {path.name}; {hint}")

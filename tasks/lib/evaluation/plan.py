@@ -5,6 +5,8 @@ from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from tasks.lib.errors import UserError
+
 RUNS = Path("saves") / "eval"
 NEEDED = ("aiohttp", "openai", "psutil", "pydantic", "rich", "jinja2", "numpy", "tenacity", "matplotlib")
 MAX_TOKENS = 4096  # the runner's default
@@ -68,23 +70,23 @@ def run_folder(name: str, root: Path) -> Path:
     """Return the folder of the run called `name`: a path, or a folder of saves/eval.
 
     Raises:
-        ValueError: neither is there.
+        UserError: neither is there.
     """
     for path in (Path(name), root / RUNS / name):
         if (path / "run.json").is_file():
             return path
-    raise ValueError(f"no run {name}; `invoke eval.list` shows them")
+    raise UserError(f"no run {name}; `invoke eval.list` shows them")
 
 
 def latest_run(root: Path) -> Path:
     """Return the folder of the run that was worked on last.
 
     Raises:
-        ValueError: there is none.
+        UserError: there is none.
     """
     found = sorted((root / RUNS).glob("*/run.json"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise ValueError(f"no runs in {root / RUNS}; `invoke eval` makes one")
+        raise UserError(f"no runs in {root / RUNS}; `invoke eval` makes one")
     return found[-1].parent
 
 

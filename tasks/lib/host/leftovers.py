@@ -2,7 +2,7 @@
 import os
 from pathlib import Path
 
-from tasks.lib.engine.mounts import FOLDERS
+from tasks.lib.settings import FOLDERS
 
 CACHES = ("__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis")
 # The user's data, other people's sources, and environments that would have to compile again.

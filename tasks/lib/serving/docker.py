@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -11,16 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from invoke.context import Context
-from invoke.exceptions import Exit
 
-from tasks.lib.engine import client as docker
 from tasks.lib.engine import containers
+from tasks.lib.engine.client import ask, drive, require_engine
+from tasks.lib.engine.compose_files import QUIET
+from tasks.lib.engine.containers import last_line
 from tasks.lib.engine.gpus import GpuChoice
-from tasks.lib.engine.images import SERVE, image_of
+from tasks.lib.engine.images import SERVE, image_exists, image_name, image_of, require_image
 from tasks.lib.engine.mounts import Translation, ensure_folders
-from tasks.lib.environments.docker import QUIET, last_line
-from tasks.lib.errors import INTERRUPTED
+from tasks.lib.errors import INTERRUPTED, DockerError, UserError
 from tasks.lib.host import processes
+from tasks.lib.notices import say
 from tasks.lib.serving.local import ENGINES
 from tasks.lib.settings import ROOT, read_dotenv, resolve
 
@@ -35,12 +35,12 @@ def choose_engine(engine: str, cpu: bool) -> tuple[str, str]:
     """Return vllm or transformers, and why; `cpu` tells that the container gets no GPU.
 
     Raises:
-        ValueError: no such engine, or it cannot run there.
+        UserError: no such engine, or it cannot run there.
     """
     if engine not in ENGINES:
-        raise ValueError(f"unknown engine {engine!r}; choose one of {', '.join(ENGINES)}")
+        raise UserError(f"unknown engine {engine!r}; choose one of {', '.join(ENGINES)}")
     if engine == "vllm" and cpu:
-        raise ValueError("--engine vllm needs a GPU, and the container gets none; use --engine transformers")
+        raise UserError("--engine vllm needs a GPU, and the container gets none; use --engine transformers")
     if engine == "transformers":
         return "transformers", "--engine says so; its image has no GPU"
     return ("transformers", "no GPU") if cpu else ("vllm", "a GPU, and the training image has it")
@@ -52,85 +52,82 @@ def container_name(name: str) -> str:
     return f"{resolve('COMPOSE_PROJECT_NAME')[:40]}-serve-{name[-8:]}".lower()
 
 
-def ensure_image(c: Context, task: str, engine: str) -> None:
+def ensure_image(c: Context, engine: str) -> None:
     """Build the CPU server's image where there is none.
 
     Raises:
-        Exit: the training image is missing, or the build failed.
+        UserError: the training image is missing, or the build failed.
     """
     if engine == "vllm":
-        docker.require_image(c, docker.image_name(image_of("train").name), "build.train")
+        require_image(c, image_name(image_of("train").name), "build.train")
         return
-    name = docker.image_name(SERVE.name)
-    if c.config.run.dry or docker.image_exists(name):
+    name = image_name(SERVE.name)
+    if c.config.run.dry or image_exists(name):
         return
-    from tasks.build import build_images
-    print(f"{task}: no image {name} yet: building it", flush=True)
+    from tasks.lib.engine.builds import build_images
+    say(f"no image {name} yet: building it")
     build_images(c, (SERVE, ), no_cache=False, pull=False, cpu=True, push=False, tag="")
 
 
-def stop_leftovers(task: str) -> None:
+def stop_leftovers() -> None:
     """Remove the servers whose run was killed."""
     filters: list[tuple[Literal["label"],
                         str]] = [("label", f"com.docker.compose.project={resolve('COMPOSE_PROJECT_NAME')}"),
                                  ("label", OWNER)]
-    for container in docker.ask(lambda client: client.container.list(all=True, filters=filters)):
+    for container in ask(lambda client: client.container.list(all=True, filters=filters)):
         with suppress(ValueError):
             if processes.is_running(json.loads((container.config.labels or {})[OWNER])):
                 continue
-        print(f"{task}: removing {container.name}, which a killed run left behind", flush=True)
+        say(f"removing {container.name}, which a killed run left behind")
         remove(container.name)
 
 
 def has_owner(container: str, owner: Mapping[str, str]) -> bool | None:
     """Tell whether the container has the labels `owner`; None where there is no such container."""
-    if not docker.ask(lambda client: client.container.exists(container)):
+    if not ask(lambda client: client.container.exists(container)):
         return None
-    labels = docker.ask(lambda client: client.container.inspect(container)).config.labels or {}
+    labels = ask(lambda client: client.container.inspect(container)).config.labels or {}
     return owner.items() <= labels.items()
 
 
 def remove(container: str) -> None:
     """Stop and remove the container, if there is one."""
-    if docker.ask(lambda client: client.container.exists(container)):
-        docker.ask(lambda client: client.container.remove(container, force=True, volumes=True))
+    if ask(lambda client: client.container.exists(container)):
+        ask(lambda client: client.container.remove(container, force=True, volumes=True))
 
 
-def wait_until_ready(task: str, container: str, wait: float) -> None:
+def wait_until_ready(container: str, wait: float) -> None:
     """Return when the container's health check passes.
 
     Raises:
-        Exit: it ended, or the time is up.
+        UserError: it ended, or the time is up.
     """
     end = time.monotonic() + wait
     while time.monotonic() < end:
-        state = docker.ask(lambda client: client.container.inspect(container)).state
+        state = ask(lambda client: client.container.inspect(container)).state
         if state.status != "running":
-            raise Exit(f"{task}: the model's server ended: {last_line(container)}", code=1)
+            raise UserError(f"the model's server ended: {last_line(container)}", code=1)
         if state.health and state.health.status == "healthy":
             return
         time.sleep(0.5)
-    raise Exit(
-        f"{task}: the model's server was not ready after {wait:g} s: {last_line(container)}; give it longer with "
+    raise UserError(
+        f"the model's server was not ready after {wait:g} s: {last_line(container)}; give it longer with "
         "--serve-wait",
         code=1)
 
 
 @contextmanager
-def started(c: Context, task: str, model: Path, name: str, engine: str, gpus: GpuChoice, wait: float) -> Iterator[str]:
+def started(c: Context, model: Path, name: str, engine: str, gpus: GpuChoice, wait: float) -> Iterator[str]:
     """Serve `model` as `name` in a container, and give its address for other containers of the project.
 
     The container is removed whichever way the block is left. It publishes no port.
 
     Raises:
-        Exit: one line; nothing is left running.
+        UserError: one line; nothing is left running.
     """
-    ensure_image(c, task, engine)
+    ensure_image(c, engine)
     translation, container, cpu = Translation(ROOT), container_name(name), engine == "transformers"
-    try:
-        variables = {**QUIET, **gpus.variables, "SERVE_MODEL": translation.path(model), "SERVED_NAME": name}
-    except ValueError as error:
-        raise Exit(f"{task}: {error}", code=2) from None
+    variables = {**QUIET, **gpus.variables, "SERVE_MODEL": translation.path(model), "SERVED_NAME": name}
 
     owner = {} if c.config.run.dry else {OWNER: json.dumps(processes.identity(os.getpid()))}
 
@@ -144,26 +141,26 @@ def started(c: Context, task: str, model: Path, name: str, engine: str, gpus: Gp
 
     url = f"http://{container}:{PORT}/v1"
     if c.config.run.dry:
-        docker.drive(c, start, profiles=["serve"], cpu=cpu, variables=variables)
+        drive(c, start, profiles=["serve"], cpu=cpu, variables=variables)
         yield url
         return
-    stop_leftovers(task)
-    taken = f"{task}: another run serves {name} just now; wait for it"
-    if docker.ask(lambda client: client.container.exists(container)):
-        raise Exit(taken, code=1)
+    stop_leftovers()
+    taken = UserError(f"another run serves {name} just now; wait for it", code=1)
+    if ask(lambda client: client.container.exists(container)):
+        raise taken
     for folder in ensure_folders(ROOT, {**read_dotenv(), **os.environ}):
-        print(f"{task}: created {folder}", file=sys.stderr, flush=True)
+        say(f"created {folder}")
     try:
         try:
             try:
-                docker.ask(start, profiles=["serve"], variables=variables, cpu=cpu)
-            except Exit:
+                ask(start, profiles=["serve"], variables=variables, cpu=cpu)
+            except DockerError:
                 if has_owner(container, owner) is False:  # it came between our look and our start
-                    raise Exit(taken, code=1) from None
+                    raise taken from None
                 raise
-            wait_until_ready(task, container, wait)
+            wait_until_ready(container, wait)
         except KeyboardInterrupt:
-            raise Exit(code=INTERRUPTED) from None
+            raise UserError(code=INTERRUPTED) from None
         yield url
     finally:
         if has_owner(container, owner):
@@ -174,7 +171,7 @@ def gpus_for(c: Context, flag: str) -> GpuChoice:
     """Return the GPUs of the container.
 
     Raises:
-        Exit: the flag is wrong, or no engine answers.
+        UserError: the flag is wrong, or no engine answers.
     """
-    docker.require_engine(c)
+    require_engine(c)
     return containers.gpus_for(c, "serve", flag)

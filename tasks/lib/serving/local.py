@@ -20,10 +20,11 @@ from typing import Any
 from uuid import uuid4
 
 from invoke.context import Context
-from invoke.exceptions import Exit
 
-from tasks.lib.errors import INTERRUPTED
+from tasks.lib.errors import INTERRUPTED, UserError
 from tasks.lib.host import processes
+from tasks.lib.host.ports import free_port
+from tasks.lib.notices import say
 from tasks.lib.settings import ROOT, SETTINGS
 
 RUN = ROOT / ".run" / "serve"
@@ -53,19 +54,19 @@ def choose_engine(engine: str) -> tuple[str, str]:
     """Return vllm or transformers, and why; by itself vLLM where it is installed and can run.
 
     Raises:
-        ValueError: no such engine, or it cannot run here.
+        UserError: no such engine, or it cannot run here.
     """
     if engine not in ENGINES:
-        raise ValueError(f"unknown engine {engine!r}; choose one of {', '.join(ENGINES)}")
+        raise UserError(f"unknown engine {engine!r}; choose one of {', '.join(ENGINES)}")
     vllm = bool(find_spec("vllm"))
     if engine != "transformers" and vllm and has_cuda():
         return "vllm", "it is installed, and a CUDA GPU is here"
     if engine == "vllm":
-        raise ValueError("--engine vllm needs a CUDA GPU, and there is none; use --engine transformers" if vllm else
-                         "--engine vllm needs the package vllm, which is not installed; use --engine transformers")
+        raise UserError("--engine vllm needs a CUDA GPU, and there is none; use --engine transformers" if vllm else
+                        "--engine vllm needs the package vllm, which is not installed; use --engine transformers")
     lacking = missing()
     if lacking:
-        raise ValueError(f"serving a model needs {', '.join(lacking)}; `pip install -r requirements-dev.txt`")
+        raise UserError(f"serving a model needs {', '.join(lacking)}; `pip install -r requirements-dev.txt`")
     return "transformers", "--engine says so" if engine == "transformers" else \
         "no CUDA GPU is here" if vllm else "vllm is not installed"
 
@@ -85,7 +86,7 @@ def surroundings(environ: Mapping[str, str], temporary: Path) -> dict[str, str]:
     return {**kept, **OFFLINE, "TMPDIR": str(temporary)}
 
 
-def stop_leftovers(task: str, folder: Path = RUN) -> None:
+def stop_leftovers(folder: Path = RUN) -> None:
     """Stop the servers whose run was killed."""
     for path in sorted(folder.glob("*/state.json")):
         with suppress(ValueError, KeyError):
@@ -93,7 +94,7 @@ def stop_leftovers(task: str, folder: Path = RUN) -> None:
             if processes.is_running(state["owner"]):
                 continue
             if processes.is_running(state["server"]):
-                print(f"{task}: stopping {path.parent.name}, which a killed run left behind", flush=True)
+                say(f"stopping {path.parent.name}, which a killed run left behind")
             processes.stop([state["server"]])
         path.unlink(missing_ok=True)
 
@@ -102,18 +103,20 @@ def wait_until_ready(url: str, server: Mapping[str, Any], log: Path, wait: float
     """Return when the server answers.
 
     Raises:
-        ValueError: it ended, or the time is up.
+        UserError: it ended, or the time is up.
     """
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     end = time.monotonic() + wait
     while time.monotonic() < end:
         if not processes.is_running(server):
-            raise ValueError(f"the model's server ended: {processes.last_line(log)}; see {log}")
+            raise UserError(f"the model's server ended: {processes.last_line(log)}; see {log}", code=1)
         with suppress(OSError), opener.open(f"{url}/health", timeout=5):
             return
         time.sleep(0.2)
-    raise ValueError(f"the model's server was not ready after {wait:g} s: {processes.last_line(log)}; see {log}, or "
-                     "give it longer with --serve-wait")
+    raise UserError(
+        f"the model's server was not ready after {wait:g} s: {processes.last_line(log)}; see {log}, or "
+        "give it longer with --serve-wait",
+        code=1)
 
 
 def write_state(home: Path, server: Mapping[str, Any] | None) -> Path:
@@ -137,7 +140,7 @@ def claim(home: Path) -> bool:
 
 
 @contextmanager
-def served_locally(task: str, model: Path, name: str, engine: str = "auto", wait: float = 600) -> Iterator[str]:
+def served_locally(model: Path, name: str, engine: str = "auto", wait: float = 600) -> Iterator[str]:
     """Serve the Hugging Face folder `model` as `name` with this Python; give the address, http://127.0.0.1:PORT/v1.
 
     The server is stopped whichever way the block is left.
@@ -150,36 +153,33 @@ def served_locally(task: str, model: Path, name: str, engine: str = "auto", wait
         wait: seconds until it must answer.
 
     Raises:
-        Exit: one line: it cannot run here (2), or did not start (1); nothing is left running.
+        UserError: one line: it cannot run here (2), or did not start (1); nothing is left running.
     """
-    try:
-        chosen, why = choose_engine(engine)
-    except ValueError as error:
-        raise Exit(f"{task}: {error}", code=2) from None
-    print(f"{task}: serving {model} with {chosen} ({why})", flush=True)
-    with started(Context(), task, model, name, chosen, wait) as url:
+    chosen, why = choose_engine(engine)
+    say(f"serving {model} with {chosen} ({why})")
+    with started(Context(), model, name, chosen, wait) as url:
         yield url
 
 
 @contextmanager
-def started(c: Context, task: str, model: Path, name: str, engine: str, wait: float) -> Iterator[str]:
+def started(c: Context, model: Path, name: str, engine: str, wait: float) -> Iterator[str]:
     """Do what `served_locally` does, with an engine that was chosen.
 
     Raises:
-        Exit: as there.
+        UserError: as there.
     """
     if not re.fullmatch(r"[\w.-]+", name):
-        raise Exit(f"{task}: {name!r} is no name for a model; use letters, digits, dot, dash, underscore", code=2)
-    port = processes.free_port()
+        raise UserError(f"{name!r} is no name for a model; use letters, digits, dot, dash, underscore")
+    port = free_port()
     argv, url = command(engine, model.resolve(), name, port), f"http://127.0.0.1:{port}"
     if c.config.run.dry:
         print(shlex.join(argv), flush=True)
         yield f"{url}/v1"
         return
-    stop_leftovers(task)
+    stop_leftovers()
     home = RUN / name
     if not claim(home):
-        raise Exit(f"{task}: another run serves {name} just now; wait for it", code=1)
+        raise UserError(f"another run serves {name} just now; wait for it", code=1)
     try:
         shutil.rmtree(home / "tmp", ignore_errors=True)
         (home / "tmp").mkdir()
@@ -190,10 +190,8 @@ def started(c: Context, task: str, model: Path, name: str, engine: str, wait: fl
             try:
                 write_state(home, server)
                 wait_until_ready(url, server, log, wait)
-            except ValueError as error:
-                raise Exit(f"{task}: {error}", code=1) from None
             except KeyboardInterrupt:
-                raise Exit(code=INTERRUPTED) from None
+                raise UserError(code=INTERRUPTED) from None
             yield f"{url}/v1"
         finally:
             processes.stop([server])

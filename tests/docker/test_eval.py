@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from workbench import Terminal, Workbench
 
-from tasks.lib.host import processes
+from tasks.lib.host.ports import free_port
 from tasks.lib.serving import docker as serve_docker
 from tasks.lib.settings import SETTINGS
+from tests.docker.workbench import Terminal, Workbench
 from tests.fixtures.servers import ROOT
 from tests.fixtures.standins import Endpoint, completion, endpoint
 from tests.fixtures.story import SAMPLING, Story, success
@@ -177,7 +177,7 @@ def test_a_checkpoint_outside_the_mounts_is_served(ready: Workbench, shards: Pat
 def test_the_serve_profile_works_as_typed(ready: Workbench, shards: Path) -> None:
     if not (shards / "actor" / "huggingface" / "model.safetensors").exists():  # where this test runs alone
         assert ready.invoke("merge", "--local-dir", "saves/served/global_step_7/actor").returncode == 0
-    port = processes.free_port()
+    port = free_port()
     env = {"SERVE_MODEL": "saves/served/global_step_7/actor/huggingface", "SERVED_NAME": "seven", "SERVE_PORT": str(port), **CALLER}
     try:
         done = ready.compose("--profile", "serve", "up", "--detach", "--wait", env=env)

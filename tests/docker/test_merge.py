@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from workbench import Workbench
+
+from tests.docker.workbench import Workbench
 
 pytestmark = pytest.mark.docker
 

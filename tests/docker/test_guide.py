@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
-from workbench import ROOT, Workbench
+
+from tests.docker.workbench import ROOT, Workbench
 
 GUIDE = (ROOT / "DOCKER.md").read_text()
 BLOCKS = re.findall(r"^```sh\n(.*?)^```$", GUIDE, re.M | re.S)

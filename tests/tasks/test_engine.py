@@ -7,16 +7,22 @@ from pathlib import Path
 import pytest
 
 from tasks.lib.doctor import checks
-from tasks.lib.engine.client import caller_variables, command_line, compose_files, docker_said, redact, remedy
+from tasks.lib.engine.compose_files import caller_variables, compose_files
+from tasks.lib.engine.dry_run import command_line
 from tasks.lib.engine.gpus import NO_RUNTIME, GpuChoice, choose_gpus, refusal
-from tasks.lib.engine.images import human_age, human_size
 from tasks.lib.engine.mounts import Translation, ensure_folders
+from tasks.lib.engine.remedies import docker_said, remedy
 from tasks.lib.engine.sources import GYM, RL, check_source, choose_sources, find_checkouts, origin, revision
-from tasks.lib.environments.plan import Options, compose_model
+from tasks.lib.environments.compose_model import compose_model
+from tasks.lib.environments.lookup import key_names
+from tasks.lib.environments.plan import Options
 from tasks.lib.environments.rows import environment, environments
+from tasks.lib.errors import UserError
 from tasks.lib.host.leftovers import bytecode_folders
-from tasks.lib.host.programs import choose_runner
-from tasks.lib.settings import ROOT, SETTINGS, secret_values
+from tasks.lib.host.programs import choose_program_runner
+from tasks.lib.redaction import redact, secret_values
+from tasks.lib.settings import ROOT, SETTINGS
+from tasks.lib.tables import human_age, human_size
 
 
 @pytest.mark.parametrize("flag, setting, nvidia, expected", [
@@ -52,7 +58,7 @@ def test_gpus(flag: str, setting: str, nvidia: bool, expected: GpuChoice) -> Non
 ],
                          ids=["a word", "a gap", "a negative index", "a wrong setting", "a flag that cannot be met"])
 def test_gpus_that_cannot_be(flag: str, setting: str, nvidia: bool, said: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(said)):
+    with pytest.raises(UserError, match=re.escape(said)):
         choose_gpus(flag, setting, nvidia)
 
 
@@ -114,7 +120,7 @@ def test_output_mounts_the_parent_because_a_mount_point_cannot_be_replaced(tmp_p
 
 
 def test_a_colon_cannot_be_mounted(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="colon"):
+    with pytest.raises(UserError, match="colon"):
         Translation(tmp_path / "project").path(tmp_path / "a:b")
 
 
@@ -184,7 +190,7 @@ def test_a_source_is_taken(tmp_path: Path, source: str, expected: str) -> None:
                          ids=["a folder without verl", "no folder", "a URL without a commit"])
 def test_a_source_is_refused(tmp_path: Path, source: str, said: str) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(UserError, match=said):
         check_source(RL, source, tmp_path)
 
 
@@ -312,7 +318,7 @@ def test_a_secret_with_a_quote_in_it_is_hidden() -> None:
 @pytest.mark.parametrize("runner, importable, expected", [("auto", True, "local"), ("auto", False, "docker"),
                                                           ("local", False, "local"), ("docker", True, "docker")])
 def test_runner(runner: str, importable: bool, expected: str) -> None:
-    assert choose_runner(runner, importable) == expected
+    assert choose_program_runner(runner, importable) == expected
 
 
 def test_the_doctor_looks_for_every_file_that_builds_and_runs() -> None:
@@ -348,7 +354,7 @@ def test_plain_compose_passes_every_key_of_an_environment() -> None:
     text = (ROOT / "docker-compose.yml").read_text().partition("  env-server:")[2].partition("    labels:")[0]
     passed = set(re.findall(r"^      (\w+):$", text, re.M))
     assert {key.name for row in environments().values() for key in row.keys} <= passed
-    assert {key.name for row in environments().values() for key in row.keys} <= checks.environment_keys()
+    assert {key.name for row in environments().values() for key in row.keys} <= key_names()
 
 
 @pytest.mark.parametrize("check, level", [

@@ -13,19 +13,14 @@ from invoke.exceptions import Exit
 
 from servers import protocol as served_protocol
 from tasks import build
-from tasks.lib.engine import client as docker
 from tasks.lib.environments import docker as env_docker
-from tasks.lib.environments import runs as env_runs
-from tasks.lib.environments.plan import (
-    ALIASES,
-    Options,
-    choose_port,
-    compose_model,
-    proxy_config,
-    refusal,
-    server_variables,
-)
+from tasks.lib.environments import start_stop
+from tasks.lib.environments.compose_model import ALIASES, compose_model
+from tasks.lib.environments.haproxy import proxy_config
+from tasks.lib.environments.plan import Options, choose_port, refusal, server_variables
 from tasks.lib.environments.rows import ROWS, Protocol, Success, environment, environments, parse
+from tasks.lib.errors import DockerError, UserError
+from tasks.lib.flags import port_number
 from tests.fixtures.servers import FIXTURE_ROWS, ROOT, rows
 
 AGENTGYM = {
@@ -69,7 +64,7 @@ def test_ports_differ():
 @pytest.mark.parametrize("typed,hint", [("babyia", "did you mean babyai?"), ("TextCraft", "did you mean textcraft?"),
                                         ("qqqq", "choose one of searchqa, babyai")])
 def test_an_unknown_name_gets_near_ones(typed, hint):
-    with pytest.raises(ValueError, match=re.escape(hint)):
+    with pytest.raises(UserError, match=re.escape(hint)):
         environment(typed)
 
 
@@ -107,14 +102,14 @@ def test_an_unknown_name_gets_near_ones(typed, hint):
     }, r"environments.toml: demo.data.0: Value error, give url, hub or how"),
 ])
 def test_a_row_that_does_not_fit_is_named_in_one_line(change, message):
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         parse({"demo": {**TABLE["demo"], **change}})
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["MyEnv", "my env", "a/b", "a.b", "-a", "a--b", ""])
 def test_a_name_that_no_image_can_have_is_refused(name):
-    with pytest.raises(ValueError, match=re.escape(f"environments.toml: {name!r} names an image")):
+    with pytest.raises(UserError, match=re.escape(f"environments.toml: {name!r} names an image")):
         parse({name: TABLE["demo"]})
 
 
@@ -127,7 +122,7 @@ def test_a_queue_of_slow_queries_is_no_stuck_server():
 
 
 def test_two_rows_with_one_port_are_refused():
-    with pytest.raises(ValueError, match=r"other\.port: 36016 is the port of demo too"):
+    with pytest.raises(UserError, match=r"other\.port: 36016 is the port of demo too"):
         parse({"demo": TABLE["demo"], "other": TABLE["demo"]})
 
 
@@ -143,7 +138,7 @@ def test_two_rows_with_one_port_are_refused():
     }, r"environments.toml: demo.name: the table's own name is the row's; leave the key out"),
 ])
 def test_what_is_no_row_is_named_in_one_line(tables, message, tmp_path):
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         parse(tables)
     assert "\n" not in str(caught.value)
 
@@ -154,14 +149,14 @@ def test_what_is_no_row_is_named_in_one_line(tables, message, tmp_path):
 ])
 def test_a_file_that_cannot_be_read_is_named(make, message, tmp_path):
     make(tmp_path / "rows.toml")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         environments(tmp_path / "rows.toml")
 
 
 def test_a_file_that_is_no_toml_is_named(tmp_path):
     broken = tmp_path / "rows.toml"
     broken.write_text("[demo\n")
-    with pytest.raises(ValueError, match=r"^rows.toml: Expected"):
+    with pytest.raises(UserError, match=r"^rows.toml: Expected"):
         environments(broken)
 
 
@@ -216,7 +211,7 @@ def test_an_optional_key_is_passed_on_by_name_and_not_asked_for():
 
 def test_the_port_is_the_first_free_one():
     assert choose_port(100, lambda port: port >= 103) == 103
-    with pytest.raises(ValueError, match="no port from 100 to 199"):
+    with pytest.raises(UserError, match="no port from 100 to 199"):
         choose_port(100, lambda port: False)
 
 
@@ -238,9 +233,9 @@ def test_what_is_missing_is_refused_with_the_remedy(name, understood, variables,
 @pytest.fixture
 def builds_with(monkeypatch):
     """Set what builds an image, where there is no engine."""
-    monkeypatch.setattr(docker, "require_engine", lambda *_: None)
-    monkeypatch.setattr(docker, "image_facts", lambda _: None)
-    monkeypatch.setattr(env_runs, "model", lambda *_: Path("/nowhere"))
+    monkeypatch.setattr(build, "require_engine", lambda *_: None)
+    monkeypatch.setattr(build, "image_facts", lambda _: None)
+    monkeypatch.setattr(start_stop, "write_compose_file", lambda *_: Path("/nowhere"))
     return lambda build_one: monkeypatch.setattr(env_docker, "build", build_one)
 
 
@@ -249,7 +244,7 @@ def test_ctrl_c_ends_the_build_of_all(builds_with):
 
     def interrupted(c, row, *_, **__):
         begun.append(row.name)
-        raise Exit(code=130)
+        raise UserError(code=130)
 
     builds_with(interrupted)
     with pytest.raises(Exit) as left:
@@ -259,7 +254,7 @@ def test_ctrl_c_ends_the_build_of_all(builds_with):
 
 def test_each_build_of_all_that_failed_says_why(builds_with, capsys):
     def full(c, row, *_, **__):
-        raise Exit(f"docker: no space left for {row.name}", code=1)
+        raise DockerError(f"no space left for {row.name}", code=1)
 
     builds_with(full)
     with pytest.raises(Exit, match=r"not built: .*babyai"):
@@ -269,8 +264,8 @@ def test_each_build_of_all_that_failed_says_why(builds_with, capsys):
 
 @pytest.mark.parametrize("value", ["9" * 5000, "0", "65536"])
 def test_a_number_that_is_no_port_is_one_line(value):
-    with pytest.raises(Exit, match="is no port; choose one from 1 to 65535"):
-        env_runs.port_number("env.up", "--port", value)
+    with pytest.raises(UserError, match="is no port; choose one from 1 to 65535"):
+        port_number("--port", value)
 
 
 @pytest.mark.parametrize("name", ["todo", "sheet"])

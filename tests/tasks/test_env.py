@@ -25,12 +25,15 @@ import pytest
 
 from servers.protocol import Client, ServerError
 from tasks.lib.environments import data as env_data
-from tasks.lib.environments import lease as env_users
+from tasks.lib.environments import lease
 from tasks.lib.environments import local as env_local
-from tasks.lib.environments import runs as env_runs
-from tasks.lib.environments.plan import proxy_config
+from tasks.lib.environments.haproxy import proxy_config
 from tasks.lib.environments.rows import Environment, environments
+from tasks.lib.environments.start_stop import recall_options
+from tasks.lib.errors import UserError
 from tasks.lib.host import processes
+from tasks.lib.host.ports import free_port, port_is_free
+from tasks.lib.host.venvs import ensure_venv, reason_in
 from tests.fixtures.servers import FIXTURE_ROWS, ROOT, rows
 
 STATES = ROOT / ".run" / "env"
@@ -119,7 +122,7 @@ def test_rows_that_are_not_there_and_a_wrong_row_are_named(tmp_path):
      "Failed to fetch: `x`: invalid peer certificate"),
 ])
 def test_a_programs_reason_is_shown_and_not_its_hints(said, reason):
-    assert env_local.reason_in(said) == reason
+    assert reason_in(said) == reason
 
 
 def test_down_stops_exactly_its_own_process_group(up, tmp_path):
@@ -179,7 +182,7 @@ def test_torn_options_are_no_options(torn, tmp_path, monkeypatch):
     monkeypatch.setattr(env_local, "RUN", tmp_path)
     (tmp_path / "form-maze").mkdir()
     (tmp_path / "form-maze" / "options.json").write_text(torn)
-    assert env_runs.recall(rows()["form-maze"]) is None
+    assert recall_options(rows()["form-maze"]) is None
 
 
 def test_what_runs_before_the_server_has_its_python(tmp_path):
@@ -285,10 +288,10 @@ def up_here(name: str, port: int, folder: Path, python: str = sys.executable, re
 
 def test_another_environments_server_is_not_taken_for_ours(tmp_path):
     """Two starts may choose one port, before either listens on it: the second must not say that it is ready."""
-    port = processes.free_port()
+    port = free_port()
     first = up_here("form-textcraft", port, tmp_path)
     try:
-        with pytest.raises(env_local.LocalError, match=r"the server-0 ended: .*address already in use"):
+        with pytest.raises(UserError, match=r"the server-0 ended: .*address already in use"):
             up_here("form-maze", port, tmp_path)
         assert first.create() > 0
     finally:
@@ -311,7 +314,7 @@ def test_a_server_that_loads_the_nearest_dotenv_does_not_come_to_the_projects(tm
         "@app.get('/leaked')\nasync def leaked():\n    return os.environ.get('HF_TOKEN')\n")
     before = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"}
     row = rows()["form-textcraft"].model_copy(update={"app": "loads:app"})
-    options = env_local.Options(port=processes.free_port())
+    options = env_local.Options(port=free_port())
     path = os.pathsep.join((str(tmp_path), str(ROOT / row.folder)))
     url = env_local.up(row, options, ROOT, tmp_path / "data", {
         **before, "PYTHONPATH": path
@@ -330,7 +333,7 @@ def test_a_server_sees_its_own_packages_and_not_the_callers(up, tmp_path):
 
 def test_what_an_evaluation_left_behind_does_not_stop_the_users_server(up):
     STATES.mkdir(parents=True, exist_ok=True)
-    (STATES / "form-maze.users").write_text(env_users.STARTED)
+    (STATES / "form-maze.users").write_text(lease.STARTED)
     up("form-maze")
     assert (STATES / "form-maze.users").read_text() == ""
 
@@ -351,7 +354,7 @@ def test_a_restart_that_cannot_start_stops_nothing(up):
 
 
 def test_replicas_above_the_last_port_are_refused(tmp_path):
-    with pytest.raises(env_local.LocalError, match="no port from 65536"):
+    with pytest.raises(UserError, match="no port from 65536"):
         up_here("form-maze", 65535, tmp_path, replicas=2)
 
 
@@ -439,7 +442,7 @@ def test_a_busy_replica_is_not_down(haproxy, tmp_path):
                                       "@app.middleware('http')\nasync def slow(request, go_on):\n"
                                       "    if request.headers.get('busy'):\n        time.sleep(6)\n"
                                       "    return await go_on(request)\n")
-    client = up_here("form-textcraft", processes.free_port(), tmp_path, replicas=2, app="busy:app")
+    client = up_here("form-textcraft", free_port(), tmp_path, replicas=2, app="busy:app")
     try:
         sessions = [client.create() for _ in range(4)]
         busy, waits = [session for session in sessions if session % 2]
@@ -489,7 +492,7 @@ def test_replicas_behind_the_proxy_survive_the_death_of_one(haproxy, up):
 
 
 def test_creates_take_turns_whatever_else_is_asked(haproxy, tmp_path):
-    client = up_here("form-textcraft", processes.free_port(), tmp_path, replicas=2)
+    client = up_here("form-textcraft", free_port(), tmp_path, replicas=2)
     try:
         seen = []
         for _ in range(6):
@@ -501,7 +504,7 @@ def test_creates_take_turns_whatever_else_is_asked(haproxy, tmp_path):
 
 
 def test_a_create_goes_to_the_replica_that_has_room(haproxy, tmp_path):
-    client = up_here("form-textcraft", processes.free_port(), tmp_path, replicas=2, max_sessions=1)
+    client = up_here("form-textcraft", free_port(), tmp_path, replicas=2, max_sessions=1)
     try:
         held = {(session := client.create()) % 2: session for _ in range(2)}
         assert held.keys() == {0, 1}
@@ -521,7 +524,7 @@ def test_a_request_that_its_replica_died_of_is_answered_with_json(haproxy, tmp_p
                                       "@app.middleware('http')\nasync def ends(request, go_on):\n"
                                       "    if request.headers.get('die'):\n        os._exit(1)\n"
                                       "    return await go_on(request)\n")
-    client = up_here("form-textcraft", processes.free_port(), tmp_path, replicas=2, app="ends:app")
+    client = up_here("form-textcraft", free_port(), tmp_path, replicas=2, app="ends:app")
     try:
         body = json.dumps({"id": client.create(), "action": "add"}).encode()
         headers = {"Content-Type": "application/json", "die": "yes"}
@@ -535,14 +538,14 @@ def test_a_request_that_its_replica_died_of_is_answered_with_json(haproxy, tmp_p
 
 def test_a_proxy_comes_up_where_few_files_may_be_open(haproxy, tmp_path):
     config = tmp_path / "haproxy.cfg"
-    port = processes.free_port()
+    port = free_port()
     config.write_text(proxy_config(rows()["form-textcraft"], port, ["127.0.0.1:1"]))
     process = subprocess.Popen([HAPROXY, "-db", "-f", config],
                                stderr=subprocess.PIPE,
                                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024)))
     try:
         end = time.monotonic() + 30
-        while processes.port_is_free(port):
+        while port_is_free(port):
             assert process.poll() is None and time.monotonic() < end
             time.sleep(0.05)
     finally:
@@ -551,14 +554,14 @@ def test_a_proxy_comes_up_where_few_files_may_be_open(haproxy, tmp_path):
 
 
 def test_a_python_that_is_nowhere_is_named_with_the_remedy(tmp_path):
-    with pytest.raises(env_local.LocalError, match=r"no Python 3\.99 on PATH.* --runner docker"):
-        env_local.ensure_venv(rows()["form-textcraft"].model_copy(update={"python": "3.99"}), tmp_path)
+    with pytest.raises(UserError, match=r"no Python 3\.99 on PATH.* --runner docker"):
+        ensure_venv(tmp_path, "3.99", env_local.CONSTRAINTS / "env-textcraft.txt")
 
 
 def test_without_haproxy_replicas_are_refused_with_the_remedy(monkeypatch, tmp_path):
     monkeypatch.setattr(env_local.shutil, "which", lambda *_, **__: None)
     options = env_local.Options(port=1, replicas=2)
-    with pytest.raises(env_local.LocalError, match="apt install haproxy"):
+    with pytest.raises(UserError, match="apt install haproxy"):
         env_local.up(rows()["form-maze"], options, ROOT, tmp_path, {}, 1, tmp_path)
 
 
@@ -663,7 +666,7 @@ def test_an_archive_whose_inner_one_is_damaged_leaves_nothing_that_looks_complet
         zipped.writestr("train/train_databases.zip", "torn")
     Files.content["/train.zip"] = packed.getvalue()
     row = zipped_row(site)
-    with pytest.raises(env_data.DataError, match="is damaged"):
+    with pytest.raises(UserError, match="is damaged"):
         env_data.fetch(row, tmp_path / "data", print)
     assert row.missing_data(tmp_path / "data") == list(row.data)
 
@@ -671,7 +674,7 @@ def test_an_archive_whose_inner_one_is_damaged_leaves_nothing_that_looks_complet
 def test_a_folder_in_the_way_is_told_and_kept(site, tmp_path):
     (tmp_path / "data/train").mkdir(parents=True)
     (tmp_path / "data/train/mine").write_text("x")
-    with pytest.raises(env_data.DataError, match=r"is there without train\.json; move it away"):
+    with pytest.raises(UserError, match=r"is there without train\.json; move it away"):
         env_data.fetch(zipped_row(site), tmp_path / "data", print)
     assert (tmp_path / "data/train/mine").read_text() == "x"
 
@@ -681,7 +684,7 @@ def test_what_came_of_a_longer_file_is_fetched_anew(size_told, site, tmp_path):
     target, whole = tmp_path / "file", Files.content["/train.zip"]
     (tmp_path / "file.part").write_bytes(b"x" * (len(whole) + 1))
     if not size_told:
-        with pytest.raises(env_data.DataError, match="of another file, and was removed; run it again"):
+        with pytest.raises(UserError, match="of another file, and was removed; run it again"):
             env_data.download(site + "/train.zip", target, 0, print)
     env_data.download(site + "/train.zip", target, len(whole) * size_told, print)
     assert target.read_bytes() == whole and not (tmp_path / "file.part").exists()
@@ -690,7 +693,7 @@ def test_what_came_of_a_longer_file_is_fetched_anew(size_told, site, tmp_path):
 def test_a_broken_download_goes_on_where_it_stopped(site, tmp_path):
     Files.breaks = {"/train.zip"}
     row, size = zipped_row(site), len(Files.content["/train.zip"])
-    with pytest.raises(env_data.DataError, match="run it again to go on"):
+    with pytest.raises(UserError, match="run it again to go on"):
         env_data.fetch(row, tmp_path / "data", print)
     assert env_data.fetch(row, tmp_path / "data", print) == []
     assert Files.asked[-1] == ("GET /train.zip", f"bytes={size // 2}-")
@@ -720,7 +723,7 @@ def test_a_damaged_archive_is_told_and_fetched_anew(file, then, make, site, tmp_
     row = row_with({"path": "train/train.json", "url": f"{site}/{file}", "then": then})
     good = deflated() if then == "unzip" else gzip.compress(b"[]")
     Files.content[f"/{file}"] = make()
-    with pytest.raises(env_data.DataError, match=r"is damaged \(.*\) and was removed; run it again to fetch it anew"):
+    with pytest.raises(UserError, match=r"is damaged \(.*\) and was removed; run it again to fetch it anew"):
         env_data.fetch(row, tmp_path / "data", print)
     assert row.missing_data(tmp_path / "data") == list(row.data)
     Files.content[f"/{file}"] = good
@@ -735,7 +738,7 @@ def test_what_came_before_needs_no_space_again(site, tmp_path, monkeypatch):
     (store / "big.bin.part").write_bytes(Files.content["/big.bin"][:95_000])
     (store / "unpacked" / "half").write_bytes(bytes(90_000))
     monkeypatch.setattr(env_data.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 9 * 10**5, 4_000))
-    with pytest.raises(env_data.DataError, match=r"about 5kB more .* 4kB are free"):
+    with pytest.raises(UserError, match=r"about 5kB more .* 4kB are free"):
         env_data.fetch(row, tmp_path, print)
     monkeypatch.setattr(env_data.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 9 * 10**5, 6_000))
     said: list[str] = []
@@ -749,7 +752,7 @@ def test_an_archive_that_leads_out_of_the_folder_is_refused(tmp_path):
     with zipfile.ZipFile(evil, "w") as zipped:
         zipped.writestr("../outside", "x")
     (tmp_path / "in").mkdir()
-    with pytest.raises(env_data.DataError, match="leads out"):
+    with pytest.raises(UserError, match="leads out"):
         env_data.unzip(evil, tmp_path / "in")
     assert not (tmp_path / "outside").exists()
 
@@ -762,14 +765,14 @@ def test_packed_text_is_unpacked(site, tmp_path):
 
 def test_too_little_space_is_told_before_anything_is_fetched(site, tmp_path, monkeypatch):
     monkeypatch.setattr(env_data.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))
-    with pytest.raises(env_data.DataError, match="are free in"):
+    with pytest.raises(UserError, match="are free in"):
         env_data.fetch(zipped_row(site), tmp_path / "data", print)
     assert [asked for asked, _ in Files.asked] == ["HEAD /train.zip"]
 
 
 def test_a_source_that_is_gone_is_one_line(site, tmp_path):
     row = row_with({"path": "x", "url": f"{site}/nothing"})
-    with pytest.raises(env_data.DataError, match="Not Found; fetch it by other means, then --from DIR"):
+    with pytest.raises(UserError, match="Not Found; fetch it by other means, then --from DIR"):
         env_data.fetch(row, tmp_path / "data", print)
 
 
@@ -810,7 +813,7 @@ def test_the_hub_is_asked_where_and_with_what_dotenv_says(files, tmp_path, monke
         assert found.read_bytes() == b"text"
         dotenv["HF_TOKEN"] = "hf_another"
         (tmp_path / "corpus").rename(tmp_path / "away")
-        with pytest.raises(env_data.DataError, match=r"hub user/name: .*401"):
+        with pytest.raises(UserError, match=r"hub user/name: .*401"):
             env_data.fetch(row, tmp_path, print)
     finally:
         server.shutdown()
@@ -831,7 +834,7 @@ def test_a_source_that_speaks_no_http_or_stops_is_one_line(answer, tmp_path):
 
         threading.Thread(target=serve, daemon=True).start()
         url = f"http://127.0.0.1:{server.getsockname()[1]}/a"
-        with pytest.raises(env_data.DataError, match=re.escape(url)):
+        with pytest.raises(UserError, match=re.escape(url)):
             env_data.fetch(row_with({"path": "a", "url": url}), tmp_path / "data", print)
     assert not (tmp_path / "data" / "a").exists()
 
@@ -845,7 +848,7 @@ def test_what_comes_by_hand_is_told_before_the_rest_is_fetched(site, tmp_path):
 
 def test_a_data_folder_that_is_a_dead_link_is_told(site, tmp_path):
     (tmp_path / "data").symlink_to(tmp_path / "disk that is not mounted")
-    with pytest.raises(env_data.DataError, match=r"is a link to .*not mounted, which is not there; remove it"):
+    with pytest.raises(UserError, match=r"is a link to .*not mounted, which is not there; remove it"):
         env_data.fetch(zipped_row(site), tmp_path / "data", print)
 
 
@@ -881,7 +884,7 @@ def test_what_must_be_got_by_hand_is_listed(tmp_path):
 def test_data_that_is_there_is_taken_over(tmp_path):
     row, have = row_with({"path": "index.bin", "how": "ask"}), tmp_path / "have"
     have.mkdir()
-    with pytest.raises(env_data.DataError, match=r"has no index\.bin"):
+    with pytest.raises(UserError, match=r"has no index\.bin"):
         env_data.adopt(row, tmp_path / "data" / "x", have)
     (have / "index.bin").touch()
     env_data.adopt(row, tmp_path / "data" / "x", have)
@@ -889,7 +892,7 @@ def test_data_that_is_there_is_taken_over(tmp_path):
     env_data.adopt(row, tmp_path / "data" / "x", have)  # again, over its own link
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine").touch()
-    with pytest.raises(env_data.DataError, match="not empty"):
+    with pytest.raises(UserError, match="not empty"):
         env_data.adopt(row, tmp_path / "other", have)
     assert (tmp_path / "other" / "mine").exists()
 
@@ -912,9 +915,9 @@ def test_a_file_where_the_data_belongs_is_told(site, tmp_path):
     (tmp_path / "have" / "train").mkdir(parents=True)
     (tmp_path / "have" / "train" / "train.json").touch()
     (tmp_path / "data").touch()
-    with pytest.raises(env_data.DataError, match="data is a file; move it away"):
+    with pytest.raises(UserError, match="data is a file; move it away"):
         env_data.adopt(zipped_row(site), tmp_path / "data", tmp_path / "have")
-    with pytest.raises(env_data.DataError, match="data is a file; move it away"):
+    with pytest.raises(UserError, match="data is a file; move it away"):
         env_data.fetch(zipped_row(site), tmp_path / "data", print)
 
 

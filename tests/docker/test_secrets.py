@@ -11,9 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from workbench import ROOT, Workbench
 
 from tasks.lib.settings import SETTINGS
+from tests.docker.workbench import ROOT, Workbench
 
 pytestmark = pytest.mark.docker
 SECRETS = [name for name, setting in SETTINGS.items() if setting.secret]

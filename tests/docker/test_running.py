@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from workbench import SOURCES, Terminal, Workbench
+
+from tests.docker.workbench import SOURCES, Terminal, Workbench
 
 pytestmark = pytest.mark.docker
 OTHER = 4321  # a user id that neither the images nor the tests have

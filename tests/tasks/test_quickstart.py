@@ -15,9 +15,9 @@ import torch
 import train_sample
 import transformers
 from invoke import MockContext
-from invoke.exceptions import Exit
 from safetensors.torch import load_file, save_file
 
+from tasks.lib.errors import UserError
 from tests.fixtures.story import SAMPLING, Story, success
 from tests.merger.merging import SAMPLE_PROGRAMS, SCRIPTS
 
@@ -32,18 +32,19 @@ def test_the_trained_agent_is_above_chance_and_the_expert_above_all(story: Story
 
 
 def test_a_server_that_the_user_wants_to_keep_is_kept() -> None:
-    from tasks.lib.environments import lease as env_users
+    from tasks.lib.environments import lease
     from tasks.lib.environments import local as env_local
-    from tasks.lib.environments import runs as env_runs
-    row = env_runs.find_row("test", "demo")
+    from tasks.lib.environments.lookup import find_row
+    from tasks.lib.environments.running import local_url
+    row = find_row("test", "demo")
     env_local.down(row.name)
     try:
         with quickstart.demo_server(MockContext()) as url:
-            assert env_runs.local_url(row) == url
-        assert env_runs.local_url(row) is None
+            assert local_url(row) == url
+        assert local_url(row) is None
         with quickstart.demo_server(MockContext()) as url:
-            env_users.keep(row.name)  # as `invoke env.up --env demo` does
-        assert env_runs.local_url(row) == url
+            lease.detach_owner(row.name)  # as `invoke env.up --env demo` does
+        assert local_url(row) == url
     finally:
         env_local.down(row.name)
 
@@ -107,7 +108,7 @@ def test_an_agent_that_is_no_better_than_chance_ends_it_with_1(tmp_path: Path) -
 
     chance = run("random", 0.0, 0.19)
     quickstart.judge(chance, run("good", 0.5, 0.7))
-    with pytest.raises(Exit, match="not above") as left:
+    with pytest.raises(UserError, match="not above") as left:
         quickstart.judge(chance, run("bad", 0.06, 0.3))
     assert left.value.code == 1
 

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from workbench import ROOT, Workbench
+
+from tests.docker.workbench import ROOT, Workbench
 
 pytestmark = pytest.mark.docker
 OURS = ["agentgym-rl/base", "agentgym-rl/train", "agentgym-rl/scripts", "agentgym/eval"]

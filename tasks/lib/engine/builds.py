@@ -1,0 +1,78 @@
+"""Build our images, in the order in which they need each other."""
+import os
+import re
+import time
+
+from invoke.context import Context
+
+from tasks.lib.engine.client import drive, require_engine
+from tasks.lib.engine.images import Image, image_facts, image_name, image_of, require_image
+from tasks.lib.engine.sources import GYM, RL, choose_sources, origin, revision
+from tasks.lib.errors import UserError
+from tasks.lib.settings import ROOT, SETTINGS, read_dotenv
+from tasks.lib.tables import human_size, print_table
+
+
+def build_variables(tag: str) -> dict[str, str]:
+    """Return what Compose interpolates into a build: the sources, their commits, the tag.
+
+    Raises:
+        UserError: a tag or a source that cannot be.
+    """
+    if tag and not re.fullmatch(r"[\w][\w.-]{0,127}", tag, re.ASCII):
+        raise UserError(f"--tag {tag!r} is no image tag; use letters, digits, dot, dash, underscore")
+    settings = {**read_dotenv(), **os.environ}
+    sources = choose_sources(ROOT, settings)
+    variables = {**sources, "REVISION": revision(str(ROOT)), "SOURCE_URL": origin(ROOT)}
+    for name, label in ((RL, "AGENTGYM_RL_REVISION"), (GYM, "AGENTGYM_REVISION")):
+        variables[label] = revision(sources.get(name) or SETTINGS[name].default)
+    if tag:
+        variables["IMAGE_TAG"] = tag
+    return variables
+
+
+def build_image(c: Context, image: Image, variables: dict[str, str], no_cache: bool, pull: bool,
+                cpu: bool) -> tuple[str, ...] | None:
+    """Build `image`; return its line of the summary, or None under `--dry`."""
+    name = image_name(image.name, variables.get("IMAGE_TAG", ""))
+    before = None if c.config.run.dry else image_facts(name)
+    start = time.monotonic()
+    drive(
+        c,
+        # An image that needs another of ours starts from what was just built: no registry has a newer one.
+        lambda client: client.compose.build(
+            [image.service], cache=not no_cache, pull=pull and not image.needs, stream_logs=True),
+        profiles=[image.profile],
+        cpu=cpu,
+        variables=variables)
+    after = None if c.config.run.dry else image_facts(name)
+    if after is None:
+        return None
+    unchanged = before is not None and before.id == after.id
+    return name, human_size(after.size), f"{time.monotonic() - start:.1f}", "cached" if unchanged else "built"
+
+
+def push_image(c: Context, image: Image, variables: dict[str, str], cpu: bool) -> None:
+    """Push `image` to the registry that its name says."""
+    drive(c,
+          lambda client: client.compose.push([image.service]),
+          profiles=[image.profile],
+          cpu=cpu,
+          variables=variables)
+
+
+def build_images(c: Context, images: tuple[Image, ...], no_cache: bool, pull: bool, cpu: bool, push: bool,
+                 tag: str) -> None:
+    """Build `images` in this order, then push them if asked; print size, seconds and whether anything changed."""
+    variables = build_variables(tag)
+    require_engine(c)
+    rows = []
+    for image in images:
+        for need in map(image_of, image.needs):
+            if need not in images:
+                require_image(c, image_name(need.name, tag), need.task)
+        rows.append(build_image(c, image, variables, no_cache, pull, cpu))
+    if push:
+        for image in images:
+            push_image(c, image, variables, cpu)
+    print_table(("image", "size", "seconds", "state"), [row for row in rows if row])

@@ -1,0 +1,28 @@
+"""Which Compose files and variables a command gets."""
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def compose_files(root: Path, cpu: bool) -> list[Path]:
+    """Return the Compose files to pass: the project's, the CPU override, and the user's own override last.
+
+    Naming any file makes Compose forget `docker-compose.override.yml`, hence the third.
+    """
+    files = [root / "docker-compose.yml"]
+    if cpu:
+        files.append(root / "docker-compose.cpu.yml")
+    own = root / "docker-compose.override.yml"
+    return [*files, own] if own.is_file() else files
+
+
+def caller_variables(environ: Mapping[str, str], dotenv: Mapping[str, str]) -> dict[str, str]:
+    """Return the ids that containers run with, as far as the user has not chosen them."""
+    ids = {"HOST_UID": os.getuid(), "HOST_GID": os.getgid()}
+    return {name: str(value) for name, value in ids.items() if not (environ.get(name) or dotenv.get(name))}
+
+
+# Other environments' services are in the same project but not in the files at hand; Compose need not say so.
+QUIET = {"COMPOSE_IGNORE_ORPHANS": "true"}
