@@ -88,6 +88,7 @@ EXCEPTION = re.compile(
 ASSERTS = re.compile(r"(?:AssertionError|ValueError|TypeError|KeyError|NotImplementedError|AttributeError)\b")
 WAITS = re.compile(r"cannot be scheduled right now|No available node types can fulfill|Insufficient cluster resources|"
                    r"[Tt]otal available GPUs .* is less than")
+REASON = 400  # characters
 # The causes by weight: what is named later is often a consequence of what is named earlier.
 _WEIGHT = (GPU_OOM, HOST_OOM, DISK, NAN, NCCL, ENVIRONMENT, MISUSE, RAY)
 
@@ -106,11 +107,11 @@ class Evidence:
     waits: str = ""
 
     def feed(self, line: str) -> None:
-        """Take note of a line, without Ray's prefix."""
-        if HINT.search(line):
+        """Take note of a line, without Ray's prefix; one of source code, in a traceback, tells nothing."""
+        if not line.startswith("  ") and HINT.search(line):
             match = EVIDENCE.search(line)
             if match:
-                self.first.setdefault(_PATTERNS[int((match.lastgroup or "c0")[1:])][0], line.strip())
+                self.first.setdefault(_PATTERNS[int((match.lastgroup or "c0")[1:])][0], line.strip()[:REASON])
             elif WAITS.search(line):
                 self.waits = self.waits or line.strip()
         text = line.strip()

@@ -71,6 +71,24 @@ def test_ordinary_lines_are_none(line):
     assert not evidence.first and not evidence.exception
 
 
+def test_source_code_in_a_traceback_is_no_evidence():
+    evidence = Evidence()
+    for line in ('  File "/x/torch/cuda.py", line 3, in f',
+                 '    raise torch.cuda.OutOfMemoryError("CUDA out of memory")'):
+        evidence.feed(line)
+    assert not evidence.first
+
+
+def test_what_ray_calls_possible_proves_nothing():
+    """Ray's text of every worker's death names the OOM killer and SIGSEGV as causes that there may be."""
+    evidence = Evidence()
+    evidence.feed(
+        "A worker died or was killed while executing a task by an unexpected system error. Some common causes "
+        "include: (1) the process was killed by the OOM killer due to high memory usage, (2) ray stop --force was "
+        "called, or (3) the worker crashed unexpectedly due to SIGSEGV or another unexpected error.")
+    assert diagnose(evidence, Facts(exit_code=1, last_step=3)).cause == "ray_worker"
+
+
 def test_what_was_survived_did_not_kill():
     evidence = Evidence()
     evidence.feed("Failed to connect to env server, retrying...(1/5)")

@@ -1,0 +1,31 @@
+"""Write a run's page of curves."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tasks.lib.training import runs
+from training import plot
+from training.folder import RunFolder, atomic_write
+
+
+def write(run: RunFolder, output: str = "") -> Path:
+    """Write the page; return the file.
+
+    Raises:
+        UserError: the run's run.json cannot be read.
+        OSError: the file cannot be written.
+    """
+    found, record = runs.read(run)
+    target = Path(output).expanduser() if output else run.path / "plot.html"
+    atomic_write(target, plot.page(found, record, run.read_metrics(), evaluations(run)))
+    return target
+
+
+def evaluations(run: RunFolder) -> list[Any]:
+    """Return the evaluations of the run's checkpoints."""
+    try:
+        from training.curve import points
+    except ImportError:  # the watcher is not there yet
+        return []
+    return list(points(run.eval))
