@@ -140,7 +140,7 @@ def wait_until_ready(row: Environment, urls: Sequence[str], seconds: float = 60.
     for url in urls:
         while True:
             try:
-                check_ready(Client(url, row.protocol.model_dump(), timeout=5), row.check.items[0])
+                check_ready(Client(url, row.protocol, timeout=5), row.check.items[0])
                 break
             except ServerError:
                 if time.monotonic() > end:

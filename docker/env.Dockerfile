@@ -12,12 +12,12 @@ ARG ENV=demo
 # The environment's stage, where it is not called like the environment (`stage` in environments.toml).
 ARG STAGE=
 
-# The rows as JSON: the servers' own Pythons are too old to read TOML.
+# The rows as JSON, checked: the servers' own Pythons are too old to read TOML.
 FROM python:3.11-slim AS rows
 ARG ENVIRONMENTS=environments.toml
-COPY ${ENVIRONMENTS} /environments.toml
-RUN mkdir /rows \
- && python -c 'import json, tomllib; [open("/rows/" + name + ".json", "w").write(json.dumps({"name": name, **row})) for name, row in tomllib.load(open("/environments.toml", "rb")).items()]'
+COPY environment_rows /opt/environment_rows
+COPY ${ENVIRONMENTS} /opt/environments.toml
+RUN cd /opt && python -m environment_rows json environments.toml /rows
 
 # One service of many sessions: what --replicas puts before the servers. Debian's HAProxy, nothing of ours in it.
 FROM debian:bookworm-slim AS proxy
@@ -177,6 +177,7 @@ ENV HOME=/home/agentgym \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     ENV_PORT=36001
+COPY environment_rows /opt/environment_rows
 COPY servers /opt/servers
 COPY --from=rows /rows/${ENV}.json /opt/row.json
 RUN python /opt/servers/link_data.py /opt/row.json --source /srv --data /data/${ENV} \

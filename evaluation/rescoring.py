@@ -11,7 +11,7 @@ from typing import Any
 from evaluation.attempts import Attempt, Outcome
 from evaluation.problems import Misuse, Stopped
 from evaluation.records import RULE, read_attempts, read_run, write_whole
-from evaluation.rows import RESULTS_DEPEND_ON, Row
+from evaluation.rows import Row, results_depend_on
 
 
 def keep_rule(folder: Path, row: Row | None) -> None:
@@ -25,7 +25,7 @@ def keep_rule(folder: Path, row: Row | None) -> None:
         if row is None:
             path.unlink(missing_ok=True)
         else:
-            write_whole(path, json.dumps(row.model_dump(mode="json", by_alias=True), indent=1) + "\n")
+            write_whole(path, json.dumps(row.to_json(), indent=1) + "\n")
     except OSError as error:
         raise Stopped(f"{path} cannot be written: {error.strerror}; make room and run `rescore` again") from None
 
@@ -67,10 +67,10 @@ def read_rule(folder: Path) -> Row | None:
     """
     path = folder / RULE
     try:
-        return Row.model_validate_json(path.read_bytes())
+        return Row.read(json.loads(path.read_bytes()))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:  # pydantic's is one, of several lines
+    except (OSError, ValueError) as error:
         raise Misuse(f"{path} cannot be read ({str(error).splitlines()[0]}); run `rescore` again") from None
 
 
@@ -92,5 +92,5 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     manifest, row = read_run(folder), read_rule(folder)
     if row is not None:
-        manifest["config"]["row"] = row.model_dump(mode="json", include=RESULTS_DEPEND_ON)
+        manifest["config"]["row"] = results_depend_on(row)
     return manifest

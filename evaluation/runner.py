@@ -56,7 +56,7 @@ def facts(settings: Settings) -> dict[str, Any]:
         "hash": config_hash(settings.config),
         "title": settings.row.title,
         "items_from": settings.origin,
-        "row": settings.row.model_dump(mode="json", by_alias=True),
+        "row": settings.row.to_json(),
         "prompt": settings.prompt.model_dump(),
         "versions": versions(),
         "revision": git_revision(Path(__file__).parent),

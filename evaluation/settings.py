@@ -17,7 +17,7 @@ from evaluation.model import Model, Sampling
 from evaluation.players import NAMES, ScriptedModel
 from evaluation.problems import Misuse, reason
 from evaluation.prompts import Prompt, find
-from evaluation.rows import BESIDE, RESULTS_DEPEND_ON, Row, read_row, rows_file
+from evaluation.rows import BESIDE, Row, read_row, results_depend_on, rows_file
 
 DEFAULT_MODEL = "gpt-4o-mini"
 OPENAI = "https://api.openai.com/v1"
@@ -227,7 +227,7 @@ def decide(options: argparse.Namespace) -> Settings:
     rounds = max_round(options.max_round, environ, row)
     config = {
         "env": row.name,
-        "row": row.model_dump(mode="json", include=RESULTS_DEPEND_ON),
+        "row": results_depend_on(row),
         "prompt": {
             "source": prompt.source,
             "sha256": prompt.sha256()

@@ -6,6 +6,10 @@ import argparse
 import json
 import os
 import shutil
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from environment_rows import Environment
 
 
 def make_real(folder: str, source: str) -> None:
@@ -33,10 +37,10 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder with the row's data")
     options = parser.parse_args()
     with open(options.row) as file:
-        row = json.load(file)
+        row = Environment.read(json.load(file))
     source = os.path.abspath(options.source)
-    for path, place in row.get("links", {}).items():
-        link = os.path.normpath(os.path.expanduser(place.format(folder=os.path.join(source, row["folder"]))))
+    for path, place in row.links.items():
+        link = os.path.normpath(os.path.expanduser(place.format(folder=os.path.join(source, row.folder))))
         target = os.path.normpath(os.path.join(os.path.abspath(options.data), path))
         if link.startswith(source + os.sep):
             make_real(os.path.dirname(link), source)

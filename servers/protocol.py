@@ -16,23 +16,13 @@ import urllib.parse
 import urllib.request
 from typing import Any, Dict, NamedTuple, Optional
 
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # for an isolated Python, too
+from environment_rows import Environment, Protocol
+
+# For questions that every server answers alike.
+ANY = Protocol(id_reply="id", id="id", item="item", observation="reply", close=False)
 # The servers answer on this machine or on a container's network: a proxy for the internet would only be in the way.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-# What a row's protocol table may leave out. (tasks/lib/environments/rows.py has the same; a test compares them.)
-DEFAULTS = {
-    "prefix": "",
-    "create": None,
-    "reset": {},
-    "observation_keys": ["observation"],
-    "state": "observation",
-    "reward": "reward",
-    "done": "done",
-    "reward_when_done": False,
-    "reset_fault": {},
-    "faults": [],
-    "fault_starts": [],
-}  # type: Dict[str, Any]
 
 
 class ServerError(Exception):
@@ -64,10 +54,10 @@ def error_in(reply: Any) -> Optional[str]:
 class Client:
     """One environment server, spoken to as its protocol row says; sessions are ids that `create` returns."""
 
-    def __init__(self, url: str, protocol: Dict[str, Any], timeout: float = 30.0) -> None:
-        self.protocol = {**DEFAULTS, **protocol}
+    def __init__(self, url: str, protocol: Optional[Protocol] = None, timeout: float = 30.0) -> None:
+        self.protocol = protocol or ANY
         self.root = url.rstrip("/")
-        self.base = self.root + self.protocol["prefix"]
+        self.base = self.root + self.protocol.prefix
         self.timeout = timeout
 
     def _call(self,
@@ -105,8 +95,8 @@ class Client:
 
     def create(self) -> int:
         """Open a session and return its id."""
-        reply = self._call("/create", self.protocol["create"])
-        key = self.protocol["id_reply"]
+        reply = self._call("/create", self.protocol.create)
+        key = self.protocol.id_reply
         session = (reply.get(key) if isinstance(reply, dict) else None) if key else reply
         if isinstance(session, bool) or not isinstance(session, int):
             raise ServerError(f"POST /create: no session id in {json.dumps(reply)[:200]}", 200)
@@ -114,38 +104,38 @@ class Client:
 
     def reset(self, session: int, item: int) -> str:
         """Put `item` before the session and return the first observation."""
-        body = {self.protocol["id"]: session, self.protocol["item"]: item, **self.protocol["reset"]}
+        body = {self.protocol.id: session, self.protocol.item: item, **self.protocol.reset}
         reply = self._call("/reset", body)
-        form, fault = self.protocol["observation"], self.protocol["reset_fault"]
+        form, fault = self.protocol.observation, self.protocol.reset_fault
         if fault and isinstance(reply, dict) and fault.items() <= reply.items():
             raise ServerError(f"POST /reset: {json.dumps(reply)[:200]}", 200)
         try:
             if form == "get":
-                return str(self._call("/observation", query={self.protocol["id"]: session}))
+                return str(self._call("/observation", query={self.protocol.id: session}))
             if form == "list":
                 return str(reply[0])
-            return "\n".join(str(reply[key]) for key in self.protocol["observation_keys"])
+            return "\n".join(str(reply[key]) for key in self.protocol.observation_keys)
         except (KeyError, IndexError, TypeError):
             raise ServerError(f"POST /reset: no observation in {json.dumps(reply)[:200]}", 200) from None
 
     def step(self, session: int, action: str) -> Step:
         """Take `action` in the session."""
-        reply = self._call("/step", {self.protocol["id"]: session, "action": action})
+        reply = self._call("/step", {self.protocol.id: session, "action": action})
         try:
-            done = bool(reply[self.protocol["done"]])
-            reward = float(reply[self.protocol["reward"]])
-            observation = str(reply[self.protocol["state"]])
+            done = bool(reply[self.protocol.done])
+            reward = float(reply[self.protocol.reward])
+            observation = str(reply[self.protocol.state])
         except (KeyError, TypeError, ValueError):
             raise ServerError(f"POST /step: no observation, reward and end in {json.dumps(reply)[:200]}", 200) from None
         if any(mark in observation
-               for mark in self.protocol["faults"]) or observation.startswith(tuple(self.protocol["fault_starts"])):
+               for mark in self.protocol.faults) or observation.startswith(self.protocol.fault_starts):
             raise ServerError("POST /step: " + observation[:200], 200)
-        return Step(observation, 0.0 if self.protocol["reward_when_done"] and not done else reward, done)
+        return Step(observation, 0.0 if self.protocol.reward_when_done and not done else reward, done)
 
     def close(self, session: int) -> bool:
         """Close the session; False where the server has no close, or had no such session."""
         try:
-            return self._call("/close", {self.protocol["id"]: session}) is not False
+            return self._call("/close", {self.protocol.id: session}) is not False
         except ServerError as error:
             if error.status in (404, 405):
                 return False
@@ -173,16 +163,16 @@ def check_ready(client: Client, item: int) -> int:
     return session
 
 
-def check_server(client: Client, row: Dict[str, Any]) -> None:
+def check_server(client: Client, row: Environment) -> None:
     """Raise a `ServerError` unless the row's server is ready.
 
     Where a session is what the user had to agree to, since it changes real accounts, none is opened: it is asked for
     its sessions only.
     """
-    if row.get("consent"):
+    if row.consent:
         client.sessions()
     else:
-        check_ready(client, row["check"]["items"][0])
+        check_ready(client, row.check.items[0])
 
 
 def main(argv: Optional[list] = None) -> int:
@@ -193,9 +183,9 @@ def main(argv: Optional[list] = None) -> int:
     parser.add_argument("--timeout", type=float, default=55.0, help="seconds for each request")
     options = parser.parse_args(argv)
     with open(options.row) as file:
-        row = json.load(file)
+        row = Environment.read(json.load(file))
     try:
-        check_server(Client(options.url, row["protocol"], options.timeout), row)
+        check_server(Client(options.url, row.protocol, options.timeout), row)
     except ServerError as error:
         if error.status == 429:  # every session is in use, which no server manages that is not ready
             return 0

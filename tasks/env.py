@@ -285,7 +285,7 @@ def check(c: Context, env: str = "", url: str = "", timeout: str = "60") -> None
     found = None if url else servers_up().get(row.name)
     if not url and not found:
         raise UserError(f"{row.name} is not up; `invoke env.up --env {row.name}`, or give --url", code=1)
-    client = Client(url or (found.url if found else ""), row.protocol.model_dump(), timeout=seconds)
+    client = Client(url or (found.url if found else ""), row.protocol, timeout=seconds)
     findings = Conformance(row, client).run()
     says = {True: "yes", False: "NO", None: "has none"}
     print_table(("check", "holds", "seen"), [(one.check, says[one.holds], one.detail) for one in findings])

@@ -75,7 +75,7 @@ def up(servers: Workbench, name: str, *words: str, rows: str = FIXTURES, **varia
                           })
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     row = environments(ROOT / rows)[name]
-    return Client(url_in(done.stdout), row.protocol.model_dump(), timeout=20)
+    return Client(url_in(done.stdout), row.protocol, timeout=20)
 
 
 def told(client: Client, path: str = "/_sessions") -> dict:
@@ -226,7 +226,7 @@ def test_the_raw_compose_command_works(servers: Workbench) -> None:
     port = free_port()
     done = servers.compose("--profile", "env", "up", "-d", "--wait", env={"ENV": "demo", "ENV_PORT": str(port)})
     assert done.returncode == 0, done.stderr
-    client = Client(f"http://127.0.0.1:{port}", environment("demo").protocol.model_dump())
+    client = Client(f"http://127.0.0.1:{port}", environment("demo").protocol)
     assert client.reset(client.create(), 0).startswith("find")
     assert "demo is down" in servers.invoke("env.down", "--env", "demo").stdout
 
@@ -247,7 +247,7 @@ def test_an_environment_of_one_s_own_as_the_guide_adds_it(servers: Workbench) ->
     raw = {**own, "ENV": "mine", "ENV_STAGE": "demo", "ENV_FOLDER": "environments/mine", "ENV_PORT": "26777"}
     done = servers.compose("--profile", "env", "up", "-d", "--wait", env=raw)
     assert done.returncode == 0, done.stderr
-    client = Client("http://127.0.0.1:26777", environments(rows)["mine"].protocol.model_dump())
+    client = Client("http://127.0.0.1:26777", environments(rows)["mine"].protocol)
     assert client.reset(client.create(), 0).startswith("find")
 
 

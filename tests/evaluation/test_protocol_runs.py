@@ -118,7 +118,7 @@ def test_an_episode_that_takes_too_long_is_a_timeout_and_no_score(tmp_path):
 
 def start_server(port: int, folder: Path) -> subprocess.Popen:
     row_file = folder / "row.json"
-    row_file.write_text(json.dumps(rows()["form-textcraft"].served()))
+    row_file.write_text(json.dumps(rows()["form-textcraft"].to_json(defaults=False)))
     return subprocess.Popen(
         [sys.executable, str(ROOT / "servers/serve.py"), str(row_file), "--source", str(ROOT), "--port", str(port)],
         cwd=ROOT / "tests/fixtures/envserver", env={**os.environ, "FORM": "textcraft"},

@@ -123,7 +123,7 @@ def test_a_reset_that_says_in_its_reply_that_it_failed_is_the_environments_fault
     import asyncio
 
     async def reset(fault):
-        protocol = rows()["form-textcraft"].protocol.model_copy(update={"reset_fault": fault})
+        protocol = rows()["form-textcraft"].protocol.replaced(reset_fault=fault)
         async with Server(env.url, protocol) as server:
             return await server.reset(await server.create(), 3)
 

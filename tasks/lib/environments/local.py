@@ -59,12 +59,12 @@ def prepare(row: Environment,
     home.mkdir(parents=True, exist_ok=True)
     # Packages that load the nearest .env above their own files must not come to the project's, with all its secrets.
     (home / ".env").touch()
-    python = python or ensure_venv(home, row.python, CONSTRAINTS / f"env-{row.constraints}.txt")
+    python = python or ensure_venv(home, row.python, CONSTRAINTS / row.pins)
     copy = home / "source"
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(package, copy / row.folder, ignore=shutil.ignore_patterns(".git", "__pycache__"), symlinks=True)
     row_file = home / "row.json"
-    row_file.write_text(json.dumps(row.served()))
+    row_file.write_text(json.dumps(row.to_json(defaults=False)))
     (home / "home").mkdir(exist_ok=True)
     run_quietly([
         "env", f"HOME={home / 'home'}", sys.executable,
@@ -129,15 +129,15 @@ def up(row: Environment,
         UserError: it could not start or did not get ready; nothing is left running.
     """
     home = folder / row.name
-    proxy = shutil.which("haproxy", path=environ.get("PATH", "") + ":/usr/sbin")
-    if options.replicas > 1 and not proxy:
-        raise UserError("--replicas needs haproxy on PATH (Debian: apt install haproxy), or --runner docker", code=1)
-    python, row_file, copy = prepare(row, source, data, folder, python)
     ports = [options.port]
     if options.replicas > 1:
         ports = []
         for _ in range(options.replicas):
             ports.append(choose_port((ports[-1] if ports else options.port) + 1, port_is_free))
+    proxy = shutil.which("haproxy", path=environ.get("PATH", "") + ":/usr/sbin")
+    if options.replicas > 1 and not proxy:
+        raise UserError("--replicas needs haproxy on PATH (Debian: apt install haproxy), or --runner docker", code=1)
+    python, row_file, copy = prepare(row, source, data, folder, python)
     state: dict[str, Any] = {"url": url(options), "port": options.port, "processes": []}
 
     def launch(argv: Sequence[str], role: str, port: int, variables: Mapping[str, str]) -> None:
@@ -183,7 +183,7 @@ def url(options: Options) -> str:
 def probe(row: Environment, address: str, replicas: int, seen: set[int], timeout: float) -> str | None:
     """Try to play a session once; note in `seen` which replica it was on, or return what went wrong."""
     try:
-        client = Client(address, row.protocol.model_dump(), timeout=max(1.0, timeout))
+        client = Client(address, row.protocol, timeout=max(1.0, timeout))
         if row.consent:  # a session changes real accounts: none without need
             for number in range(replicas):
                 client.sessions(number)
@@ -201,7 +201,7 @@ def is_ours(row: Environment, state: Mapping[str, Any], timeout: float) -> bool:
     Between the look for a free port and the server's own bind, another one may have taken the port: one that plays
     other items, and answers all the same.
     """
-    client = Client(state["url"], row.protocol.model_dump(), timeout=max(1.0, timeout))
+    client = Client(state["url"], row.protocol, timeout=max(1.0, timeout))
     servers = [entry["pid"] for entry in state["processes"] if entry["role"] != "proxy"]
     try:
         return all(client.sessions(number).get("pid") == pid for number, pid in enumerate(servers))

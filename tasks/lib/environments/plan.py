@@ -1,9 +1,8 @@
 """What to start for an environment, decided from its row: ports, variables, Compose services, the proxy's rules."""
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tasks.lib.errors import UserError
@@ -36,22 +35,6 @@ def choose_port(wanted: int, free: Callable[[int], bool]) -> int:
             return port
     last = min(wanted + SEARCHED_PORTS, 65536) - 1
     raise UserError(f"no port from {wanted} to {last} is free; choose one with --port", code=1)
-
-
-def refusal(row: Environment, data: Path, environ: Mapping[str, str], understood: bool) -> str | None:
-    """Return why `row` must not start yet, and the remedy; None where nothing is missing."""
-    missing_data = row.missing_data(data)
-    if missing_data:
-        first = missing_data[0]
-        how = first.how or f"run `invoke env.data --env {row.name}`"
-        return f"{row.name} needs {first.path} in data/{row.name}: {how}"
-    missing_keys = row.missing_keys(environ)
-    if missing_keys:
-        names = ", ".join(key.name for key in missing_keys)
-        return f"{row.name} needs {names} in the environment or in .env; {missing_keys[0].name} is: {missing_keys[0].how}"
-    if row.consent and not understood:
-        return f"{row.consent}; pass --i-understand to go on"
-    return None
 
 
 def server_variables(row: Environment, options: Options, replica: int) -> dict[str, str]:

@@ -88,13 +88,13 @@ def log_files(name: str) -> list[Path]:
 
 def session_totals(found: Running) -> Mapping[str, Any] | None:
     """Return what a server says of its sessions, summed over the replicas that answer; None where none does."""
-    client = Client(found.url, {}, timeout=2)
+    client = Client(found.url, timeout=2)
     total: dict[str, Any] | None = None
     for number in range(found.replicas):
         with suppress(ServerError, KeyError, TypeError):
-            told = client.sessions(number)
+            counted = client.sessions(number)
             before = total or {"live": 0, "pooled": 0, "memory_mb": 0.0}
-            total = {key: value + told[key] for key, value in before.items()}
+            total = {key: value + counted[key] for key, value in before.items()}
     return total
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from invoke.context import Context
 
+from environment_rows import refusal
 from tasks.lib.engine import gpus
 from tasks.lib.engine.builds import build_variables
 from tasks.lib.engine.client import (
@@ -22,7 +23,7 @@ from tasks.lib.environments import lease
 from tasks.lib.environments import local as env_local
 from tasks.lib.environments.data import leading_out
 from tasks.lib.environments.lookup import data_folder, gym_source, local_source, server_environment
-from tasks.lib.environments.plan import Options, choose_port, refusal
+from tasks.lib.environments.plan import Options, choose_port
 from tasks.lib.environments.rows import Environment
 from tasks.lib.environments.running import log_files, running_servers
 from tasks.lib.errors import DockerError, NoEngine, UserError
@@ -116,7 +117,7 @@ def require_startable(c: Context, row: Environment, options: Options, runner: st
     Raises:
         UserError: data, keys, consent, the source, the engine or a GPU is missing.
     """
-    reason = refusal(row, data_folder(row), effective_environment(), options.understood)
+    reason = refusal(row, data_folder(row), effective_environment(), options.understood, f"data/{row.name}")
     if reason:
         raise UserError(reason)
     if row.consent and options.replicas > 1:

@@ -33,7 +33,7 @@ def test_a_server_of_this_form_conforms(name, wrapped, tmp_path):
 @pytest.mark.parametrize("limit,left_out", [(1, ["same item twice the same", "two sessions apart"]),
                                             (2, ["two sessions apart"]), (3, [])])
 def test_a_check_that_needs_more_sessions_than_the_server_allows_is_left_out(limit, left_out, tmp_path):
-    row = rows()["form-weather"].model_copy(update={"max_sessions": limit})  # as todo and sheet are
+    row = rows()["form-weather"].replaced(max_sessions=limit)  # as todo and sheet are
     with running(row, tmp_path) as client:
         findings = Conformance(row, client).run()
     assert [finding for finding in findings if finding.holds is False] == []
@@ -92,7 +92,7 @@ def test_an_answer_without_a_session_is_an_error(answer, message):
 
     server = http.server.HTTPServer(("127.0.0.1", 0), Answers)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    client = Client(f"http://127.0.0.1:{server.server_port}", rows()["form-textcraft"].protocol.model_dump(), timeout=5)
+    client = Client(f"http://127.0.0.1:{server.server_port}", rows()["form-textcraft"].protocol, timeout=5)
     with pytest.raises(ServerError, match=message):
         check_ready(client, 0)
     server.shutdown()
@@ -103,24 +103,25 @@ def test_words_of_the_network_in_an_observation_are_an_error(tmp_path):
     with running(row, tmp_path, False) as client:
         session = client.create()
         client.reset(session, 3)
-        client.protocol["faults"] = ["count 4"]
+        client.protocol = row.protocol.replaced(faults=("count 4", ))
         with pytest.raises(ServerError, match="POST /step: count 4"):
             client.step(session, "add")
         assert client.step(session, "add").observation == "count 5"
-        client.protocol["fault_starts"] = ["6", "count 7"]
+        client.protocol = row.protocol.replaced(faults=("count 4", ), fault_starts=("6", "count 7"))
         assert client.step(session, "add").observation == "count 6"
         with pytest.raises(ServerError, match="POST /step: count 7"):
             client.step(session, "add")
 
 
 def test_a_reset_that_says_in_its_reply_that_it_failed_is_an_error(tmp_path):
-    with running(rows()["form-webarena"], tmp_path, False) as client:
+    row = rows()["form-webarena"]
+    with running(row, tmp_path, False) as client:
         session = client.create()
         assert client.reset(session, 3) == "count 3"
-        client.protocol["reset_fault"] = {"observation": "not this one"}
+        client.protocol = row.protocol.replaced(reset_fault={"observation": "not this one"})
         with pytest.raises(ServerError, match=r"POST /reset: .*not this one"):
             client.reset(session, 3)
-        client.protocol["reset_fault"] = {"observation": "not this one", "sites": "Error"}
+        client.protocol = row.protocol.replaced(reset_fault={"observation": "not this one", "sites": "Error"})
         assert client.reset(session, 3) == "count 3"
 
 
@@ -130,7 +131,7 @@ def test_a_reset_that_says_in_its_reply_that_it_failed_is_an_error(tmp_path):
 ])
 def test_an_address_that_is_none_is_told(url, line):
     with pytest.raises(ServerError, match=line) as caught:
-        Client(url, rows()["form-textcraft"].protocol.model_dump(), timeout=5).create()
+        Client(url, rows()["form-textcraft"].protocol, timeout=5).create()
     assert caught.value.status is None
 
 
@@ -148,14 +149,14 @@ def test_a_port_that_speaks_something_else_is_told():
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_address[1]}"
         with pytest.raises(ServerError, match=f"POST /create: {url} speaks no HTTP") as caught:
-            Client(url, rows()["form-textcraft"].protocol.model_dump(), timeout=5).create()
+            Client(url, rows()["form-textcraft"].protocol, timeout=5).create()
         assert caught.value.status is None
         server.shutdown()
 
 
 def probe(tmp_path: Path, name: str, url: str) -> subprocess.CompletedProcess:
     row = tmp_path / "row.json"
-    row.write_text(json.dumps(rows()[name].served()))
+    row.write_text(json.dumps(rows()[name].to_json(defaults=False)))
     return subprocess.run([sys.executable, "-I", ROOT / "servers/protocol.py", row, "--url", url, "--timeout", "5"],
                           capture_output=True,
                           text=True)
