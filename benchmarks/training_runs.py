@@ -24,7 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from machine import describe
 
-from tasks.lib.engine.client import print_table
+from tasks.lib.tables import print_table
 from training.folder import RunFolder
 from training.status import status
 

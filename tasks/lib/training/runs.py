@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from invoke.exceptions import Exit
-
 from tasks.lib.engine import client as docker
 from tasks.lib.errors import UserError
 from tasks.lib.settings import ROOT
@@ -126,7 +124,7 @@ def container(name: str) -> ContainerState | None:
         if not docker.ask(lambda client: client.container.exists(name)):
             return ContainerState(False)
         state = docker.ask(lambda client: client.container.inspect(name).state)
-    except (Exit, UserError):
+    except UserError:
         return None
     return ContainerState(True, bool(state.running), state.exit_code, bool(state.oom_killed), str(state.error or ""))
 
