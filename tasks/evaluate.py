@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from invoke.context import Context
 from invoke.tasks import task
 
+from tasks.lib.engine.mounts import WORKSPACE, Translation
 from tasks.lib.errors import UserError
 from tasks.lib.evaluation.plan import NEEDED, Endpoint, endpoint_flags, flags, folders, loopback_host
 from tasks.lib.host.programs import GPUS_HERE, choose_program_runner, environment, run_module
@@ -178,7 +179,15 @@ def lacking() -> list[str]:
     return [name for name in NEEDED if not find_spec(name)]
 
 
-def _runner(runner: str, checkpoint: str = "") -> str:
+def runner_for(runner: str, checkpoint: str = "") -> str:
+    """Return where an evaluation runs: local or docker; by itself here, where this Python has what it needs.
+
+    Args:
+        checkpoint: what is served for it; empty where nothing is.
+
+    Raises:
+        UserError: no such runner.
+    """
     from tasks import merge
     from tasks.lib.serving import local as serving
     lacks_merger = checkpoint and not all(find_spec(name) for name in merge.NEEDED)
@@ -255,7 +264,7 @@ def run(c: Context,
         )
     if not checkpoint and (engine != "auto" or gpus or serve_wait != SERVE_WAIT):
         raise UserError("--engine, --gpus and --serve-wait are about the server of a --checkpoint; leave them out")
-    chosen = _runner(runner, checkpoint)
+    chosen = runner_for(runner, checkpoint)
     if chosen == "local" and gpus:
         raise UserError(f"{GPUS_HERE}")
     row = find_row(env)
@@ -281,10 +290,11 @@ def run(c: Context,
         "prices": prices,
         "upstream_compat": upstream_compat
     }
-    if (chosen == "docker" and any(os.path.exists(name)
-                                   for name in (items, prompt, prices) if name)) or (chosen == "docker" and out):
+    out_inside = inside_saves(out) if chosen == "docker" and out else ""
+    if chosen == "docker" and (any(os.path.exists(name)
+                                   for name in (items, prompt, prices) if name) or (out and not out_inside)):
         raise UserError(
-            "--runner docker reads AgentEval, AgentItemId and writes saves/eval; for other files and folders "
+            "--runner docker reads AgentEval, AgentItemId and writes below saves; for other files and folders "
             "use --runner local")
     if chosen == "docker":
         endpoint = "" if checkpoint or resolve("MODEL", model) in SCRIPTED else resolve("OPENAI_BASE_URL", base_url)
@@ -296,7 +306,7 @@ def run(c: Context,
     here = [f"--environments={rows_path()}", f"--root={ROOT}"]
     if not c.config.run.dry:  # what the runner would refuse is refused before anything starts
         asked = flags({**values, "model": CHECKPOINT if checkpoint else model, "server": server})
-        run_evaluation(c, chosen, ["run", "--check", *asked, *here], ["run", "--check", *asked],
+        run_evaluation(c, chosen, ["run", "--check", *asked, *here], ["run", "--check", *asked, *_out(out_inside)],
                        {"OPENAI_API_KEY": "none"} if checkpoint else None)
     prepared = prepare_checkpoint(c, checkpoint, chosen, engine, gpus, serve_wait) if checkpoint else None
     with as_ctrl_c(), ExitStack() as stack:
@@ -308,7 +318,20 @@ def run(c: Context,
         words = ["run", *flags({**values, "server": url})]
         if chosen == "docker" and not max_round:  # Compose has a default of its own, which is not the environment's
             words.append(f"--max-round={effective_environment().get('MAX_ROUND') or row.rounds}")
-        run_evaluation(c, chosen, [*words, *here], inside=words, variables=variables)
+        run_evaluation(c, chosen, [*words, *here], inside=[*words, *_out(out_inside)], variables=variables)
+
+
+def inside_saves(out: str) -> str:
+    """Return the container's name of a folder in saves, which it sees; empty for any other folder."""
+    try:
+        inside = Translation(ROOT).output(out)
+    except ValueError:
+        return ""
+    return inside if inside.startswith(f"{WORKSPACE / 'saves'}/") else ""
+
+
+def _out(inside: str) -> list[str]:
+    return [f"--out={inside}"] if inside else []  # the last one counts
 
 
 def _folders(command: str, names: list[str] | None) -> list[Path]:

@@ -10,6 +10,7 @@ from tasks.lib.engine import containers
 from tasks.lib.engine.mounts import Translation
 from tasks.lib.errors import UserError
 from tasks.lib.host.programs import GPUS_HERE, choose_program_runner, environment, run_program
+from tasks.lib.interrupts import as_ctrl_c
 from tasks.lib.notices import say
 from tasks.lib.settings import ROOT, resolve, resolve_path
 
@@ -41,6 +42,20 @@ def merger_args(local_dir: list[str], **flags: str | bool | list[str] | None) ->
     return args
 
 
+def lacking() -> list[str]:
+    """Return the packages that the merger needs and this Python has not."""
+    return [name for name in NEEDED if not find_spec(name)]
+
+
+def runner_for(runner: str) -> str:
+    """Return where a merge runs: local or docker; by itself here, where this Python has what it needs.
+
+    Raises:
+        UserError: no such runner.
+    """
+    return choose_program_runner(runner, not lacking())
+
+
 def run_merger(c: Context,
                runner: str,
                local_dir: list[str] | None,
@@ -51,18 +66,18 @@ def run_merger(c: Context,
     if local_dir and not all(local_dir):
         raise UserError("--local-dir is empty, which is no folder; is a variable unset?")
     folders = [resolve_path("LOCAL_DIR", folder) for folder in local_dir or [""]]
-    absent = [name for name in NEEDED if not find_spec(name)]
-    chosen = choose_program_runner(runner, not absent)
+    absent, chosen = lacking(), runner_for(runner)
     if runner == "auto":  # on standard error: the other one may be for a machine
         why = f"this Python lacks {', '.join(absent)}" if absent else "this Python has all that it needs"
         say(f"running with --runner {chosen}: {why}")
     if chosen == "local":
         if gpus:
             raise UserError(f"{GPUS_HERE}")
-        run_program(c,
-                    PROGRAM,
-                    merger_args(folders, save_dir=save_dir, **flags),
-                    env=environment(HUB_VARIABLES, os.environ))
+        with as_ctrl_c():
+            run_program(c,
+                        PROGRAM,
+                        merger_args(folders, save_dir=save_dir, **flags),
+                        env=environment(HUB_VARIABLES, os.environ))
     else:
         run_in_container(c, folders, save_dir, gpus, flags)
 

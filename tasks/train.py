@@ -6,6 +6,7 @@ from json import dumps
 from invoke.context import Context
 from invoke.tasks import task
 
+from tasks import evaluate, merge
 from tasks.lib.engine import containers
 from tasks.lib.engine.client import remainder
 from tasks.lib.errors import UserError
@@ -118,3 +119,103 @@ def stop(c: Context, name: str = "", now: bool = False) -> None:
 def plot(c: Context, name: str = "", output: str = "") -> None:
     """Write a run's curves into one HTML file."""
     print(f"train.plot: {plotting.write(runs.find(name), output)}")
+
+
+@task(positional=[],
+      auto_shortflags=False,
+      help={
+          "name": "The run's name (default: the one that runs, or the last one made).",
+          "eval": "Environments to evaluate each checkpoint on, such as textcraft,babyai (default: none).",
+          "limit": "Items of an evaluation, at most (default: all).",
+          "items": "As for `eval`, of every environment of --eval.",
+          "samples": "Attempts at each item (default: 1).",
+          "seed": "Make draws repeatable (default: none).",
+          "temperature": "0 to 5 (default: 1.0).",
+          "max_tokens": "Tokens of one completion (default: 4096, less where the context is small).",
+          "max_round": "Completions of one episode, at most (default: the environment's own).",
+          "concurrency": "Episodes at once (default: the environment's own).",
+          "server":
+          "Address of the environment's server, or ENV=URL,… (default: the one that is up, else one is started).",
+          "keep_last": "Keep so many of the newest checkpoints that were verified (default: 2).",
+          "keep_every": "Keep the checkpoints whose step is a multiple of it; 0 for none (default: 100).",
+          "keep_best": "Keep so many with the best success rate; 0 for none (default: 1 with --eval).",
+          "keep_optimizer":
+          "Of what is kept, so many of the newest keep the optimizer's files (default: as --keep-last).",
+          "keep_all": "Prune nothing.",
+          "prune_merged": "Merged models go with their checkpoints (default: they all stay).",
+          "dtype": "Element type of the merged models (default: bfloat16).",
+          "engine": "What serves a model: vllm, transformers or auto.",
+          "gpus": "GPUs for the model's server: all, none, or indices such as 6,7, other ones than the run's.",
+          "endpoint": "Address of a server that has the merged models (default: each is served for its evaluation).",
+          "endpoint_model": "What it calls them (default: {run}-global_step_{step}).",
+          "runner": "local, docker, or auto, as for `merge` and `eval`.",
+          "once": "Do what is to do now, and end.",
+          "stop": "Stop the run's watcher.",
+          "i_understand": "Agree to what an environment does to real accounts.",
+      })
+def watch(c: Context,
+          name: str = "",
+          eval: str = "",
+          limit: str = "",
+          items: str = "",
+          samples: str = "",
+          seed: str = "",
+          temperature: str = "",
+          max_tokens: str = "",
+          max_round: str = "",
+          concurrency: str = "",
+          server: str = "",
+          keep_last: str = "",
+          keep_every: str = "",
+          keep_best: str = "",
+          keep_optimizer: str = "",
+          keep_all: bool = False,
+          prune_merged: bool = False,
+          dtype: str = "",
+          engine: str = "",
+          gpus: str = "",
+          endpoint: str = "",
+          endpoint_model: str = "",
+          runner: str = "auto",
+          once: bool = False,
+          stop: bool = False,
+          i_understand: bool = False) -> None:
+    """Merge, evaluate and prune checkpoints as they come.
+
+    It deletes: checkpoints that no --keep-… keeps, once they are merged and compared with the merged model.
+    """
+    from tasks.lib.environments.lookup import all_rows
+    from tasks.lib.training import follow
+    run = follow.run_folder(name)
+    if stop:
+        print(f"train.watch: {follow.stop(run)}")
+        return
+    flags = {
+        "limit": limit,
+        "items": items,
+        "samples": samples,
+        "seed": seed,
+        "temperature": temperature,
+        "max_tokens": max_tokens,
+        "max_round": max_round
+    }
+    asked = follow.Asked(
+        run=run,
+        environments=eval,
+        known=tuple(all_rows()),
+        flags=flags,
+        server=server,
+        rules=follow.rules_of(keep_last, keep_every, keep_best, keep_optimizer, prune_merged, bool(eval)),
+        prune=not keep_all,
+        dtype=dtype,
+        gpus=gpus,
+        endpoint=endpoint,
+        endpoint_model=endpoint_model,
+        merge_runner=merge.runner_for(runner),
+        eval_runner=evaluate.runner_for(runner, "" if endpoint else evaluate.CHECKPOINT) if eval else "",
+        words=evaluate.flags({
+            "engine": engine,
+            "concurrency": concurrency,
+            "i_understand": i_understand
+        }))
+    follow.watch(c.config.run.dry, asked, once)
