@@ -21,6 +21,24 @@ ALIASES = ("env-server", "host.docker.internal")
 REPLICA_PORT = 8000
 
 
+class Variable(str):
+    """A text in which Compose is to fill in variables."""
+    __slots__ = ()
+
+
+def escaped(value: Any) -> Any:
+    """Return a Compose file's `value` in which Compose fills in nothing but what is a `Variable`.
+
+    Paths, names and words of others may have a $, which Compose would take for a variable: with it the value of a
+    secret would come into a path or a label.
+    """
+    if isinstance(value, dict):
+        return {key: escaped(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [escaped(inner) for inner in value]
+    return value.replace("$", "$$") if isinstance(value, str) and not isinstance(value, Variable) else value
+
+
 def service_name(row: Environment, replica: int | None = None) -> str:
     """Return the Compose service of the environment's entry, or of one replica behind it."""
     return f"env-{row.name}" if replica is None else f"env-{row.name}-{replica}"
@@ -50,7 +68,7 @@ def compose_model(row: Environment, options: Options, image: str, proxy_image: s
                 "max-file": "3"
             }
         },
-        "user": "${HOST_UID:-1000}:${HOST_GID:-1000}",
+        "user": Variable("${HOST_UID:-1000}:${HOST_GID:-1000}"),
     }
 
     def server(replica: int, port: int) -> dict[str, Any]:
@@ -82,7 +100,7 @@ def compose_model(row: Environment, options: Options, image: str, proxy_image: s
             },
         }
         if row.gpu:  # as x-gpus of docker-compose.yml: device_ids and not count, so that GPUS says "all" or "0,1"
-            device = {"driver": "nvidia", "device_ids": ["${GPUS:-all}"], "capabilities": ["gpu"]}
+            device = {"driver": "nvidia", "device_ids": [Variable("${GPUS:-all}")], "capabilities": ["gpu"]}
             service["deploy"] = {"resources": {"reservations": {"devices": [device]}}}
         if data.is_dir():
             service["volumes"] = [{

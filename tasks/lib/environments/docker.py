@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from invoke.context import Context
 
+from tasks.lib.atomic import write_private
 from tasks.lib.engine.client import ask, drive
 from tasks.lib.engine.compose_files import QUIET
 from tasks.lib.engine.containers import last_line
@@ -26,7 +27,9 @@ from tasks.lib.environments.compose_model import (
     PORT_LABEL,
     REPLICA_PORT,
     ROLE_LABEL,
+    Variable,
     compose_model,
+    escaped,
     service_name,
 )
 from tasks.lib.environments.haproxy import proxy_config
@@ -34,7 +37,7 @@ from tasks.lib.environments.local import RUN, probe, url
 from tasks.lib.environments.plan import Options
 from tasks.lib.environments.rows import Environment
 from tasks.lib.errors import DockerError, UserError
-from tasks.lib.settings import SETTINGS, resolve
+from tasks.lib.settings import SETTINGS, effective_environment, resolve
 
 if TYPE_CHECKING:
     from python_on_whales import Container, DockerClient
@@ -80,10 +83,10 @@ def build_section(row: Environment, root: Path, gym: str, rows_file: str) -> dic
         "STAGE": row.stage or row.name,
         "ENVIRONMENTS": rows_file,
         # No colon: set but empty means to do without.
-        "SPACY_MODEL": "${SPACY_MODEL-" + SETTINGS["SPACY_MODEL"].default + "}",
-        "REVISION": "${REVISION:-unknown}",
-        "SOURCE_URL": "${SOURCE_URL:-unknown}",
-        "AGENTGYM_REVISION": "${AGENTGYM_REVISION:-unknown}",
+        "SPACY_MODEL": Variable("${SPACY_MODEL-" + SETTINGS["SPACY_MODEL"].default + "}"),
+        "REVISION": Variable("${REVISION:-unknown}"),
+        "SOURCE_URL": Variable("${SOURCE_URL:-unknown}"),
+        "AGENTGYM_REVISION": Variable("${AGENTGYM_REVISION:-unknown}"),
     }
     if row.source == "project":
         arguments["FOLDER"] = row.folder
@@ -109,23 +112,23 @@ def proxy_image(tag: str = "") -> str:
     return image_name("agentgym/env-proxy", tag)
 
 
-def write_private(path: Path, text: str) -> None:
-    """Write a file that only its owner can read, since a source's URL may have a login; make its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        os.fchmod(file.fileno(), 0o600)  # it may be there from before
-        file.write(text)
-
-
 def write_model(path: Path, row: Environment, options: Options, data: Path, build: dict[str, Any], tag: str) -> None:
     """Write the Compose file for `row` to `path`, and the proxy's rules beside it where there are replicas."""
     home = path.parent
     write_private(
         path,
-        json.dumps(compose_model(row, options, server_image(row, tag), proxy_image(tag), home, data, build), indent=2))
-    if options.replicas > 1:  # not private: HAProxy's own user in the container reads it
+        json.dumps(escaped(compose_model(row, options, server_image(row, tag), proxy_image(tag), home, data, build)),
+                   indent=2))
+    if options.replicas > 1:
         addresses = [f"{service_name(row, number)}:{REPLICA_PORT}" for number in range(options.replicas)]
-        (home / "haproxy.cfg").write_text(proxy_config(row, options.port, addresses, dns=True))
+        rules = home / "haproxy.cfg"
+        write_private(rules, proxy_config(row, options.port, addresses, dns=True))
+        own, wanted = os.geteuid(), int(effective_environment().get("HOST_UID") or os.getuid())
+        if wanted != own:  # HAProxy reads it in its container as that user
+            if own == 0:
+                os.chown(rules, wanted, -1)
+            else:
+                rules.chmod(0o644)  # it has no secret, and its folder is closed
 
 
 def services(row: Environment, options: Options) -> list[str]:

@@ -3,9 +3,11 @@
 Of the evaluations that use one, the first starts it, and the last to leave stops it.
 """
 import fcntl
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
+from tasks.lib.atomic import open_private
 from tasks.lib.environments.local import RUN
 from tasks.lib.host.locks import exclusive
 
@@ -21,7 +23,7 @@ class User:
     """One evaluation's use of a server, from `exclusive_lock` on; it ends with the process, however that ends."""
 
     def __init__(self, name: str) -> None:
-        self._file = (RUN / f"{name}.users").open("a+")
+        self._file = os.fdopen(open_private(RUN / f"{name}.users", os.O_RDWR | os.O_CREAT | os.O_APPEND), "a+")
         fcntl.flock(self._file, fcntl.LOCK_SH)
 
     def started(self) -> None:

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from servers.protocol import Client, ServerError, check_ready
+from tasks.lib import atomic
+from tasks.lib.atomic import close_to_others, make_private, write_private
 from tasks.lib.environments.haproxy import proxy_config
 from tasks.lib.environments.plan import Options, choose_port, server_variables
 from tasks.lib.environments.rows import Environment
@@ -25,7 +27,7 @@ from tasks.lib.host.processes import identity, is_running, last_line
 from tasks.lib.host.venvs import ensure_venv, run_quietly
 from tasks.lib.settings import ROOT
 
-RUN = ROOT / ".run" / "env"
+RUN = atomic.RUN / "env"
 CONSTRAINTS = ROOT / "docker" / "constraints"
 
 
@@ -56,16 +58,17 @@ def prepare(row: Environment,
             raise UserError(f"{row.name} needs {program} on PATH" +
                             (f" (Debian: apt install {row.system[0]})" if row.system else ""),
                             code=1)
-    home.mkdir(parents=True, exist_ok=True)
+    make_private(home)
     # Packages that load the nearest .env above their own files must not come to the project's, with all its secrets.
-    (home / ".env").touch()
+    write_private(home / ".env", "")
     python = python or ensure_venv(home, row.python, CONSTRAINTS / row.pins)
     copy = home / "source"
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(package, copy / row.folder, ignore=shutil.ignore_patterns(".git", "__pycache__"), symlinks=True)
+    close_to_others(copy)
     row_file = home / "row.json"
-    row_file.write_text(json.dumps(row.to_json(defaults=False)))
-    (home / "home").mkdir(exist_ok=True)
+    write_private(row_file, json.dumps(row.to_json(defaults=False)))
+    make_private(home / "home")
     run_quietly([
         "env", f"HOME={home / 'home'}", sys.executable,
         str(ROOT / "servers" / "link_data.py"),
@@ -94,13 +97,6 @@ def read_state(path: Path) -> dict[str, Any] | None:
         if all({"pid", "born", "role"} <= set(entry) for entry in state["processes"]):
             return {"url": "", **state, "port": int(state["port"])}
     return None
-
-
-def write_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a state file at once: whoever reads it finds the one before or this one, never half of it."""
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(state))
-    new.replace(path)
 
 
 def launched_from(home: Path) -> list[dict[str, Any]]:
@@ -143,7 +139,7 @@ def up(row: Environment,
     def launch(argv: Sequence[str], role: str, port: int, variables: Mapping[str, str]) -> None:
         process = processes.launch(argv, home / f"{role}.log", {**environ, **variables}, copy)
         state["processes"].append(started(process, role, port))
-        write_state(home / "state.json", state)
+        write_private(home / "state.json", json.dumps(state))
 
     ready = False
     try:
@@ -164,7 +160,8 @@ def up(row: Environment,
         if proxy and options.replicas > 1:
             config = home / "haproxy.cfg"
             addresses = [f"127.0.0.1:{port}" for port in ports]
-            config.write_text(proxy_config(row, options.port, addresses).replace("bind :", f"bind {options.bind}:", 1))
+            rules = proxy_config(row, options.port, addresses)
+            write_private(config, rules.replace("bind :", f"bind {options.bind}:", 1))
             launch([proxy, "-db", "-f", str(config)], "proxy", options.port, {})
         wait_until_ready(row, options, state, home, wait)
         ready = True

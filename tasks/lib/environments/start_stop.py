@@ -9,6 +9,7 @@ from pathlib import Path
 from invoke.context import Context
 
 from environment_rows import refusal
+from tasks.lib.atomic import write_private
 from tasks.lib.engine import gpus
 from tasks.lib.engine.builds import build_variables
 from tasks.lib.engine.client import (
@@ -170,7 +171,7 @@ def write_compose_file(c: Context, row: Environment, options: Options, name: str
 def remember_options(row: Environment, options: Options, runner: str) -> None:
     """Note how the row was started, for `env.restart`."""
     path = env_local.RUN / row.name / "options.json"
-    env_docker.write_private(path, json.dumps({"runner": runner, **asdict(options)}))
+    write_private(path, json.dumps({"runner": runner, **asdict(options)}))
 
 
 def recall_options(row: Environment) -> tuple[Options, str] | None:

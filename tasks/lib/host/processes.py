@@ -8,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from tasks.lib.atomic import open_private
+
 STOP_SECONDS = 10
 
 
@@ -56,13 +58,14 @@ def is_orphaned(entry: Mapping[str, Any]) -> bool:
 
 def launch(argv: Sequence[str], log: Path, env: Mapping[str, str], cwd: Path) -> subprocess.Popen:
     """Start `argv` as the leader of a session of its own, out of Ctrl-C's reach, its output in `log`."""
-    with log.open("w") as output:
+    with os.fdopen(open_private(log), "w") as output:
         return subprocess.Popen(list(argv),
                                 cwd=cwd,
                                 env=dict(env),
                                 stdin=subprocess.DEVNULL,
                                 stdout=output,
                                 stderr=subprocess.STDOUT,
+                                umask=0o077,
                                 start_new_session=True)
 
 

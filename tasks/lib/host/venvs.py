@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tasks.lib.atomic import write_private
 from tasks.lib.errors import UserError
 
 
@@ -28,7 +29,7 @@ def run_quietly(argv: Sequence[str], what: str) -> None:
     Raises:
         UserError: it failed; the message begins with `what`, and says why.
     """
-    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, umask=0o077)
     if done.returncode:
         raise UserError(f"{what} failed: {reason_in(done.stderr or done.stdout)}", code=1)
 
@@ -64,5 +65,5 @@ def ensure_venv(folder: Path, python: str, pins: Path) -> Path:
             str(venv / "bin" / "python"), "--requirements",
             str(pins)
         ], f"installing {pins.name}")
-        stamp.write_text(wanted)
+        write_private(stamp, wanted)
     return venv / "bin" / "python"

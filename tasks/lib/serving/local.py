@@ -21,13 +21,15 @@ from uuid import uuid4
 
 from invoke.context import Context
 
+from tasks.lib import atomic
+from tasks.lib.atomic import make_private, write_private
 from tasks.lib.errors import INTERRUPTED, UserError
 from tasks.lib.host import processes
 from tasks.lib.host.ports import free_port
 from tasks.lib.notices import say
 from tasks.lib.settings import ROOT, SETTINGS
 
-RUN = ROOT / ".run" / "serve"
+RUN = atomic.RUN / "serve"
 PROGRAM = ROOT / "scripts" / "serve_transformers.py"
 ENGINES = ("auto", "vllm", "transformers")
 # What `transformers serve` imports: its extra `serving`.
@@ -122,13 +124,14 @@ def wait_until_ready(url: str, server: Mapping[str, Any], log: Path, wait: float
 def write_state(home: Path, server: Mapping[str, Any] | None) -> Path:
     """Write this run, and its server once it was started, to a file of our own; with a server it is state.json."""
     new = home / f"state.{os.getpid()}-{uuid4().hex}"
-    new.write_text(json.dumps({"owner": processes.identity(os.getpid()), **({"server": server} if server else {})}))
+    noted = {"owner": processes.identity(os.getpid()), **({"server": server} if server else {})}
+    write_private(new, json.dumps(noted))
     return new.replace(home / "state.json") if server else new
 
 
 def claim(home: Path) -> bool:
     """Make the folder `home` this run's own; False where another run has it."""
-    home.mkdir(parents=True, exist_ok=True)
+    make_private(home)
     new = write_state(home, None)
     try:
         os.link(new, home / "state.json")  # whole, and not where there is one
@@ -182,7 +185,7 @@ def started(c: Context, model: Path, name: str, engine: str, wait: float) -> Ite
         raise UserError(f"another run serves {name} just now; wait for it", code=1)
     try:
         shutil.rmtree(home / "tmp", ignore_errors=True)
-        (home / "tmp").mkdir()
+        make_private(home / "tmp")
         log = home / "server.log"
         process = processes.launch(argv, log, surroundings(os.environ, home / "tmp"), home)
         server = processes.identity(process.pid)
