@@ -142,7 +142,7 @@ class Client:
             raise
 
     def sessions(self, replica: int = 0) -> Dict[str, Any]:
-        """Return what servers/serve.py says of a replica: sessions live and pooled, memory_mb, pid."""
+        """Return what servers/serve.py says of a replica: sessions live and pooled, memory_mb, pid, started."""
         reply = self._call("/_sessions", query={"replica": replica}, base=self.root)
         if not isinstance(reply, dict):
             raise ServerError("GET /_sessions: no table in " + json.dumps(reply)[:200], 200)

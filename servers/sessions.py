@@ -74,7 +74,8 @@ class Sessions:
         self.pool: List[int] = []
         self.opening = 0
         self.started: Dict[object, float] = {}
-        self.next = int((time.time() - ID_EPOCH) * 1000)
+        self.begun = time.time()  # in containers every start of a server has the same process id
+        self.next = int((self.begun - ID_EPOCH) * 1000)
 
     def is_idle(self) -> bool:
         """Return True if no session is live, being opened or being closed."""
@@ -96,7 +97,8 @@ class Sessions:
                 "live": len(self.live),
                 "pooled": len(self.pool),
                 "memory_mb": memory_mb(),
-                "pid": os.getpid()
+                "pid": os.getpid(),
+                "started": self.begun
             })
         if posted:  # before the clock starts: a client that stalls is no server that is stuck
             try:

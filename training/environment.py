@@ -1,6 +1,6 @@
 """Watch the environment's server beside the trainer: whether it answers, how many sessions live, whether it restarted.
 
-The project's own servers tell at `/_sessions` how many sessions live and their process id; of others it is known only
+The project's own servers tell at `/_sessions` how many sessions live, and which start of the server it is; of others it is known only
 whether they answer.
 """
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass, replace
+from typing import Any
 
 from training.rollouts import Window
 
@@ -30,11 +31,11 @@ class Answer:
     Attributes:
         why: "" where the server answers, else "refused" or "unanswered".
         sessions: how many live; None where the server does not say.
-        processes: the process ids of its replicas; () where it does not say.
+        processes: of each replica its process id and when it began; () where it does not say.
     """
     why: str
     sessions: int | None = None
-    processes: tuple[int, ...] = ()
+    processes: tuple[tuple[Any, ...], ...] = ()
 
 
 def ask(url: str, replicas: int = 1, timeout: float = ANSWER_SECONDS) -> Answer:
@@ -59,7 +60,7 @@ def ask(url: str, replicas: int = 1, timeout: float = ANSWER_SECONDS) -> Answer:
         if not isinstance(told, dict) or not isinstance(told.get("live"), int) or not isinstance(told.get("pid"), int):
             return Answer("")
         sessions += told["live"]
-        processes.append(told["pid"])
+        processes.append((told["pid"], told.get("started")))
     return Answer("", sessions, tuple(processes))
 
 
@@ -78,7 +79,7 @@ class Seen:
     since: float = 0.0
     why: str = ""
     sessions: int | None = None
-    processes: tuple[int, ...] = ()
+    processes: tuple[tuple[Any, ...], ...] = ()
 
 
 class Monitor:

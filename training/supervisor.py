@@ -583,7 +583,8 @@ class Supervisor:
                                 f"{trajectories} scored 0 because the environment's server did not answer")
         for window in windows if not self.options.keeps_on else ():
             lasts = window.end is None and window.why == "refused" and now - window.begin > self.options.env_lost_seconds
-            if window.meets(attempt.step_ended, now) and (lasts or window.why == "restarted"):
+            # Where it went before the step began, nothing is open: the trainer tries for a while to open sessions.
+            if window.begin > attempt.step_ended and (lasts or window.why == "restarted"):
                 how = "was restarted and lost its sessions" if window.why == "restarted" else "is gone"
                 attempt.judged = step
                 return self._poison(attempt, step, f"the environment's server {how} while its trajectories were open")
