@@ -12,6 +12,9 @@ from tasks.lib.engine.client import remainder
 from tasks.lib.errors import UserError
 from tasks.lib.tables import print_table
 from tasks.lib.training import plotting, runs, showing, stopping
+from tasks.train_start import check, resume, start
+
+__all__ = ["check", "resume", "start"]
 
 FLAGS = {
     "shm_size": "Shared memory of a new container, such as 64g (default: $SHM_SIZE, then 32g).",

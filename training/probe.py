@@ -29,15 +29,12 @@ MARKERS = ("<|im_start|>", "<|im_end|>")
 
 
 def package_folder(name: str, path: Sequence[str] = ()) -> Path | None:
-    """Return the folder of an installed package, or of one in the folders `path`, without importing it."""
-    for place in path:
-        if (Path(place) / name).is_dir():
-            return Path(place) / name
+    """Return the folder of an installed package, else of one in the folders `path`, without importing it."""
     with suppress(ImportError, ValueError):
         spec = find_spec(name)
         if spec and spec.submodule_search_locations:
             return Path(next(iter(spec.submodule_search_locations)))
-    return None
+    return next((Path(place) / name for place in path if (Path(place) / name).is_dir()), None)
 
 
 def compose(folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -239,16 +236,17 @@ def look(asked: Mapping[str, Any]) -> dict[str, Any]:
             path (folders that hold packages which are not installed), writable (folders).
 
     Returns:
-        python, versions, verl (its folder), flash_attn, architectures, clients, gpus, cpus, shm (bytes), writable; with
+        python, versions, verl and agentenv (their folders), flash_attn, architectures, clients, gpus, cpus, shm (bytes), writable; with
         overrides: resolved, or hydra_error; with model: tokenizer_error, markers (tokens of each of Qwen's), and with
         prompt: prompt_tokens. What could not be looked at is None.
     """
     path = list(asked.get("path") or ())
-    verl, vllm = package_folder("verl", path), package_folder("vllm", path)
+    verl, vllm, agentenv = (package_folder(name, path) for name in ("verl", "vllm", "agentenv"))
     found: dict[str, Any] = {
         "python": ".".join(map(str, sys.version_info[:3])),
         "versions": {},
         "verl": str(verl) if verl else None,
+        "agentenv": str(agentenv) if agentenv else None,
         "flash_attn": package_folder("flash_attn", path) is not None,
         "architectures": architectures(vllm, verl),
         "clients": clients(verl),
@@ -284,7 +282,6 @@ def look(asked: Mapping[str, Any]) -> dict[str, Any]:
             pass
         else:
             found["markers"] = [tokens.count(one) for one in MARKERS]
-            agentenv = package_folder("agentenv", path)
             said = prompt(agentenv, *asked["prompt"]) if agentenv and asked.get("prompt") else None
             found["prompt_tokens"] = None if said is None else tokens.count(said)
     return found

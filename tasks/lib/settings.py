@@ -138,6 +138,8 @@ SETTINGS: dict[str, Setting] = {
     "HOMEPAGE":
     Setting("", "Address of webarena's home page."),
     # Training
+    "TRAIN_PYTHON":
+    Setting("", "Python with AgentGym-RL's packages, for `train.start --runner local` (default: the tasks' own)."),
     "WANDB_API_KEY":
     Setting("", "Weights & Biases key.", secret=True),
     "WANDB_MODE":

@@ -61,6 +61,11 @@ def built_in(environment: str, kind: str, path: Path = FILE) -> list[Override]:
     return layer(overrides(tables[COMMON], path.name), overrides(table, path.name))
 
 
+def common(path: Path = FILE) -> list[Override]:
+    """Return what all presets share."""
+    return overrides(_read(path, path.name)[COMMON], path.name)
+
+
 def from_file(path: Path) -> list[Override]:
     """Return the overrides of a preset file of the user's own.
 
