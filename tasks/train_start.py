@@ -14,7 +14,7 @@ from invoke.context import Context
 from invoke.tasks import task
 
 from tasks.lib.errors import UserError
-from tasks.lib.notices import say
+from tasks.lib.notices import TASK, say
 from tasks.lib.settings import ROOT, effective_environment, resolve
 
 if TYPE_CHECKING:
@@ -121,8 +121,7 @@ def check(c: Context,
             raise UserError()
         return
     show(prepared.report)
-    print(
-        f"train.check: {len(prepared.report.passed)} checks passed; `invoke train.start` with the same words starts it")
+    tell(f"{len(prepared.report.passed)} checks passed; `invoke train.start` with the same words starts it")
 
 
 @task(positional=[], auto_shortflags=False, iterable=["preset"], help={**WHAT, **HOW})
@@ -211,6 +210,11 @@ def _dumps(value: object) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False)
 
 
+def tell(text: str) -> None:
+    """Print what came of the task, a line with its name."""
+    print(f"{TASK.get()}: {text}", flush=True)
+
+
 def skipped(text: str) -> list[str]:
     """Return the ids that the user leaves out.
 
@@ -237,7 +241,7 @@ def show(report: Report) -> None:
     if report.skipped:
         say(f"left out: {', '.join(report.skipped)}")
     for finding in report.findings:
-        say(f"{shown(str(finding))}")
+        say(shown(str(finding)))
     if report.findings:
         raise UserError()
 
@@ -256,11 +260,13 @@ def prepare(c: Context, asked: Asked, quiet: bool = False) -> Prepared:
     skip = skipped(asked.skip)
     replicas = plan.whole("replicas", asked.replicas) if asked.replicas else 1
     named = effective_environment().get("ENV", "")
+    if asked.env:
+        find_row(asked.env)  # a mistyped name is told with near ones
     chosen = plan.choose(
         plan.Wanted(asked.env, asked.model, asked.algorithm, asked.rounds, asked.scaling_inter, asked.every,
                     asked.steps, asked.preset, asked.script, asked.typed), os.environ, named)
     for line in chosen.notices if not quiet else []:
-        say(f"{line}")
+        say(line)
     row = find_row(chosen.environment)
     before = settings(layer(chosen.base, chosen.flags, chosen.typed), {})
     name = plan.check_name(asked.name) if asked.name else plan.default_name(chosen.environment, before,
@@ -524,10 +530,8 @@ def serve(c: Context, prepared: Prepared, wait: int) -> Prepared:
 def say_started(run: Decided) -> None:
     """Print what was started, and what to do next."""
     steps = f", {run.steps} steps" if run.steps else ""
-    print(
-        f"{run.name} runs in the background{steps}: `invoke train.status --name {run.name}`, train.logs, train.stop; "
-        f"folder {run.folder}",
-        flush=True)
+    tell(f"{run.name} runs in the background{steps}: `invoke train.status --name {run.name}`, train.logs, train.stop; "
+         f"folder {run.folder}")
 
 
 def follow(c: Context, name: str) -> None:
@@ -555,7 +559,7 @@ def again(c: Context, prepared: Prepared, attach: bool, wait: int) -> None:
         raise UserError(
             f"{run.name} is there with another configuration ({shown}); choose another --name, or go on with it: "
             f"`invoke train.resume --name {run.name}`")
-    say(f"{run.name} is there with this configuration")
+    tell(f"{run.name} is there with this configuration")
     _resume(c, run.name, ",".join(run.options["skip"]), attach, wait)
 
 
@@ -578,10 +582,10 @@ def _resume(c: Context, name: str, skip: str, attach: bool, wait: int) -> None:
         raise UserError(
             f"no run {name}: {getattr(error, 'strerror', None) or error}; `invoke train.list` shows them") from None
     if now.state == "running":
-        say(f"{folder.name} runs already: `invoke train.status --name {folder.name}`")
+        tell(f"{folder.name} runs already: `invoke train.status --name {folder.name}`")
         return
     if now.state == "finished":
-        say(f"{folder.name} is finished after {now.step} steps; nothing is trained")
+        tell(f"{folder.name} is finished after {now.step} steps; nothing is trained")
         return
     try:
         planned = resuming.plan(folder, stored)
@@ -631,14 +635,13 @@ def _resume(c: Context, name: str, skip: str, attach: bool, wait: int) -> None:
         show(report)
     run = serve(c, prepared, wait).decided
     for line in planned.passed_over:
-        say(f"passed over {line}")
+        tell(f"passed over {line}")
     if planned.step:
-        print(
+        tell(
             f"goes on from {planned.step.path.name}; its data.pt brings that attempt's data loader along (batch size, item list, "
-            "address), and the epoch begins anew",
-            flush=True)
+            "address), and the epoch begins anew")
     else:
-        say("there is no whole checkpoint; it begins at step 1")
+        tell("there is no whole checkpoint; it begins at step 1")
     if c.config.run.dry:
         launch.launch(c, place, run.name, run.folder, run.inside)
         return
