@@ -8,11 +8,16 @@ SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 # hadolint ignore=DL3002
 USER 0
 
-# spawn: a forked vLLM worker cannot touch CUDA again. XFORMERS: the attention backend AgentGym-RL trains with.
+# spawn: a forked vLLM worker cannot touch CUDA again. XFORMERS: the attention backend AgentGym-RL trains with. What
+# wandb and Ray write outlives the container: wandb's offline run in saves/wandb, Ray's logs in saves/ray.
 ENV HYDRA_FULL_ERROR=1 \
+    PYTHONPATH=/opt/workbench \
+    RAY_TMPDIR=/workspace/saves \
+    RAY_USAGE_STATS_ENABLED=0 \
     VLLM_ATTENTION_BACKEND=XFORMERS \
     VLLM_USE_MODELSCOPE=0 \
-    VLLM_WORKER_MULTIPROC_METHOD=spawn
+    VLLM_WORKER_MULTIPROC_METHOD=spawn \
+    WANDB_DIR=/workspace/saves
 
 # What verl asks for, from its pyproject.toml alone: a change in its source leaves this layer cached. The
 # constraints matter: unpinned, the resolver picks a vllm of 2023 and a pyarrow that breaks datasets. Bytecode is
@@ -30,6 +35,7 @@ RUN --mount=type=bind,from=agentgym-rl,source=AgentGym-RL/pyproject.toml,target=
 
 # agentenv without its dependencies: they (trl, deepspeed, tensorboard) are for its own trainer, and the client
 # that verl imports needs none of them. The example scripts speak of models/ and saves/ beside verl, hence the links.
+# outputs: where Hydra makes its folder for each start, in whatever folder that was; a plain user cannot make it there.
 COPY --from=agentgym agentenv /workspace/AgentGym/agentenv
 COPY --from=agentgym-rl examples /workspace/examples
 # By name: whoever trained in the checkout has saves/, data and .env there, which must not get into an image.
@@ -41,12 +47,19 @@ RUN --mount=type=cache,target=/var/cache/uv \
     uv pip install --no-deps --no-build-isolation --editable /workspace/AgentGym-RL --editable /workspace/AgentGym/agentenv; \
     for folder in models saves data AgentItemId AgentEval; do \
         [ -e "/workspace/AgentGym-RL/$folder" ] || ln -s "../$folder" "/workspace/AgentGym-RL/$folder"; \
-    done
+    done; \
+    install -d -m 1777 /workspace/saves; \
+    ln -s saves /workspace/outputs; \
+    ln -s ../saves /workspace/AgentGym-RL/outputs
 
 # With a home of its own: a cache that this user left in the real one would be closed to every other user.
 RUN home=$(mktemp -d); \
     HOME=$home python -c 'import agentenv, transformers, verl.agent_trainer.main_ppo; print("transformers", transformers.__version__)'; \
     rm -r "$home"
+
+COPY --chmod=755 docker/with-keys /usr/local/bin/with-keys
+COPY training /opt/workbench/training
+ENTRYPOINT ["with-keys"]
 USER 1000
 
 ARG REVISION=unknown

@@ -129,7 +129,7 @@ def test_images_built_while_secrets_are_set_hold_none(built: Workbench, with_sec
         assert not [one for one in needles(with_secrets_set) if one in said]
 
 
-def test_no_secret_is_in_argv_while_a_container_runs(built: Workbench, with_secrets_set: dict[str, str]) -> None:
+def test_no_secret_is_in_argv_nor_inspected_while_a_container_runs(built: Workbench, with_secrets_set: dict[str, str]) -> None:
     program = ("import sys\n"
                "print('ready', flush=True); sys.stdin.readline()\n")
     running = subprocess.Popen([sys.executable, "-m", "invoke", "train.run", "--", "python", "-c", program],
@@ -144,14 +144,16 @@ def test_no_secret_is_in_argv_while_a_container_runs(built: Workbench, with_secr
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):  # it ended meanwhile
             command_lines += path.read_bytes()
+    inspected = built.docker("inspect", *built.containers(service="train"))
     running.communicate("\n", timeout=60)
-    assert b"compose" in command_lines
-    assert not [one for one in needles(with_secrets_set) if one.encode() in command_lines]
+    assert b"compose" in command_lines and "WANDB_MODE" in inspected
+    assert not [one for one in needles(with_secrets_set) if one.encode() in command_lines or one in inspected]
 
 
 def test_nothing_secret_has_a_value_in_the_compose_file() -> None:
     whole = (ROOT / "docker-compose.yml").read_text()
-    text, _, files = whole.partition("\nconfigs:\n")  # there the evaluation's key is a file's content, not a variable
-    assert files.count("${OPENAI_API_KEY:-}") == 1 and "\nservices:\n" in text
+    text, _, files = whole.partition("\nconfigs:\n")  # there a key is a file's content, not a variable
+    assert [files.count(f"${{{name}:-}}") for name in ("OPENAI_API_KEY", "HF_TOKEN", "WANDB_API_KEY")] == [1, 1, 1]
+    assert "\nservices:\n" in text
     for name in SECRETS:
         assert f"${{{name}" not in text and f"{name}=" not in text
