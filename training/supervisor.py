@@ -190,7 +190,7 @@ class Attempt:
                 with suppress(OSError):
                     self.folder.append_metrics(line.step, self.number, line.metrics)
                 continue
-            if line.step <= known or (self.steps is not None and line.step > self.steps):
+            if line.step <= known or (line.step != known + 1 and self.steps is not None and line.step > self.steps):
                 continue  # no line of the training loop's
             self.last_step, self.step_ended, self.begun = line.step, time.time(), True
             self.began = {**dict(list(self.began.items())[-2:]), line.step + 1: self.step_ended}
@@ -254,6 +254,7 @@ class Supervisor:
             raise Refusal(f"{self.folder.run_json} is not there; `invoke train.start` makes a run's folder") from None
         except (OSError, ValueError) as error:
             raise Refusal(str(error)) from None
+        self._check(run)
         self.options = Options(run.get("options") or {})
         self._take_folder()
         for caught in (signal.SIGTERM, signal.SIGINT):
@@ -281,6 +282,19 @@ class Supervisor:
             say(f"retry {retries} of {self.options.retries} in {self.options.retry_seconds:g} s")
             if not self._sleep(self.options.retry_seconds, f"retry {retries} of {self.options.retries} begins soon"):
                 return self._stopped_between(number)
+
+    def _check(self, run: dict[str, Any]) -> None:
+        """Refuse a run.json that lacks what is needed, or that is another folder's."""
+        for key, kind in (("command", list), ("overrides", list), ("attempts", list), ("options", dict)):
+            if not isinstance(run.setdefault(key, kind()), kind):
+                raise Refusal(f"{self.folder.run_json}: {key} is no {'list' if kind is list else 'table'}")
+        if not run["command"] or not all(isinstance(word, str) for word in run["command"] + run["overrides"]):
+            raise Refusal(f"{self.folder.run_json}: command and overrides are to be words, and one at least a command")
+        said = run.get("folder")
+        if said and os.path.realpath(said) != os.path.realpath(self.folder.path):
+            raise Refusal(
+                f"{self.folder.run_json} is of the folder {said}, where the trainer would write; run it there, or "
+                "make a new run")
 
     def _take_folder(self) -> None:
         self._lock = os.open(self.folder.path / ".supervisor.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -381,7 +395,7 @@ class Supervisor:
         }
 
         def begin(now: dict[str, Any]) -> None:
-            now["attempts"].append(record)
+            now.setdefault("attempts", []).append(record)
             for which in ("poisoned", "nan_steps"):  # what is trained again is clean
                 now[which] = [bad for bad in now.get(which, []) if bad <= (resumed or 0)]
 

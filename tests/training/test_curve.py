@@ -11,7 +11,13 @@ from training import curve
 FIGURE = {"mean": 0.5, "low": 0.3, "high": 0.7, "method": "x"}
 
 
-def evaluation(folder: Path, environment: str, step: int, success: float = 0.5, reward: float = 0.5, plan: str = "aaaaaa", **changed: object) -> Path:
+def evaluation(folder: Path,
+               environment: str,
+               step: int,
+               success: float = 0.5,
+               reward: float = 0.5,
+               plan: str = "aaaaaa",
+               **changed: object) -> Path:
     place = folder / curve.folder_name(environment, step, plan)
     place.mkdir(parents=True)
     summary = {"attempts": 4, "expected": 4, "errors": 0, "error_rate": 0.0, "success": {**FIGURE, "mean": success},
@@ -27,16 +33,31 @@ def test_points_are_read_in_the_order_of_the_steps(tmp_path):
     evaluation(tmp_path, "my-env", 4)
     (tmp_path / "notes-global_step_4").mkdir()
     found = curve.points(tmp_path)
-    assert [(point.environment, point.step, point.model) for point in found] == [("my-env", 4, "m-4"), ("textcraft", 2, "m-2"), ("textcraft", 10, "m-10")]
+    assert [(point.environment, point.step, point.model) for point in found] == [("my-env", 4, "m-4"),
+                                                                                 ("textcraft", 2, "m-2"),
+                                                                                 ("textcraft", 10, "m-10")]
     told = json.loads(curve.text(found))["points"][1]
-    assert told["success"] == {"mean": 0.5, "low": 0.3, "high": 0.7} and told["folder"] == "textcraft-global_step_2-aaaaaa"
+    assert told["success"] == {
+        "mean": 0.5,
+        "low": 0.3,
+        "high": 0.7
+    } and told["folder"] == "textcraft-global_step_2-aaaaaa"
 
 
 @pytest.mark.parametrize("changed", [
-    {"attempts": 3},
-    {"error_rate": 0.25, "errors": 1},
-    {"success": None},
-    {"reward": "x"},
+    {
+        "attempts": 3
+    },
+    {
+        "error_rate": 0.25,
+        "errors": 1
+    },
+    {
+        "success": None
+    },
+    {
+        "reward": "x"
+    },
 ])
 def test_what_is_not_complete_is_no_point(changed, tmp_path):
     place = evaluation(tmp_path, "textcraft", 2)

@@ -24,13 +24,25 @@ def path(tmp_path) -> Path:
 
 
 def holder(path: Path) -> subprocess.Popen[str]:
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(path)],
+                               stdout=subprocess.PIPE,
+                               text=True,
+                               cwd=Path(__file__).parents[2])
     assert process.stdout and process.stdout.readline() == "held\n"
     return process
 
 
 def write(path: Path, **owner: object) -> None:
-    path.write_text(json.dumps({"host": "elsewhere", "boot_id": "another", "pid": 7, "start_time": 1, "token": "t", "count": "1", **owner}))
+    path.write_text(
+        json.dumps({
+            "host": "elsewhere",
+            "boot_id": "another",
+            "pid": 7,
+            "start_time": 1,
+            "token": "t",
+            "count": "1",
+            **owner
+        }))
 
 
 def test_a_process_that_lives_is_named_and_one_that_was_killed_is_followed_at_once(path):

@@ -16,17 +16,32 @@ def steps(*numbers: int, **told: object) -> list[Candidate]:
 
 @pytest.mark.parametrize("rules, gone", [
     (Rules(**ALL), (2, 4, 6)),
-    (Rules(**{**ALL, "keep_last": 2}), (2, 4)),
-    (Rules(**{**ALL, "keep_every": 4}), (2, 6)),
-    (Rules(**{**ALL, "keep_every": 6, "keep_last": 2}), (2, 4)),
-    (Rules(**{**ALL, "keep_last": 0}), (2, 4, 6)),
+    (Rules(**{
+        **ALL, "keep_last": 2
+    }), (2, 4)),
+    (Rules(**{
+        **ALL, "keep_every": 4
+    }), (2, 6)),
+    (Rules(**{
+        **ALL, "keep_every": 6,
+        "keep_last": 2
+    }), (2, 4)),
+    (Rules(**{
+        **ALL, "keep_last": 0
+    }), (2, 4, 6)),
 ])
 def test_the_rules_are_a_union(rules, gone):
     assert decide(steps(2, 4, 6, 8), rules).checkpoints == gone
 
 
 def test_the_best_stay_and_of_equals_the_later():
-    scored = [Candidate(2, score=(0.5, 0.9)), Candidate(4, score=(0.7, 0.1)), Candidate(6, score=(0.7, 0.1)), Candidate(8, score=None), Candidate(10)]
+    scored = [
+        Candidate(2, score=(0.5, 0.9)),
+        Candidate(4, score=(0.7, 0.1)),
+        Candidate(6, score=(0.7, 0.1)),
+        Candidate(8, score=None),
+        Candidate(10)
+    ]
     assert best(scored, 3) == [6, 4, 2]
     decision = decide(scored, Rules(**{**ALL, "keep_best": 1}))
     assert decision.checkpoints == (2, 4, 8)
@@ -67,9 +82,13 @@ def test_new_ones_that_are_damaged_cost_no_good_one():
 def test_the_optimizers_files_go_first():
     found = decide(steps(100, 200, 300, 400, 500), Rules(keep_last=2, keep_every=100, keep_optimizer=2))
     assert found.checkpoints == () and found.optimizer == (100, 200, 300)
-    found = decide(steps(100, 200, 300, 400, 500), Rules(keep_last=2, keep_every=100, keep_optimizer=2), resumed=[200], reached=350)
+    found = decide(steps(100, 200, 300, 400, 500),
+                   Rules(keep_last=2, keep_every=100, keep_optimizer=2),
+                   resumed=[200],
+                   reached=350)
     assert found.optimizer == (100, 300)  # 400 and 500 are about to be written again
-    assert decide([Candidate(100, optimizer=False), *steps(200, 300)], Rules(keep_last=1, keep_every=100, keep_optimizer=1)).optimizer == (200, )
+    assert decide([Candidate(100, optimizer=False), *steps(200, 300)],
+                  Rules(keep_last=1, keep_every=100, keep_optimizer=1)).optimizer == (200, )
 
 
 def test_merged_models_stay_unless_they_shall_go_with_their_checkpoints():

@@ -173,6 +173,13 @@ def test_noise_neither_forges_a_step_nor_loses_one(run):
     assert "Running: 20%" in folder.log(1).read_text() and "Running: 10%" not in folder.log(1).read_text()
 
 
+def test_more_steps_than_were_expected_are_counted_too(run):
+    folder = make(run)
+    folder.update(lambda now: {**now, "steps": 6})
+    assert supervise(folder)[0] == 0
+    assert list(folder.read_metrics()) == list(range(1, 10))
+
+
 def test_a_torn_line_is_put_together(run):
     folder = make(run, "fake.do=torn", "fake.at=5")
     assert supervise(folder)[0] == 0
@@ -247,7 +254,16 @@ def test_two_supervisors_do_not_share_a_folder(run):
     assert first.wait(20) == 143
 
 
-@pytest.mark.parametrize("text, words", [(None, "train.start"), ("{", "no JSON"), ('{"schema": 9}', "schema 9")])
+@pytest.mark.parametrize("text, words", [
+    (None, "train.start"),
+    ("{", "no JSON"),
+    ('{"schema": 9}', "schema 9"),
+    ('{"schema": 1}', "command"),
+    ('{"schema": 1, "command": "python"}', "command is no list"),
+    ('{"schema": 1, "command": ["x", 3]}', "words"),
+    ('{"schema": 1, "command": ["x"], "attempts": null}', "attempts is no list"),
+    ('{"schema": 1, "command": ["x"], "folder": "/elsewhere"}', "is of the folder /elsewhere"),
+])
 def test_a_folder_that_cannot_be_run_is_refused_in_one_line(run, text, words):
     run.mkdir()
     if text is not None:
