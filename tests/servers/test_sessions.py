@@ -46,10 +46,11 @@ def test_ids_tell_their_replica_and_reach_only_it(name, tmp_path):
 def test_a_restarted_server_refuses_the_sessions_of_its_last_run(tmp_path):
     row = rows()["form-textcraft"]
     with running(row, tmp_path) as client:
-        old = client.create()
+        old, started = client.create(), client.sessions()["started"]
+        assert client.sessions()["started"] == started <= time.time()
     with running(row, tmp_path) as client:
         new = client.create()
-        assert new > old
+        assert new > old and client.sessions()["started"] > started
         with pytest.raises(ServerError, match="no session"):
             client.step(old, "add")
 
