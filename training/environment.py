@@ -90,6 +90,7 @@ class Monitor:
         self.seen = Seen()
         self.windows: list[Window] = []
         self._quiet_since: float | None = None
+        self._turn = threading.Lock()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -106,8 +107,14 @@ class Monitor:
 
     def _run(self) -> None:
         while not self._ended.wait(self.every if self.seen.reachable is not None else 0):
-            began = time.time()
-            self.note(ask(self.url, self.replicas), began)
+            self.look()
+
+    def look(self) -> None:
+        """Look now."""
+        began = time.time()
+        answer = ask(self.url, self.replicas)
+        with self._turn:
+            self.note(answer, began)
 
     def note(self, answer: Answer, now: float) -> None:
         """Take note of an answer; `now` is when it was asked for, in seconds since 1970."""

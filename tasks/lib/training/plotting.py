@@ -6,6 +6,7 @@ from typing import Any
 
 from tasks.lib.training import runs
 from training import plot
+from training.curve import points
 from training.folder import RunFolder, atomic_write
 
 
@@ -24,8 +25,4 @@ def write(run: RunFolder, output: str = "") -> Path:
 
 def evaluations(run: RunFolder) -> list[Any]:
     """Return the evaluations of the run's checkpoints."""
-    try:
-        from training.curve import points
-    except ImportError:  # the watcher is not there yet
-        return []
     return list(points(run.eval))
