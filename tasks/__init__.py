@@ -1,12 +1,12 @@
 """The tasks that `invoke --list` shows; one module is one namespace."""
 from invoke.collection import Collection
 
-from tasks import build, clean, env, evaluate, merge, train
+from tasks import build, clean, data, env, evaluate, merge, models, train
 from tasks.edge import guard
 from tasks.formatting import format
 from tasks.project import doctor, down, status
 from tasks.quickstart import quickstart
 
-ns = Collection(quickstart, status, down, doctor, format, build, train, env, merge, clean)
+ns = Collection(quickstart, status, down, doctor, format, build, train, env, merge, data, models, clean)
 ns.add_collection(Collection.from_module(evaluate, name="eval"))
 guard(ns)

@@ -9,15 +9,11 @@ import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tasks.lib.environments.rows import Data, Environment
 from tasks.lib.errors import UserError
-from tasks.lib.settings import resolve
+from tasks.lib.hub import hub_client
 from tasks.lib.tables import human_size
-
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
 
 CHUNK = 1 << 20
 # Bytes of disk for each that is fetched. An archive lies beside what comes out of it, text and databases of about three
@@ -101,12 +97,6 @@ def hub_files(data: Data) -> list[tuple[str, int]]:
     if absent:
         raise UserError(f"hub {repository} has no {absent[0]}", code=1)
     return [(name, sizes[name]) for name in wanted]
-
-
-def hub_client() -> "HfApi":
-    """Return the hub's own client, with the address and the token of the settings; an unset one it finds itself."""
-    from huggingface_hub import HfApi
-    return HfApi(endpoint=resolve("HF_ENDPOINT").strip().rstrip("/") or None, token=resolve("HF_TOKEN").strip() or None)
 
 
 def hub_repository(hub: str) -> tuple[str, str]:

@@ -1,0 +1,23 @@
+"""Fetch the lists of items that training and evaluation play."""
+from invoke.context import Context
+from invoke.tasks import task
+
+from tasks.lib.settings import ROOT
+
+
+@task(positional=[],
+      auto_shortflags=False,
+      help={
+          "env": "Environments, with commas between them (default: all that the data set has).",
+          "revision": "Branch, tag or commit of the data set (default: main).",
+          "data_set": "Data set of the same layout (default: AgentGym/AgentGym-RL-Data-ID).",
+          "force": "Replace lists with other items.",
+      })
+def fetch(c: Context, env: str = "", revision: str = "", data_set: str = "", force: bool = False) -> None:
+    """Fetch AgentGym-RL's item lists from the Hub."""
+    from tasks.lib.environments.lookup import all_rows
+    from tasks.lib.fetching import items
+    from tasks.lib.tables import human_size
+    asked = [name.strip() for name in env.split(",") if name.strip()]
+    items.fetch(ROOT, tuple(all_rows()), asked, revision, force, c.config.run.dry,
+                lambda line: print(f"data.fetch: {line}", flush=True), human_size, data_set or items.DATA_SET)

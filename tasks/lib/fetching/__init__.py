@@ -1,0 +1,1 @@
+"""What comes from the Hugging Face Hub: models, and AgentGym-RL's lists of items."""
