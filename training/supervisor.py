@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import glob
 import math
 import os
 import shutil
@@ -20,9 +19,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from training import checkpoints, diagnosis, machine, resume, rollouts
+from training import checkpoints, diagnosis, machine, raylogs, resume, rollouts
 from training.attempt import LINE_WIDTH, Attempt
-from training.diagnosis import Death, Evidence, Facts
+from training.diagnosis import Death, Facts
 from training.environment import Monitor, ask
 from training.folder import RunFolder, atomic_write
 from training.text import shown
@@ -33,7 +32,6 @@ TICK = 0.1
 LATE_SECONDS = 5.0  # between what one process of the trainer says and another
 ORPHAN_SECONDS = 5.0  # for what the trainer started to end by itself
 GPUS_EVERY = 30.0
-RAY_LOG_BYTES, RAY_LOGS_BYTES = 256 << 10, 16 << 20  # of a file, of all, that are kept of a dead attempt
 
 
 class Refusal(Exception):
@@ -285,7 +283,12 @@ class Supervisor:
             after = machine.oom_kills()
             death = diagnosis.diagnose(attempt.evidence, self._facts(attempt, code, (after or 0) - (before or 0)))
             if death.cause in (diagnosis.RAY, diagnosis.UNKNOWN, diagnosis.KILLED):
-                death = self._ask_ray(attempt, code, death)
+                found = raylogs.keep(raylogs.find({
+                    **os.environ,
+                    **(run.get("variables") or {})
+                }, attempt.started), self.folder.logs / f"attempt-{number}-ray")
+                better = diagnosis.diagnose(found, self._facts(attempt, code, 0))
+                death = better if better.cause in (diagnosis.GPU_OOM, diagnosis.HOST_OOM, diagnosis.DISK) else death
         return self._over(attempt, diagnosis.exit_code(code), death)
 
     def _facts(self, attempt: Attempt, code: int, oom_kills: int, **more: Any) -> Facts:
@@ -583,43 +586,6 @@ class Supervisor:
                 time.sleep(0.1)
             if machine.start_time(pid) != started:
                 return
-
-    # -- Ray's own logs
-
-    def _ray_logs(self) -> list[Path]:
-        variables = {**os.environ, **(self.attempt.run.get("variables") or {} if self.attempt is not None else {})}
-        if variables.get("RAY_ADDRESS") and variables["RAY_ADDRESS"] != "local":
-            return []  # a cluster's: not ours, and not of this run alone
-        session = Path(variables.get("RAY_TMPDIR") or "/tmp") / "ray" / "session_latest" / "logs"
-        since = self.attempt.started if self.attempt is not None else 0.0
-        found = []
-        for pattern in ("worker-*.err", "raylet.out", "raylet.err", "gcs_server.out", "python-core-driver-*.log"):
-            for place in glob.glob(str(session / pattern)):
-                with suppress(OSError):
-                    if os.stat(place).st_mtime >= since and os.path.getsize(place):
-                        found.append(Path(place))
-        return sorted(found)
-
-    def _ask_ray(self, attempt: Attempt, code: int, death: Death) -> Death:
-        """Keep the ends of Ray's logs beside the attempt's, and look there for a better reason."""
-        logs = self._ray_logs()
-        evidence, kept = Evidence(), 0
-        target = self.folder.logs / f"attempt-{attempt.number}-ray"
-        for place in logs:
-            try:
-                with open(place, "rb") as file:
-                    file.seek(max(0, os.fstat(file.fileno()).st_size - RAY_LOG_BYTES))
-                    data = file.read(RAY_LOG_BYTES)
-                if kept + len(data) <= RAY_LOGS_BYTES:
-                    target.mkdir(exist_ok=True)
-                    (target / place.name).write_bytes(data)
-                    kept += len(data)
-            except OSError:
-                continue
-            for line in data.decode("utf-8", "replace").splitlines():
-                evidence.feed(line)
-        better = diagnosis.diagnose(evidence, self._facts(attempt, code, 0)) if evidence.first else death
-        return better if better.cause in (diagnosis.GPU_OOM, diagnosis.HOST_OOM, diagnosis.DISK) else death
 
     # -- the heartbeat
 
