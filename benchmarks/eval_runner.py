@@ -73,6 +73,7 @@ class Instant:
     """A model that answers at once, or after `latency` seconds, for every attempt."""
     answered = True
     refused = ()
+    adjusted: Sequence[str] = ()
 
     def __init__(self, latency: float = 0.0) -> None:
         self.latency = latency

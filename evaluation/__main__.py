@@ -7,7 +7,7 @@ from contextlib import redirect_stdout
 
 from evaluation.cli import FAILED, INTERRUPTED, MISUSE, parser
 from evaluation.commands import COMMANDS
-from evaluation.output import Output
+from evaluation.output import Output, complain
 from evaluation.problems import Misuse, Stopped
 
 
@@ -22,8 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if output.gone is None:
         return code
     if not isinstance(output.gone, BrokenPipeError):  # whose reader wanted no more
-        print(f"eval: standard output cannot be written: {output.gone.strerror}; give it another place",
-              file=sys.stderr)
+        complain(f"standard output cannot be written: {output.gone.strerror}; give it another place")
     return code if command == "run" else code or FAILED  # a run has left everything in its folder
 
 
@@ -35,10 +34,10 @@ def _obey(argv: Sequence[str] | None) -> tuple[int, str]:
     try:
         return COMMANDS[options.command](options), options.command
     except Misuse as problem:
-        print(f"eval: {problem}", file=sys.stderr)
+        complain(str(problem))
         return MISUSE, options.command
     except Stopped as problem:
-        print(f"eval: {problem}", file=sys.stderr)
+        complain(str(problem))
         return FAILED, options.command
     except KeyboardInterrupt:
         return INTERRUPTED, options.command

@@ -1,24 +1,48 @@
-"""What an endpoint's answers and errors mean."""
+"""What an endpoint's answers and errors mean.
+
+The rule is an allow-list: an answer counts as the model's words only where nothing in it says that it failed and its
+finish_reason is one that whole answers have. All else is the endpoint's fault and has no score.
+"""
+import json
 import math
 import re
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from evaluation import surrogates
+from evaluation.attempts import MOST_TOKENS
+from evaluation.foreign import events, loads
 from evaluation.model import Completion, Usage
-
-if TYPE_CHECKING:
-    import openai
-    from openai.types.chat import ChatCompletion
+from evaluation.text import short
 
 RETRIED = (408, 409, 429)
 BROKE = "insufficient_quota"  # OpenAI says it with a 429
+# Reasons of whole answers, in the words of OpenAI, Anthropic, Google, Cohere, Mistral, TGI, SGLang, llama.cpp, Ollama.
+FINISHED = frozenset(("stop", "length", "tool_calls", "tool_call", "tool_use", "function_call", "content_filter",
+                      "refusal", "safety", "end_turn", "max_tokens", "max_output_tokens", "stop_sequence", "stop_token",
+                      "eos", "eos_token", "eos_id", "end", "complete", "completed", "limit", "done"))
+# The conversation and the answer fill the model's context: it is no failure, and no whole answer.
+FULL = frozenset(("model_length", "model_context_window_exceeded", "context_length_exceeded", "context_length",
+                  "max_context_length", "context_window_exceeded", "context_limit"))
+_OPENED = re.compile(
+    r"\s*(?:<((?:seed:)?think(?:ing)?|thoughts?|reasoning|reflection|scratchpad)\s*>|(\[THINK\])|(◁think▷))",
+    re.IGNORECASE)
+_CLOSED = re.compile(r"</(?:seed:)?think(?:ing)?\s*>|\[/THINK\]|◁/think▷", re.IGNORECASE)
 # What OpenAI, vLLM, llama.cpp, TGI, Anthropic's, LiteLLM's and others' endpoints say of a conversation that is too long.
 _OVERFLOW = re.compile(
     r"context[_ -]?(length|window|size|limit)|maximum (context|model|sequence|input|prompt)|"
     r"(prompt|input|message)s? (is |are )?too long|reduce the length|too many (input |prompt )?tokens|input token count|"
     r"max_model_len|max_new_tokens`? must be|`?inputs`? must have less|range of input length|"
     r"exceed(s|ed)? (the )?(model|max(imum)?)( message| model)? (token|length)", re.IGNORECASE)
+_CONTEXT = re.compile(
+    r"(?:maximum|max)?[ _]?(?:context|model|sequence)[ _](?:length|window|size|limit)(?: (?:is|of)|:| only)* (\d[\d,]*)|"
+    r"(?:must be|limit is) <= (\d[\d,]*)|\d+ \+ \d+ > (\d[\d,]*)", re.IGNORECASE)
+_PROMPT = re.compile(
+    r"(\d[\d,]*) (?:tokens )?(?:in the messages|in (?:your|the) prompt|(?:input|prompt|message) tokens|`inputs` tokens|"
+    r"(?:tokens )?from the input|of text input)|(\d[\d,]*) \+ \d+ > \d", re.IGNORECASE)
+_REQUESTED = re.compile(r"requested (?:a total of )?(\d[\d,]*) tokens", re.IGNORECASE)
+_UNSUPPORTED = re.compile(
+    r"unsupported|not (?:be )?supported|(?:does|do|is|are) not (?:support|allowed|permitted|recogni[sz]ed)|only the default|"
+    r"unknown|unrecogni[sz]ed|unexpected|extra (?:inputs|fields)|deprecated|not available", re.IGNORECASE)
 
 
 def overflowed(status: int, message: str, code: str = "") -> bool:
@@ -28,6 +52,52 @@ def overflowed(status: int, message: str, code: str = "") -> bool:
     """
     return code == "context_length_exceeded" or (status in (400, 413, 422) and code != "rate_limit_exceeded"
                                                  and bool(_OVERFLOW.search(message)))
+
+
+class Room(NamedTuple):
+    """What an endpoint says of a request that does not fit: tokens of its context, and of the prompt where known."""
+    context: int
+    prompt: int | None
+
+    @property
+    def left(self) -> int:
+        """Return the tokens that the prompt leaves; 0 where that is unknown."""
+        return max(0, self.context - self.prompt) if self.prompt is not None else 0
+
+
+def room_in(message: str, max_tokens: int) -> Room | None:
+    """Return what an overflow's message says of context and prompt, or None.
+
+    Args:
+        max_tokens: tokens that were asked for beside the prompt.
+    """
+
+    def first(match: re.Match[str] | None) -> int | None:
+        found = next((group for group in match.groups() if group), None) if match else None
+        return None if found is None or len(found) > 12 else int(found.replace(",", ""))
+
+    context, prompt = first(_CONTEXT.search(message)), first(_PROMPT.search(message))
+    if context is None:
+        return None
+    requested = first(_REQUESTED.search(message))
+    if prompt is None and requested is not None and requested > max_tokens:
+        prompt = requested - max_tokens
+    return Room(context, prompt)
+
+
+def unsupported(message: str, param: str, sent: Collection[str]) -> tuple[str, str] | None:
+    """Return the parameter of those `sent` that a refusal is about, and what to send in its place ("" is nothing).
+
+    Args:
+        param: the parameter that the error's body names.
+    """
+    if "max_tokens" in sent and "max_completion_tokens" in message and "max_tokens" in message:
+        return "max_tokens", "max_completion_tokens"
+    if not _UNSUPPORTED.search(message):
+        return None
+    if param in sent:
+        return param, ""
+    return next(((name, "") for name in sent if re.search(rf"(?<![a-z_]){name}(?![a-z_])", message)), None)
 
 
 def said_in(body: Any) -> str:
@@ -74,59 +144,203 @@ def content_text(content: Any) -> str:
     texts = [part.get("text") for part in parts if part.get("type") not in ("thinking", "reasoning")]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("its content is no text")
-    return "".join(texts)
+    return "".join(map(str, texts))
+
+
+def split_thought(text: str) -> tuple[str, str]:
+    """Return the thought that a completion begins with, and what follows it.
+
+    A thought is a block of `<think>`, `<thinking>`, `<reasoning>` and the like at the beginning; one that is never
+    closed is all thought, and one that a chat template has opened before the completion has only an end.
+    """
+    thoughts = []
+    while opened := _OPENED.match(text):
+        name = opened[1]
+        closing = rf"</{re.escape(name)}\s*>" if name else re.escape("[/THINK]" if opened[2] else "◁/think▷")
+        closed = re.compile(closing, re.IGNORECASE).search(text, opened.end())
+        thoughts.append(text[opened.end():closed.start() if closed else None].strip())
+        text = text[closed.end():].lstrip() if closed else ""
+    if not thoughts and (closed := _CLOSED.search(text)):
+        thoughts, text = [text[:closed.start()].strip()], text[closed.end():].lstrip()
+    return "\n".join(filter(None, thoughts)), text
 
 
 def usage_of(used: Any) -> Usage:
-    """Return the tokens that an answer's `usage` tells."""
+    """Return the tokens that an answer's `usage` tells.
+
+    OpenAI counts the tokens of reasoning in completion_tokens; xAI and Gemini beside them, which total_tokens shows.
+    A count that nothing could have used is none.
+    """
 
     def count(group: Any, key: str) -> int | None:
-        value = getattr(group, key, None)
-        return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+        value = group.get(key) if isinstance(group, dict) else None
+        known = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_TOKENS
+        return value if known else None
+
+    def detail(group: str, key: str) -> int:
+        return count(used.get(group), key) or 0
 
     prompt, completion = count(used, "prompt_tokens"), count(used, "completion_tokens")
     if prompt is None or completion is None:
         return Usage(unknown=1)
+    reasoning, total = detail("completion_tokens_details", "reasoning_tokens"), count(used, "total_tokens")
+    beside = max(0, total - prompt - completion) if total else reasoning if reasoning > completion else 0
     # Cached tokens are some of the prompt's: more of them would make its cost negative.
-    return Usage(prompt, completion,
-                 min(prompt,
-                     count(getattr(used, "prompt_tokens_details", None), "cached_tokens") or 0),
-                 count(getattr(used, "completion_tokens_details", None), "reasoning_tokens") or 0)
+    return Usage(prompt, completion + beside, min(prompt, detail("prompt_tokens_details", "cached_tokens")),
+                 min(reasoning or beside, completion + beside))
 
 
-def failure_in(answer: "ChatCompletion") -> "openai.APIStatusError | None":
-    """Return the error that an answer with status 200 carries, as if it had come with a status of its own.
+class Failure(NamedTuple):
+    """An error inside an answer with status 200.
 
-    Routers such as OpenRouter send the headers before the provider has failed. Without a number in it, it may pass.
+    Attributes:
+        status: as if it had come with a status of its own; without a number in it, it may pass.
     """
-    import httpx2
-    import openai
-    body = (getattr(answer, "model_extra", None) or {}).get("error")
-    if not body or getattr(answer, "choices", None):
-        return None
-    said, code = said_in(body), body.get("code") if isinstance(body, dict) else None
-    status = 400 if overflowed(400, said, code_in(body)) else 500
-    if isinstance(code, int) and not isinstance(code, bool) and 400 <= code < 600:
-        status = code
-    response = httpx2.Response(status, request=httpx2.Request("POST", "http://endpoint"))
-    return openai.APIStatusError(said or "an error without a message", response=response, body=body)
+    status: int
+    body: Any
 
 
-def completion_of(answer: "ChatCompletion", seconds: float, retries: int) -> Completion:
+def failure_in(answer: Any) -> Failure | None:
+    """Return the error that an answer with status 200 carries: of itself, of its choice, or of the choice's message.
+
+    Routers such as OpenRouter send the headers before the provider has failed.
+    """
+    choice = first_choice(answer)
+    message = choice.get("message") if choice else None
+    for part in (answer, choice, message):
+        body = part.get("error") if isinstance(part, dict) else None
+        if body:
+            said, code = said_in(body), body.get("code") if isinstance(body, dict) else None
+            status = 400 if overflowed(400, said, code_in(body)) else 500
+            if isinstance(code, int) and not isinstance(code, bool) and 400 <= code < 600:
+                status = code
+            return Failure(status, body)
+    return None
+
+
+def first_choice(answer: Any) -> dict[str, Any] | None:
+    """Return an answer's first choice, if it has one."""
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    return choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else None
+
+
+class ContextFull(ValueError):
+    """An answer ended because the context is full."""
+
+    def __init__(self, reason: str, usage: Usage) -> None:
+        super().__init__(f"the answer's finish_reason is {reason}")
+        self.usage = usage
+
+
+def completion_of(answer: Any,
+                  seconds: float = 0.0,
+                  retries: int = 0,
+                  keep_think: bool = False,
+                  finished: Collection[str] = ()) -> Completion:
     """Return what a well-formed answer says.
+
+    Args:
+        keep_think: leave a thought at the beginning where it is.
+        finished: further reasons of whole answers.
 
     Raises:
         ValueError: it has no choice, no message or no text, or says itself that it failed.
+        ContextFull: it says that the context is full.
     """
-    choices = getattr(answer, "choices", None)
-    if not isinstance(choices, list) or not choices or getattr(choices[0], "message", None) is None:
+    choice = first_choice(answer)
+    message = choice.get("message") if choice else None
+    if choice is None or not isinstance(message, dict):
         raise ValueError("it has no choices")
-    message, finish = choices[0].message, choices[0].finish_reason or ""
-    # OpenRouter's word for a provider that failed half-way; vLLM's and SGLang's for a request that was dropped.
-    if finish in ("error", "abort"):
-        raise ValueError(f"its finish_reason is {finish}")
-    extra = message.model_extra or {}
-    reasoning = extra.get("reasoning_content") or extra.get("reasoning") or ""
-    return Completion(surrogates.replaced(content_text(message.content)),
-                      surrogates.replaced(reasoning) if isinstance(reasoning, str) else "", surrogates.replaced(finish),
-                      usage_of(answer.usage), seconds, retries)
+    reason = choice.get("finish_reason")
+    if reason is not None and not isinstance(reason, str):
+        raise ValueError(f"its finish_reason is {short(reason, 60)}")
+    finish = (reason or "").strip()
+    usage = usage_of(answer.get("usage"))
+    if finish.lower() in FULL:
+        raise ContextFull(finish, usage)
+    if finish and finish.lower() not in FINISHED and finish not in finished:
+        raise ValueError(f"its finish_reason is {finish[:60]}, which no whole answer has; if this endpoint's have, "
+                         f"say so with --finish-reason {finish[:60]}")
+    text = content_text(message.get("content"))
+    reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
+    reasoning = reasoning if isinstance(reasoning, str) else ""
+    # What else was said: a refusal, tool calls, audio, citations. Empty and null is nothing.
+    known = ("role", "content", "reasoning_content", "reasoning", "refusal", "error")
+    extras = {key: value for key, value in message.items() if key not in known and value}
+    refusal = message.get("refusal")
+    refusal = refusal if isinstance(refusal, str) else ""
+    if not finish and not (text.strip() or refusal or extras):
+        raise ValueError("it has neither text nor finish_reason")
+    if not keep_think:
+        thought, text = split_thought(text)
+        reasoning = "\n".join(filter(None, (reasoning, thought)))
+    return Completion(text, reasoning, finish, usage, seconds, retries, refusal, extras)
+
+
+def streamed(text: str) -> Any:
+    """Return the answer whose pieces are the events in `text`, in the form of an answer that came whole.
+
+    Raises:
+        ValueError: an event is no JSON, there is none, or the stream ends without a finish_reason or [DONE].
+    """
+    answer: dict[str, Any] = {}
+    message: dict[str, Any] = {"role": "assistant"}
+    choice: dict[str, Any] = {"message": message}
+    ended, begun = False, False
+    for data in events(text):
+        if data.strip() == "[DONE]":
+            ended = True
+            continue
+        chunk = loads(data)
+        if not isinstance(chunk, dict):
+            raise ValueError("an event is no object")
+        if chunk.get("error"):
+            return {"error": chunk["error"]}
+        answer["usage"] = chunk.get("usage") or answer.get("usage")
+        part = first_choice(chunk)
+        if part is None or part.get("index", 0) != 0:
+            continue
+        begun = True
+        choice.update({
+            key: value
+            for key, value in part.items() if key not in ("delta", "message") and value is not None
+        })
+        delta = part.get("delta") or part.get("message") or {}
+        if not isinstance(delta, dict):
+            raise ValueError("an event's delta is no object")
+        for key, value in delta.items():
+            before = message.get(key)
+            if key == "tool_calls" and isinstance(value, list):
+                message[key] = _joined_calls(before if isinstance(before, list) else [], value)
+            elif key != "role" and isinstance(before, str) and isinstance(value, str):
+                message[key] = before + value
+            elif isinstance(before, list) and isinstance(value, list):
+                message[key] = [*before, *value]
+            elif value is not None:
+                message[key] = value
+    if not begun:
+        raise ValueError("it has no events with choices")
+    if not ended and not choice.get("finish_reason"):
+        raise ValueError("the stream ends in the middle")
+    return {**answer, "choices": [choice]}
+
+
+def _joined_calls(calls: list[Any], deltas: Sequence[Any]) -> list[Any]:
+    """Return tool calls with the pieces in `deltas` added to those of the same index."""
+    for delta in deltas:
+        if not isinstance(delta, dict):
+            continue
+        same = next((one for one in calls if one.get("index") == delta.get("index")), None)
+        if same is None:
+            calls.append(delta)
+            continue
+        more = delta.get("function")
+        if isinstance(same.get("function"), dict) and isinstance(more, dict):
+            same["function"]["arguments"] = f"{same['function'].get('arguments') or ''}{more.get('arguments') or ''}"
+    return calls
+
+
+def describe(headers: Mapping[str, str], body: bytes) -> str:
+    """Return content type and first characters of an answer that is none."""
+    kind = headers.get("content-type", "").partition(";")[0].strip() or "no content type"
+    return f"{kind[:60]}: {json.dumps(body[:80].decode(errors='replace'), ensure_ascii=False)}"

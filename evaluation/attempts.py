@@ -24,11 +24,14 @@ class Outcome(StrEnum):
     ENV_ERROR = "env_error"
     MODEL_ERROR = "model_error"
     TIMEOUT = "timeout"
+    REFUSED = "refused"
 
 
 SCORED = (Outcome.SUCCESS, Outcome.FAILURE, Outcome.MAX_ROUNDS, Outcome.TOKEN_LIMIT, Outcome.CONTEXT_OVERFLOW)
 # The infrastructure's own: they say nothing of the model and never enter a score.
 ERRORS = (Outcome.ENV_ERROR, Outcome.MODEL_ERROR, Outcome.TIMEOUT)
+# The endpoint's last word on an item: neither a score nor an error that another try could mend.
+SETTLED = (Outcome.REFUSED, )
 
 _KEPT = with_config(ConfigDict(strict=True, extra="allow"))  # a later version may keep more
 AnyOutcome = Annotated[Outcome, Field(strict=False)]
@@ -59,6 +62,11 @@ class Turn(TypedDict):
     reasoning: NotRequired[str]
     finish: NotRequired[str]
     invalid: NotRequired[bool]
+    refusal: NotRequired[str]  # said in place of an answer
+    extras: NotRequired[dict[str, Any]]  # what else the message had, such as tool_calls
+    cut: NotRequired[Count]  # tokens that the answer was limited to, since the context had no more
+    seconds: NotRequired[Seconds]  # of the answer
+    tokens: NotRequired[Annotated[list[Tokens], Field(min_length=2, max_length=2)]]  # of prompt and completion
 
 
 @_KEPT
@@ -78,6 +86,7 @@ class Attempt(TypedDict):
             share of the row's range; `upstream_reward` what AgentGym's own client would have taken.
         seconds: of the whole attempt, tries and waits included; model_seconds, env_seconds: of the last try.
         task: a digest of the first observation, `first`.
+        room: where the context overflowed, tokens of it that the prompt had left, as far as the endpoint said so.
     """
     item: str
     index: int
@@ -102,9 +111,10 @@ class Attempt(TypedDict):
     task: str
     first: str
     turns: list[Turn]
+    room: NotRequired[Count]
 
 
-FIELDS = tuple(Attempt.__annotations__)
+FIELDS = tuple(Attempt.__required_keys__)
 ADAPTER: TypeAdapter[Attempt] = TypeAdapter(Attempt)
 
 
@@ -127,7 +137,8 @@ def read_attempt(value: Any) -> Attempt:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
         found = json.dumps(first["input"], default=repr)
-        raise ValueError(f"has no {place}" if first["type"] == "missing" else f"has {place} {short(found, 60)}") from None
+        raise ValueError(f"has no {place}" if first["type"] ==
+                         "missing" else f"has {place} {short(found, 60)}") from None
     empty = [name for name in ("success", "reward", "scaled", "upstream_reward") if record[name] is None]
     if record["outcome"] in SCORED and empty:
         raise ValueError(f"has outcome {record['outcome']} and no {empty[0]}")

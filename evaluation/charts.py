@@ -4,7 +4,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evaluation import surrogates
+from evaluation import foreign
+from evaluation.text import one_line
 
 # matplotlib wants real colours; these stand for the page's own and are exchanged in the SVG.
 TEXT, GRID = "#010203", "#010205"
@@ -62,7 +63,7 @@ def svg(draw: Any, name: str, width: float = 4.6, height: float = 2.6) -> str:
 
 def legend(run: str) -> str:
     """Return a run's name for the legend, its middle left out where it is long: names of runs differ at their ends."""
-    run = surrogates.replaced(run)  # in a folder's name they stand for bytes that are no UTF-8
+    run = one_line(foreign.replaced(run))  # in a folder's name they stand for bytes that are no UTF-8
     short = run if len(run) <= 40 else f"{run[:19]}…{run[-20:]}"
     return short.replace("$", r"\$")  # which would begin a formula
 
@@ -81,7 +82,7 @@ def bars(labels: Sequence[str],
         errors: by run, the lengths of the error bars below and above.
         lying: bars lie, for long labels.
     """
-    labels = [label if len(label) <= 24 else label[:23] + "…" for label in labels]
+    labels = [label if len(label) <= 24 else label[:23] + "…" for label in map(one_line, labels)]
     # A dollar sign would begin a formula.
     labels = [label.replace("$", r"\$") for label in labels]
     thick = 0.8 / max(1, len(runs))

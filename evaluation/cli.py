@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 from evaluation import __version__
+from evaluation.text import one_line
 
 FAILED, MISUSE, INTERRUPTED = 1, 2, 130
 
@@ -61,7 +62,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:  # type: ignore[override]
         """Leave with exit code 2."""
-        self.exit(MISUSE, f"{self.prog}: {message}; see --help\n")
+        self.exit(MISUSE, f"{self.prog}: {one_line(message)}; see --help\n")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -107,6 +108,27 @@ def parser() -> argparse.ArgumentParser:
     add("--top-p", type=_share, default=None, help="0 to 1 (default: left out)")
     add("--max-tokens", type=_amount, default=4096, help="of one completion, 0 to leave it out (default: 4096)")
     add("--extra-body", default="", help="JSON object with further fields of the request")
+    add("--keep-think",
+        action="store_true",
+        help="leave a thought (<think>…</think>) before the answer in it, as upstream does (default: kept apart)")
+    add("--finish-reason",
+        action="append",
+        default=[],
+        help="a finish_reason of this endpoint's whole answers that is not known here; repeatable")
+    add("--stream", action="store_true", help="ask for answers in pieces, for endpoints that give them in no other way")
+    add("--api-version",
+        default="",
+        help="api-version in the address of each request, as Azure wants it (default: none)")
+    add("--header",
+        action="append",
+        default=[],
+        metavar="NAME=VARIABLE",
+        help="send this header with what the environment variable holds, as in api-key=AZURE_KEY; repeatable")
+    add("--max-answer",
+        type=_positive,
+        default=64.0,
+        help="MB of one answer of the environment or the endpoint, unpacked; a larger one is that request's fault "
+        "(default: 64)")
     add("--token-limit",
         type=_amount,
         default=0,

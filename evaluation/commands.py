@@ -2,15 +2,20 @@
 import argparse
 import asyncio
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from pydantic import ConfigDict, Field, TypeAdapter, with_config
+from typing_extensions import TypedDict
+
+from evaluation import foreign
 from evaluation.attempts import ERRORS, Attempt
 from evaluation.cli import FAILED, INTERRUPTED, MISUSE
+from evaluation.output import complain
 from evaluation.problems import Misuse, Stopped, Unreachable
 from evaluation.records import differences
+from evaluation.text import one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,8 +32,7 @@ def price_of(file: str, model: str) -> dict[str, float] | None:
     from evaluation.prices import read_price
     price = read_price(file, model)
     if file and price is None:
-        print(f"eval: --prices {file} has no price for {model}, so its cost is not shown; add a table [\"{model}\"]",
-              file=sys.stderr)
+        complain(f"--prices {file} has no price for {model}, so its cost is not shown; add a table [\"{model}\"]")
     return price
 
 
@@ -52,13 +56,14 @@ def run_command(options: argparse.Namespace) -> int:
         raise Misuse("--fresh and --resume contradict each other; give one")
     if options.resume and not (settings.out / RUN).exists():
         raise Misuse(f"--resume: no run in {settings.out}; leave --resume out, or name the run's folder with --out")
-    model = settings.make_model()
-    if options.check:
-        return 0
     console = show.console()
 
     def say(line: str) -> None:
-        console.print(f"{settings.row.name}: {line}", highlight=False, markup=False, soft_wrap=True)
+        console.print(one_line(f"{settings.row.name}: {line}"), highlight=False, markup=False, soft_wrap=True)
+
+    model = settings.make_model(say)
+    if options.check:
+        return 0
 
     def tell(line: str) -> None:
         if not options.quiet:
@@ -72,6 +77,8 @@ def run_command(options: argparse.Namespace) -> int:
         if resumed:
             tell(f"resuming {settings.out}: {len(folder.records)} of {total} attempts are done"
                  f"{f', {len(folder.earlier)} failed by infrastructure are played again' if folder.earlier else ''}")
+        for one in folder.damaged:
+            say(f"{settings.out}/attempts.jsonl: {one.reason}; it is set aside in damaged.jsonl and played again")
         tell(f"{len(settings.items)} items ({settings.origin}) x {settings.samples}, model {settings.model}, "
              f"{settings.limits.rounds} rounds, {settings.concurrency} at once, prompt {settings.prompt.source}")
         code = 0
@@ -89,7 +96,7 @@ def run_command(options: argparse.Namespace) -> int:
         summary = conclude(settings.out, records, settings.samples, total, price,
                            wall(read_run(settings.out)["work"], records))
     if options.quiet:
-        say(f"{settings.model}: {show.one_line(summary)}")
+        say(f"{settings.model}: {show.summary_line(summary)}")
     else:
         show_numbers(console, {settings.model: summary}, settings.out, options.upstream_compat,
                      [settings.prompt.source])
@@ -98,6 +105,8 @@ def run_command(options: argparse.Namespace) -> int:
         report.write(path, [compared.Run(settings.model, read_run(settings.out), records, summary)],
                      options.upstream_compat)
         tell(f"report: {path}")
+    for line in notes(summary, settings.sampling.max_tokens):
+        say(line)
     if stopped:
         raise type(stopped)(f"{stopped}; mended, the same command goes on with {settings.out}")
     if code == INTERRUPTED:
@@ -109,6 +118,23 @@ def run_command(options: argparse.Namespace) -> int:
             "the same command plays them again")
         code = FAILED
     return code
+
+
+def notes(summary: Mapping[str, Any], max_tokens: int) -> list[str]:
+    """Return what of a run's numbers must not be overlooked, a line each."""
+    found = []
+    if summary["room_left"]:
+        found.append(f"{summary['room_left']} attempts ended in context_overflow with room left in the context: "
+                     f"lower --max-tokens ({max_tokens} now)")
+    if summary["answers"] and 2 * summary["empty_answers"] > summary["answers"]:
+        found.append(
+            f"{summary['empty_answers']} of {summary['answers']} answers are empty: does the model only think, "
+            "refuse or call tools? See the report, and raise --max-tokens where it thinks")
+    if summary["attempts"] < summary["expected"] or summary["errors"]:
+        found.append(
+            f"{summary['scored']} of {summary['expected']} attempts have a score; while a run is not whole its "
+            "numbers are biased, as short episodes end first")
+    return found
 
 
 def conclude(folder: Path, records: list[Attempt], samples: int, expected: int, price: dict[str, float] | None,
@@ -164,11 +190,11 @@ def report_command(options: argparse.Namespace) -> int:
     from evaluation import compared, report
     from evaluation.records import REPORT
     folders = [Path(name) for name in options.folders]
-    runs = compared.load(folders, lambda model: price_of(options.prices, model))
+    runs = compared.load(folders, lambda model: price_of(options.prices, model), complain)
     path = Path(options.out) if options.out else folders[0] / REPORT if len(folders) == 1 else Path(COMPARED)
     report.write(path, runs, options.upstream_compat)
     print(f"report: {path}")
-    return 0
+    return MISUSE if len(runs) < len(folders) else 0
 
 
 def compare_command(options: argparse.Namespace) -> int:
@@ -237,7 +263,7 @@ def conversations_command(options: argparse.Namespace) -> int:
     return 0
 
 
-def summary_of(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+def summary_of(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the numbers of a run: those in summary.json, which a `rescore` may have made, unless attempts came after.
 
     Raises:
@@ -248,8 +274,8 @@ def summary_of(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     from evaluation.rescoring import read_scored
     try:
         if (folder / SUMMARY).stat().st_mtime_ns >= (folder / ATTEMPTS).stat().st_mtime_ns:
-            return json.loads((folder / SUMMARY).read_text())
-    except (OSError, ValueError):
+            return SUMMARY_SHOWN.validate_python(foreign.read_json(folder / SUMMARY))
+    except (OSError, ValueError):  # of another form, too: pydantic's is one
         pass
     return summarize(read_scored(folder), config["samples"], len(config["items"]) * config["samples"])
 
@@ -279,7 +305,7 @@ def list_command(options: argparse.Namespace) -> int:
             damaged.append(f"{folder} holds no run that this version can read; remove it or look there with its own")
     show.console().print(table)
     for line in damaged:
-        print(f"eval: {line}", file=sys.stderr)
+        complain(line)
     return MISUSE if damaged else 0
 
 
@@ -303,6 +329,16 @@ def prompts_command(options: argparse.Namespace) -> int:
     return 0
 
 
+@with_config(ConfigDict(extra="allow"))
+class Shown(TypedDict):
+    """What of a summary a list shows."""
+    attempts: Annotated[int, Field(ge=0, le=10**12)]
+    expected: Annotated[int, Field(ge=0, le=10**12)]
+    errors: Annotated[int, Field(ge=0, le=10**12)]
+    success: dict[str, Annotated[float, Field(ge=0, le=10**12)] | str | None] | None
+
+
+SUMMARY_SHOWN = TypeAdapter(Shown)
 COMMANDS = {
     "run": run_command,
     "rescore": rescore_command,

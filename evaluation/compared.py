@@ -1,6 +1,6 @@
 """The runs that a report or a comparison is of: their names, their differences, the trainings that they belong to."""
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 from evaluation import show
 from evaluation.attempts import Attempt
 from evaluation.numbers import compare, summarize, wall
+from evaluation.problems import Misuse
 
 # Whole words, for there are models called two-step-7b; a plain step stands at the end, for there are step2-mini too.
 STEP = re.compile(r"(?:^|[^a-zA-Z0-9])(?:global_step_?(\d+)(?![a-zA-Z0-9])|step[-_]?(\d+)(?=(?:-actor)?$))")
@@ -42,18 +43,36 @@ def names(labels: Sequence[tuple[str, Path]]) -> list[str]:
     return called if len(set(called)) == len(called) else [f"{n}: {name}" for n, name in enumerate(called, 1)]
 
 
-def load(folders: Sequence[Path], price_of: Any = lambda model: None) -> list[Run]:
-    """Return the runs in `folders`, called as `names` says."""
+def load(folders: Sequence[Path],
+         price_of: Any = lambda model: None,
+         complain: Callable[[str], None] | None = None) -> list[Run]:
+    """Return the runs in `folders`, called as `names` says.
+
+    Args:
+        complain: is told of each run that cannot be read, which is then left out.
+
+    Raises:
+        Misuse: a run cannot be read, and nobody is told so; or none can.
+    """
     from evaluation.rescoring import read_manifest, read_scored
-    manifests = [read_manifest(folder) for folder in folders]
-    called = names([(one["config"]["model"], folder) for one, folder in zip(manifests, folders, strict=True)])
+    read = []
+    for folder in folders:
+        try:
+            read.append((folder, read_manifest(folder), read_scored(folder)))
+        except Misuse as problem:
+            if complain is None or len(folders) == 1:
+                raise
+            complain(str(problem))
+    if not read:
+        raise Misuse(f"none of {', '.join(map(str, folders))} can be read; name others")
+    called = names([(manifest["config"]["model"], folder) for folder, manifest, _ in read])
     runs = []
-    for name, one, folder in zip(called, manifests, folders, strict=True):
-        config, records = one["config"], read_scored(folder)
+    for name, (_, manifest, records) in zip(called, read, strict=True):
+        config = manifest["config"]
         numbers = summarize(records, config["samples"],
                             len(config["items"]) * config["samples"], price_of(config["model"]),
-                            wall(one["work"], records))
-        runs.append(Run(name, one, records, numbers))
+                            wall(manifest["work"], records))
+        runs.append(Run(name, manifest, records, numbers))
     return runs
 
 

@@ -2,6 +2,7 @@
 import asyncio
 import hashlib
 import random
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -84,6 +85,8 @@ class Episode:
     waited: bool = False  # in vain for the server, as long as one does
     outcome: Outcome = Outcome.ENV_ERROR
     error: str = ""
+    refused: bool = False  # by the endpoint, for what is in this conversation
+    room: int = 0
 
     async def play(self, server: Server, session: int, row: Row, prompt: Prompt, item: Item, player: Any,
                    limits: Limits) -> None:
@@ -114,6 +117,16 @@ class Episode:
                 turn["reasoning"] = completion.reasoning
             if completion.finish not in ("stop", ""):
                 turn["finish"] = completion.finish
+            if completion.refusal:
+                turn["refusal"] = completion.refusal
+            if completion.extras:
+                turn["extras"] = dict(completion.extras)
+            if completion.cut:
+                turn["cut"] = completion.cut
+            if completion.seconds:
+                turn["seconds"] = round(completion.seconds, 3)
+            if not completion.usage.unknown and completion.usage.prompt:
+                turn["tokens"] = [completion.usage.prompt, completion.usage.completion]
             if not action.found:
                 turn["invalid"] = True
             self.turns.append(turn)
@@ -212,15 +225,27 @@ async def _one_try(server: Server, row: Row, prompt: Prompt, item: Item, player:
     except ModelFault as fault:
         episode.outcome, episode.error = Outcome.MODEL_ERROR, str(fault)
         episode.retries += fault.retries
+        episode.refused = fault.refused
     except ContextOverflow as overflow:
         episode.outcome, episode.error = ended(row, episode.reward, Outcome.CONTEXT_OVERFLOW), str(overflow)
         if overflow.usage is not None:
             episode.usage.add(overflow.usage)
+        if overflow.room is not None:
+            # Where the endpoint does not name the prompt, what the last answer knew of it is the least that it has.
+            last = episode.turns[-1].get("tokens", [0, 0]) if episode.turns else [0, 0]
+            known = overflow.room.prompt if overflow.room.prompt is not None else sum(last)
+            episode.room = max(0, overflow.room.context - known) if known else 0
     except TimeoutError:
         episode.outcome, episode.error = Outcome.TIMEOUT, f"the episode took longer than {limits.seconds:g} s"
     finally:
         await _give_back(server, session, clean=not episode.in_doubt)
     return episode
+
+
+def same_words(one: str, other: str) -> bool:
+    """Return True if two messages differ at most in numbers and the ids of requests."""
+    first, second = (re.sub(r"\b[0-9a-fA-F-]{8,}\b|\d+", "#", text) for text in (one, other))
+    return first == second
 
 
 async def attempt(server: Server, model: Model, row: Row, prompt: Prompt, item: Item, sample: int, seed: int | None,
@@ -239,11 +264,16 @@ async def attempt(server: Server, model: Model, row: Row, prompt: Prompt, item: 
         if number:
             await asyncio.sleep(0.25 * 2**number * random.uniform(0.5, 1.0))
         episode = await _one_try(server, row, prompt, item, model.player(item.number, sample, seed), limits)
-        if episode.outcome != Outcome.ENV_ERROR or episode.waited or number == limits.tries - 1:
+        if episode.refused and any(one["outcome"] == Outcome.MODEL_ERROR and same_words(one["error"], episode.error)
+                                   for one in tries):
+            episode.outcome = Outcome.REFUSED  # twice in the same words
+            break
+        if not (episode.refused
+                or episode.outcome == Outcome.ENV_ERROR) or episode.waited or number == limits.tries - 1:
             break
         tries.append(Try(outcome=episode.outcome, error=episode.error, usage=episode.usage.counts()))
     scored = episode.outcome in SCORED
-    return {
+    record: Attempt = {
         "item": item.id,
         "index": item.number,
         "category": item.category,
@@ -268,3 +298,6 @@ async def attempt(server: Server, model: Model, row: Row, prompt: Prompt, item: 
         "first": episode.first,
         "turns": episode.turns,
     }
+    if episode.room:
+        record["room"] = episode.room
+    return record

@@ -1,5 +1,4 @@
 """Which items are played: AgentGym's lists, ids of all their forms, ranges, and categories from the files' names."""
-import json
 import os
 import random
 import re
@@ -7,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evaluation import surrogates
+from evaluation import foreign
 from evaluation.problems import Misuse, reason
 from evaluation.rows import Row
 
@@ -48,9 +47,9 @@ def read_map(path: Path) -> list[Any]:
         Misuse: it cannot be read, or has another form.
     """
     try:
-        entries = json.loads(path.read_text())
+        entries = foreign.read_json(path)
         trial_numbers([entries])
-    except (OSError, ValueError, RecursionError) as error:  # a pointer of Git LFS is no JSON
+    except (OSError, ValueError) as error:  # a pointer of Git LFS is no JSON
         raise Misuse(f"item map {path} cannot be read: {reason(error)}; restore it in the checkout") from None
     except (KeyError, TypeError):
         raise Misuse(f"item map {path} has an entry without task_id, task_type and item_id; "
@@ -75,7 +74,7 @@ def collect_maps(rows: Iterable[Row], checkout: Path) -> dict[str, list[Any]]:
 def collected_maps(env: str, collected: Path = COLLECTED) -> list[Any]:
     """Return the image's item maps of `env`; none where there is no such file, or a damaged one."""
     try:
-        maps = json.loads(collected.read_text())[env]
+        maps = foreign.read_json(collected)[env]
         trial_numbers(maps)
     except (OSError, ValueError, KeyError, TypeError):
         return []
@@ -126,15 +125,15 @@ def read_list(path: Path) -> list[str | int]:
         Misuse: it cannot be read so.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        text = foreign.read_text(path)
+    except (OSError, ValueError) as error:
         raise Misuse(f"item list {path} cannot be read: {reason(error)}; "
                      "name a text or JSON file that you may read, or items such as 0-99") from None
     if not text.lstrip().startswith(("[", "{", '"')):
         return [line.strip() for line in text.splitlines() if line.strip()]
     try:
-        entries = json.loads(text)
-    except (ValueError, RecursionError):
+        entries = foreign.loads(text)
+    except ValueError:
         raise Misuse(f"item list {path} is no JSON; expected [{{\"item_id\": \"env_0\"}}, …]") from None
     names = [entry.get("item_id") if isinstance(entry, dict) else entry
              for entry in entries] if isinstance(entries, list) else [None]
@@ -161,7 +160,7 @@ def list_files(env: str, root: Path) -> tuple[Path | None, list[Path]]:
 
 def category_of(file: Path, env: str) -> str:
     """Return the category that a list's file name tells: searchqa_nq_test.json is nq."""
-    return surrogates.replaced(file.stem).removeprefix("lmrlgym_").removeprefix(f"{env}_").removesuffix("_test")
+    return foreign.replaced(file.stem).removeprefix("lmrlgym_").removeprefix(f"{env}_").removesuffix("_test")
 
 
 def in_lists(whole: Path | None, parts: Sequence[Path], env: str, trials: Mapping[str,

@@ -18,12 +18,18 @@ class Sampling:
         max_tokens: of one completion; 0 leaves the field out.
         extra: further fields of the request's body.
         context: tokens that prompt and completion may have together, for endpoints that do not watch it; 0 is no limit.
+        keep_think: leave a thought before the answer in it, as upstream does.
+        finished: finish reasons of whole answers, beside those that are known.
+        stream: ask for the answer in pieces, for endpoints that give it in no other way.
     """
     temperature: float | None = 1.0
     top_p: float | None = None
     max_tokens: int = 4096
     extra: Mapping[str, Any] = field(default_factory=dict)
     context: int = 0
+    keep_think: bool = False
+    finished: tuple[str, ...] = ()
+    stream: bool = False
 
 
 @dataclass
@@ -60,6 +66,9 @@ class Completion:
         text: empty where the content was null.
         reasoning: what the server gave apart from the content; it is kept and never sent back.
         finish: stop, length, content_filter, …
+        refusal: what was said in place of an answer.
+        extras: what else the message has, such as tool_calls.
+        cut: tokens that the answer was limited to because the context had no more; 0 is no such limit.
         seconds: how long the answer took, without the failed tries before it.
         retries: how often the request was sent again.
     """
@@ -69,6 +78,9 @@ class Completion:
     usage: Usage = field(default_factory=Usage)
     seconds: float = 0.0
     retries: int = 0
+    refusal: str = ""
+    extras: Mapping[str, Any] = field(default_factory=dict)
+    cut: int = 0
 
 
 class Player(Protocol):
@@ -86,6 +98,10 @@ class Model(Protocol):
             that is the item's trouble, and before that the configuration's.
     """
     answered: bool
+
+    @property
+    def adjusted(self) -> Sequence[str]:
+        """What the endpoint refused in every request and what is sent in its place, in words."""
 
     @property
     def refused(self) -> Collection[tuple[int, int]]:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from evaluation.attempts import ERRORS, SCORED, Attempt, UsageCounts
+from evaluation.attempts import ERRORS, SCORED, SETTLED, Attempt, UsageCounts
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
@@ -188,7 +188,7 @@ def summarize(records: Sequence[Attempt],
         "error_rate": errors / len(records) if records else 0.0,
         "outcomes": {
             name: outcomes[name]
-            for name in (*SCORED, *ERRORS) if outcomes[name]
+            for name in (*SCORED, *SETTLED, *ERRORS) if outcomes[name]
         },
         **scores(records, samples),
         "samples": samples,
@@ -200,6 +200,9 @@ def summarize(records: Sequence[Attempt],
         "rounds": figure([fmean(one["rounds"] for one in group) for group in by_item(records).values()], bounded=False),
         "rounds_histogram": histogram([one["rounds"] for one in scored]),
         "invalid_actions": sum(record["invalid_actions"] for record in records),
+        "answers": sum(len(record.get("turns", ())) for record in records),
+        "empty_answers": sum(not turn["completion"].strip() for record in records for turn in record.get("turns", ())),
+        "room_left": sum(bool(record.get("room")) for record in records),
         "model_retries": sum(record["model_retries"] for record in records),
         "tries_before": sum(len(record["tries_before"]) for record in records),
         "usage": usage,

@@ -1,8 +1,17 @@
 """Standard output that may go away: a pipe whose reader has left, a disk that is full."""
 import io
 import os
+import sys
 from contextlib import suppress
 from typing import TextIO
+
+from evaluation.secrets import hide
+from evaluation.text import one_line
+
+
+def complain(line: str) -> None:
+    """Say on standard error what is wrong, in one line that can be printed."""
+    print(f"eval: {hide(one_line(line))}", file=sys.stderr)
 
 
 class Output(io.TextIOBase):

@@ -49,6 +49,7 @@ class ScriptedModel:
     """`expert` or `random`."""
     answered = True  # a script refuses nothing
     refused = ()
+    adjusted: Sequence[str] = ()
 
     def __init__(self, name: str, row: Row, root: Path) -> None:
         self.name, self.rule, self.module = name, row.action, load(row, root)

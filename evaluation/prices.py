@@ -1,12 +1,11 @@
 """What tokens cost: a table that the user gives. There is none built in, because prices change and vary by contract."""
-import json
-import math
-import tomllib
 from pathlib import Path
 
+from evaluation import foreign
 from evaluation.problems import Misuse, reason
 
 Price = dict[str, float]
+MOST = 1e12  # for a million tokens, in any currency
 
 
 def read_price(file: str, model: str) -> Price | None:
@@ -20,8 +19,8 @@ def read_price(file: str, model: str) -> Price | None:
     if not file:
         return None
     try:
-        text = Path(file).read_text()
-        tables = json.loads(text) if file.endswith(".json") else tomllib.loads(text)
+        text = foreign.read_text(Path(file))
+        tables = foreign.loads(text) if file.endswith(".json") else foreign.toml_loads(text)
     except (OSError, ValueError) as error:
         raise Misuse(
             f"--prices {file} cannot be read: {reason(error)}; name a TOML or JSON file with a table a model") from None
@@ -30,9 +29,9 @@ def read_price(file: str, model: str) -> Price | None:
         return None
     try:
         found = {key: float(price[key]) for key in ("input", "output", "cached") if key in price or key != "cached"}
-        if not all(0 <= value < math.inf for value in found.values()):
+        if not all(0 <= value < MOST for value in found.values()):
             raise ValueError
         return found
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise Misuse(
             f"--prices {file}: {model} needs input and output, numbers of at least 0 for a million tokens") from None

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from evaluation import foreign
 from evaluation.problems import Misuse, reason
 from evaluation.rows import Row
 
@@ -174,8 +175,9 @@ def from_checkout(row: Row, checkout: Path) -> Prompt:
     """
     place = ENVS / row.prompt.file
     try:
-        texts = read_class((checkout / place).read_text(encoding="utf-8"), row.prompt.class_)
-    except (OSError, ValueError, SyntaxError) as error:  # the last where a merge left its marks
+        texts = read_class(foreign.read_text(checkout / place), row.prompt.class_)
+    except (OSError, ValueError, RecursionError, MemoryError,
+            SyntaxError) as error:  # the last where a merge left its marks
         why = reason(error).replace("<unknown>, ", "")
         raise Misuse(f"no prompt of {row.name} in {checkout / place}: {why}; "
                      "point --agentgym at the root of an AgentGym checkout, or pass --plain-prompt") from None
@@ -198,8 +200,8 @@ def from_file(path: Path) -> Prompt:
         Misuse: it cannot be read.
     """
     try:
-        text = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
+        text = foreign.read_text(path).strip()
+    except (OSError, ValueError) as error:
         raise Misuse(f"--prompt {path} cannot be read: {reason(error)}; name a text file with the model's instructions"
                      ) from None
     if not text:
@@ -236,9 +238,9 @@ def find(row: Row,
     if (told / ENVS / row.prompt.file).is_file():
         return from_checkout(row, told)
     try:
-        found = Prompt(**json.loads(collected.read_text())[row.name])
+        found = Prompt(**foreign.read_json(collected)[row.name])
         # The image's build knows the source's commit after the prompts are read, or the layer would never be reused.
         known = os.environ.get("AGENTGYM_REVISION", "")
         return found if found.revision != "unknown" or not known else found.model_copy(update={"revision": known})
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return plain(row)

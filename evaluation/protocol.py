@@ -8,13 +8,16 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, NamedTuple
+from urllib.parse import urljoin, urlsplit
 
 import aiohttp
 
-from evaluation import surrogates
+from evaluation import foreign
+from evaluation.attempts import MOST_REWARD
 from evaluation.endpoint import redacted_url
 from evaluation.problems import EnvironmentFault, Stopped
 from evaluation.rows import Protocol
+from evaluation.secrets import hide
 from evaluation.text import short
 
 # Below uvicorn's five seconds: a connection that the server closes just as we send leaves us in doubt about the step.
@@ -59,7 +62,7 @@ def text_of(observation: Any) -> str:
     """
     if observation is None:
         raise TypeError("null")
-    return str(observation)
+    return hide(str(observation))
 
 
 def session_in(reply: Any, key: str) -> int:
@@ -69,7 +72,7 @@ def session_in(reply: Any, key: str) -> int:
         EnvironmentFault: there is none.
     """
     session = (reply.get(key) if isinstance(reply, dict) else None) if key else reply
-    if isinstance(session, bool) or not isinstance(session, int):
+    if isinstance(session, bool) or not isinstance(session, int) or abs(session) >= 2**63:
         raise EnvironmentFault(f"POST /create: no session id in {short(reply)}", 200)
     return session
 
@@ -85,7 +88,7 @@ def first_in(reply: Any, protocol: Protocol) -> First:
             return First(text_of(reply[0]), [])
         actions = reply.get("available_actions")
         text = "\n".join(text_of(reply[key]) for key in protocol.observation_keys)
-        return First(text, [str(action) for action in actions] if isinstance(actions, list) else [])
+        return First(text, [hide(str(action)) for action in actions] if isinstance(actions, list) else [])
     except (KeyError, IndexError, TypeError, AttributeError):
         raise EnvironmentFault(f"POST /reset: no observation in {short(reply)}", 200) from None
 
@@ -105,9 +108,9 @@ def step_in(reply: Any, protocol: Protocol) -> Step:
         upstream = float(reply["score"]) if protocol.reward != "score" and "score" in reply else None
     except (KeyError, TypeError, ValueError, OverflowError):
         raise EnvironmentFault(f"POST /step: no observation, reward and end in {short(reply)}", 200) from None
-    if not math.isfinite(reward) or not math.isfinite(upstream or 0.0):
-        raise EnvironmentFault(f"POST /step: the reward is not a number ({reward if upstream is None else upstream})",
-                               200)
+    for number in (reward, upstream or 0.0):
+        if not abs(number) <= MOST_REWARD:  # nor is NaN
+            raise EnvironmentFault(f"POST /step: the reward is no number of at most {MOST_REWARD:g} ({number:g})", 200)
     if any(mark in observation for mark in protocol.faults) or observation.startswith(protocol.fault_starts):
         raise EnvironmentFault(f"POST /step: {short(observation)}", 200)
     return Step(observation, 0.0 if protocol.reward_when_done and not done else reward, bool(done), upstream)
@@ -131,12 +134,14 @@ class Server:
                  protocol: Protocol,
                  timeout: float = 300.0,
                  on_open: Callable[[int], None] = lambda session: None,
-                 on_close: Callable[[int], None] = lambda session: None) -> None:
+                 on_close: Callable[[int], None] = lambda session: None,
+                 limit: int = foreign.LARGEST_BODY) -> None:
         self.root = url.rstrip("/")
         self.shown = redacted_url(self.root)
         self.base = self.root + protocol.prefix
         self.protocol = protocol
         self.timeout = timeout
+        self.limit = limit  # bytes of an answer
         self.on_open, self.on_close = on_open, on_close
         self.opened = self.closed = self.lost = self.awaited = 0
         self._pool: list[int] = []
@@ -160,7 +165,10 @@ class Server:
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE)
         # No trust_env: the server is on this machine or on a container's network, and a proxy would be in the way.
         total = self.timeout if math.isfinite(self.timeout) else None  # aiohttp cannot count to infinity
-        self._http = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=total))
+        self._http = aiohttp.ClientSession(connector=connector,
+                                           timeout=aiohttp.ClientTimeout(total=total),
+                                           auto_decompress=False,
+                                           headers={"Accept-Encoding": "gzip"})
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None,
@@ -168,30 +176,50 @@ class Server:
         assert self._http is not None
         await self._http.close()
 
-    async def _call(self, method: str, url: str, what: str, **arguments: Any) -> Any:
+    async def _call(self, method: str, url: str, what: str, hops: int = 0, **arguments: Any) -> Any:
         assert self._http is not None, "use `async with`"
         try:
-            async with self._http.request(method, url, **arguments) as answer:
-                body = await answer.read()
-                status = answer.status
+            # No redirect is followed to another host: it would carry what is said here to whoever it names.
+            async with self._http.request(method, url, allow_redirects=False, **arguments) as answer:
+                body = await self._read(answer)
+                status, target = answer.status, answer.headers.get("location", "")
         except aiohttp.ClientConnectorError as error:
             raise EnvironmentFault(f"{what}: cannot connect to {self.shown} ({error.os_error.strerror or error})",
                                    sent=False) from None
         except TimeoutError:
             raise EnvironmentFault(f"{what}: no answer within {self.timeout:g} s") from None
-        except (aiohttp.ClientError, OSError) as error:
+        except foreign.TooLarge as error:
+            raise EnvironmentFault(f"{what}: {error}, unpacked; see --max-answer", 200) from None
+        except (aiohttp.ClientError, OSError, ValueError) as error:
             raise EnvironmentFault(redacted_url(f"{what}: {error or type(error).__name__}")) from None
+        if 300 <= status < 400 and target:
+            there = urljoin(url, target)
+            if status in (307, 308) and hops < 3 and urlsplit(there)[:2] == urlsplit(url)[:2]:
+                return await self._call(method, there, what, hops + 1, **arguments)
+            raise EnvironmentFault(
+                f"{what}: HTTP {status} redirects to {short(redacted_url(target))}, which is not followed; "
+                "name that address with --server", status)
         if status != 200:
             raise EnvironmentFault(f"{what}: HTTP {status} {short(body.decode(errors='replace'))}", status)
         try:
-            reply = surrogates.loads(body)
-        except ValueError:
-            raise EnvironmentFault(f"{what}: the answer is no JSON: {short(body.decode(errors='replace'))}",
+            reply = foreign.loads(body)
+        except ValueError as error:
+            raise EnvironmentFault(f"{what}: the answer is no JSON: {short(body.decode(errors='replace'))} ({error})",
                                    200) from None
         fault = error_in(reply)
         if fault is not None:
             raise EnvironmentFault(f"{what}: {fault}", 200)
         return reply
+
+    async def _read(self, answer: aiohttp.ClientResponse) -> bytes:
+        """Return an answer's body, unpacked, as far as the limit."""
+        encoding = answer.headers.get("content-encoding", "")
+        if not encoding and answer.content_length is not None and answer.content_length <= self.limit:
+            return await answer.read()
+        body = foreign.Body(encoding, self.limit)
+        async for piece in answer.content.iter_any():
+            body.feed(piece)
+        return body.whole()
 
     async def _post(self, route: str, body: Any) -> Any:
         return await self._call("POST", self.base + route, "POST " + route, json=body)
@@ -216,10 +244,8 @@ class Server:
             self._held.add(session)
             return session
         create = self.protocol.create
-        reply = await self._call("POST", self.base + "/create", "POST /create",
-                                 **({} if create is None else {
-                                     "json": create
-                                 }))
+        arguments: dict[str, Any] = {} if create is None else {"json": create}
+        reply = await self._call("POST", self.base + "/create", "POST /create", **arguments)
         session = session_in(reply, self.protocol.id_reply)
         if session in self._held:
             self._twice.add(session)

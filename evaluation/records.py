@@ -3,6 +3,7 @@
     attempts.jsonl   one line an attempt, written and flushed as it ends; each item and sample once, but for an
                      attempt that was played again since the run was last taken up: there the later line stands
     superseded.jsonl attempts that the infrastructure spoilt and that were played again
+    damaged.jsonl    lines of attempts.jsonl that were no attempts, as they were; their items are played again
     run.json         configuration, its hash, row, prompt, versions, and when the run was worked on
     sessions.jsonl   sessions that were opened and closed, so that a run that was killed leaves none behind
     summary.json     the numbers; report.html: the report
@@ -16,18 +17,25 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, TypeVar
+from typing import IO, Annotated, Any, Generic, NamedTuple, TypeVar
 
-from evaluation import surrogates
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict
+
+from evaluation import foreign
 from evaluation.attempts import ERRORS, Attempt, Key, Try, key_of, read_attempt
-from evaluation.problems import Misuse, Stopped
+from evaluation.output import complain
+from evaluation.problems import Misuse, Stopped, reason
+from evaluation.secrets import hide
 from evaluation.text import short
 
 T = TypeVar("T")
 
 ATTEMPTS, SUPERSEDED, RUN, SESSIONS = "attempts.jsonl", "superseded.jsonl", "run.json", "sessions.jsonl"
 SUMMARY, REPORT, LOCK, RULE, BEFORE = "summary.json", "report.html", ".lock", "rule.json", ".before"
-FILES = (RUN, ATTEMPTS, SUPERSEDED, SUMMARY, REPORT, RULE)  # of one run
+DAMAGED = "damaged.jsonl"
+FILES = (RUN, ATTEMPTS, SUPERSEDED, SUMMARY, REPORT, RULE, DAMAGED)  # of one run
+LARGEST = 1 << 40  # bytes of a file of JSON lines: it is ours, and its lines are checked one by one
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -35,7 +43,7 @@ def write_whole(path: Path, text: str) -> None:
     beside = path.with_name(path.name + ".new")
     try:
         with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
+            file.write(hide(text))
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
@@ -45,61 +53,63 @@ def write_whole(path: Path, text: str) -> None:
         raise
 
 
-def whole_lines(data: bytes) -> tuple[list[Any], int]:
-    """Return the JSON values in `data`, one a line, and how many bytes they take: what follows is torn.
-
-    Raises:
-        ValueError: a line before the last is no JSON, which no crash explains.
-    """
-    values: list[Any] = []
-    size = 0
-    lines = data.splitlines(keepends=True)
-    for number, line in enumerate(lines):
-        try:
-            value = surrogates.loads(line)
-            if not line.endswith(b"\n"):
-                raise ValueError("no end of line")
-        except ValueError:
-            if number < len(lines) - 1:
-                raise ValueError(f"line {number + 1} is no JSON") from None
-            return values, size
-        values.append(value)
-        size += len(line)
-    return values, size
+class Damaged(NamedTuple):
+    """A line that is none of its file's."""
+    number: int
+    line: bytes
+    reason: str
 
 
-def read_lines(path: Path,
-               read: Callable[[Any], T],
-               repair: bool = False,
-               remedy: str = "restore the file, or start anew with --fresh") -> list[T]:
-    """Return what `read` makes of the values in a file of JSON lines; an absent one has none.
+class ReadLines(NamedTuple, Generic[T]):
+    """What a file of JSON lines holds; `size` is that of its whole lines, after which one may be torn."""
+    values: list[T]
+    damaged: list[Damaged]
+    size: int
+
+
+def whole_lines(data: bytes, read: Callable[[Any], T]) -> ReadLines[T]:
+    """Return what `read` makes of the JSON values in `data`, one a line.
 
     Args:
         read: raises ValueError for a value that is none of the file's.
+    """
+    values: list[T] = []
+    damaged: list[Damaged] = []
+    size = 0
+    for number, line in enumerate(data.splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
+            break  # torn, by whatever ended the run that wrote it
+        size += len(line)
+        try:
+            value = foreign.loads(line)
+        except ValueError:
+            damaged.append(Damaged(number, line, f"line {number} is no JSON"))
+            continue
+        try:
+            values.append(read(value))
+        except ValueError as error:
+            damaged.append(Damaged(number, line, f"line {number} {error}"))
+    return ReadLines(values, damaged, size)
+
+
+def read_lines(path: Path, read: Callable[[Any], T], repair: bool = False) -> ReadLines[T]:
+    """Return what `read` makes of the values in a file of JSON lines; an absent one has none.
+
+    Args:
         repair: cut a torn last line off.
-        remedy: for a file that is damaged.
 
     Raises:
-        Misuse: the file is damaged in its middle, or was written by something else.
+        Misuse: the file cannot be read.
     """
     try:
-        data = path.read_bytes()
+        data = foreign.read_bytes(path, LARGEST)
     except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise Misuse(f"{path} cannot be read: {error.strerror}") from None
-    found = []
-    try:
-        values, size = whole_lines(data)
-        for number, value in enumerate(values, 1):
-            try:
-                found.append(read(value))
-            except ValueError as error:
-                raise ValueError(f"line {number} {error}") from None
-    except ValueError as error:
-        raise Misuse(f"{path}: {error}; {remedy}") from None
-    if repair and size < len(data):
-        os.truncate(path, size)
+        return ReadLines([], [], 0)
+    except (OSError, ValueError) as error:
+        raise Misuse(f"{path} cannot be read: {reason(error)}; restore the file, or start anew with --fresh") from None
+    found = whole_lines(data, read)
+    if repair and found.size < len(data):
+        os.truncate(path, found.size)
     return found
 
 
@@ -125,18 +135,42 @@ def read_session(value: Any) -> dict[str, Any]:
     return value
 
 
+@with_config(ConfigDict(strict=True, extra="allow"))
+class Work(TypedDict):
+    """A stretch of work on a run; `seconds` is None until it ends, and where it was killed."""
+    started: str
+    seconds: Annotated[float, Field(ge=0, le=1e10)] | None
+
+
+@with_config(ConfigDict(strict=True, extra="allow"))
+class Config(TypedDict):
+    """What every configuration has; the rest is compared and shown."""
+    env: str
+    model: str
+    items: list[str]
+    samples: Annotated[int, Field(ge=1, le=10**6)]
+
+
+@with_config(ConfigDict(strict=True, extra="allow"))
+class Manifest(TypedDict):
+    """run.json."""
+    config: Config
+    row: dict[str, Any]
+    prompt: dict[str, Any]
+    revision: str
+    work: list[Work]
+
+
+MANIFEST: TypeAdapter[Manifest] = TypeAdapter(Manifest)
+
+
 def is_run(manifest: Any) -> bool:
     """Return True if a value has the form of run.json."""
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("work"), list):
+    try:
+        MANIFEST.validate_python(manifest)
+    except ValidationError:
         return False
-    if not all(isinstance(manifest.get(key), dict) for key in ("config", "row", "prompt")):
-        return False
-    config = manifest["config"]
-    return (isinstance(manifest.get("revision"), str)
-            and all(isinstance(config.get(key), str) for key in ("env", "model"))
-            and isinstance(config.get("items"), list) and isinstance(config.get("samples"), int) and all(
-                isinstance(work, dict) and isinstance(work.get("started"), str) and "seconds" in work
-                and isinstance(work["seconds"], int | float | None) for work in manifest["work"]))
+    return True
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -146,11 +180,11 @@ def read_run(folder: Path) -> dict[str, Any]:
         Misuse: there is none, or it is damaged.
     """
     try:
-        manifest = json.loads((folder / RUN).read_text(encoding="utf-8"))
+        manifest = foreign.read_json(folder / RUN)
     except OSError:
         raise Misuse(f"no run in {folder}: it has no {RUN}; `python -m evaluation list` shows the runs") from None
-    except ValueError:
-        raise Misuse(f"{folder / RUN} is no JSON; restore it, or start anew with --fresh") from None
+    except ValueError as error:
+        raise Misuse(f"{folder / RUN} is no JSON ({reason(error)}); restore it, or start anew with --fresh") from None
     if not is_run(manifest):
         raise Misuse(f"{folder / RUN} tells of no run; restore it, or start anew with --fresh")
     return manifest
@@ -168,10 +202,16 @@ def latest_of(records: Iterable[Attempt], config: Mapping[str, Any]) -> dict[Key
 def read_attempts(folder: Path) -> list[Attempt]:
     """Return the attempts of a run's folder, without a torn last one; a later line stands for an earlier one.
 
+    A line that is no attempt is named on standard error and left out.
+
     Raises:
-        Misuse: a file is damaged.
+        Misuse: a file cannot be read, or run.json is damaged.
     """
-    return list(latest_of(read_lines(folder / ATTEMPTS, read_attempt), read_run(folder)["config"]).values())
+    config = read_run(folder)["config"]
+    found = read_lines(folder / ATTEMPTS, read_attempt)
+    for one in found.damaged:
+        complain(f"{folder / ATTEMPTS}: {one.reason}; it is left out, and played again when the run goes on")
+    return list(latest_of(found.values, config).values())
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
@@ -204,7 +244,8 @@ class Lines:
         Raises:
             Stopped: it cannot be written; what was written of it is taken back.
         """
-        line = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace") + b"\n"
+        text = hide(json.dumps(value, ensure_ascii=False, separators=(",", ":")))
+        line = text.encode("utf-8", "backslashreplace") + b"\n"
         size = os.fstat(self.file.fileno()).st_size
         try:
             written = 0
@@ -229,6 +270,7 @@ class RunFolder:
         self.leftover: dict[str, list[int]] = {}
         self.spoilt: dict[Key, Attempt] = {}  # by the infrastructure, before this stretch of work
         self.earlier: dict[Key, list[Try]] = {}
+        self.damaged: list[Damaged] = []  # lines of attempts.jsonl that were none
 
     def __enter__(self) -> "RunFolder":
         try:
@@ -252,7 +294,7 @@ class RunFolder:
                 getattr(self, name).close()
         if self.spoilt.keys() & self.records.keys():
             with suppress(OSError, Stopped, Misuse):  # what does not succeed now is done when the run is taken up again
-                lines = read_lines(self.folder / ATTEMPTS, read_attempt, True)
+                lines = read_lines(self.folder / ATTEMPTS, read_attempt, True).values
                 self._set_aside(lines, {key_of(record): record for record in lines})
         before = self.folder / BEFORE
         if before.is_dir() and (error is not None or not self.records):  # the new run has not begun
@@ -296,13 +338,13 @@ class RunFolder:
             if differing:
                 raise Misuse(f"{self.folder} has a run with another configuration ({'; '.join(differing)}); "
                              "choose another --out, or start anew with --fresh")
-        self.leftover = open_sessions(
-            read_lines(self.folder / SESSIONS, read_session, True, "remove it; sessions may stay open"))
-        lines = read_lines(self.folder / ATTEMPTS, read_attempt, True)
+        self.leftover = open_sessions(read_lines(self.folder / SESSIONS, read_session, True).values)
+        found = read_lines(self.folder / ATTEMPTS, read_attempt, True)
+        lines, self.damaged = found.values, found.damaged
         # Without run.json nobody knows what the attempts are of.
         latest = latest_of(lines, config) if resumed else {}
         try:
-            self._set_aside(lines, latest)
+            self._set_aside(lines, latest, found.damaged)
             (self.folder / RULE).unlink(missing_ok=True)
             if not resumed:
                 write_whole(run, json.dumps({"config": config, **facts, "work": []}, indent=1))
@@ -320,17 +362,19 @@ class RunFolder:
         }
         return resumed
 
-    def _set_aside(self, lines: Sequence[Attempt], latest: Mapping[Key, Attempt]) -> None:
+    def _set_aside(self, lines: Sequence[Attempt], latest: Mapping[Key, Attempt],
+                   damaged: Sequence[Damaged] = ()) -> None:
         """Move those of the attempts that do not stand any more from attempts.jsonl to superseded.jsonl.
 
-        Killed on the way, it has written some there already: the next time it writes the rest.
+        What is no attempt goes to damaged.jsonl. Killed on the way, it has written some there already: the next time it
+        writes the rest.
         """
         away = [record for record in lines if latest.get(key_of(record)) is not record]
-        if not away:
+        if not away and not damaged:
             return
         path = self.folder / SUPERSEDED
         there = {(one.get("item"), one.get("sample"), one.get("started"))
-                 for one in read_lines(path, read_object, True)}
+                 for one in read_lines(path, read_object, True).values}
         superseded = Lines(path)
         try:
             for record in away:
@@ -338,6 +382,11 @@ class RunFolder:
                     superseded.add(record)
         finally:
             superseded.close()
+        if damaged:
+            kept = self.folder / DAMAGED
+            before = set(kept.read_bytes().splitlines(keepends=True)) if kept.exists() else set()
+            with kept.open("ab") as file:
+                file.writelines(one.line for one in damaged if one.line not in before)
         write_whole(self.folder / ATTEMPTS,
                     "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in latest.values()))
 

@@ -5,12 +5,16 @@ import json
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from evaluation import show, surrogates
+from evaluation import foreign, show
 from evaluation.attempts import Outcome
 from evaluation.compared import Run, difference_lines
 from evaluation.pictures import draw
+from evaluation.text import visible
+
+if TYPE_CHECKING:
+    import jinja2
 
 PAGE = Path(__file__).parent / "page"
 SHOWN = {"first", "turns", "error", "tries_before", "reward", "seed", "task", "started"}  # by the viewer alone
@@ -79,20 +83,26 @@ def methods(runs: Sequence[Run]) -> str:
     return f"In brackets: 95 % intervals ({', '.join(used)})." if used else "No attempt has a score."
 
 
-def render(runs: Sequence[Run], compat: bool = False) -> str:
-    """Return the page."""
+def template() -> "jinja2.Environment":
+    """Return what makes the page: every text in it is escaped, for HTML and for whoever would turn its direction."""
     import jinja2
-    lines, details = table_lines(runs)
-    script = (PAGE / "report.js").read_text()
-    page = jinja2.Environment(loader=jinja2.FileSystemLoader(PAGE),
+    return jinja2.Environment(loader=jinja2.FileSystemLoader(PAGE),
                               autoescape=True,
                               trim_blocks=True,
-                              lstrip_blocks=True)
+                              lstrip_blocks=True,
+                              finalize=lambda value: visible(foreign.replaced(value))
+                              if isinstance(value, str) and not hasattr(value, "__html__") else value)
+
+
+def render(runs: Sequence[Run], compat: bool = False) -> str:
+    """Return the page."""
+    lines, details = table_lines(runs)
+    script = (PAGE / "report.js").read_text(encoding="utf-8")
     configs = [{
         key: value
         for key, value in run.manifest["config"].items() if key not in ("row", "items")
     } for run in runs]
-    return page.get_template("report.html").render(
+    return template().get_template("report.html").render(
         title=f"{', '.join(dict.fromkeys(run.manifest['config']['env'] for run in runs))}: "
         f"{', '.join(run.name for run in runs)}",
         runs=runs,
@@ -102,7 +112,7 @@ def render(runs: Sequence[Run], compat: bool = False) -> str:
         differences=difference_lines(runs),
         charts=draw(runs),
         upstream=[show.upstream_line(run.summary) for run in runs] if compat else [],
-        style=(PAGE / "report.css").read_text(),
+        style=(PAGE / "report.css").read_text(encoding="utf-8"),
         script=script,
         # The policy names the one script that may run: nothing that a model or an environment said can become another.
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -128,6 +138,6 @@ def write(path: Path, runs: Sequence[Run], compat: bool = False) -> None:
         raise Misuse(f"{path} is a folder; name a file with --out")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, surrogates.replaced(render(runs, compat)))
+        write_whole(path, foreign.replaced(render(runs, compat)))
     except OSError as error:
         raise Stopped(f"{path} cannot be written: {error.strerror}; choose another place with --out") from None

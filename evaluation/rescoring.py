@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from evaluation import foreign
 from evaluation.attempts import Attempt, Outcome
 from evaluation.problems import Misuse, Stopped
 from evaluation.records import RULE, read_attempts, read_run, write_whole
@@ -67,7 +68,7 @@ def read_rule(folder: Path) -> Row | None:
     """
     path = folder / RULE
     try:
-        return Row.read(json.loads(path.read_bytes()))
+        return Row.read(foreign.read_json(path))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

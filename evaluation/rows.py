@@ -5,6 +5,7 @@ from typing import Any
 
 import environment_rows
 from environment_rows import Protocol, Row, Success
+from evaluation import foreign
 from evaluation.problems import Misuse
 
 __all__ = [
@@ -39,7 +40,7 @@ def tables(path: Path) -> dict[str, Any]:
         Misuse: it cannot be read.
     """
     try:
-        return environment_rows.read_toml(path)
+        return foreign.toml_loads(foreign.read_text(path))
     except OSError as error:
         raise Misuse(f"no rows in {path}: {error.strerror}; name the file with --environments") from None
     except ValueError as error:

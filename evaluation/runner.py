@@ -171,7 +171,8 @@ async def evaluate(settings: Settings, folder: RunFolder, model: Model, watch: W
         return lambda session: folder.sessions.add({what: session, "server": server.shown})
 
     model.answered = model.answered or folder.answered()
-    server = Server(settings.server, settings.row.protocol, settings.env_timeout, journal("open"), journal("close"))
+    server = Server(settings.server, settings.row.protocol, settings.env_timeout, journal("open"), journal("close"),
+                    settings.max_answer)
     work = {
         "started": datetime.now(UTC).isoformat(timespec="milliseconds"),
         "seconds": None,  # should it be killed
@@ -201,6 +202,7 @@ async def evaluate(settings: Settings, folder: RunFolder, model: Model, watch: W
                 **work,
                 "seconds": round(time.perf_counter() - begun, 3),
                 "attempts": len(folder.records) - before,
+                "adjusted": list(model.adjusted),
                 "sessions": {
                     "opened": server.opened,
                     "closed": server.closed,

@@ -2,14 +2,16 @@
 import argparse
 import hashlib
 import json
+import math
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from evaluation import foreign
 from evaluation.endpoint import NO_KEY, ChatModel, redacted_url
 from evaluation.episodes import Limits
 from evaluation.items import Item, choose, read_map
@@ -18,6 +20,7 @@ from evaluation.players import NAMES, ScriptedModel
 from evaluation.problems import Misuse, reason
 from evaluation.prompts import Prompt, find
 from evaluation.rows import BESIDE, Row, read_row, results_depend_on, rows_file
+from evaluation.secrets import OWN
 
 DEFAULT_MODEL = "gpt-4o-mini"
 OPENAI = "https://api.openai.com/v1"
@@ -25,12 +28,14 @@ OPENAI = "https://api.openai.com/v1"
 OURS = {
     "model": "use --model",
     "messages": "use --prompt",
-    "stream": "answers are read whole",
+    "stream": "use --stream",
+    "stream_options": "use --stream",
     "n": "use --samples",
     "seed": "use --seed",
     "temperature": "use --temperature, or add --temperature none",
     "top_p": "use --top-p",
     "max_tokens": "use --max-tokens, or add --max-tokens 0",
+    "max_completion_tokens": "use --max-tokens, or add --max-tokens 0",
 }
 
 
@@ -64,8 +69,11 @@ class Settings:
     config: dict[str, Any]
     out: Path
     root: Path
+    headers: dict[str, str]
+    api_version: str
+    max_answer: int
 
-    def make_model(self) -> Model:
+    def make_model(self, say: Callable[[str], None] = lambda line: None) -> Model:
         """Return the model.
 
         Raises:
@@ -74,7 +82,8 @@ class Settings:
         if self.model in NAMES:
             return ScriptedModel(self.model, self.row, self.root)
         return ChatModel(self.model, api_key(self.base_url), self.base_url, self.sampling, self.request_timeout,
-                         self.model_tries, self.concurrency, self.limits.seconds)
+                         self.model_tries, self.concurrency, self.limits.seconds, self.headers, self.api_version,
+                         self.max_answer, say)
 
 
 def api_key(base_url: str, environ: Mapping[str, str] | None = None) -> str:
@@ -87,8 +96,8 @@ def api_key(base_url: str, environ: Mapping[str, str] | None = None) -> str:
     key, file = environ.get("OPENAI_API_KEY", "").strip(), environ.get("OPENAI_API_KEY_FILE", "")
     if not key and file:
         try:
-            key = Path(file).read_text().strip()
-        except (OSError, UnicodeDecodeError) as error:
+            key = foreign.read_text(Path(file)).strip()
+        except (OSError, ValueError) as error:
             raise Misuse(f"OPENAI_API_KEY_FILE {file} cannot be read: {reason(error)}; correct or unset it") from None
     if not key and (not base_url or "api.openai.com" in base_url):
         raise Misuse("no OPENAI_API_KEY in the environment; set it there or in .env, or name another endpoint with "
@@ -97,6 +106,7 @@ def api_key(base_url: str, environ: Mapping[str, str] | None = None) -> str:
     if not (key.isascii() and key.isprintable()) or " " in key:
         name = "OPENAI_API_KEY" if environ.get("OPENAI_API_KEY", "").strip() else f"OPENAI_API_KEY_FILE {file}"
         raise Misuse(f"{name} has characters that no key has (white space, control or accented ones); copy it again")
+    OWN.add(key)
     return key or NO_KEY
 
 
@@ -120,9 +130,8 @@ def extra_body(text: str, left_out: Collection[str] = ()) -> dict[str, Any]:
         Misuse: it is no JSON object, has NaN or an infinite number, which no request can carry, or a field of OURS.
     """
     try:
-        value = json.loads(text or "{}")
-        json.dumps(value, allow_nan=False)
-    except (ValueError, RecursionError) as error:
+        value = foreign.loads(text or "{}")
+    except ValueError as error:
         raise Misuse(f"--extra-body {text!r} is no JSON ({error}); write it like '{{\"top_k\": 20}}'") from None
     if not isinstance(value, dict):
         raise Misuse(f"--extra-body {text!r} is no JSON object; write it like '{{\"top_k\": 20}}'")
@@ -142,6 +151,26 @@ def _temperature(text: str) -> float | None:
     if not 0.0 <= value <= 5.0:
         raise Misuse(f"--temperature {text} is no number from 0 to 5, nor none, which leaves it out")
     return value
+
+
+def read_headers(flags: Collection[str], environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the headers of --header, whose values are in the environment.
+
+    Raises:
+        Misuse: a flag is not NAME=VARIABLE, the variable is not set, or no header can carry what it holds.
+    """
+    found = {}
+    for flag in flags:
+        name, _, variable = flag.partition("=")
+        if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name) or not re.fullmatch(r"[A-Za-z_]\w*", variable):
+            raise Misuse("--header is no NAME=VARIABLE; write it like api-key=AZURE_KEY, where AZURE_KEY is an "
+                         "environment variable that holds the value")
+        value = environ.get(variable, "").strip()
+        if not value or not value.isascii() or not value.isprintable():
+            raise Misuse(f"--header {name}={variable}: the environment variable {variable} "
+                         f"{'has characters that no header has' if value else 'is not set'}; set it")
+        found[name] = value
+    return found
 
 
 def max_round(flag: int, environ: Mapping[str, str], row: Row) -> int:
@@ -219,12 +248,13 @@ def decide(options: argparse.Namespace) -> Settings:
     server = server.removesuffix(row.protocol.prefix) if row.protocol.prefix else server
     temperature = _temperature(options.temperature)
     left_out = [
-        name for name, sent in (("temperature", temperature is not None), ("max_tokens", options.max_tokens))
-        if not sent
+        name for name, sent in (("temperature", temperature is not None), ("max_tokens", options.max_tokens),
+                                ("max_completion_tokens", options.max_tokens)) if not sent
     ]
     sampling = Sampling(temperature, options.top_p, options.max_tokens, extra_body(options.extra_body, left_out),
-                        options.context_length)
+                        options.context_length, options.keep_think, tuple(options.finish_reason), options.stream)
     rounds = max_round(options.max_round, environ, row)
+    headers = read_headers(options.header, environ)
     config = {
         "env": row.name,
         "row": results_depend_on(row),
@@ -238,17 +268,22 @@ def decide(options: argparse.Namespace) -> Settings:
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "max_tokens": sampling.max_tokens,
-            "extra_body": dict(sampling.extra)
+            "extra_body": dict(sampling.extra),
+            "keep_think": sampling.keep_think
         },
         "seed": options.seed,
         "samples": options.samples,
         "max_round": rounds,
         "token_limit": options.token_limit,
-        "time_limit": options.time_limit,
+        "time_limit": options.time_limit if math.isfinite(options.time_limit) else None,
         "items": [item.id for item in items],
     }
     if options.context_length:
         config["context_length"] = options.context_length
+    if options.finish_reason:
+        config["finish_reasons"] = sorted(options.finish_reason)
+    for secret in (*headers.values(), *filter(None, (urlsplit(url).password for url in (base_url, server)))):
+        OWN.add(secret)
     name = f"{row.name}-{slug(model)}-{config_hash(config)[:8]}"
     return Settings(row=row,
                     prompt=prompt,
@@ -268,4 +303,7 @@ def decide(options: argparse.Namespace) -> Settings:
                     max_error_rate=options.max_error_rate,
                     config=config,
                     out=Path(options.out) if options.out else Path(options.root) / "saves" / "eval" / name,
-                    root=BESIDE.parent if path.resolve().is_relative_to(BESIDE.parent) else path.resolve().parent)
+                    root=BESIDE.parent if path.resolve().is_relative_to(BESIDE.parent) else path.resolve().parent,
+                    headers=headers,
+                    api_version=options.api_version,
+                    max_answer=int(options.max_answer * foreign.MEGABYTE))

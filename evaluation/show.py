@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from evaluation.attempts import ERRORS, SCORED, Attempt, Outcome, key_of
+from evaluation.text import one_line
 
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
 
@@ -89,16 +90,16 @@ class Watch:
 
 
 def add_row(shown: Table, *cells: str) -> None:
-    """Add a row in which a cell's brackets are what they are, and never markup."""
-    shown.add_row(*map(Text, cells))
+    """Add a row in which a cell's brackets are what they are, and never markup; what cannot be printed is escaped."""
+    shown.add_row(*(Text(one_line(cell)) for cell in cells))
 
 
 def table(title: str, summaries: Mapping[str, Mapping[str, Any]], prompts: Sequence[str] = ()) -> Table:
     """Return the numbers of runs, a column each; `prompts` tells whose words each run's model was given."""
-    shown = Table(title=Text(title, "table.title"), title_justify="left", show_header=len(summaries) > 1)
+    shown = Table(title=Text(one_line(title), "table.title"), title_justify="left", show_header=len(summaries) > 1)
     shown.add_column("")
     for name in summaries:
-        shown.add_column(Text(name), overflow="fold")
+        shown.add_column(Text(one_line(name)), overflow="fold")
     all_of = list(summaries.values())
 
     def line(name: str, cells: list[str]) -> None:
@@ -116,9 +117,12 @@ def table(title: str, summaries: Mapping[str, Mapping[str, Any]], prompts: Seque
         for one in all_of
     ])
     line("outcomes", [", ".join(f"{count} {name}" for name, count in one["outcomes"].items()) for one in all_of])
+    line("refused, not scored", [str(one["outcomes"].get(Outcome.REFUSED) or "") for one in all_of])
     line("errors, not scored", [f"{one['errors']} ({percent(one['error_rate'])})" for one in all_of])
     line("rounds", [with_interval(one["rounds"], share=False) for one in all_of])
     line("invalid actions", [str(one["invalid_actions"]) for one in all_of])
+    line("empty answers",
+         [f"{one['empty_answers']} of {one['answers']}" if one.get("empty_answers") else "" for one in all_of])
     line("tokens", [tokens(one["usage"]) for one in all_of])
     line("cost", ["-" if one["cost"] is None else f"{one['cost']:.4f}" for one in all_of])
     line("prompt", list(prompts))
@@ -126,7 +130,7 @@ def table(title: str, summaries: Mapping[str, Mapping[str, Any]], prompts: Seque
     return shown
 
 
-def one_line(summary: Mapping[str, Any]) -> str:
+def summary_line(summary: Mapping[str, Any]) -> str:
     """Return the numbers that matter most."""
     return (f"success rate {with_interval(summary['success'])}, mean reward {with_interval(summary['reward'])}, "
             f"{summary['attempts']} of {summary['expected']} attempts, {summary['errors']} errors")

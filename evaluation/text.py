@@ -1,6 +1,34 @@
-"""Text for messages of one line."""
+"""The printing gate: what text of others looks like in a terminal, a message of one line, or on the report's page.
+
+Only what Unicode calls printable passes as it is. Control and escape characters, C1, and those that turn the direction
+of writing are shown as what they are (`\\x1b`, `\\u202e`); a line break in a message is a space.
+"""
 import json
+import re
 from typing import Any
+
+_BLANK = re.compile(r"\s+")
+_KEPT = "\n\t"
+# Joiners of scripts and emoji, variation selectors and the blanks of typography: no terminal obeys them.
+_HARMLESS = frozenset("\u200c\u200d\ufeff\u00a0\u202f\u2009\u3000\u00ad")
+
+
+def escaped(character: str) -> str:
+    """Return a character as Python spells it in a literal."""
+    number = ord(character)
+    return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
+
+
+def visible(text: str, kept: str = _KEPT) -> str:
+    """Return `text` with each character that cannot be printed as an escape, but for those in `kept`."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() or one in kept or one in _HARMLESS else escaped(one) for one in text)
+
+
+def one_line(text: str) -> str:
+    """Return `text` as one line that can be printed."""
+    return visible(_BLANK.sub(" ", text).strip(), "") if not text.isprintable() else text
 
 
 def short(value: Any, width: int = 200) -> str:

@@ -8,9 +8,13 @@ const numeric = new Set(["sample", "reward", "rounds", "invalid", "tokens", "sec
 const at = (id) => document.getElementById(id);
 const state = { shown: [], page: 0, sort: null, down: false, open: null };
 
+// Characters that turn the direction of writing, and others that cannot be seen, are shown as what they are.
+const UNSEEN = /[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069]/g;
+const visible = (text) => String(text).replace(UNSEEN, (one) => "\\u" + one.charCodeAt(0).toString(16).padStart(4, "0"));
+
 function make(tag, text, className) {
   const node = document.createElement(tag);
-  if (text !== undefined && text !== null) node.textContent = text;
+  if (text !== undefined && text !== null) node.textContent = visible(text);
   if (className) node.className = className;
   return node;
 }
@@ -67,7 +71,7 @@ function draw() {
         button.type = "button";
         button.addEventListener("click", () => { location.hash = link(number); });
         place.append(button);
-      } else place.textContent = cell(row, key);
+      } else place.textContent = visible(cell(row, key));
       line.append(place);
     }
     body.append(line);
@@ -143,7 +147,10 @@ async function transcript(number) {
     if (one.invalid) turn.append(make("p", one.action === null ? "Invalid action: refused, not sent" : "Invalid action: none found", "mark"));
     if (one.finish) turn.append(make("p", `The completion ended with ${one.finish}`, "mark"));
     part(turn, "Reasoning", one.reasoning);
-    part(turn, "Thought and action", one.completion === one.action ? "" : one.completion || "(empty)");
+    part(turn, "Thought and action", one.completion === one.action && one.completion ? "" : one.completion || "(empty)");
+    part(turn, "Refusal", one.refusal);
+    part(turn, "Beside the answer", one.extras && JSON.stringify(one.extras, null, 1));
+    if (one.cut) turn.append(make("p", `The answer was limited to ${one.cut} tokens: the context had no more`, "mark"));
     part(turn, "Action", one.action);
     part(turn, "Observation", one.observation);
     if (one.reward !== undefined) turn.append(make("p", `Reward ${one.reward}`, "facts"));
@@ -156,7 +163,7 @@ async function showAttempt(number, focus) {
   state.open = number;
   const row = data.rows[number];
   at("viewer").hidden = false;
-  at("viewer-title").textContent = row.item;
+  at("viewer-title").textContent = visible(row.item);
   const beside = at("beside");
   beside.replaceChildren();
   option(beside, "", "nothing");

@@ -118,7 +118,7 @@ def test_an_item_that_is_refused_for_itself_stops_no_run(answer, item, tmp_path)
         assert run(tmp_path / "out", env.url, model.base_url, "--items", "0-3", "--concurrency", "1", "--max-error-rate", "1") == 0
     found = outcomes(tmp_path / "out")
     # Once the endpoint has answered, a prompt that is too long for it is the model's: whichever came first.
-    lost = "context_overflow" if "context" in answer.body["error"]["message"] else "model_error"
+    lost = "context_overflow" if "context" in answer.body["error"]["message"] else "refused"
     assert found == {"0": "success", "1": "failure", "2": "success", "3": "failure", str(item): lost}
 
 

@@ -5,11 +5,14 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from evaluation import records
 from evaluation.__main__ import main
@@ -55,7 +58,8 @@ def attempts(out: Path) -> list[dict]:
 def lasting(record: dict) -> dict:
     """What of a record must not depend on when it was made."""
     passing = ("seconds", "model_seconds", "env_seconds", "started", "tries_before", "model_retries")
-    return {key: value for key, value in record.items() if key not in passing}
+    turns = [{key: value for key, value in turn.items() if key != "seconds"} for turn in record["turns"]]
+    return {**{key: value for key, value in record.items() if key not in passing}, "turns": turns}
 
 
 def by_key(out: Path) -> dict:
@@ -242,7 +246,7 @@ def test_a_resume_that_does_not_start_loses_nothing(tmp_path):
     record = next(one for one in attempts(tmp_path / "out") if one["item"] == "form-textcraft_1")
     assert [one["outcome"] for one in record["tries_before"]] == ["env_error"]
     assert len(by_key(tmp_path / "out")) == 4
-    assert [one["outcome"] for one in records.read_lines(tmp_path / "out" / "superseded.jsonl", records.read_object)] == ["env_error"]
+    assert [one["outcome"] for one in records.read_lines(tmp_path / "out" / "superseded.jsonl", records.read_object).values] == ["env_error"]
 
 
 def files(out: Path) -> dict[str, bytes]:
@@ -321,18 +325,25 @@ def test_a_kill_between_a_new_record_and_the_end_of_the_run_doubles_nothing(tmp_
     with records.RunFolder(tmp_path) as folder:
         folder.begin(config, {"row": {}, "prompt": {}, "revision": "x"})
         assert list(folder.records.values()) == [new] and folder.earlier == {}
-    assert records.read_lines(tmp_path / records.ATTEMPTS, records.read_object) == [new]
-    assert records.read_lines(tmp_path / records.SUPERSEDED, records.read_object) == [old]
+    assert records.read_lines(tmp_path / records.ATTEMPTS, records.read_object).values == [new]
+    assert records.read_lines(tmp_path / records.SUPERSEDED, records.read_object).values == [old]
 
 
-def test_an_item_that_the_endpoint_always_refuses_is_an_error_however_often_it_is_tried(tmp_path):
+def test_an_item_that_the_endpoint_always_refuses_is_settled_and_not_played_again(tmp_path, capsys):
     def say(messages, body):
-        return failure(400, "content policy") if messages[2]["content"] == "count 3" else counter_player(messages, body)
+        if messages[2]["content"] == "count 3":
+            return failure(400, f"content policy, request {len(model.requests):08x}")
+        return counter_player(messages, body)
 
     with environment() as env, endpoint(say) as model:
         for _ in range(3):
-            assert main(words(tmp_path / "out", env.url, model.base_url, "--items", "0-3", "--concurrency", "1", "--max-error-rate", "0.5")) == 0
-            assert by_key(tmp_path / "out")[("form-textcraft_3", 0)]["outcome"] == "model_error"
+            assert main(words(tmp_path / "out", env.url, model.base_url, "--items", "0-3", "--concurrency", "1")) == 0
+            record = by_key(tmp_path / "out")[("form-textcraft_3", 0)]
+            assert (record["outcome"], record["reward"]) == ("refused", None)
+        assert len(model.requests) == 3 * 3 + 2
+    found = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (found["items"], found["errors"], found["outcomes"]["refused"]) == (3, 0, 1)
+    assert "refused, not scored" in capsys.readouterr().out
 
 
 def test_tokens_of_every_try_are_in_the_total(tmp_path):
@@ -392,20 +403,25 @@ def test_a_run_that_was_stopped_tells_of_what_was_not_played_again(tmp_path):
 @pytest.mark.parametrize("line,told", [("{}", "line 2 has no item"), ("5", "line 2 is no JSON object"), ('{"item": "a"}', "line 2 has no index"),
                                        ("null", "line 2 is no JSON object"), ("usage=5", "line 2 has usage 5"),
                                        ('outcome="won"', 'line 2 has outcome "won"'), ("sample=[]", "line 2 has sample []")])
-def test_a_line_that_is_no_attempt_is_told_and_no_traceback(line, told, tmp_path, capsys):
+def test_a_line_that_is_no_attempt_is_set_aside_and_its_item_played_again(line, told, tmp_path, capsys):
     with environment() as env, endpoint(counter_player) as model:
-        argv = words(tmp_path / "out", env.url, model.base_url, "--items", "0")
+        argv = words(tmp_path / "out", env.url, model.base_url, "--items", "0-1")
         assert main(argv) == 0
+        first, second = attempts(tmp_path / "out")
         if "=" in line:
             name, _, value = line.partition("=")
-            line = json.dumps({**attempts(tmp_path / "out")[0], name: json.loads(value)})
-        with (tmp_path / "out" / "attempts.jsonl").open("a") as file:
-            file.write(line + "\n")
-        for command in (argv, ["rescore", str(tmp_path / "out")]):
-            capsys.readouterr()
-            assert main(command) == 2
-            error = capsys.readouterr().err
-            assert told in error and error.count("\n") == 1
+            line = json.dumps({**second, name: json.loads(value)})
+        (tmp_path / "out" / "attempts.jsonl").write_text(f"{json.dumps(first)}\n{line}\n")
+        capsys.readouterr()
+        assert main(["rescore", str(tmp_path / "out")]) == 0
+        error = capsys.readouterr().err
+        assert told in error and error.count("\n") == 1
+        assert json.loads((tmp_path / "out" / "summary.json").read_text())["attempts"] == 1
+        asked = len(model.requests)
+        assert main(argv) == 0
+        assert told in capsys.readouterr().out and len(model.requests) - asked == 3
+        assert len(by_key(tmp_path / "out")) == 2 and (tmp_path / "out" / "damaged.jsonl").read_text() == line + "\n"
+        assert main(argv) == 0 and told not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"config": 5}', "5", '{"config": {"env": "x"}, "work": []}', "\xff",
@@ -476,13 +492,17 @@ def test_a_torn_last_line_is_repaired(cut, tmp_path):
     assert by_key(tmp_path / "out") == whole
 
 
-def test_a_file_damaged_in_its_middle_is_refused(tmp_path, capsys):
-    with environment() as env, endpoint(counter_player) as model:
-        assert main(words(tmp_path / "out", env.url, model.base_url, "--items", "0-1")) == 0
-        file = tmp_path / "out" / "attempts.jsonl"
-        file.write_bytes(b"{torn\n" + file.read_bytes())
-        assert main(words(tmp_path / "out", env.url, model.base_url, "--items", "0-1")) == 2
-    assert "line 1 is no JSON" in capsys.readouterr().err
+@given(st.binary(min_size=1).filter(lambda data: b"\n" not in data and b"\r" not in data and data.strip()), st.integers(0, 2))
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+def test_whatever_lies_between_the_attempts_loses_none_of_them(garbage, place):
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        (out / "run.json").write_text(json.dumps({"config": {"env": "x", "model": "m", "samples": 1, "items": ["a", "b"]}, "row": {}, "prompt": {},
+                                                  "revision": "", "work": []}))
+        lines = [json.dumps({**RECORD, "item": item}).encode() for item in "ab"]
+        lines.insert(place, garbage)
+        (out / "attempts.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
+        assert {record["item"] for record in records.read_attempts(out)} == {"a", "b"}
 
 
 @pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGHUP, 130)])

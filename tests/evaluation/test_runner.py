@@ -67,7 +67,7 @@ def test_what_the_endpoint_is_sent(tmp_path):
     assert [message["content"] for message in body["messages"][2:]] == ["count 2", "add", "count 3", "add", "count 4"]
 
 
-@pytest.mark.parametrize("field,flag", [("model", "--model"), ("messages", "--prompt"), ("stream", "read whole"), ("n", "--samples"), ("seed", "--seed"),
+@pytest.mark.parametrize("field,flag", [("model", "--model"), ("messages", "--prompt"), ("stream", "--stream"), ("n", "--samples"), ("seed", "--seed"),
                                         ("temperature", "--temperature"), ("top_p", "--top-p"), ("max_tokens", "--max-tokens")])
 def test_an_extra_body_does_not_change_what_the_run_claims(field, flag, tmp_path, capsys):
     assert run(tmp_path / "out", "http://127.0.0.1:9", "http://127.0.0.1:9/v1", "--items", "0", "--env-wait", "0.1", "--extra-body", f'{{"{field}": 1}}') == 2

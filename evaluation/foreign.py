@@ -1,0 +1,223 @@
+"""What others wrote: the one gate that files, JSON, TOML and the bodies of HTTP answers pass before they are used.
+
+JSON that is refused: deeper than DEPTH, a key that comes twice, NaN and infinite numbers, integers of more digits than
+DIGITS. A lone surrogate (`"\\ud83d"`), which no UTF-8 and so no request and no file can hold, becomes U+FFFD.
+"""
+import json
+import math
+import os
+import re
+import stat
+import tomllib
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+MEGABYTE = 1 << 20
+LARGEST_FILE = 256 * MEGABYTE  # of configurations and lists
+LARGEST_BODY = 64 * MEGABYTE
+DEPTH = 100
+DIGITS = 400  # of an integer; Python's own limit is ten times that
+LONE = re.compile("[\ud800-\udfff]")  # json joins pairs, so what is left of them is alone
+
+
+class TooLarge(ValueError):
+    """A file or a body has more bytes than its limit."""
+
+
+def replaced(value: Any) -> Any:
+    """Return `value`, of JSON, with U+FFFD for each lone surrogate in its texts."""
+    if isinstance(value, str):
+        return LONE.sub("\ufffd", value)
+    if isinstance(value, list):
+        return [replaced(one) for one in value]
+    if isinstance(value, dict):
+        return {replaced(key): replaced(one) for key, one in value.items()}
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice[:40]!r} comes twice")
+    return found
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is no finite number")
+    return value
+
+
+def _integer(text: str) -> int:
+    if len(text) > DIGITS:
+        raise ValueError(f"an integer has {len(text)} digits")
+    return int(text)
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is no number")
+
+
+def _check_depth(value: Any, depth: int) -> None:
+    level = [value]
+    for _ in range(depth + 1):
+        level = [one for one in level if isinstance(one, list | dict)]
+        if not level:
+            return
+        level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)]
+    raise ValueError(f"it is nested deeper than {depth} levels")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_once, parse_float=_finite, parse_int=_integer, parse_constant=_no_number)
+
+
+def loads(data: bytes | str, depth: int = DEPTH) -> Any:
+    """Return the JSON value in `data`.
+
+    Raises:
+        ValueError: it is no JSON, or JSON that is refused.
+    """
+    text = data if isinstance(data, str) else data.decode("utf-8-sig", "surrogatepass")
+    try:
+        value = _DECODER.decode(text)
+    except RecursionError:
+        raise ValueError(f"it is nested deeper than {depth} levels") from None
+    except json.JSONDecodeError as error:  # its line and column are of no use in a text of one line
+        raise ValueError(f"{error.msg} at character {error.pos}") from None
+    if text.count("[") + text.count("{") > depth:  # else it cannot be that deep
+        _check_depth(value, depth)
+    return replaced(value) if "\\ud" in text or "\\uD" in text or LONE.search(text) else value
+
+
+def toml_loads(text: str) -> dict[str, Any]:
+    """Return the table in a TOML text.
+
+    Raises:
+        ValueError: it is no TOML, or nested too deeply.
+    """
+    try:
+        table = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError(f"it is nested deeper than {DEPTH} levels") from None
+    _check_depth(table, DEPTH)
+    return table
+
+
+def read_bytes(path: Path, limit: int = LARGEST_FILE) -> bytes:
+    """Return what a file holds.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no regular file (a FIFO would hang, a device never end), or larger than `limit` bytes.
+    """
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(number, "rb") as file:
+        mode = os.fstat(number).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(21, os.strerror(21), str(path))
+        if not stat.S_ISREG(mode):
+            raise ValueError("it is no regular file")
+        pieces, size = [], 0
+        while size <= limit and (piece := file.read(min(limit + 1 - size, 16 * MEGABYTE))):
+            pieces.append(piece)
+            size += len(piece)
+    if size > limit:
+        raise TooLarge(f"it has more than {limit // MEGABYTE} MB")
+    return b"".join(pieces)
+
+
+def read_text(path: Path, limit: int = LARGEST_FILE) -> str:
+    """Return a file's text, which is UTF-8 whatever the locale.
+
+    Raises:
+        OSError, ValueError: see `read_bytes`; UnicodeDecodeError: it is no UTF-8.
+    """
+    return read_bytes(path, limit).decode("utf-8-sig")
+
+
+def read_json(path: Path, limit: int = LARGEST_FILE) -> Any:
+    """Return the JSON value in a file.
+
+    Raises:
+        OSError, ValueError: see `read_bytes` and `loads`.
+    """
+    return loads(read_bytes(path, limit))
+
+
+class Body:
+    """A body that arrives in pieces, unpacked and counted as it does.
+
+    Args:
+        encoding: its Content-Encoding.
+        limit: bytes that it may have, unpacked.
+
+    Raises:
+        ValueError: it is packed in a way that was not asked for.
+    """
+
+    def __init__(self, encoding: str, limit: int) -> None:
+        encoding = encoding.strip().lower()
+        if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
+            raise ValueError(f"it is packed by {encoding[:40]!r}, which was not asked for")
+        self._zlib = None if encoding in ("", "identity") else zlib.decompressobj(47)
+        self._head = b"" if encoding == "deflate" else None  # which some send without zlib's header of two bytes
+        self._pieces: list[bytes] = []
+        self._size, self.limit = 0, limit
+
+    def feed(self, piece: bytes) -> None:
+        """Take the next piece.
+
+        Raises:
+            TooLarge: it is too large.
+            ValueError: it cannot be unpacked.
+        """
+        if self._zlib is None:
+            self._add(piece)
+            return
+        if self._head is not None:
+            piece = self._head + piece
+            self._head = piece if len(piece) < 2 else None
+            if self._head is not None:
+                return
+            if piece[0] & 0x0f != 8 or int.from_bytes(piece[:2], "big") % 31:
+                self._zlib = zlib.decompressobj(-15)
+        try:
+            self._add(self._zlib.decompress(piece, self.limit - self._size + 1))
+            while self._zlib.unconsumed_tail:
+                self._add(self._zlib.decompress(self._zlib.unconsumed_tail, self.limit - self._size + 1))
+        except zlib.error as error:
+            raise ValueError(f"it cannot be unpacked: {error}") from None
+
+    def _add(self, piece: bytes) -> None:
+        self._size += len(piece)
+        if self._size > self.limit:
+            self._pieces.clear()
+            raise TooLarge(f"the answer has more than {self.limit // MEGABYTE} MB" if self.limit >=
+                           MEGABYTE else f"the answer has more than {self.limit} bytes")
+        self._pieces.append(piece)
+
+    def whole(self) -> bytes:
+        """Return the body.
+
+        Raises:
+            ValueError: it ended too early.
+        """
+        if self._zlib is not None and not self._zlib.eof and (self._size or self._head):
+            raise ValueError("it cannot be unpacked: it ends too early")
+        return b"".join(self._pieces)
+
+
+def events(text: str) -> Iterator[str]:
+    """Return the data of each server-sent event in `text` (WHATWG HTML, 9.2.6)."""
+    lines: list[str] = []
+    for line in [*re.split(r"\r\n|\r|\n", text), ""]:
+        if line.startswith("data:"):
+            lines.append(line[5:].removeprefix(" "))
+        elif not line and lines:
+            yield "\n".join(lines)
+            lines = []
