@@ -175,7 +175,8 @@ def facts(folder: Path, found: list[Contender]) -> dict[str, str]:
 def check_disk(folder: Path, name: str) -> None:
     """Raise ValueError unless the checkpoint, one output (a tied head may be saved twice) and 1 GB fit."""
     size = SIZES[name]
-    needed = (2 if size.tied else 1) * size.output_bytes() + GB + (0 if fsdp_checkpoint.find(folder / name, name) else size.shard_bytes())
+    needed = (2 if size.tied else 1) * size.output_bytes() + GB + (0 if fsdp_checkpoint.find(folder / name, name) else
+                                                                   size.shard_bytes())
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(f"--size {name} needs {needed / GB:.1f} GB in {folder}, and {free / GB:.1f} GB are free; "

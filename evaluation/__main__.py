@@ -43,7 +43,8 @@ def _obey(argv: Sequence[str] | None) -> tuple[int, str]:
         return INTERRUPTED, options.command
 
 
-if __name__ == "__main__":
+def program() -> None:
+    """Run the command line as a program of its own, and leave with its exit code."""
     # SIGTERM, from a cluster's scheduler or `docker stop`, and SIGHUP, from a terminal that is closed, are answered like
     # Ctrl-C: sessions are closed, numbers written.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -51,3 +52,7 @@ if __name__ == "__main__":
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves SIGHUP
             signal.signal(number, lambda signum, frame: signal.raise_signal(signal.SIGINT))
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    program()

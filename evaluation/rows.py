@@ -12,7 +12,10 @@ __all__ = [
     "BESIDE", "RESULTS_DEPEND_ON", "Protocol", "Row", "Success", "read_row", "results_depend_on", "rows_file", "tables"
 ]
 
+# In a checkout and in the image the project's own file; where the package is installed, its copy.
 BESIDE = Path(__file__).resolve().parents[1] / "environments.toml"
+if not BESIDE.is_file():
+    BESIDE = Path(environment_rows.__file__).with_name("environments.toml")
 
 # What a run's configuration has of a row.
 RESULTS_DEPEND_ON = {"action", "reward_range", "protocol", "success"}

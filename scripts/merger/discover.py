@@ -149,9 +149,8 @@ def _checkpoint_folder(folder: Path, notes: list[str]) -> Path:
 
 def _explain(folder: Path, names: Sequence[str]) -> str:
     """Return why `folder` holds no checkpoint, and where one may be."""
-    below = sorted(path.parent
-                   for path in folder.glob(f"*/*/{RANK_PATTERN}")) + sorted(path.parent
-                                                                       for path in folder.glob(f"*/{RANK_PATTERN}"))
+    below = sorted(path.parent for path in folder.glob(f"*/*/{RANK_PATTERN}")) + sorted(
+        path.parent for path in folder.glob(f"*/{RANK_PATTERN}"))
     if below:
         return f"no {RANK_PATTERN} in {folder}; did you mean {below[-1]}?"
     if any(name.startswith("optim_world_size") for name in names):

@@ -26,6 +26,8 @@ RENAME_SWAP = 2  # macOS stdio.h
 # These end the name of a folder that makes room, until it is removed: one that was moved aside before the new one came,
 # and one that changed places with it.
 ASIDE, REPLACED = ".old", ".replaced"
+
+
 class Staging:
     """A hidden folder beside `target` that becomes `target` on `publish`, and vanishes otherwise.
 
