@@ -222,3 +222,33 @@ def watch(c: Context,
             "i_understand": i_understand
         }))
     follow.watch(c.config.run.dry, asked, once)
+
+
+def check_watch_words(words: list[str]) -> None:
+    """Refuse flags that `train.watch` would refuse, before there is a run.
+
+    Raises:
+        UserError: in one line.
+    """
+    from invoke.exceptions import ParseError
+    from invoke.parser import Parser, ParserContext
+
+    from tasks.lib.environments.lookup import all_rows
+    from tasks.lib.training import follow
+    parser = Parser([ParserContext(name="train.watch", args=watch.get_arguments())])
+    try:
+        parsed, *more = parser.parse_argv(["train.watch", *words])
+    except ParseError as error:
+        raise UserError(f"--watch-flags: {error}; `invoke train.watch --help` shows them") from None
+    given = parsed.as_kwargs
+    for name in ("name", "once", "stop"):
+        if given[name]:
+            raise UserError(f"--watch-flags: --{name} has no place beside a run that is started")
+    if more:
+        raise UserError(f"--watch-flags: {more[0].name!r} is no flag of train.watch")
+    evaluated = bool(given["eval"])
+    follow.rules_of(given["keep_last"], given["keep_every"], given["keep_best"], given["keep_optimizer"],
+                    given["prune_merged"], evaluated)
+    plans = follow.plans_of(given["eval"], tuple(all_rows()), {name: given[name] for name in follow.DECISIVE})
+    follow.servers_of(given["server"], [plan.environment for plan in plans])
+    follow.check_endpoint(given["endpoint"], given["endpoint_model"], "run")

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -52,6 +53,8 @@ HOW = {
     "on_env_loss": "Where the environment was away in a step: stop (default) at the last good checkpoint, or continue.",
     "stop_seconds": "Seconds that the trainer has to end before it is killed (default: 30).",
     "attach": "Follow the log; Ctrl-C leaves the run going.",
+    "watch": "Merge, evaluate and prune its checkpoints as they come, as `train.watch` does.",
+    "watch_flags": "Flags of `train.watch` for that, in one word: '--eval=babyai --limit=50 --keep-last=2'.",
     "wait": "Seconds until an environment server that is started must be ready (default: 120).",
 }
 
@@ -148,8 +151,11 @@ def start(c: Context,
           on_env_loss: str = "stop",
           stop_seconds: str = "30",
           attach: bool = False,
+          watch: bool = False,
+          watch_flags: str = "",
           wait: str = "120") -> None:
     """Start a training run, after checking it."""
+    beside = watch_words(watch, watch_flags)
     from tasks.lib.training import launch
     from tasks.lib.training.plan import whole
     asked = Asked(env, model, name, algorithm, rounds, scaling_inter, every, steps, gpus, shm_size, tuple(preset or ()),
@@ -172,7 +178,7 @@ def start(c: Context,
         launch.start(c, run)
         return
     if (run.folder / "run.json").exists():
-        again(c, prepared, attach, seconds)
+        again(c, prepared, attach, seconds, beside)
         return
     show(prepared.report)
     prepared = serve(c, prepared, seconds)
@@ -180,6 +186,7 @@ def start(c: Context,
     launch.prepare_folder(run)
     launch.start(c, run)
     say_started(run)
+    start_watcher(run, beside)
     if attach:
         follow(c, run.name)
 
@@ -190,15 +197,55 @@ def start(c: Context,
           "name": "Name of the run in saves/, or its folder.",
           "skip": WHAT["skip"],
           "attach": HOW["attach"],
+          "watch": HOW["watch"],
+          "watch_flags": HOW["watch_flags"],
           "wait": HOW["wait"],
       })
-def resume(c: Context, name: str = "", skip: str = "", attach: bool = False, wait: str = "120") -> None:
+def resume(c: Context,
+           name: str = "",
+           skip: str = "",
+           attach: bool = False,
+           watch: bool = False,
+           watch_flags: str = "",
+           wait: str = "120") -> None:
     """Go on with a run from its newest whole checkpoint."""
     from tasks.lib.training.plan import whole
+    beside = watch_words(watch, watch_flags)
     if not name:
         raise UserError("which run? name it with --name; `invoke train.list` shows them")
     seconds = whole("wait", wait)
-    _resume(c, name, skip, attach, seconds)
+    _resume(c, name, skip, attach, seconds, beside)
+
+
+def watch_words(watch: bool, flags: str) -> list[str] | None:
+    """Return the flags for the run's watcher; None where none is wanted.
+
+    Raises:
+        UserError: they are none of `train.watch`, or say what cannot be.
+    """
+    from tasks.train import check_watch_words
+    if not watch:
+        if flags:
+            raise UserError("--watch-flags is about the watcher; add --watch")
+        return None
+    try:
+        words = shlex.split(flags)
+    except ValueError as error:
+        raise UserError(f"--watch-flags {flags!r}: {error}") from None
+    check_watch_words(words)
+    return words
+
+
+def start_watcher(run: Decided, words: list[str] | None) -> None:
+    """Start the run's watcher, where one is wanted.
+
+    Raises:
+        UserError: it did not start; the run goes on.
+    """
+    from tasks.lib.training.follow import launch_beside
+    from training.folder import RunFolder
+    if words is not None:
+        tell(launch_beside(RunFolder(run.folder), words))
 
 
 def _typed(c: Context) -> tuple[str, ...]:
@@ -540,7 +587,7 @@ def follow(c: Context, name: str) -> None:
     showing.logs(runs.find(name), 200, True, None)
 
 
-def again(c: Context, prepared: Prepared, attach: bool, wait: int) -> None:
+def again(c: Context, prepared: Prepared, attach: bool, wait: int, beside: list[str] | None = None) -> None:
     """Answer a start of a run that is there: go on with the same one, refuse another.
 
     Raises:
@@ -560,10 +607,10 @@ def again(c: Context, prepared: Prepared, attach: bool, wait: int) -> None:
             f"{run.name} is there with another configuration ({shown}); choose another --name, or go on with it: "
             f"`invoke train.resume --name {run.name}`")
     tell(f"{run.name} is there with this configuration")
-    _resume(c, run.name, ",".join(run.options["skip"]), attach, wait)
+    _resume(c, run.name, ",".join(run.options["skip"]), attach, wait, beside)
 
 
-def _resume(c: Context, name: str, skip: str, attach: bool, wait: int) -> None:
+def _resume(c: Context, name: str, skip: str, attach: bool, wait: int, beside: list[str] | None = None) -> None:
     """Go on with a run; see `resume`."""
     from tasks.lib.environments.lookup import find_row
     from tasks.lib.environments.running import servers_up
@@ -654,6 +701,7 @@ def _resume(c: Context, name: str, skip: str, attach: bool, wait: int) -> None:
     folder.update(change)
     launch.launch(c, place, run.name, run.folder, run.inside)
     say_started(run)
+    start_watcher(run, beside)
     if attach:
         follow(c, run.name)
 

@@ -256,3 +256,26 @@ def test_the_log_and_the_list_have_no_key_and_the_trainer_gets_ours_alone(bench:
     written = "".join(
         path.read_text(errors="replace") for path in (bench.root / "saves" / "keys").rglob("*") if path.is_file())
     assert not any(value in written + done.stdout + done.stderr for value in secret.values())
+
+
+def test_a_watcher_beside_a_run(bench: Bench) -> None:
+    words = ["train.start", *bench.words[:-1], "watched", "--watch"]
+    for flags, said in (("--keep-last=0", "--keep-last 0 is no whole number of at least 1"), ("--evil", "No idea what '--evil' is!"),
+                        ("--once", "--once has no place beside a run that is started"), ("--eval=chess", "--eval chess: no such environment"),
+                        ("--eval='x", "No closing quotation")):  # yapf: disable
+        refused = bench.invoke(*words, f"--watch-flags={flags}", "--", *FAST)
+        assert refused.returncode == 2 and len(lines(refused)) == 1 and said in refused.stderr
+    assert not (bench.root / "saves" / "watched").exists()
+    started = bench.invoke(*words, "--watch-flags=--runner=local --keep-all", "--", *FAST)
+    assert started.returncode == 0 and "its checkpoints are watched" in started.stdout, started.stderr
+    try:
+        bench.wait("watched")
+        events, end = bench.root / "saves" / "watched" / "events.jsonl", time.monotonic() + 90
+        while '"event": "failed"' not in events.read_text():  # the stand-in's shards hold no weights
+            assert time.monotonic() < end, (bench.root / "saves" / "watched" / "log" / "watch.log").read_text()
+            time.sleep(0.2)
+        again = bench.invoke("train.watch", "--name", "watched")
+        assert again.returncode == 2 and "watched is followed already" in again.stderr
+    finally:
+        stopped = bench.invoke("train.watch", "--name", "watched", "--stop")
+    assert "to stop; it goes on where it was" in stopped.stdout

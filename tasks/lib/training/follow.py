@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from tasks.lib.settings import ROOT
 from tasks.lib.training import runs
 from tasks.lib.training.hands import InvokeHands, gpu_clash, has_nvidia
 from tasks.lib.training.watching import Plan, Watcher, going, look
-from training import checkpoints, lease
+from training import checkpoints, lease, machine
 from training.folder import RunFolder
 from training.retention import Rules
 
@@ -135,6 +136,14 @@ def check_endpoint(endpoint: str, name: str, run: str) -> None:
         raise UserError(
             f"--endpoint-model {name!r} is the same at each step, so one model would be evaluated as all of "
             "them; put {step} into it")
+
+
+def saves_at_once(rules: Rules | None, steps: int | None) -> int | None:
+    """Return how many checkpoints lie on the disk at once where the rules prune; None where they do not, or nobody knows."""
+    if rules is None or (rules.keep_every and steps is None):
+        return None
+    every = (steps or 0) // rules.keep_every if rules.keep_every else 0
+    return rules.keep_last + rules.keep_best + every + 1  # and the one that is not verified yet
 
 
 @dataclass(frozen=True)
@@ -267,6 +276,27 @@ def launch(run: RunFolder, words: Sequence[str]) -> tuple[int, Path]:
     argv = [sys.executable, "-m", "invoke", "train.watch", f"--name={run.name}", *words]
     process = processes.launch(argv, log, os.environ, ROOT)
     return process.pid, log
+
+
+def launch_beside(run: RunFolder, words: Sequence[str], wait: float = 60.0) -> str:
+    """Start a watcher beside a run that was just started; return what to say of it.
+
+    Raises:
+        UserError: it ended at once; the run goes on.
+    """
+    pid, log = launch(run, words)
+    held, end = lease.Lease(run.path / LOCK), time.monotonic() + wait
+    while time.monotonic() < end:
+        owner = held.read()
+        if owner and owner.get("pid") == pid:
+            break
+        if not machine.lives(machine.identity(pid)):
+            raise UserError(
+                f"{run.name} is started, but its watcher is not: {processes.last_line(log).removeprefix('train.watch: ')}; "
+                f"mended, `invoke train.watch --name {run.name}` follows it",
+                code=1)
+        time.sleep(0.1)
+    return f"its checkpoints are watched: {log}, `invoke train.watch --name {run.name} --stop` ends that"
 
 
 def stop(run: RunFolder) -> str:
