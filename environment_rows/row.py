@@ -178,6 +178,10 @@ class Environment(Row):
     max_sessions: Optional[int] = key("Sessions at once; one more gets an error in place of another session's id.",
                                       None,
                                       least=1)
+    session_ids: Literal["random", "counted"] = key(
+        "random: ids that nobody guesses, below 2^53. counted: 1, 2, 3 for a client that needs small integers (none of "
+        "AgentGym's own does); anybody can guess them, and a restart gives them out again.", "random")
+    processes: int = key("Most processes and threads of the server's container.", 1024, least=16)
     request_seconds: Optional[float] = key(
         "Longest request before the server is given up and starts again; absent: no limit.", None, least=0.001)
     sqlite_seconds: Optional[float] = key(

@@ -3,20 +3,42 @@ import asyncio
 import json
 from typing import Any, Awaitable, Callable, Dict, Optional, Tuple
 
+from servers import gates
+
 Scope = Dict[str, Any]
 Message = Dict[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 
-async def read(receive: Receive) -> bytes:
-    """Return the request's whole body."""
-    body = b""
+class TooLong(Exception):
+    """A body above its limit."""
+
+
+async def read(receive: Receive, limit: Optional[int] = None) -> bytes:
+    """Return the request's whole body.
+
+    Raises:
+        TooLong: it has more than `limit` bytes; the rest is not read.
+    """
+    parts, length = [], 0
     while True:
         message = await receive()
-        body += message.get("body", b"")
+        part = message.get("body", b"")
+        length += len(part)
+        if limit is not None and length > limit:
+            raise TooLong()
+        parts.append(part)
         if not message.get("more_body"):
-            return body
+            return b"".join(parts)
+
+
+def told_length(headers: Any) -> int:
+    """Return the length that the headers tell; 0 where they tell none."""
+    for name, value in headers:
+        if name.lower() == b"content-length" and value.isdigit():
+            return int(value[:19])
+    return 0
 
 
 async def is_gone(receive: Receive) -> bool:
@@ -48,17 +70,18 @@ def replay(body: bytes, receive: Receive) -> Receive:
 
 async def collect(app: Callable, scope: Scope, receive: Receive) -> Tuple[int, list, bytes]:
     """Call `app` and return status, headers and body of its answer."""
-    status, headers, body = 500, [], b""
+    status, headers = 500, []
+    parts = []
 
     async def send(message: Message) -> None:
-        nonlocal status, headers, body
+        nonlocal status, headers
         if message["type"] == "http.response.start":
             status, headers = message["status"], list(message.get("headers", []))
         elif message["type"] == "http.response.body":
-            body += message.get("body", b"")
+            parts.append(message.get("body", b""))
 
     await app(scope, receive, send)
-    return status, headers, body
+    return status, headers, b"".join(parts)
 
 
 async def relay(send: Send, status: int, headers: list, body: bytes) -> None:
@@ -101,10 +124,10 @@ def with_length(headers: Any, length: int) -> list:
 
 
 def parsed(body: bytes) -> Any:
-    """Return the JSON value of `body`, or None."""
+    """Return the JSON value of `body`, or None where there is none that passes the gate."""
     try:
-        return json.loads(body)
-    except (ValueError, RecursionError):
+        return gates.loads(body)
+    except ValueError:
         return None
 
 

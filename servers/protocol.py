@@ -11,18 +11,30 @@ import http.client
 import json
 import os
 import sys
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from typing import Any, Dict, NamedTuple, Optional
+from typing import Any, Dict, List, NamedTuple, Optional
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # for an isolated Python, too
 from environment_rows import Environment, Protocol
+from servers.gates import Refused, loads, shown
+
+REPLY_BYTES = 64 << 20
+
+
+class Stays(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect: what is meant for a server goes to that server."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """Return None, so that the redirect is an error like any other status."""
+
 
 # For questions that every server answers alike.
 ANY = Protocol(id_reply="id", id="id", item="item", observation="reply", close=False)
 # The servers answer on this machine or on a container's network: a proxy for the internet would only be in the way.
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}), Stays())
 
 
 class ServerError(Exception):
@@ -44,10 +56,18 @@ class Step(NamedTuple):
     done: bool
 
 
+def reason(error: BaseException) -> str:
+    """Return what an exception says; the name of its type where it says nothing."""
+    inner = getattr(error, "reason", None)
+    if isinstance(inner, BaseException):
+        return reason(inner)
+    return str(inner or error) or type(error).__name__
+
+
 def error_in(reply: Any) -> Optional[str]:
     """Return the error that a reply carries although its status is 200."""
     if isinstance(reply, dict) and reply.get("error") is not None:
-        return str(reply["error"])
+        return str(reply["error"]) or "an error without a word"
     return None
 
 
@@ -74,24 +94,42 @@ class Client:
                 request.data = json.dumps(body).encode()
                 request.add_header("Content-Type", "application/json")
             with _OPENER.open(request, timeout=self.timeout) as response:
-                text = response.read()
+                text = self._read(response, what)
         except urllib.error.HTTPError as error:
-            shown = error.read().decode(errors="replace")[:200]
-            raise ServerError(f"{what}: HTTP {error.code} {shown}", error.code) from None
+            with error:
+                said = shown(error.read(1000).decode(errors="replace"))
+            raise ServerError(f"{what}: HTTP {error.code} {said}", error.code) from None
         except OSError as error:
-            raise ServerError(f"{what}: {getattr(error, 'reason', error)}") from None
+            raise ServerError(f"{what}: {shown(reason(error))}") from None
         except (http.client.InvalidURL, ValueError) as error:  # no scheme, no such port
             raise ServerError(f"{what}: {error}; give an address like http://127.0.0.1:8000") from None
         except http.client.HTTPException as error:
-            raise ServerError(f"{what}: {self.base} speaks no HTTP ({error!r})") from None
+            raise ServerError(f"{what}: {self.base} speaks no HTTP ({shown(repr(error), 80)})") from None
         try:
-            reply = json.loads(text)
+            reply = loads(text)
+        except Refused as refused:
+            raise ServerError(f"{what}: the answer's JSON is not read: {refused}", 200) from None
         except ValueError:
             raise ServerError(what + ": the answer is no JSON", 200) from None
         fault = error_in(reply)
         if fault is not None:
-            raise ServerError(f"{what}: {fault}", 200)
+            raise ServerError(f"{what}: {shown(fault)}", 200)
         return reply
+
+    def _read(self, response: Any, what: str) -> bytes:
+        """Return the body, which has as long as one request and as many bytes as `REPLY_BYTES`."""
+        end, length = time.monotonic() + self.timeout, 0
+        parts: List[bytes] = []
+        while True:
+            part = response.read1(1 << 20)
+            length += len(part)
+            if not part:
+                return b"".join(parts)
+            if length > REPLY_BYTES:
+                raise ServerError(f"{what}: the answer has more than {REPLY_BYTES >> 20} MiB", 200)
+            if time.monotonic() > end:
+                raise ServerError(f"{what}: the answer did not end within {self.timeout:g} s")
+            parts.append(part)
 
     def create(self) -> int:
         """Open a session and return its id."""
@@ -99,7 +137,7 @@ class Client:
         key = self.protocol.id_reply
         session = (reply.get(key) if isinstance(reply, dict) else None) if key else reply
         if isinstance(session, bool) or not isinstance(session, int):
-            raise ServerError(f"POST /create: no session id in {json.dumps(reply)[:200]}", 200)
+            raise ServerError(f"POST /create: no session id in {shown(reply)}", 200)
         return session
 
     def reset(self, session: int, item: int) -> str:
@@ -108,7 +146,7 @@ class Client:
         reply = self._call("/reset", body)
         form, fault = self.protocol.observation, self.protocol.reset_fault
         if fault and isinstance(reply, dict) and fault.items() <= reply.items():
-            raise ServerError(f"POST /reset: {json.dumps(reply)[:200]}", 200)
+            raise ServerError(f"POST /reset: {shown(reply)}", 200)
         try:
             if form == "get":
                 return str(self._call("/observation", query={self.protocol.id: session}))
@@ -116,7 +154,7 @@ class Client:
                 return str(reply[0])
             return "\n".join(str(reply[key]) for key in self.protocol.observation_keys)
         except (KeyError, IndexError, TypeError):
-            raise ServerError(f"POST /reset: no observation in {json.dumps(reply)[:200]}", 200) from None
+            raise ServerError(f"POST /reset: no observation in {shown(reply)}", 200) from None
 
     def step(self, session: int, action: str) -> Step:
         """Take `action` in the session."""
@@ -125,11 +163,11 @@ class Client:
             done = bool(reply[self.protocol.done])
             reward = float(reply[self.protocol.reward])
             observation = str(reply[self.protocol.state])
-        except (KeyError, TypeError, ValueError):
-            raise ServerError(f"POST /step: no observation, reward and end in {json.dumps(reply)[:200]}", 200) from None
+        except (KeyError, TypeError, ValueError, OverflowError):
+            raise ServerError(f"POST /step: no observation, reward and end in {shown(reply)}", 200) from None
         if any(mark in observation
                for mark in self.protocol.faults) or observation.startswith(self.protocol.fault_starts):
-            raise ServerError("POST /step: " + observation[:200], 200)
+            raise ServerError("POST /step: " + shown(observation), 200)
         return Step(observation, 0.0 if self.protocol.reward_when_done and not done else reward, done)
 
     def close(self, session: int) -> bool:
@@ -145,7 +183,7 @@ class Client:
         """Return what servers/serve.py says of a replica: sessions live and pooled, memory_mb, pid, started."""
         reply = self._call("/_sessions", query={"replica": replica}, base=self.root)
         if not isinstance(reply, dict):
-            raise ServerError("GET /_sessions: no table in " + json.dumps(reply)[:200], 200)
+            raise ServerError("GET /_sessions: no table in " + shown(reply), 200)
         return reply
 
 

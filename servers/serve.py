@@ -8,9 +8,9 @@ unchanged; upstream's start commands only call uvicorn with an access log that c
 
 - `os.listdir` is sorted, so that an item id is the same task on every machine (with PYTHONHASHSEED=0, which must be
   set before Python starts).
-- Every session gets an id that no other replica and no earlier run of this server gave out: id % replicas is the
-  replica, so a proxy routes by arithmetic, and a client that outlives a restart gets an error, never another
-  session's state.
+- Every session gets an id that nobody guesses and that no other replica and no earlier run of this server gave out:
+  it is drawn at random, and id % replicas is the replica, so a proxy routes by arithmetic. A client that outlives a
+  restart gets an error, never another session's state.
 - A session that nobody used for --session-ttl seconds is closed. Where the server has no close, the session goes to
   a pool: the next create takes it. Its first step must follow a reset; whoever looks at it before that (AgentGym's
   client of wordle reads the vocabulary first) sees it as a reset to the row's first item leaves it.
@@ -24,6 +24,7 @@ It runs with every environment's own Python and uvicorn, so: Python 3.8, no othe
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -73,7 +74,8 @@ def prepare(row: Environment, source: str, data: str) -> None:
         limit_queries(row.sqlite_seconds)
     sort_listings()
     if hasattr(sys, "set_int_max_str_digits"):
-        sys.set_int_max_str_digits(0)  # an action's many digits are the action's fault, and no server's
+        # An action's many digits are the action's fault and no server's; more of them would take seconds to read.
+        sys.set_int_max_str_digits(100_000)
 
 
 def main() -> None:
@@ -110,12 +112,18 @@ def main() -> None:
             server.should_exit = recycled["now"] = True
 
     recycled = {"now": False}
-    sessions = Sessions(app,
-                        row,
-                        ttl=options.session_ttl,
-                        replica=options.replica,
-                        replicas=options.replicas,
-                        after_reaping=recycle if options.recycle else None)
+    try:
+        sessions = Sessions(app,
+                            row,
+                            ttl=options.session_ttl,
+                            replica=options.replica,
+                            replicas=options.replicas,
+                            after_reaping=recycle if options.recycle else None)
+    except ValueError as error:
+        say(f"{row.name}: {error}")
+        sys.exit(MISUSE)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # half-sent requests by the thousand keep nobody else out
     if row.request_seconds:
         give_up_when_stuck(sessions, row.request_seconds)
     # Idle connections outlive those that a proxy keeps, so that it never sends a request into a closing one.

@@ -2,16 +2,19 @@
 import asyncio
 import json
 import os
+import secrets
 import time
 from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 from urllib.parse import parse_qsl, urlencode
 
 from environment_rows import Environment
+from servers import gates
 from servers.asgi import (
     Message,
     Receive,
     Scope,
     Send,
+    TooLong,
     answer,
     collect,
     is_gone,
@@ -21,15 +24,18 @@ from servers.asgi import (
     relay,
     replay,
     succeeded,
+    told_length,
     with_length,
 )
 from servers.foreign import INTERRUPTED, note_stopped_queries
 from servers.memory import memory_mb
 from servers.saying import say
 
-# Ids start at the milliseconds since this moment: one more session a millisecond than any server opens would have to
-# be created before two runs could meet, and the numbers stay below 2**53, where JSON readers begin to round.
-ID_EPOCH = 1_600_000_000
+# Ids are drawn below this, where JSON readers do not round yet: of 2**53 nobody guesses one that is live, and a run
+# does not meet one of a run before.
+IDS = 2**53
+QUERY_BYTES = 8192
+REQUEST_BYTES = 1 << 20  # a model's longest completion as an action, several times over
 BODY_SECONDS = 60  # for a request's body to come
 # The proxy before replicas sends it with a create: after a 503 it asks the next one, and says 429 where none has room.
 ASKS_ANOTHER = (b"x-asks-another", b"1")
@@ -75,7 +81,8 @@ class Sessions:
         self.opening = 0
         self.started: Dict[object, float] = {}
         self.begun = time.time()  # in containers every start of a server has the same process id
-        self.next = int((self.begun - ID_EPOCH) * 1000)
+        self.body_bytes = gates.limit("REQUEST_BYTES", REQUEST_BYTES)
+        self.counts_ids, self.next = row.session_ids == "counted", 1
 
     def is_idle(self) -> bool:
         """Return True if no session is live, being opened or being closed."""
@@ -100,18 +107,32 @@ class Sessions:
                 "pid": os.getpid(),
                 "started": self.begun
             })
-        if posted:  # before the clock starts: a client that stalls is no server that is stuck
+        if len(scope["query_string"]) > QUERY_BYTES:
+            return await answer(send, 414, {"error": f"the query has more than {QUERY_BYTES} bytes"})
+        request: Any = None
+        if scope["method"] not in ("GET", "HEAD"):  # before the clock starts: a client that stalls is no stuck server
             try:
-                receive = replay(await asyncio.wait_for(read(receive), BODY_SECONDS), receive)
+                if told_length(scope["headers"]) > self.body_bytes:
+                    raise TooLong()
+                body = await asyncio.wait_for(read(receive, self.body_bytes), BODY_SECONDS)
+                request = gates.loads(body)
             except asyncio.TimeoutError:
                 return await answer(send, 408, {"error": f"the request's body did not come within {BODY_SECONDS} s"})
+            except TooLong:
+                return await answer(send, 413, {"error": f"the request has more than {self.body_bytes} bytes "
+                                                         "(REQUEST_BYTES sets the limit)"})
+            except gates.Refused as refused:
+                return await answer(send, 400, {"error": f"the request's JSON is not read: {refused}"})
+            except ValueError:
+                pass  # no JSON: what that means is the application's to say
+            receive = replay(body, receive)
         token = object()
         self.started[token] = time.monotonic()
         try:
             if posted and path == self.prefix + "/create":
                 return await self._create(scope, receive, send)
             if posted:
-                return await self._post(scope, receive, send)
+                return await self._post(request, scope, receive, send)
             return await self._get(scope, receive, send)
         finally:
             del self.started[token]
@@ -140,16 +161,15 @@ class Sessions:
             return await answer(send, status, reply, headers)
         await relay(send, status, headers, body)
 
-    async def _post(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = await read(receive)
-        request = parsed(body)
+    async def _post(self, request: Any, scope: Scope, receive: Receive, send: Send) -> None:
         if not isinstance(request, dict) or self.key not in request:
-            return await self.app(scope, replay(body, receive), send)
+            return await self.app(scope, receive, send)
+        await receive()  # the body, in whose place comes one with the application's own id
         path = scope["path"]
         resets, closes = path == self.prefix + "/reset", path == self.prefix + "/close"
         session = self._find(request[self.key])
         if session is None:
-            return await answer(send, 404, {"error": f"no session {json.dumps(request[self.key])} here"})
+            return await answer(send, 404, {"error": f"no session {gates.shown(request[self.key], 60)} here"})
         if session.dirty and not (resets or closes):
             return await answer(send, 409, {"error": f"session {request[self.key]} was not reset yet"})
         if closes and not self.has_close:
@@ -186,7 +206,7 @@ class Sessions:
         asked = query[self.key]
         session = self._find(parsed(asked.encode()))
         if session is None:
-            return await answer(send, 404, {"error": f"no session {asked} here"})
+            return await answer(send, 404, {"error": f"no session {gates.shown(asked, 60)} here"})
         query[self.key] = str(session.local)
         session.busy += 1
         try:
@@ -219,11 +239,19 @@ class Sessions:
         await relay(send, status, headers, body)
 
     def _register(self, session: Session) -> int:
-        public = self.next * self.replicas + self.replica
-        self.next += 1
+        public = self._draw_id() * self.replicas + self.replica
         self.live[public] = session
         self.in_use.add(session.local)
         return public
+
+    def _draw_id(self) -> int:
+        if self.counts_ids:
+            self.next += 1
+            return self.next - 1
+        while True:  # once, but for an accident
+            drawn = secrets.randbelow(IDS // self.replicas - 1)
+            if drawn * self.replicas + self.replica not in self.live:
+                return drawn
 
     def _drop(self, public: int) -> Session:
         session = self.live.pop(public)

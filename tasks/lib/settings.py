@@ -107,6 +107,8 @@ SETTINGS: dict[str, Setting] = {
             "Port of that server on the host, published on ENV_BIND; other containers use http://serve:8000/v1."),
     "ENVIRONMENTS":
     Setting("environments.toml", "File with the environments' rows, relative to this folder."),
+    "REQUEST_BYTES":
+    Setting("1048576", "Longest request that an environment server reads, in bytes."),
     "ENV_MEMORY":
     Setting("16g", "Memory limit of plain `docker compose --profile env`; the tasks take each environment's own."),
     "ENV_READ_ONLY":

@@ -87,10 +87,12 @@ def compose_model(row: Environment, options: Options, image: str, proxy_image: s
             "restart": "on-failure:5",
             "mem_limit": f"{row.memory_mb}m",
             "memswap_limit": f"{row.memory_mb}m",
+            "pids_limit": row.processes,
             "read_only": row.read_only,
             "tmpfs": [f"{folder}:mode=1777" for folder in row.tmpfs],
             "environment": {
                 "ENV_PORT": str(port),
+                "REQUEST_BYTES": None,
                 **server_variables(row, options, replica),
                 # By name: Compose takes the value from its own environment, and it lands in no argument.
                 **{
@@ -135,6 +137,8 @@ def compose_model(row: Environment, options: Options, image: str, proxy_image: s
         "on-failure:5",
         "mem_limit":
         "1g",
+        "pids_limit":
+        256,
         "read_only":
         True,
         "ports":

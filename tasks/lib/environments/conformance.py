@@ -2,7 +2,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from servers.protocol import Client, ServerError, Step
+from servers.protocol import Client, ServerError, Step, shown
 from tasks.lib.environments.rows import Environment
 
 # No environment's vocabulary holds it, and no JSON reader stumbles over it.
@@ -25,9 +25,8 @@ class Finding:
 
 
 def short(text: str, width: int = 60) -> str:
-    """Return `text` on one line of at most `width` characters."""
-    flat = " ".join(text.split())
-    return flat if len(flat) <= width else flat[:width - 1] + "…"
+    """Return `text` on one line of at most `width` characters, none of which does anything to a terminal."""
+    return shown(" ".join(text.split()), width)
 
 
 def outcome(call: Callable[[], object]) -> tuple[str, ServerError | None]:

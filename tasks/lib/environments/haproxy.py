@@ -38,7 +38,9 @@ def proxy_config(row: Environment, port: int, servers: Sequence[str], dns: bool 
     resolve = " resolvers docker init-addr last,libc,none" if dns else ""
     lines = [
         "global",
-        "    maxconn 4096",
+        # Half-sent requests each hold a connection, and a buffer once something of them came, until they time out.
+        "    maxconn 16384",
+        "    tune.buffers.limit 6144",
         "    no strict-limits",  # fewer connections, not none, where few files may be open
         f"    tune.bufsize {BODY_BYTES}",
         "defaults",
@@ -47,7 +49,7 @@ def proxy_config(row: Environment, port: int, servers: Sequence[str], dns: bool 
         "    http-reuse always",
         "    retries 0",  # a step or a create that was sent twice would be worse than an error
         "    timeout connect 5s",
-        "    timeout http-request 30s",
+        "    timeout http-request 10s",
         f"    timeout client {seconds}s",
         f"    timeout server {seconds}s",
         "    timeout http-keep-alive 60s",

@@ -1,0 +1,204 @@
+"""Requests that nobody listed: whatever a client sends is that request's fault alone, and costs nobody else."""
+import asyncio
+import itertools
+import json
+import os
+import resource
+import shutil
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from servers import gates
+from servers.protocol import Client, ServerError, reason
+from servers.sessions import QUERY_BYTES, REQUEST_BYTES, Sessions
+from tasks.lib.environments.haproxy import proxy_config
+from tests.fixtures.servers import free_port, rows, running
+from tests.servers import requests
+
+LIMITS = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+
+
+@settings(max_examples=300, **LIMITS)
+@given(st.lists(requests.anything(), max_size=6))
+def test_whatever_is_sent_is_answered_and_leaves_a_neighbours_session_alone(drawn):
+    requests.play(drawn)
+
+
+@pytest.mark.slow
+@settings(max_examples=1500, **LIMITS)
+@given(st.lists(requests.anything(), max_size=6))
+def test_whatever_is_sent_for_half_a_minute(drawn):
+    requests.play(drawn)
+
+
+@settings(max_examples=300, **LIMITS)
+@given(requests.json_bytes())
+def test_json_passes_the_gate_as_json_reads_it_or_not_at_all(body):
+    try:
+        mine = gates.loads(body)
+    except ValueError:
+        return
+    assert json.dumps(mine) == json.dumps(json.loads(body)) and gates.depth(body) <= gates.DEPTH
+
+
+@settings(max_examples=300, **LIMITS)
+@given(st.text() | st.text(alphabet="\x1b\x9b\u202e\u2066\n\r\t\x00\x7f\ud800a[31m"), st.integers(2, 300))
+def test_foreign_text_is_one_line_that_does_nothing_to_a_terminal(text, width):
+    seen = gates.shown(text, width)
+    assert seen.isprintable() and len(seen) <= width
+    if text.isprintable() and len(text) <= width:
+        assert seen == text
+
+
+@pytest.mark.parametrize("body,reason", [
+    (b'{"id": ' + b"9" * 1_000_000 + b"}", "more than 400 digits"),
+    (b"[" * 200_000, "levels deep"),
+    (b'{"id": 1, "id": 2}', "one key is there twice"),
+    (b'{"id": NaN}', "NaN is no number"),
+    (b'{"id": 1e999}', "too large"),
+])
+def test_json_that_is_not_read_costs_its_sender_an_answer_and_nobody_time(body, reason, tmp_path):
+    with running(rows()["form-textcraft"], tmp_path, REQUEST_BYTES=str(2 << 20)) as client:
+        begun = time.monotonic()
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(urllib.request.Request(client.base + "/step", data=body), timeout=30)
+        assert caught.value.code == 400 and reason in json.loads(caught.value.read())["error"]
+        assert time.monotonic() - begun < 2 and client.create()
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["length told", "in chunks"])
+def test_a_request_that_is_too_long_is_refused_before_it_is_read(told, tmp_path):
+    with running(rows()["form-textcraft"], tmp_path) as client:
+        session = client.create()
+        host, _, port = client.root.removeprefix("http://").partition(":")
+        with socket.create_connection((host, int(port)), timeout=20) as sent:
+            head = b"Content-Length: 400000000" if told else b"Transfer-Encoding: chunked"
+            sent.sendall(b"POST /step HTTP/1.1\r\nHost: x\r\n" + head + b"\r\n\r\n")
+            if not told:
+                for _ in range(3 * REQUEST_BYTES // (1 << 16)):
+                    try:
+                        sent.sendall(b"10000\r\n" + b"x" * (1 << 16) + b"\r\n")
+                    except OSError:
+                        break
+            assert sent.recv(65536).startswith(b"HTTP/1.1 413 ")
+        client.reset(session, 0)
+
+
+def test_a_limit_that_is_none_is_told(tmp_path):
+    with (pytest.raises(AssertionError, match="REQUEST_BYTES='lots' is no whole number"),
+          running(rows()["form-textcraft"], tmp_path, REQUEST_BYTES="lots")):
+        pass
+
+
+def test_a_query_that_is_too_long_is_refused():
+    status, reply = asyncio.run(
+        requests.ask(requests.sessions(), "GET", "/observation", b"", b"id=" + b"9" * (QUERY_BYTES + 1)))
+    assert status == 414 and "query" in reply["error"]
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_ids_are_drawn_or_where_the_row_says_so_counted(counted, tmp_path):
+    row = rows()["form-textcraft"].replaced(session_ids="counted" if counted else "random")
+    for replicas in (1, 2, 7):
+        server = Sessions(requests.Application(), row, replica=replicas - 1, replicas=replicas)
+        ids = [asyncio.run(requests.ask(server, "POST", "/create", b"{}"))[1]["id"] for _ in range(200)]
+        assert {one % replicas for one in ids} == {replicas - 1} and max(ids) < 2**53 and len(set(ids)) == 200
+        if counted:
+            assert ids == [number * replicas + replicas - 1 for number in range(1, 201)]
+        else:  # neither near each other nor in order
+            gaps = sorted(abs(one - other) for one, other in itertools.pairwise(ids))
+            assert gaps[0] > 10**6 and ids != sorted(ids) and max(ids) > 2**51
+
+
+def test_half_sent_requests_by_the_thousand_keep_nobody_out(tmp_path):
+    with running(rows()["form-textcraft"], tmp_path) as client:
+        host, _, port = client.root.removeprefix("http://").partition(":")
+        half = []
+        try:
+            for number in range(3000):
+                half.append(socket.create_connection((host, int(port)), timeout=10))
+                half[-1].sendall(b"POST /step HTTP/1.1\r\nHost: x\r\nContent-Length: 40\r\n\r\n{"[:60 - 20 * (number % 3)])
+            with ThreadPoolExecutor(4) as pool:
+                sessions = list(pool.map(lambda _: client.create(), range(8)))
+            assert len(set(sessions)) == 8
+        finally:
+            for one in half:
+                one.close()
+
+
+@pytest.mark.slow
+def test_half_sent_requests_by_the_thousand_keep_nobody_out_of_the_proxy(tmp_path):
+    haproxy = shutil.which("haproxy", path=os.environ["PATH"] + ":/usr/sbin")
+    if haproxy is None:
+        if os.environ.get("CI"):
+            pytest.fail("no haproxy, which CI must have")
+        pytest.skip("no haproxy on this machine")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 20000:
+        pytest.skip(f"this machine lets a process open {hard} files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    row, port = rows()["form-textcraft"], free_port()
+    half = []
+    with running(row, tmp_path) as client:
+        config = tmp_path / "haproxy.cfg"
+        config.write_text(proxy_config(row, port, [client.root.removeprefix("http://")]))
+        proxy = subprocess.Popen([haproxy, "-db", "-f", config])
+        try:
+            behind = Client(f"http://127.0.0.1:{port}", row.protocol, timeout=20)
+            while True:
+                try:
+                    behind.create()
+                    break
+                except ServerError:
+                    time.sleep(0.1)
+            for _ in range(5000):
+                half.append(socket.create_connection(("127.0.0.1", port), timeout=10))
+                half[-1].sendall(b"POST /step HTTP/1.1\r\nHost: x\r\nContent-Length: 4000\r\n\r\n" + b"x" * 1000)
+            begun = time.monotonic()
+            behind.create()
+            assert time.monotonic() - begun < 2
+        finally:
+            for one in half:
+                one.close()
+            proxy.terminate()
+            proxy.wait()
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("answer,message", [
+    (requests.endless(b"Content-Length: 99999999999\r\n"), "the answer has more than 64 MiB"),
+    (requests.endless(b""), "the answer has more than 64 MiB"),
+    (requests.whole(b"HTTP/1.1 307 Moved\r\nLocation: http://127.0.0.1:9/\r\n\r\n"), "HTTP 307"),
+    (requests.whole(b"HTTP/1.1 500 No\r\n\r\n\x1b[2J\nsuccess rate 100 %\xe2\x80\xae"), r"HTTP 500 \\u001b\[2J\\nsuccess"),
+    (requests.whole(b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 200_000), "levels deep"),
+    (requests.whole(b'HTTP/1.1 200 OK\r\n\r\n{"error": "\\u001b[2J\\nall is well\\u202e"}'), r"\\u001b\[2J\\nall is well\\u202e$"),
+    (requests.whole(b'HTTP/1.1 200 OK\r\n\r\n{"error": ""}'), "POST /create: an error without a word"),
+])
+def test_an_answer_out_of_bounds_is_one_line(answer, message):
+    with requests.answering(answer) as url:
+        begun = time.monotonic()
+        with pytest.raises(ServerError, match=message) as caught:
+            Client(url, rows()["form-textcraft"].protocol, timeout=20).create()
+        assert str(caught.value).isprintable() and len(str(caught.value)) < 300 and time.monotonic() - begun < 15
+
+
+def test_an_answer_that_never_ends_ends_with_the_time():
+    with requests.answering(requests.dripping) as url:
+        begun = time.monotonic()
+        with pytest.raises(ServerError, match="did not end within 2 s"):
+            Client(url, rows()["form-textcraft"].protocol, timeout=2).create()
+        assert time.monotonic() - begun < 8
+
+
+def test_an_exception_that_says_nothing_is_called_by_its_type():
+    assert reason(ConnectionResetError()) == "ConnectionResetError"
+    assert reason(urllib.error.URLError(TimeoutError())) == "TimeoutError"
+    assert os.strerror(111) in reason(urllib.error.URLError(ConnectionRefusedError(111, os.strerror(111))))
