@@ -191,7 +191,7 @@ def test_a_client_that_stalls_is_no_stuck_server(tmp_path):
 
 @pytest.mark.parametrize("consent, opened", [("it deletes everything", 0), ("", 1)])
 def test_a_health_check_opens_no_session_that_needs_consent(consent, opened, tmp_path):
-    row = rows()["form-textcraft"].replaced(consent=consent)
+    row = rows()["form-textcraft"].replaced(consent=consent, session_ids="counted")
     with running(row, tmp_path, True, I_UNDERSTAND=row.name) as client:
         file = tmp_path / "row.json"
         file.write_text(json.dumps(row.to_json(defaults=False)))
