@@ -29,6 +29,7 @@ from training.text import shown
 MISUSE, STOPPED = 2, 143
 HEARTBEAT = 1.0  # seconds
 TICK = 0.1
+LOOK = 0.5  # between two looks at the folder, which may be on a network
 LATE_SECONDS = 5.0  # between what one process of the trainer says and another
 ORPHAN_SECONDS = 5.0  # for what the trainer started to end by itself
 GPUS_EVERY = 30.0
@@ -365,6 +366,7 @@ class Supervisor:
         """Follow the trainer to its end; return its exit code, and the death where the supervisor ended it."""
         process = attempt.process
         assert process is not None
+        looked = 0.0
         while True:
             code = process.poll()
             if code is not None:
@@ -372,16 +374,18 @@ class Supervisor:
             self._reap()
             attempt.idle()
             self._heartbeat("running")
-            self._progress(attempt)
             if self.stop_signal:
                 self._end(attempt, self.options.stop_seconds)
                 return process.returncode, None
             if attempt.nan is not None:
                 return self._kill(attempt, self._facts(attempt, 1, 0))
-            poison = self._judge(attempt)
-            if poison:
-                self._end(attempt, min(5.0, self.options.stop_seconds))
-                return process.returncode, Death(diagnosis.ENVIRONMENT, poison)
+            if time.monotonic() - looked > LOOK or attempt.away_lines:
+                looked = time.monotonic()
+                self._progress(attempt)
+                poison = self._judge(attempt)
+                if poison:
+                    self._end(attempt, min(5.0, self.options.stop_seconds))
+                    return process.returncode, Death(diagnosis.ENVIRONMENT, poison)
             silent = time.monotonic() - attempt.heard
             limit = min(300.0, self.options.hang_seconds) if attempt.evidence.waits else self.options.hang_seconds
             if limit and silent > limit:
