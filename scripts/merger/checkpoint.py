@@ -5,7 +5,8 @@ name says, and the pieces tile every tensor.
 """
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 from merger import MergeError
 from merger.discover import RankFiles
 from merger.dtypes import itemsize
+from merger.foreign.limits import each
 from merger.layout import Box, tiling_fault
 from merger.shardfile import read_shard_file
 from merger.torchforms import Entry, mesh_sizes, read_entries
@@ -97,9 +99,7 @@ def read_checkpoint(files: RankFiles) -> Checkpoint:
     boxes: list[list[tuple[int, Box]]] = []
     interned: dict[tuple[int, Box], tuple[int, Box]] = {}  # thousands of tensors, a few dozen distinct blocks
     offsets, checksums, sizes = {}, {}, {}
-    for rank, path in sorted(files.paths.items()):
-        shard = read_shard_file(path)
-        entries = read_entries(shard, rank)
+    for rank, path, entries in read_ranks(files):
         if not first:
             first, first_path, boxes = entries, path, [[] for _ in entries]
         _check_agreement(first, first_path, entries, path)
@@ -108,7 +108,7 @@ def read_checkpoint(files: RankFiles) -> Checkpoint:
             boxes[index].append(interned.setdefault(holder, holder))
         offsets[rank] = np.array([entries[name].offset for name in first], dtype=np.int64)
         checksums[rank] = np.array([entries[name].crc for name in first], dtype=np.uint32)
-        sizes[rank] = shard.size
+        sizes[rank] = files.seen.identity(path).size
     layouts: dict[Any, Layout] = {}
     tensors = {}
     for index, (name, entry) in enumerate(first.items()):
@@ -123,6 +123,23 @@ def read_checkpoint(files: RankFiles) -> Checkpoint:
     _check_copies(checkpoint)
     _check_checksums(checkpoint, checksums)
     return checkpoint
+
+
+def read_ranks(files: RankFiles) -> Iterator[tuple[int, Path, dict[str, Entry]]]:
+    """Yield (rank, file, its tensors by name) of each rank, under the limits that hold for foreign pickles.
+
+    Raises:
+        MergeError: a file cannot be read, or not within the limits.
+    """
+    ranks = sorted(files.paths.items())
+
+    def read(item: tuple[int, Path]) -> dict[str, Entry]:
+        rank, path = item
+        return read_entries(read_shard_file(path, seen=files.seen), rank)
+
+    for (rank, path), entries in zip(ranks, each(read, ranks, lambda item: str(item[1])), strict=True):
+        files.seen.use(path)
+        yield rank, path, entries
 
 
 def _layout(name: str, shape: tuple[int, ...], holders: tuple[tuple[int, Box], ...], files: RankFiles) -> Layout:
@@ -167,16 +184,15 @@ SMALL = 1 << 20  # bytes up to which whole copies are always compared; --verify 
 def _check_copies(checkpoint: Checkpoint) -> None:
     """Compare the ranks' copies of small tensors that several of them hold whole, such as buffers."""
     with contextlib.ExitStack() as stack:
-        handles = {rank: stack.enter_context(open(path, "rb", buffering=0))
-                   for rank, path in checkpoint.files.paths.items()}  # yapf: disable
+        seen = checkpoint.files.seen
+        handles = {rank: stack.enter_context(seen.descriptor(path)) for rank, path in checkpoint.files.paths.items()}
         for tensor in checkpoint.tensors.values():
             if tensor.nbytes > SMALL or len(tensor.layout.pieces) != 1:
                 continue
             whole = tensor.layout.pieces[0][1]
             copies = {}
             for rank in (rank for rank, box in tensor.layout.holders if box == whole):
-                handles[rank].seek(checkpoint.offset(rank, tensor))
-                copies[rank] = handles[rank].read(tensor.nbytes)
+                copies[rank] = os.pread(handles[rank], tensor.nbytes, checkpoint.offset(rank, tensor))
             first = next(iter(copies))
             differing = [rank for rank, copy in copies.items() if copy != copies[first]]
             if differing:

@@ -13,9 +13,10 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from merger import DTYPES, MergeError, __version__
+from merger.foreign.text import printable
 
 if TYPE_CHECKING:
-    from merger.show import Kind
+    from merger.show import Kind, Rows
 
 MISUSE, INTERRUPTED, TERMINATED = 2, 130, 143
 NOTHING = "nothing was changed"
@@ -77,7 +78,7 @@ class _Parser(argparse.ArgumentParser):
     """Answers misuse with one line."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"merge: {message}; --help lists the flags", file=sys.stderr)
+        print(f"merge: {printable(message)}; --help lists the flags", file=sys.stderr)
         sys.exit(MISUSE)
 
 
@@ -172,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _fail(_explain(error))
     except KeyboardInterrupt as stop:
-        print(f"merge: interrupted; {str(stop) or NOTHING}", file=sys.stderr)
+        print(f"merge: interrupted; {printable(str(stop)) or NOTHING}", file=sys.stderr)
         return INTERRUPTED
 
 
@@ -205,7 +206,7 @@ def _missing_packages(json: bool) -> list[str]:
 
 
 def _fail(text: str) -> int:
-    print(f"merge: {text}", file=sys.stderr)
+    print(f"merge: {printable(text)}", file=sys.stderr)
     return MISUSE
 
 
@@ -268,7 +269,7 @@ def _run(args: argparse.Namespace) -> int:
                 if args.json else show.print_table("plan (nothing was written)", _plan_rows(plan)))
     elif args.verify_only:
         result = merging.verify_only(options)
-        _report(lambda: show.print_json(result) if args.json else print(_verified_line(result)))
+        _report(lambda: show.print_json(result) if args.json else print(printable(_verified_line(result))))
     else:
         record = merging.merge(options)
         _report(lambda: show.print_json(record) if args.json else show.print_table("merge", show.summary_rows(record)),
@@ -290,28 +291,28 @@ def _print_inspection(kinds: "list[Kind]", facts: dict[str, Any]) -> None:
         show.print_tensors(kinds)
 
 
-def _inspect_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+def _inspect_rows(facts: dict[str, Any]) -> "Rows":
     from merger import show
     ranks = facts["ranks"]
     return [
-        ("folders", "\n".join(facts["folders"])),
+        ("folders", list(facts["folders"])),
         ("ranks", f"{len(ranks)} of {facts['world_size']}"),
         ("mesh", show.mesh_text(facts["meshes"])),
         ("tensors", f"{facts['tensors']:,}, {show.count_text(facts['parameters'])} elements"),
         ("size", show.size_text(facts["bytes"])),
-        ("notes", "\n".join(facts["notes"]) or "none"),
-        ("problems", "\n".join(facts["problems"]) or "none"),
+        ("notes", facts["notes"] or "none"),
+        ("problems", facts["problems"] or "none"),
     ]
 
 
-def _plan_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
+def _plan_rows(plan: dict[str, Any]) -> "Rows":
     from merger import show
     return [
         ("folder", plan["folder"]),
         ("tensors", f"{plan['tensors']:,}, {show.count_text(plan['parameters'])} parameters as {plan['dtype']}"),
-        ("files", "\n".join(f"{file['name']}  {show.size_text(file['bytes'])}" for file in plan["files"])),
+        ("files", [f"{file['name']}  {show.size_text(file['bytes'])}" for file in plan["files"]]),
         ("space", f"{show.size_text(plan['bytes_written'])} needed, {show.size_text(plan['bytes_free'])} free"),
         ("memory", f"{show.size_text(plan['buffer_bytes'])} of buffers"),
         ("dropped", ", ".join(plan["tied_dropped"]) or "nothing"),
-        ("notes", "\n".join(plan["notes"]) or "none"),
+        ("notes", plan["notes"] or "none"),
     ]

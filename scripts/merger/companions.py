@@ -2,18 +2,19 @@
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from merger import MergeError
-from merger.discover import check_link
 from merger.filenames import ADAPTER_CONFIG, RANK_FILE, RECORD
+from merger.foreign.files import Seen, check_inside
 
 # The names that transformers and PEFT load weights by, and those of Mistral's and Llama's own format, which vLLM loads;
 # a merge replaces these and leaves every other file alone.
 WEIGHT = re.compile(
     r"(model|pytorch_model|tf_model|flax_model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin|h5|msgpack)"
     r"(\.index\.json)?|consolidated(-\d+-of-\d+|\.\d+)?\.(safetensors|pth)(\.index\.json)?")
+CHUNK = 1 << 22  # bytes that are copied at once
 GGUF = ".gguf"  # what somebody made of a model, under any name: neither taken along nor removed
 
 
@@ -48,11 +49,42 @@ def check_free(target: Path, force: bool) -> None:
                          "--save-dir")
 
 
-def keep_companions(target: Path, staging: Path) -> None:
-    """Take over from `target` what `staging` lacks, but for weights, as hard links: subfolders may be large."""
-    if target.is_dir():
-        for path, place in missing_companions(target, staging):
-            _link(path, place)
+def keep_companions(target: Path,
+                    staging: Path,
+                    seen: Seen | None = None,
+                    roots: Sequence[Path] = (),
+                    skip: Collection[str] = ()) -> None:
+    """Take over from `target` what `staging` lacks, but for weights, as hard links: subfolders may be large.
+
+    Args:
+        roots: where the target is a checkpoint's own folder, what its links may lead into.
+        skip: names that will be written anyway.
+
+    Raises:
+        MergeError: a link leads out of `roots`; something is neither file nor folder.
+    """
+    if not target.is_dir():
+        return
+    for path, place in missing_companions(target, staging):
+        if path.parent == target and path.name in skip:
+            continue
+        if roots:
+            check_tree(path, roots)
+        _link(path, place, seen or Seen())
+
+
+def check_tree(path: Path, roots: Sequence[Path]) -> None:
+    """Refuse what a foreign folder would publish that is not its own; links that lead nowhere publish nothing.
+
+    Raises:
+        MergeError: naming a link that leads out of `roots`, or what is neither file nor folder.
+    """
+    if path.is_symlink() and not path.exists():
+        return
+    check_inside(path, roots)
+    if is_folder(path):
+        for below in sorted(path.iterdir()):
+            check_tree(below, roots)
 
 
 def missing_companions(old: Path, new: Path) -> Iterator[tuple[Path, Path]]:
@@ -74,28 +106,35 @@ def is_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
 
 
-def _link(source: Path, place: Path) -> None:
+def _link(source: Path, place: Path, seen: Seen) -> None:
     """Make `place` a hard link to `source`; of a folder, a folder with links to its files."""
     if is_folder(source):
         place.mkdir()
         for path in source.iterdir():
-            _link(path, place / path.name)
+            _link(path, place / path.name, seen)
         shutil.copystat(source, place)
         return
     try:
         os.link(source, place, follow_symlinks=False)
+        if not source.is_symlink():
+            seen.linked(source)
     except OSError:  # a file system without hard links
         shutil.copy2(source, place, follow_symlinks=False)
 
 
-def companions(source: Path, target: Path) -> Iterator[Path]:
+def companions(source: Path, target: Path, roots: Sequence[Path] = ()) -> Iterator[Path]:
     """Yield the files and folders of `source` that a model takes along: config, tokenizer, processor and custom code.
 
     Weights are not taken, and from beside the ranks' files only other files, and no `.pt`. The target, whose files are
-    kept anyway, and folders that hold it are left out.
+    kept anyway, and folders that hold it are left out. `roots` are what links may lead into; `source` where there are none.
+
+    Raises:
+        MergeError: a link leads nowhere or out of `roots`; something is neither file nor folder.
     """
     if not source.is_dir() or os.path.realpath(source) == os.path.realpath(target):
         return
+    roots = roots or (source, )
+    check_inside(source, roots)
     found = [
         path for path in sorted(source.iterdir())
         if not path.name.startswith(".") and path.suffix != GGUF and not is_replaced(path.name)
@@ -103,22 +142,18 @@ def companions(source: Path, target: Path) -> Iterator[Path]:
     if any(RANK_FILE.fullmatch(path.name) for path in found):
         found = [path for path in found if not path.is_dir() and path.suffix != ".pt"]
     for path in found:
-        yield from _tree(path, target)
+        yield from _tree(path, target, roots)
 
 
-def _tree(path: Path, target: Path) -> Iterator[Path]:
-    """Yield `path` and all below it, folders first; but not a link to a folder that it lies in, which has no end.
-
-    Raises:
-        MergeError: a link leads nowhere.
-    """
-    check_link(path)
+def _tree(path: Path, target: Path, roots: Sequence[Path]) -> Iterator[Path]:
+    """Yield `path` and all below it, folders first; but not a link to a folder that it lies in, which has no end."""
+    check_inside(path, roots)
     if not path.is_dir():
         yield path
     elif path.name != "__pycache__" and not holds(path, target) and not holds(path, path.parent):
         yield path
         for below in sorted(path.iterdir()):
-            yield from _tree(below, target)
+            yield from _tree(below, target, roots)
 
 
 def holds(folder: Path, path: Path) -> bool:
@@ -127,16 +162,29 @@ def holds(folder: Path, path: Path) -> bool:
     return inner == outer or outer in inner.parents
 
 
-def copy_companions(source: Path, staging: Path, target: Path) -> None:
+def copy_companions(source: Path,
+                    staging: Path,
+                    target: Path,
+                    seen: Seen | None = None,
+                    roots: Sequence[Path] = ()) -> None:
     """Copy the companions of a model that goes to `target` from `source` to `staging`, an empty folder, byte for byte.
 
     Links are followed (hub snapshots are made of them); modes stay.
     """
-    pairs = [(path, staging / path.relative_to(source)) for path in companions(source, target)]
+    seen = seen or Seen()
+    pairs = [(path, staging / path.relative_to(source)) for path in companions(source, target, roots)]
     for path, place in pairs:
         if path.is_dir():
             place.mkdir()
         else:
-            shutil.copyfile(path, place)
+            _copy(path, place, seen)
     for path, place in reversed(pairs):  # a folder's mode may forbid to write in it
         shutil.copystat(path, place)
+
+
+def _copy(path: Path, place: Path, seen: Seen) -> None:
+    """Copy a file, as long as it was when it was first looked at and no longer."""
+    with seen.descriptor(path) as fd, place.open("xb") as out:
+        for start in range(0, seen.identity(path).size, CHUNK):
+            out.write(os.pread(fd, CHUNK, start))
+        seen.compare(path, fd)

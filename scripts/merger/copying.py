@@ -79,11 +79,13 @@ class Sources:
 
     def __enter__(self) -> "Sources":
         for rank, path in self.checkpoint.files.paths.items():
-            fd = self._fds[rank] = os.open(path, os.O_RDONLY)
+            seen = self.checkpoint.files.seen
+            fd = self._fds[rank] = seen.open(path)
             if is_cached(fd, self.checkpoint.sizes[rank]):
                 continue
             if (direct := open_direct(path, os.O_RDONLY)) is not None:
                 self._direct[rank] = direct
+                seen.compare(path, direct)
             elif hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
                 self._dropped.add(rank)

@@ -1,5 +1,4 @@
 """Find the ranks' files of a checkpoint below the folders that the user named."""
-import json
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -8,8 +7,12 @@ from itertools import islice
 from pathlib import Path
 
 from merger import MergeError
-from merger.filenames import FSDP_CONFIG, MODEL_FOLDER, RANK_FILE, RANK_PATTERN, ROLES, STEP_FOLDER
+from merger.filenames import FSDP_CONFIG, LORA_FOLDER, MODEL_FOLDER, RANK_FILE, RANK_PATTERN, ROLES, STEP_FOLDER
+from merger.foreign.documents import read_object
+from merger.foreign.files import Seen
+from merger.foreign.values import shown
 
+MOST_RANKS = 1 << 20
 LISTED = 8  # of the ranks that are missing: a name may claim a world of any size
 
 
@@ -22,11 +25,13 @@ class RankFiles:
         world_size: the number of ranks that wrote it.
         paths: the file of each rank that was found.
         notes: what was chosen on the user's behalf.
+        seen: what they and all that lies beside them were when they were found.
     """
     folders: tuple[Path, ...]
     world_size: int
     paths: dict[int, Path]
     notes: list[str] = field(default_factory=list)
+    seen: Seen = field(default_factory=Seen, compare=False)
 
     @property
     def missing(self) -> list[int]:
@@ -57,9 +62,12 @@ def find_checkpoint(local_dirs: Sequence[str]) -> RankFiles:
         if os.path.realpath(folder) not in map(os.path.realpath, folders):
             folders.append(folder)
     _check_same(folders)
+    seen = Seen()
+    for folder in folders:  # before any file is read, so that none of another step is taken for one of this
+        seen.survey(path for place in (folder, folder / MODEL_FOLDER, folder / LORA_FOLDER) for path in _paths(place))
     files = [(folder / name, int(match[1]), int(match[2])) for folder in folders for name in _names(folder)
              if (match := RANK_FILE.fullmatch(name))]
-    world_size = _world_size(folders, {world for _, world, _ in files})
+    world_size = _world_size(folders, {world for _, world, _ in files}, seen)
     paths: dict[int, Path] = {}
     for path, world, rank in sorted(files):
         if world != world_size:
@@ -75,17 +83,7 @@ def find_checkpoint(local_dirs: Sequence[str]) -> RankFiles:
     if not paths:
         raise MergeError(f"no model_world_size_{world_size}_rank_*.pt in {folders[0]}, though {FSDP_CONFIG} names "
                          f"world size {world_size}; copy the ranks' files there")
-    return RankFiles(tuple(folders), world_size, paths, notes)
-
-
-def check_link(path: Path) -> None:
-    """Refuse a link that leads nowhere, such as that of a hub snapshot that was copied without its blobs.
-
-    Raises:
-        MergeError: naming it.
-    """
-    if path.is_symlink() and not path.exists():
-        raise MergeError(f"{path} is a link to {os.readlink(path)}, which is not there; mend or remove the link")
+    return RankFiles(tuple(folders), world_size, paths, notes, seen)
 
 
 def _check_same(folders: Sequence[Path]) -> None:
@@ -111,14 +109,17 @@ def _own_parts(paths: Iterable[str]) -> list[tuple[str, ...]]:
     return [Path(path).parts[shared:] for path in paths]
 
 
-def _world_size(folders: Sequence[Path], found: set[int]) -> int:
+def _world_size(folders: Sequence[Path], found: set[int], seen: Seen) -> int:
     for folder in folders:
         config = folder / FSDP_CONFIG
-        if config.is_file():
+        if os.path.lexists(config):
             try:
-                return int(json.loads(config.read_text())["world_size"])
-            except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
-                raise MergeError(f"{config} names no world_size ({error}); mend or remove it") from error
+                size = read_object(config, seen).get("world_size")
+            except OSError as error:
+                raise MergeError(f"cannot read {config}: {error.strerror}; mend or remove it") from error
+            if type(size) is not int or not 0 < size < MOST_RANKS:
+                raise MergeError(f"{config} names no world_size, but {shown(size)}; mend or remove it")
+            return size
     if len(found) > 1:
         sizes = ", ".join(map(str, sorted(found)))
         raise MergeError(f"{folders[0]} holds checkpoints of world sizes {sizes}; keep the files of one of them")
@@ -162,6 +163,11 @@ def _explain(folder: Path, names: Sequence[str]) -> str:
 
 def _has_ranks(folder: Path) -> bool:
     return folder.is_dir() and any(RANK_FILE.fullmatch(name) for name in _names(folder))
+
+
+def _paths(folder: Path) -> list[Path]:
+    """Return what lies in a folder that need not be there."""
+    return [folder / name for name in _names(folder)] if folder.is_dir() else []
 
 
 def _names(folder: Path) -> list[str]:

@@ -1,15 +1,16 @@
 """Upload a merged folder to the Hugging Face Hub."""
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from merger import MergeError
-from merger.companions import is_replaced
+from merger.companions import check_tree, is_replaced
 from merger.filenames import CARD, RECORD
 from merger.files import atomic_write
+from merger.foreign.text import markdown, printable
 from merger.modelconfig import dump_json
+from merger.record import read_record
 
 # What huggingface_hub's validate_repo_id takes, with an owner.
 REPOSITORY = re.compile(r"(?!.*(?:--|\.\.))(?=.{3,96}$)[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?",
@@ -75,7 +76,8 @@ def upload(api: Any, folder: Path, repo_id: str, private: bool) -> str:
         MergeError: the Hub refused, could not be reached or left out a file; `folder` is as it was.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-    record = dump_json(public_record(json.loads((folder / RECORD).read_text()))).encode()
+    check_tree(folder, [folder])
+    record = dump_json(public_record(read_record(folder))).encode()
     try:
         url = api.create_repo(repo_id, private=private, exist_ok=True)
         # This resumes in every version, for the Hub tells which contents it has. upload_large_folder believes notes that
@@ -105,7 +107,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    return printable(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}")
 
 
 def add_card(folder: Path, record: Mapping[str, Any]) -> None:
@@ -150,7 +152,7 @@ def model_card(record: Mapping[str, Any]) -> str:
     rows = [("tensors", f"{record['tensors']:,}"), ("parameters", f"{record['parameters']:,}"),
             ("element type", record["dtype"]), ("ranks", record["world_size"]), ("device mesh", mesh),
             ("NaN or infinite elements", record["nan"] + record["inf"])]
-    table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
+    table = ["| | |", "|---|---|", *(f"| {name} | {markdown(str(value))} |" for name, value in rows)]
     return "\n".join([
         *head, "", "# Merged FSDP checkpoint", "",
         "These weights were merged from the shards of a training run; `merge.json` lists the shards.", "", *table, ""

@@ -1,6 +1,6 @@
 """What a merge is asked for, and every check and decision that comes before the first byte is written."""
 import shutil
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,7 @@ def prepare(options: Options, checkpoint: Checkpoint | None = None) -> Job:
     publish.check_target(target, files.folders)
     check_free(target, options.force)
     job = lay_out(options, files, target, config_folder(files), checkpoint)
-    _check_space(target, job.files, companions(job.config_dir, target))
+    _check_space(job, companions(job.config_dir, target, files.folders))
     return job
 
 
@@ -125,7 +125,7 @@ def lay_out(options: Options,
     device = check_device(options.device)
     if options.lora == "adapter":
         return _lay_out_adapter(options, checkpoint or read_checkpoint(files), target, device)
-    config = read_config(config_dir)
+    config = read_config(config_dir, files.seen)
     checkpoint = checkpoint or read_checkpoint(files)
     named = _plain_weights(options, checkpoint)
     config, changed = for_critic(config, named)
@@ -133,7 +133,7 @@ def lay_out(options: Options,
     verdict = model_check.ask(config_dir, {
         name: tensor.shape
         for name, (tensor, _) in named.items()
-    }, options.trust_remote_code, config["architectures"][0] if changed else "", bool(cleaned))
+    }, options.trust_remote_code, config["architectures"][0] if changed else "", bool(cleaned), files.seen)
     notes = [*checkpoint.notes, *changed, *cleaned, *naming_note(verdict)]
     if verdict.silent:
         notes.append(f"keys were not checked against a model: {verdict.silent}")
@@ -165,9 +165,8 @@ def _lay_out_adapter(options: Options, checkpoint: Checkpoint, target: Path, dev
         Output(name, tensor, output_dtype(tensor.dtype, options.dtype)) for name, tensor in lora.adapter(found).items()
     ]
     files_out = split_files(outputs, sum(output.nbytes for output in outputs), ADAPTER_STEM)
-    config_dir = next(
-        (folder / MODEL_FOLDER for folder in checkpoint.files.folders if (folder / MODEL_FOLDER).is_dir()), target)
-    base = read_config(config_dir).get("_name_or_path") if (config_dir / CONFIG).is_file() else None
+    config_dir = next((folder / MODEL_FOLDER for folder in checkpoint.files.folders if (folder / MODEL_FOLDER).is_dir()), target)
+    base = read_config(config_dir, checkpoint.files.seen).get("_name_or_path") if (config_dir / CONFIG).is_file() else None
     texts = {ADAPTER_CONFIG: dump_json(lora.adapter_config(found, checkpoint.tensors, base or None))}
     return Job(checkpoint, files_out, target, target, ADAPTER_STEM, device, texts, [], None, base or None,
                list(checkpoint.notes))
@@ -278,11 +277,12 @@ def merged_folder(options: Options, files: RankFiles) -> Path:
     return adapter if elsewhere and (adapter / RECORD).is_file() else target
 
 
-def _check_space(target: Path, files: Sequence[OutputFile], companions: Iterable[Path]) -> None:
-    needed = sum(file.size for file in files) + sum(path.stat().st_size for path in companions)
-    free = free_bytes(target)
+def _check_space(job: Job, companions: Iterable[Path]) -> None:
+    seen = job.checkpoint.files.seen
+    needed = job.nbytes + sum(seen.identity(path).size for path in companions)
+    free = free_bytes(job.target)
     if needed > free:
-        raise MergeError(f"{size_text(needed)} are needed for {target}, {size_text(free)} are free; "
+        raise MergeError(f"{size_text(needed)} are needed for {job.target}, {size_text(free)} are free; "
                          "free space or choose another --save-dir")
 
 

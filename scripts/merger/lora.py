@@ -16,6 +16,7 @@ from merger import MergeError
 from merger.checkpoint import Tensor
 from merger.discover import RankFiles
 from merger.filenames import ADAPTER_CONFIG, LORA_FOLDER, LORA_META
+from merger.foreign.documents import read_object
 from merger.plan import Fusion
 
 PREFIX = "base_model.model."
@@ -109,12 +110,9 @@ def _recorded(files: RankFiles, name: str) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        meta = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise MergeError(f"cannot read {path}: {error}") from error
-    if not isinstance(meta, dict):
-        raise MergeError(f"{path} holds no JSON object")
-    return meta
+        return read_object(path, files.seen)
+    except OSError as error:
+        raise MergeError(f"cannot read {path}: {error.strerror}") from error
 
 
 def known_alpha(lora: Lora) -> float:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from merger import MergeError, hub, lora, model_check, publish, show, verify
-from merger.checkpoint import read_checkpoint
-from merger.companions import check_free, copy_companions, keep_companions
+from merger.checkpoint import read_checkpoint, read_ranks
+from merger.companions import check_free, check_tree, copy_companions, holds, keep_companions
 from merger.copying import THREADS, HostConverter, Tally, write_files
 from merger.discover import RankFiles, find_checkpoint
 from merger.filenames import CONFIG, MODEL_STEM, RECORD, weight_index
@@ -28,9 +28,8 @@ from merger.model_check import complaint
 from merger.modelconfig import dump_json, read_config
 from merger.plan import BLOCK_BYTES, index_json
 from merger.record import as_requested, file_sizes, make_record, read_record, same_merge
-from merger.shardfile import read_shard_file
 from merger.show import Kind
-from merger.torchforms import mesh_sizes, read_entries
+from merger.torchforms import mesh_sizes
 
 LARGEST = {"float16": "65504", "bfloat16": "3.39e38", "float32": "3.4e38"}  # finite values; keep changes none
 
@@ -50,6 +49,8 @@ def merge(options: Options) -> dict[str, Any]:
     # An upload that broke off left a finished merge behind.
     record = same_merge(options, files, target) if api is not None and not options.force else None
     notes: list[str] = []
+    if api is not None and target.is_dir():
+        check_tree(target, [target])
     if record is None:
         publish.check_replaceable(target)
         job = prepare(options)
@@ -80,10 +81,12 @@ def carry_out(job: Job, options: Options, began: float) -> dict[str, Any]:
     """Write, check and publish what `prepare` planned; return the record."""
     threads = options.threads or THREADS
     converter = HostConverter if job.device == "cpu" else partial(TorchConverter, device=job.device)
+    files = job.checkpoint.files
     with publish.Staging(job.target) as staging:
         check_free(job.target, options.force)  # another merge may have ended since the first look
-        copy_companions(job.config_dir, staging.folder, job.target)
-        keep_companions(job.target, staging.folder)
+        copy_companions(job.config_dir, staging.folder, job.target, files.seen, files.folders)
+        own = any(holds(folder, job.target) for folder in files.folders)
+        keep_companions(job.target, staging.folder, files.seen, files.folders if own else (), job.texts)
         with show.progress("merging", job.nbytes, options.quiet) as step:
             tally = write_files(job.checkpoint, job.files, staging.folder, threads, step, converter)
         _check_finite(options, tally)
@@ -99,6 +102,7 @@ def carry_out(job: Job, options: Options, began: float) -> dict[str, Any]:
         if options.hf_upload_path:
             hub.add_card(staging.folder, record)
         check_free(job.target, options.force)
+        files.seen.check()
         staging.publish()
         job.published = True
     return record
@@ -117,15 +121,19 @@ def _check_finite(options: Options, tally: Tally) -> None:
 
 def _verify(job: Job, options: Options, folder: Path, threads: int) -> None:
     """Compare the sources with their checksums, the output in `folder` with the sources, and its keys with the model."""
-    stored = verify.read_folder(folder, job.stem)
+    seen = job.checkpoint.files.seen
+    stored = verify.read_folder(folder, job.stem, seen)
     with show.progress("checking the shards", sum(job.checkpoint.sizes.values()), options.quiet) as step:
         verify.check_sources(job.checkpoint, threads, step)
     with show.progress("verifying", sum(output.nbytes for output in job.outputs), options.quiet) as step:
         verify.check_output(job.checkpoint, job.outputs, stored, step)
     if job.stem != MODEL_STEM:
         return
-    verdict = model_check.ask(folder, {name: there.shape for name, there in stored.items()}, options.trust_remote_code)
-    if "keys" not in options.allow and (fault := complaint(verdict, read_config(folder), folder / CONFIG)):
+    verdict = model_check.ask(folder, {
+        name: there.shape
+        for name, there in stored.items()
+    }, options.trust_remote_code, "", False, seen)
+    if "keys" not in options.allow and (fault := complaint(verdict, read_config(folder, seen), folder / CONFIG)):
         raise MergeError(f"after merging, {fault}")
 
 
@@ -141,6 +149,7 @@ def verify_only(options: Options) -> dict[str, Any]:
     again = as_requested(options, read_record(target))
     job = lay_out(again, files, target, config_folder(files, target))
     _verify(job, again, target, options.threads or THREADS)
+    files.seen.check()
     return {
         "folder": str(target),
         "tensors": len(job.outputs),
@@ -203,9 +212,9 @@ def _inspect_first(files: RankFiles, problem: str) -> tuple[list[Kind], dict[str
     notes = list(files.notes)
     for rank, path in sorted(files.paths.items()):
         with contextlib.suppress(MergeError):
-            entries = read_entries(read_shard_file(path), rank).values()
-            kinds = [Kind(str(entry), entry.shape, entry.dtype) for entry in entries]
-            meshes = mesh_sizes(entries)
+            _, _, entries = next(read_ranks(replace(files, paths={rank: path})))
+            kinds = [Kind(str(entry), entry.shape, entry.dtype) for entry in entries.values()]
+            meshes = mesh_sizes(entries.values())
             notes.append(f"mesh and tensors are those that {path.name} tells of")
             break
     return kinds, _facts(files, meshes, kinds, notes, [problem])

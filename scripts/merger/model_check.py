@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -19,9 +20,15 @@ from typing import Any
 
 from merger.filenames import CONFIG
 from merger.files import atomic_write
+from merger.foreign.documents import MAX_BYTES
+from merger.foreign.files import Seen
+from merger.foreign.limits import confine
+from merger.foreign.text import printable
 from merger.modelconfig import QUANTIZATION, read_config
 
 SCRIPTS = Path(__file__).resolve().parents[1]
+SECONDS, MEMORY = 60, 1 << 30  # of processor time, and bytes beside torch and transformers
+TOO_LARGE = f"too large: the config's model takes more than {SECONDS} s or {MEMORY >> 20} MiB to describe"
 
 
 @dataclass(frozen=True)
@@ -65,17 +72,19 @@ def ask(config_dir: Path,
         shapes: Mapping[str, Sequence[int]],
         trust_remote_code: bool,
         architecture: str = "",
-        unquantized: bool = False) -> Verdict:
+        unquantized: bool = False,
+        seen: Seen | None = None) -> Verdict:
     """Return what transformers makes of `shapes` (elements by name) under the config in `config_dir`.
 
     `architecture` stands for the one that the config names, where that is not the weights'; `unquantized` leaves its
     `quantization_config` out, where the weights are not of that.
 
     The answer depends on the config, the names and shapes and the installed versions alone, so it is remembered: the
-    next checkpoint of the same run needs no process with torch and transformers in it.
+    next checkpoint of the same run needs no process with torch and transformers in it. The child reads a copy of what
+    was read here, and only that.
     """
+    files = _read_files(config_dir, trust_remote_code, seen or Seen())
     request = {
-        "config_dir": str(config_dir.absolute()),
         "trust_remote_code": trust_remote_code,
         "architecture": architecture,
         "unquantized": unquantized,
@@ -85,19 +94,41 @@ def ask(config_dir: Path,
         }
     }
     cache = _cache()
-    memory = cache / _digest(config_dir, request) if cache else None
+    memory = cache / _digest(files, request) if cache else None
     if memory:
         with contextlib.suppress(OSError, ValueError, TypeError):
             return Verdict(**json.loads(memory.read_text()))
-    process = subprocess.run([sys.executable, "-m", "merger.model_check"],
-                             input=json.dumps(request), capture_output=True, cwd=SCRIPTS, text=True)  # yapf: disable
+    with tempfile.TemporaryDirectory(prefix="model-check-") as place:
+        folder = Path(place) / config_dir.absolute().name  # transformers names a model's own code after its folder
+        folder.mkdir()
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
+        process = subprocess.run([sys.executable, "-m", "merger.model_check"],
+                                 input=json.dumps({
+                                     "config_dir": str(folder),
+                                     **request
+                                 }),
+                                 capture_output=True,
+                                 cwd=SCRIPTS,
+                                 text=True)
+        answer = process.stdout.replace(json.dumps(str(folder))[1:-1], json.dumps(str(config_dir))[1:-1])
     if process.returncode:
         last = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-        return Verdict(unknown=last[:300])
-    verdict = Verdict(**json.loads(process.stdout))
+        return Verdict(unknown=TOO_LARGE if process.returncode < 0 else printable(last, 300))
+    verdict = Verdict(**json.loads(answer))
     if memory and not verdict.silent:
-        _remember(memory, process.stdout)
+        _remember(memory, answer)
     return verdict
+
+
+def _read_files(config_dir: Path, trust_remote_code: bool, seen: Seen) -> dict[str, bytes]:
+    """Return what the answer depends on: the config and, where it may run, the model's own code."""
+    paths = [config_dir / CONFIG, *(sorted(config_dir.glob("*.py")) if trust_remote_code else ())]
+    files = {}
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            files[path.name] = seen.read(path, MAX_BYTES)
+    return files
 
 
 def _cache() -> Path | None:
@@ -109,13 +140,14 @@ def _cache() -> Path | None:
     return cache / "agentgym-rl-workbench" / "model-checks"
 
 
-def _digest(config_dir: Path, request: Mapping[str, Any]) -> str:
+def _digest(files: Mapping[str, bytes], request: Mapping[str, Any]) -> str:
     """Return the name of the file that remembers the answer to `request`."""
-    asked = {**request, "config_dir": None, "versions": [sys.version, *map(_version, ("torch", "transformers"))]}
+    asked = {**request, "files": sorted(files), "versions": [sys.version, *map(_version, ("torch", "transformers"))]}
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode())
-    for path in [Path(__file__), config_dir / CONFIG, *sorted(config_dir.glob("*.py"))]:
-        with contextlib.suppress(OSError):
-            digest.update(path.read_bytes())
+    with contextlib.suppress(OSError):
+        digest.update(Path(__file__).read_bytes())
+    for _, data in sorted(files.items()):
+        digest.update(len(data).to_bytes(8, "little") + data)
     return f"{digest.hexdigest()}.json"
 
 
@@ -144,6 +176,9 @@ def check(config_dir: Path,
     transformers.utils.logging.disable_progress_bar()
     versions = {"transformers": transformers.__version__, "torch": torch.__version__}
     try:
+        layers = read_config(config_dir).get("num_hidden_layers")
+        if type(layers) is int and layers > len(shapes):
+            raise ValueError(f"num_hidden_layers is {layers}, and the checkpoint has {len(shapes)} tensors")
         config = transformers.AutoConfig.from_pretrained(config_dir, trust_remote_code=trust_remote_code)
         if architecture:
             config.architectures = [architecture]
@@ -154,7 +189,9 @@ def check(config_dir: Path,
         with torch.device("meta"):
             model = model_class(config)
     except Exception as error:  # an unknown architecture, custom code that is not trusted, a broken config
-        text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        text = f"{type(error).__name__}: {printable(' '.join(str(error).split()), 200)}"
+        if isinstance(error, (MemoryError, TimeoutError)):
+            text = TOO_LARGE
         broken = _is_known(config_dir, architecture) and not isinstance(error, ImportError)
         return {"broken" if broken else "unknown": text, **versions}
     names: dict[int, list[str]] = {}
@@ -271,10 +308,17 @@ def main() -> None:
     with os.fdopen(os.dup(1), "w") as out:
         os.dup2(2, 1)  # custom code may print, and so may the programs that it starts
         request = json.load(sys.stdin)
-        out.write(
-            json.dumps(
-                check(Path(request["config_dir"]), request["shapes"], request["trust_remote_code"],
-                      request["architecture"], request["unquantized"])))
+        import torch
+        with contextlib.suppress(ImportError):  # before the limits, which are the model's
+            import transformers.modeling_utils  # noqa: F401
+        torch.set_num_threads(1)
+        try:
+            confine(SECONDS, MEMORY)
+            answer = check(Path(request["config_dir"]), request["shapes"], request["trust_remote_code"],
+                           request["architecture"], request["unquantized"])  # yapf: disable
+        except (MemoryError, TimeoutError):
+            answer = {"unknown": TOO_LARGE}
+        out.write(json.dumps(answer))
 
 
 if __name__ == "__main__":

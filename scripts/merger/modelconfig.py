@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from merger import MergeError
-from merger.discover import check_link
 from merger.filenames import CONFIG
+from merger.foreign.documents import read_object
+from merger.foreign.files import Seen, check_link
 
 CAUSAL = "ForCausalLM"
 QUANTIZATION = "quantization_config"
@@ -17,7 +18,7 @@ SCALES = ("weight_scale", "input_scale", "scale_inv", "scales", "qweight", "qzer
 DTYPE_KEYS = ("dtype", "torch_dtype")  # transformers 5 writes the first, 4 the second; both read the second
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path, seen: Seen | None = None) -> dict[str, Any]:
     """Return the config in `folder`.
 
     Raises:
@@ -25,15 +26,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG
     try:
-        config = json.loads(path.read_text())
+        return read_object(path, seen or Seen(), nonfinite=True)
     except FileNotFoundError:
         check_link(path)
         raise MergeError(f"no {path}; copy the base model's config.json (and tokenizer) there") from None
-    except (OSError, ValueError) as error:
-        raise MergeError(f"cannot read {path}: {error}") from error
-    if not isinstance(config, dict):
-        raise MergeError(f"{path} holds a {type(config).__name__}, not a JSON object")
-    return config
+    except OSError as error:
+        raise MergeError(f"cannot read {path}: {error.strerror}") from error
 
 
 def for_critic(config: dict[str, Any], names: Collection[str]) -> tuple[dict[str, Any], list[str]]:

@@ -1,22 +1,22 @@
 """Read the pickle inside a `.pt` file without running any of its code.
 
 Every name that the pickle may mention is on the allow-list below and stands for an inert record of what was pickled, so a file
-written by any torch from 2.4 on reads alike under any other, and importing torch is not needed.
+written by any torch from 2.4 on reads alike under any other, and importing torch is not needed. What a pickle does with
+inert things may still take years and all memory: it is read under the limits of `foreign.limits`.
 """
 import collections
-import contextlib
 import io
 import pickle
-import threading
-from collections.abc import Iterator
+import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from merger import MergeError
+from merger.foreign.text import printable
+from merger.foreign.values import as_count, as_list, as_shape, shown
 
-MEMORY_LIMIT = 1 << 30
 DISTRIBUTED = "torch.distributed"
+DEVICE_NAME = re.compile(r"[a-z]{2,20}(:\d{1,4})?", re.ASCII)
 # Classes that verl's checkpoints mention. Their modules moved between torch 2.4 and 2.13 (`_tensor` became `tensor`,
 # `_shard` stayed), so any home below torch.distributed will do.
 DISTRIBUTED_NAMES = frozenset({
@@ -39,6 +39,16 @@ STORAGE_DTYPES = {
 }
 DTYPES = frozenset(STORAGE_DTYPES.values()) | {"float8_e4m3fn", "float8_e5m2", "uint16", "uint32", "uint64"}
 UNSUPPORTED = ("complex", "quint", "qint", "quantized", "bits", "float8_e", "float4_e")  # of element types
+
+
+class Dtype(str):
+    """An element type by torch's name, as a pickle mentions it: no text that it holds is one."""
+    __slots__ = ()
+
+
+class StorageType(str):
+    """The element type of a kind of storage, as a pickle mentions that."""
+    __slots__ = ()
 
 
 @dataclass(frozen=True)
@@ -112,45 +122,71 @@ class Function:
         raise pickle.UnpicklingError("the pickle tries to alter a function")
 
 
-def _shape(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, (tuple, list)) or not all(type(n) is int and n >= 0 for n in value):
-        raise pickle.UnpicklingError(f"not a shape: {value!r:.80}")
-    return tuple(value)
-
-
 def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, dtype: str | None) -> TensorRef:
-    if not isinstance(storage, Storage) or type(offset) is not int or offset < 0 or dtype is None:
+    if not isinstance(storage, Storage) or dtype is None:
         raise pickle.UnpicklingError("a tensor without a proper storage")
-    shape, stride = _shape(shape), _shape(stride)
+    shape, stride = as_shape(shape), tuple(map(as_count, as_list(stride, "strides")))
     if len(shape) != len(stride):
         raise pickle.UnpicklingError(f"a tensor of shape {shape} with strides {stride}")
-    return TensorRef(storage, offset, shape, stride, dtype)
+    return TensorRef(storage, as_count(offset, "an offset"), shape, stride, dtype)
 
 
-def _rebuild_tensor_v2(storage: Any, offset: Any, shape: Any, stride: Any, *_rest: Any) -> TensorRef:
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, stride: Any) -> TensorRef:
     return _tensor(storage, offset, shape, stride, getattr(storage, "dtype", None))
 
 
-def _rebuild_tensor_v3(storage: Any, offset: Any, shape: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, *_rest:
-                       Any) -> TensorRef:
-    return _tensor(storage, offset, shape, stride, dtype if dtype in DTYPES else None)
+def _rebuild_tensor_v2(storage: Any, offset: Any, shape: Any, stride: Any, grad: Any, hooks: Any,
+                       metadata: Any = None) -> TensorRef:
+    tensor = _rebuild_tensor(storage, offset, shape, stride)
+    _check_extras(tensor.dtype, grad, hooks, metadata)
+    return tensor
 
 
-def _rebuild_parameter(data: Any, *_rest: Any) -> Any:
+def _rebuild_tensor_v3(storage: Any, offset: Any, shape: Any, stride: Any, grad: Any, hooks: Any, dtype: Any,
+                       metadata: Any = None) -> TensorRef:
+    tensor = _tensor(storage, offset, shape, stride, str(dtype) if _is_dtype(dtype) else None)
+    _check_extras(tensor.dtype, grad, hooks, metadata)
+    return tensor
+
+
+def _check_extras(dtype: str, grad: Any, hooks: Any, metadata: Any = None) -> None:
+    """Refuse what torch does, and metadata: a bit of it may negate or conjugate all elements."""
+    if type(grad) is not bool or (grad and "float" not in dtype) or not _is_empty(hooks) or not _is_empty(metadata):
+        raise pickle.UnpicklingError("a tensor with gradients, hooks or metadata that no checkpoint has")
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (type(value) in (dict, collections.OrderedDict) and not value)
+
+
+def _is_dtype(value: Any) -> bool:
+    return type(value) is Dtype
+
+
+def _rebuild_parameter(data: Any, grad: Any, hooks: Any) -> Any:
+    if not isinstance(data, (TensorRef, Record)) or type(grad) is not bool or not _is_empty(hooks):
+        raise pickle.UnpicklingError("a parameter of no tensor")
     return data
 
 
-def _rebuild_wrapper_subclass(cls: Any, dtype: Any, shape: Any, *_rest: Any) -> Record:
-    if not (isinstance(cls, type) and issubclass(cls, Record)):
+def _rebuild_wrapper_subclass(cls: Any, dtype: Any, shape: Any, stride: Any, offset: Any, layout: Any, device: Any,
+                              grad: Any) -> Record:
+    if cls not in (RECORDS["DTensor"], RECORDS["ShardedTensor"]) or layout is not LAYOUT or device is not DEVICE or type(offset) is not int:
         raise pickle.UnpicklingError("a wrapper tensor of no known class")
-    return cls(dtype, _shape(shape))
+    if not _is_dtype(dtype) or len(as_shape(shape)) != len(as_list(stride, "strides")):
+        raise pickle.UnpicklingError("a wrapper tensor of no type or shape")
+    _check_extras(dtype, grad, None)
+    record: Record = cls(str(dtype), as_shape(shape))
+    return record
 
 
-def _rebuild_from_type_v2(func: Any, _type: Any, args: Any, state: Any) -> Any:
-    if not isinstance(func, Function):
+def _rebuild_from_type_v2(func: Any, kind: Any, args: Any, state: Any) -> Any:
+    if not isinstance(func, Function) or type(args) is not tuple:
         raise pickle.UnpicklingError("a tensor rebuilt by no known function")
     value = func(*args)
     if isinstance(value, Record):
+        if kind is not type(value):
+            raise pickle.UnpicklingError("a tensor rebuilt as another class")
         value.__setstate__(state)
     return value
 
@@ -164,14 +200,29 @@ def _getattr(owner: Any, name: Any) -> Any:
         return RECORDS[name]
     if owner is RECORDS["MEM_FORMAT_ENCODING"] and isinstance(name, str):
         return owner(name)
-    raise MergeError(f"looks up {name!r:.40}, which no checkpoint needs; it may run code, so it was not read")
+    raise MergeError(f"looks up {shown(name)}, which no checkpoint needs; it may run code, so it was not read")
+
+
+LAYOUT, DEVICE = object(), object()  # of a wrapper tensor: a strided one's, and whichever
+
+
+def _layout(name: Any) -> Any:
+    if type(name) is not str or name != "torch.strided":
+        raise pickle.UnpicklingError("a tensor whose elements do not lie in strides")
+    return LAYOUT
+
+
+def _device(name: Any, index: Any = 0) -> Any:
+    if type(name) is not str or type(index) is not int or not DEVICE_NAME.fullmatch(name):
+        raise pickle.UnpicklingError("a device of no name")
+    return DEVICE
 
 
 FUNCTIONS = {
-    "torch.Size": Function(_shape),
-    "torch.device": Function(lambda *args: None),
-    "torch.serialization._get_layout": Function(lambda *args: None),
-    "torch._utils._rebuild_tensor": Function(_rebuild_tensor_v2),
+    "torch.Size": Function(lambda shape: as_shape(shape)),
+    "torch.device": Function(_device),
+    "torch.serialization._get_layout": Function(_layout),
+    "torch._utils._rebuild_tensor": Function(_rebuild_tensor),
     "torch._utils._rebuild_tensor_v2": Function(_rebuild_tensor_v2),
     "torch._utils._rebuild_tensor_v3": Function(_rebuild_tensor_v3),
     "torch._utils._rebuild_parameter": Function(_rebuild_parameter),
@@ -205,18 +256,20 @@ class _Unpickler(pickle.Unpickler):
         if name in DISTRIBUTED_NAMES and (module == DISTRIBUTED or module.startswith(DISTRIBUTED + ".")):
             return RECORDS[name]
         if module == "torch" and name in DTYPES:
-            return name
+            return Dtype(name)
         if module == "torch" and name in STORAGE_DTYPES:
-            return STORAGE_DTYPES[name]
+            return StorageType(STORAGE_DTYPES[name])
         if module == "torch" and name.lower().startswith(UNSUPPORTED):
-            raise MergeError(f"has a tensor of torch.{name}, which is not supported; save the checkpoint without it")
-        raise MergeError(f"mentions {full}, which no checkpoint needs; it may run code, so it was not read")
+            raise MergeError(f"has a tensor of torch.{printable(name, 80)}, which is not supported; save the checkpoint without it")
+        raise MergeError(f"mentions {printable(full, 200)}, which no checkpoint needs; it may run code, so it was not read")
 
     def persistent_load(self, pid: Any) -> Storage:
-        match pid:
-            case ("storage", dtype, str(key), _, int(numel)) if numel >= 0:
-                return Storage(key, dtype if dtype in DTYPES else None, numel)
-        raise pickle.UnpicklingError(f"an unknown kind of storage: {pid!r:.80}")
+        if type(pid) is tuple and len(pid) == 5 and type(pid[0]) is str and pid[0] == "storage":
+            _, dtype, key, _, numel = pid
+            if type(key) is str and (type(dtype) is StorageType or dtype is RECORDS["torch.storage.UntypedStorage"]):
+                known = str(dtype) if type(dtype) is StorageType else None
+                return Storage(key, known, as_count(numel, "a storage's elements"))
+        raise pickle.UnpicklingError(f"an unknown kind of storage: {shown(pid)}")
 
 
 def load(data: bytes) -> Any:
@@ -226,30 +279,8 @@ def load(data: bytes) -> Any:
         MergeError: the pickle names something that is not on the allow-list, or is damaged.
     """
     try:
-        with _ONE_AT_A_TIME, _memory_limit(MEMORY_LIMIT + 64 * len(data)):
-            return _Unpickler(io.BytesIO(data)).load()
+        return _Unpickler(io.BytesIO(data)).load()
     except MergeError:
         raise
     except Exception as error:  # a damaged pickle raises nearly anything, from KeyError to MemoryError
-        raise MergeError(f"its pickle cannot be read ({type(error).__name__}: {error!s:.120})") from error
-
-
-_ONE_AT_A_TIME = threading.Lock()  # the limit is the process's: two threads would restore each other's
-
-
-@contextlib.contextmanager
-def _memory_limit(extra: int) -> Iterator[None]:
-    """Let the process grow by at most `extra` bytes: one damaged memo index makes the unpickler ask for 64 GB."""
-    try:
-        import resource
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        old = resource.getrlimit(resource.RLIMIT_AS)
-        limit = pages * resource.getpagesize() + extra
-        resource.setrlimit(resource.RLIMIT_AS, (limit if old[1] < 0 else min(limit, old[1]), old[1]))
-    except (ImportError, OSError, ValueError):  # no such limit here: Windows, macOS
-        yield
-        return
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, old)
+        raise MergeError(f"its pickle cannot be read ({type(error).__name__}: {printable(str(error), 120)})") from error

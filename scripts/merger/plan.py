@@ -16,6 +16,7 @@ from merger.dtypes import SAFETENSORS, itemsize
 from merger.filenames import MODEL_STEM
 from merger.layout import Run, cut_dimension, runs_of
 
+MAX_HEADER = 100_000_000  # bytes; safetensors reads no longer one
 BLOCK_BYTES = 8 << 20  # of source data; two buffers of this size a thread
 
 
@@ -131,6 +132,9 @@ def _output_file(name: str, outputs: Sequence[Output]) -> OutputFile:
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER:
+        raise MergeError(f"{name} would have a header of {len(text)} bytes, and safetensors reads {MAX_HEADER}; choose a "
+                         "smaller --max-shard-size")
     prefix = len(text).to_bytes(8, "little") + text
     placed = tuple((output, len(prefix) + offset) for output, offset in zip(ordered, offsets, strict=True))
     return OutputFile(name, prefix, placed, len(prefix) + end)

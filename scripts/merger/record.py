@@ -1,6 +1,6 @@
 """`merge.json`: what was merged from what, how, and by which versions."""
-import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,20 +12,25 @@ from merger.companions import weights_in
 from merger.copying import Tally
 from merger.discover import RankFiles
 from merger.filenames import RECORD, weight_index
+from merger.foreign.documents import read_object
+from merger.foreign.files import Seen
 from merger.job import Job, Options
+
+NUMBERS = ("world_size", "tensors", "parameters", "fused", "nan", "inf", "threads", "bytes_read", "bytes_written",
+           "seconds")  # yapf: disable
 
 
 def sources(files: RankFiles) -> list[dict[str, Any]]:
     """Return the ranks' files with their sizes (bytes) and times of change (ns since 1970)."""
     found = []
     for rank, path in sorted(files.paths.items()):
-        stat = path.stat()
+        identity = files.seen.identity(path)
         found.append({
             "file": path.name,
             "folder": os.path.realpath(path.parent),
             "rank": rank,
-            "bytes": stat.st_size,
-            "modified": stat.st_mtime_ns
+            "bytes": identity.size,
+            "modified": identity.modified
         })
     return found
 
@@ -93,7 +98,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def read_record(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path, seen: Seen | None = None) -> dict[str, Any]:
     """Return the record in `folder`.
 
     Raises:
@@ -101,8 +106,8 @@ def read_record(folder: Path) -> dict[str, Any]:
     """
     path = folder / RECORD
     try:
-        record: dict[str, Any] = json.loads(path.read_text())
-        if not _is_request(record["requested"]) or not isinstance(record["sources"], list):
+        record = read_object(path, seen or Seen())
+        if not _is_request(record["requested"]) or not _is_record(record):
             raise ValueError("it is of another version, or damaged")
         return record
     except FileNotFoundError:
@@ -118,6 +123,31 @@ def _is_request(value: Any) -> bool:
             and value["tied_weights"] in (None, "keep", "drop") and isinstance(value["lora_alpha"],
                                                                                (int, float, NoneType))
             and isinstance(value["allow"], list) and all(isinstance(name, str) for name in value["allow"]))
+
+
+def _is_record(record: dict[str, Any]) -> bool:
+    """Return True if all that is read of a record is of the kind that `make_record` writes."""
+    texts = all(isinstance(record.get(name), str) for name in ("dtype", "model_check", "device"))
+    numbers = all(_is_number(record.get(name)) for name in NUMBERS)
+    return (texts and numbers and isinstance(record.get("base_model"), (str, NoneType)) and
+            isinstance(record.get("verified"), bool) and
+            _are(record.get("tied_dropped"), lambda name: isinstance(name, str)) and
+            _are(record.get("meshes"), lambda mesh: isinstance(mesh, dict) and all(map(_is_number, mesh.values()))) and
+            _are(record.get("files"), lambda file: _has(file, ("name", ), ("bytes", ))) and
+            _are(record.get("sources"), lambda file: _has(file, ("file", "folder"), ("rank", "bytes", "modified"))))
+
+
+def _are(values: Any, fits: Callable[[Any], bool]) -> bool:
+    return isinstance(values, list) and all(map(fits, values))
+
+
+def _has(value: Any, texts: tuple[str, ...], numbers: tuple[str, ...]) -> bool:
+    return (isinstance(value, dict) and all(isinstance(value.get(name), str) for name in texts) and
+            all(_is_number(value.get(name)) for name in numbers))
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < 1 << 63
 
 
 def as_requested(options: Options, record: dict[str, Any]) -> Options:

@@ -4,12 +4,10 @@ Since torch 1.6 `torch.save` writes a zip archive of stored (never compressed) r
 `NAME/data/KEY` for each storage (torch/csrc/../caffe2/serialize/inline_container.cc).
 """
 import os
-import stat
 import struct
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +15,14 @@ import numpy as np
 
 from merger import MergeError, pickles
 from merger.dtypes import itemsize
+from merger.foreign.archives import Record, check_version, read_directory
+from merger.foreign.files import Seen
+from merger.foreign.limits import allow
 
-MAX_PICKLE = 1 << 30  # a million tensors
-LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # APPNOTE.TXT of PKWARE, 4.3.7
+PICKLE = "data.pkl"
+MAX_PICKLE = 1 << 28  # a hundred thousand tensors and more
 CRC_CHUNK = 1 << 22
 MOST_RANKS = 1 << 20
-
-
-@dataclass(frozen=True)
-class Record:
-    """A stored record of the archive: its place in the file, in bytes, and the CRC32 that the archive names, or 0."""
-    offset: int
-    size: int
-    crc: int
 
 
 @dataclass
@@ -41,11 +34,13 @@ class ShardFile:
         size: its bytes.
         content: what the pickle holds, with the stand-ins of `pickles` for torch's classes; None where it was not read.
         records: the storages' records by key.
+        seen: what the file was when it was first looked at.
     """
     path: Path
     size: int
     content: Any
     records: Mapping[str, Record]
+    seen: Seen = field(default_factory=Seen)
 
     def byte_offset(self, tensor: pickles.TensorRef) -> int:
         """Return where the first byte of `tensor` lies in the file.
@@ -97,9 +92,8 @@ class ShardFile:
                 "is not a mesh; copy the file again")
         self._check_reach(tensor, run)
         size = itemsize(tensor.dtype)
-        with open(self.path, "rb") as file:
-            file.seek(self._first_byte(tensor))
-            ranks = np.frombuffer(file.read(run * size), dtype=tensor.dtype)
+        with self.seen.descriptor(self.path) as fd:
+            ranks = np.frombuffer(os.pread(fd, run * size, self._first_byte(tensor)), dtype=tensor.dtype)
         return np.lib.stride_tricks.as_strided(ranks, tensor.shape, [step * size for step in tensor.stride]).copy()
 
 
@@ -116,62 +110,59 @@ def is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     return True
 
 
-def read_shard_file(path: Path, pickled: bool = True) -> ShardFile:
+def read_shard_file(path: Path, pickled: bool = True, seen: Seen | None = None) -> ShardFile:
     """Read the directory and, where `pickled`, the pickle of a `.pt` file; its tensors stay on disk.
+
+    A pickle is to be read where `foreign.limits` hold.
 
     Raises:
         MergeError: the file is no such archive, is truncated or damaged, or its pickle is not on the allow-list.
     """
+    seen = seen or Seen()
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
-            raise MergeError(f"{path}: is no file; put the rank's there")
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
+        with seen.descriptor(path) as fd:
+            size = os.fstat(fd).st_size
             try:
-                with zipfile.ZipFile(file) as archive:
-                    return _read_archive(path, file.fileno(), size, archive, pickled)
+                return _read_archive(path, fd, size, pickled, seen)
+            except struct.error as error:
+                raise MergeError(f"{path}: not a whole .pt archive, truncated or damaged ({error}); it has {size} bytes; "
+                                 "copy it again") from error
             except MergeError as error:
-                raise MergeError(f"{path}: {error}") from error
-            except (zipfile.BadZipFile, EOFError, struct.error, UnicodeDecodeError, NotImplementedError, ValueError,
-                    RuntimeError, zlib.error, OverflowError, IndexError, KeyError) as error:
-                raise MergeError(f"{path}: not a whole .pt archive, truncated or damaged ({error}); "
-                                 f"it has {size} bytes; copy it again") from error
+                raise MergeError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
     except OSError as error:
         raise MergeError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def _read_archive(path: Path, fd: int, size: int, archive: zipfile.ZipFile, pickled: bool) -> ShardFile:
-    infos = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-    if "data.pkl" not in infos:
+def _read_archive(path: Path, fd: int, size: int, pickled: bool, seen: Seen) -> ShardFile:
+    try:
+        records = read_directory(fd, size)
+    except MergeError as error:
+        raise MergeError(f"not a whole .pt archive, truncated or damaged ({error}); it has {size} bytes; copy it "
+                         "again") from error
+    if PICKLE not in records:
         raise MergeError("no data.pkl inside; not a file that torch.save wrote")
-    for info in infos.values():
-        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
-            raise MergeError(f"record {info.filename} is compressed, which torch.save never does")
-        if info.CRC == 0:  # torch.serialization.set_crc32_options(False)
-            info.CRC = None  # type: ignore[assignment]  # so zipfile compares none
-    if "byteorder" in infos and archive.read(infos["byteorder"]) != b"little":
+    if "constants.pkl" in records:
+        raise MergeError("it is a TorchScript archive, not a state dict; save the state dict with torch.save")
+    if "byteorder" in records and _content(fd, records["byteorder"]) != b"little":
         raise MergeError("it was written on a big-endian machine, which is not supported")
-    if infos["data.pkl"].file_size > MAX_PICKLE:
-        raise MergeError(f"its pickle has {infos['data.pkl'].file_size} bytes, more than any checkpoint's")
-    content = pickles.load(archive.read(infos["data.pkl"])) if pickled else None
-    records = {}
-    for name, info in infos.items():
-        folder, _, key = name.partition("/")
-        if folder == "data" and key:
-            records[key] = _locate(fd, size, info)
-    return ShardFile(path, size, content, records)
+    if records[PICKLE].size > MAX_PICKLE:
+        raise MergeError(f"its pickle has {records[PICKLE].size} bytes, more than any checkpoint's")
+    version = next((records[name] for name in ("version", ".data/version") if name in records), None)
+    check_version(_content(fd, version) if version else None)
+    content = None
+    if pickled:
+        allow(records[PICKLE].size)
+        data = os.pread(fd, records[PICKLE].size, records[PICKLE].offset)
+        if len(data) != records[PICKLE].size or (records[PICKLE].crc and zlib.crc32(data) != records[PICKLE].crc):
+            raise MergeError("not a whole .pt archive, truncated or damaged (Bad CRC-32 of data.pkl); copy it again")
+        content = pickles.load(data)
+    storages = {name.removeprefix("data/"): record for name, record in records.items() if name.startswith("data/")}
+    return ShardFile(path, size, content, storages, seen)
 
 
-def _locate(fd: int, size: int, info: zipfile.ZipInfo) -> Record:
-    header = os.pread(fd, LOCAL_HEADER.size, info.header_offset)
-    signature, *_fields, name_length, extra_length = LOCAL_HEADER.unpack(header)
-    if signature != b"PK\x03\x04":
-        raise MergeError(f"record {info.filename} is not where the archive's directory says")
-    offset = info.header_offset + LOCAL_HEADER.size + name_length + extra_length
-    if offset + info.file_size > size:
-        raise MergeError(f"record {info.filename} ends at byte {offset + info.file_size}, the file at {size}; "
-                         "it is truncated")
-    return Record(offset, info.file_size, info.CRC or 0)
+def _content(fd: int, record: Record) -> bytes:
+    """Return the first bytes of a small record."""
+    return os.pread(fd, min(record.size, 64), record.offset)
 
 
 def damaged_records(shard: ShardFile, progress: Callable[[int], None]) -> Iterator[str]:
@@ -179,11 +170,11 @@ def damaged_records(shard: ShardFile, progress: Callable[[int], None]) -> Iterat
 
     What `progress` raises, after each `CRC_CHUNK` bytes at the latest, ends it.
     """
-    with open(shard.path, "rb", buffering=0) as file:
+    with shard.seen.descriptor(shard.path) as fd:
         for key, record in shard.records.items():
             crc = 0
             for start in range(0, record.size, CRC_CHUNK):
-                chunk = os.pread(file.fileno(), min(CRC_CHUNK, record.size - start), record.offset + start)
+                chunk = os.pread(fd, min(CRC_CHUNK, record.size - start), record.offset + start)
                 crc = zlib.crc32(chunk, crc)
                 progress(len(chunk))
             if record.crc and crc != record.crc:

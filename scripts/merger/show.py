@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 from merger.dtypes import itemsize
+from merger.foreign.text import printable
 
 PLAIN_STEP = 5.0  # seconds between two plain progress lines
 
@@ -49,7 +50,7 @@ def count_text(count: float) -> str:
 
 def say(text: str) -> None:
     """Print one line of what goes on."""
-    print(f"merge: {text}", file=sys.stderr, flush=True)
+    print(f"merge: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def progress(label: str, total: int, quiet: bool) -> Progress:
@@ -124,7 +125,10 @@ def print_json(value: Mapping[str, Any]) -> None:
     print(json.dumps(value))
 
 
-def print_table(title: str, rows: list[tuple[str, str]]) -> None:
+Rows = list[tuple[str, str | list[str]]]  # names, and one value or a line each
+
+
+def print_table(title: str, rows: Rows) -> None:
     """Print a table of names and values."""
     from rich.table import Table
     from rich.text import Text
@@ -132,7 +136,8 @@ def print_table(title: str, rows: list[tuple[str, str]]) -> None:
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(name, Text(value))
+        lines = [value] if isinstance(value, str) else value
+        table.add_row(Text(printable(name)), Text("\n".join(map(printable, lines))))
     _print(table)
 
 
@@ -151,6 +156,7 @@ class Kind(NamedTuple):
 def print_tensors(tensors: Iterable[Kind]) -> None:
     """Print which element types and placements the tensors have, and how many of each."""
     from rich.table import Table
+    from rich.text import Text
     kinds: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     for tensor in tensors:
@@ -161,7 +167,7 @@ def print_tensors(tensors: Iterable[Kind]) -> None:
     for column, justify in (("type and placement", "left"), ("count", "right"), ("size", "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for kind, count in kinds.most_common():
-        table.add_row(kind.replace("[", "\\["), str(count), size_text(sizes[kind]))
+        table.add_row(Text(printable(kind)), str(count), size_text(sizes[kind]))
     _print(table)
 
 
@@ -183,7 +189,7 @@ def equality_text(result: Mapping[str, Any]) -> str:
     return f"{fused} fused tensors within the rounding, all others in every element" if fused else "every element"
 
 
-def summary_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+def summary_rows(record: Mapping[str, Any]) -> Rows:
     """Return the closing table of a merge from its record."""
     rate = record["bytes_read"] / max(record["seconds"], 1e-9)
     return [

@@ -10,9 +10,11 @@ from typing import Any
 
 from merger import MergeError
 from merger.dtypes import NUMPY
+from merger.foreign.text import printable
+from merger.foreign.values import as_count, as_list, as_mesh, as_name, as_shape, shown
 from merger.layout import Box, Placement, Replicate, Shard, box_of, cutting_order
-from merger.pickles import Record, TensorRef
-from merger.shardfile import ShardFile
+from merger.pickles import Dtype, Record, TensorRef
+from merger.shardfile import MOST_RANKS, ShardFile
 
 # Wrappers that may stay in the names of a sharded state dict: FSDP's own, activation checkpointing, torch.compile.
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
@@ -79,13 +81,12 @@ def read_entries(shard: ShardFile, rank: int) -> dict[str, Entry]:
     meshes: dict[int, Mesh] = {}
     entries: dict[str, Entry] = {}
     for key, value in dict.items(content):  # an OrderedDict may have been pickled with an attribute `items`
-        if not isinstance(key, str):
-            raise MergeError(f"{shard.path}: a key of the state dict is a {type(key).__name__}, not a name")
-        name = plain_name(key)
+        try:
+            name = as_name(plain_name(as_name(key)))
+        except MergeError as error:
+            raise MergeError(f"{shard.path}: {error}") from error
         if name in entries:
             raise MergeError(f"{shard.path}: {name} is there twice")
-        if name == "__metadata__" or any("\ud800" <= letter <= "\udfff" for letter in name):  # taken, and no UTF-8
-            raise MergeError(f"{shard.path}: a tensor is named {name!r:.80}, which safetensors cannot hold; rename it")
         try:
             entries[name] = _entry(shard, rank, value, meshes)
         except MergeError as error:
@@ -93,7 +94,7 @@ def read_entries(shard: ShardFile, rank: int) -> dict[str, Entry]:
             raise MergeError(text if str(shard.path) in text else f"{shard.path}: {name}: {text}") from error
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError) as error:
             raise MergeError(f"{shard.path}: {name} is described in a way that no torch writes "
-                             f"({type(error).__name__}: {error!s:.100})") from error
+                             f"({type(error).__name__}: {printable(str(error), 100)})") from error
     if not entries:
         raise MergeError(f"{shard.path}: holds no tensor at all")
     return entries
@@ -127,7 +128,7 @@ def _dtensor(shard: ShardFile, rank: int, value: Record, meshes: dict[int, Mesh]
     local, spec = value.state["_local_tensor"], value.state["_spec"]
     if not isinstance(local, TensorRef):
         raise MergeError(f"its local tensor is a {type(local).__name__}, not a plain tensor")
-    shape = spec.state["tensor_meta"].args[0]
+    shape = as_shape(spec.state["tensor_meta"].args[0])
     mesh_record = spec.state["mesh"]
     if id(mesh_record) not in meshes:
         meshes[id(mesh_record)] = _mesh(shard, mesh_record)
@@ -135,17 +136,18 @@ def _dtensor(shard: ShardFile, rank: int, value: Record, meshes: dict[int, Mesh]
     if mesh.rank != rank:
         raise MergeError(f"{shard.path}: is named rank {rank} but was written by rank {mesh.rank}; "
                          "were files renamed or exchanged?")
-    placements = tuple(_placement(record) for record in spec.state["placements"])
-    for order in spec.state.get("shard_order") or ():  # (tensor dimension, mesh dimensions), since torch 2.10
-        if list(order.args[1]) != cutting_order(placements, mesh.shape, order.args[0]):
-            raise MergeError(f"its dimension {order.args[0]} was cut along the mesh's dimensions in the order "
-                             f"{list(order.args[1])}, which is not read; save it with torch's default order")
+    placements = tuple(_placement(record) for record in as_list(spec.state["placements"], "placements"))
+    for order in as_list(spec.state.get("shard_order") or (), "a shard order"):  # since torch 2.10
+        dim, cuts = as_count(order.args[0], "a dimension"), list(as_shape(order.args[1], "an order of mesh dimensions"))
+        if cuts != cutting_order(placements, mesh.shape, dim):
+            raise MergeError(f"its dimension {dim} was cut along the mesh's dimensions in the order {cuts}, which is not "
+                             "read; save it with torch's default order")
     box = box_of(shape, placements, mesh.shape, mesh.coordinate)
     if local.shape != box.shape and not (0 in local.shape and box.numel == 0):
         raise MergeError(f"rank {rank} should hold a piece of shape {list(box.shape)} of {list(shape)}, but holds "
                          f"{list(local.shape)}")
     offset, crc = (shard.byte_offset(local), shard.checksum(local)) if box.numel else (0, 0)
-    return Entry(_known(local.dtype), tuple(shape), placements, (mesh.names, mesh.shape), box, offset, crc)
+    return Entry(_known(local.dtype), shape, placements, (mesh.names, mesh.shape), box, offset, crc)
 
 
 def _sharded_tensor(shard: ShardFile, rank: int, value: Record) -> Entry:
@@ -155,8 +157,10 @@ def _sharded_tensor(shard: ShardFile, rank: int, value: Record) -> Entry:
     """
     local_shards, metadata = value.state[0], value.state[1]
     fields = metadata.state
-    shape = tuple(fields["size"])
+    shape = as_shape(fields["size"])
     dtype = _known(fields["tensor_properties"].state[0])
+    if type(fields["shards_metadata"]) is not list or type(local_shards) is not list:
+        raise MergeError("its shards are no list")
     spec = (("sharded", ), (len(fields["shards_metadata"]), ))
     if len(local_shards) > 1:
         raise MergeError(f"rank {rank} holds {len(local_shards)} pieces of it; one is read")
@@ -164,7 +168,9 @@ def _sharded_tensor(shard: ShardFile, rank: int, value: Record) -> Entry:
         return Entry(dtype, shape, (), spec, Box((0, ) * len(shape), (0, ) * len(shape)), 0)
     piece = local_shards[0].state
     tensor, place = piece["tensor"], piece["metadata"].state
-    box = Box(tuple(place["shard_offsets"]), tuple(place["shard_sizes"]))
+    box = Box(as_shape(place["shard_offsets"], "a shard's offsets"), as_shape(place["shard_sizes"], "a shard's sizes"))
+    if not isinstance(tensor, TensorRef) or len(box.start) != len(box.shape) or len(box.shape) != len(shape):
+        raise MergeError("its shard is no tensor of as many dimensions")
     if tensor.shape != box.shape or tensor.dtype != dtype:
         raise MergeError(f"rank {rank} should hold {dtype} {list(box.shape)}, but holds {tensor.dtype} "
                          f"{list(tensor.shape)}")
@@ -172,19 +178,19 @@ def _sharded_tensor(shard: ShardFile, rank: int, value: Record) -> Entry:
 
 
 def _known(dtype: str) -> str:
-    if dtype not in NUMPY:
-        raise MergeError(f"has elements of type {dtype}, which is not supported")
-    return dtype
+    if type(dtype) not in (str, Dtype) or dtype not in NUMPY:
+        raise MergeError(f"has elements of type {shown(dtype)}, which is not supported")
+    return str(dtype)
 
 
 def _placement(record: Any) -> Placement:
     match record:
         case Record(kind="Replicate"):
             return Replicate()
-        case Record(kind="Shard", state={"dim": int(dim)}):
-            return Shard(dim)
-        case Record(kind="_StridedShard", state={"dim": int(dim), "split_factor": int(factor)}):
-            return Shard(dim, factor)
+        case Record(kind="Shard", state={"dim": dim}):
+            return Shard(as_count(dim, "a placement's dimension"))
+        case Record(kind="_StridedShard", state={"dim": dim, "split_factor": factor}):
+            return Shard(as_count(dim, "a placement's dimension"), as_count(factor, "a split factor"))
         case Record():
             raise MergeError(f"its placement is {record.kind}, of which no piece can be taken; "
                              "save a sharded state dict")
@@ -198,34 +204,36 @@ def _mesh(shard: ShardFile, record: Record) -> Mesh:
     from 2.11 on the `_rank` that wrote it.
     """
     state = record.state
-    names = tuple(state.get("mesh_dim_names") or state.get("_mesh_dim_names") or ())
-    coordinate = tuple(state["_coordinate_on_dim"])
+    wanted, place = state.get("mesh_dim_names") or state.get("_mesh_dim_names"), state["_coordinate_on_dim"]
     if "mesh" in state:
         ranks = shard.read_integers(state["mesh"])
+        names, coordinate = as_mesh(wanted, ranks.shape, place)
         shape, rank = ranks.shape, int(ranks[coordinate])
     else:
         rank_map = shard.read_integers(state["_rank_map"]).reshape(-1)
         axes = _layout_axes(state["_layout"])
-        shape = tuple(math.prod(sizes) for sizes, _ in axes)
+        shape = as_shape([math.prod(sizes) for sizes, _ in axes], "a mesh")
+        names, coordinate = as_mesh(wanted, shape, place)
         rank, root = state.get("_rank"), state.get("_root_mesh")
         if rank is None and root is not None:  # the coordinate is the sub-mesh's, the rank map the whole mesh's
             rank = _mesh(shard, root).rank
         if rank is None:
             rank = int(rank_map[sum(_axis_offset(c, *axis) for c, axis in zip(coordinate, axes, strict=True))])
-    if len(coordinate) != len(shape) or not all(0 <= c < n for c, n in zip(coordinate, shape, strict=True)):
-        raise MergeError(f"its mesh of shape {shape} has no coordinate {coordinate}")
-    return Mesh(names, tuple(shape), coordinate, rank)
+    if math.prod(shape) > MOST_RANKS:
+        raise MergeError(f"its mesh of shape {shape} has more ranks than there can be")
+    return Mesh(names, tuple(shape), coordinate, as_count(rank, "a rank"))
 
 
 def _layout_axes(layout: Record) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Return (sizes, strides) of each mesh dimension; a dimension made of several has several."""
 
     def as_tuple(value: Any) -> tuple[int, ...]:
-        return tuple(value) if isinstance(value, (tuple, list)) else (value, )
+        return as_shape(value if isinstance(value, (tuple, list)) else (value, ), "a mesh's layout")
 
     state = layout.state or dict(zip(("shape", "stride"), layout.args, strict=False))
     if "axes" in state:
-        return [(as_tuple(axis.state["shape"]), as_tuple(axis.state["stride"])) for axis in state["axes"]]
+        return [(as_tuple(axis.state["shape"]), as_tuple(axis.state["stride"]))
+                for axis in as_list(state["axes"], "a mesh's axes")]
     return [(as_tuple(n), as_tuple(s))
             for n, s in zip(as_tuple(state["shape"]), as_tuple(state["stride"]), strict=True)]
 

@@ -3,13 +3,13 @@
 This goes the other way round than the copying: each rank's block is laid over the tensor as numpy cuts it, so a fault
 of the plan does not hide itself.
 """
-import json
 import math
 import mmap
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,17 @@ import numpy as np
 
 from merger import MergeError
 from merger.checkpoint import Checkpoint
+from merger.companions import is_weight
 from merger.copying import Sources, factors
 from merger.direct import page_buffer
 from merger.dtypes import NUMPY, SAFETENSORS, itemsize
 from merger.filenames import MODEL_STEM, weight_index
+from merger.foreign.documents import parse, read_object
+from merger.foreign.files import Seen
+from merger.foreign.text import printable
+from merger.foreign.values import as_name, as_shape, shown
 from merger.layout import Box
-from merger.plan import BLOCK_BYTES, Output
+from merger.plan import BLOCK_BYTES, MAX_HEADER, Output
 from merger.shardfile import damaged_records, read_shard_file
 
 TORCH_DTYPES = {code: dtype for dtype, code in SAFETENSORS.items()}
@@ -35,52 +40,65 @@ class Stored:
     dtype: str
     shape: tuple[int, ...]
     offset: int
+    seen: Seen = field(default_factory=Seen, compare=False)
 
 
-def read_folder(folder: Path, stem: str = MODEL_STEM) -> dict[str, Stored]:
+def read_folder(folder: Path, stem: str = MODEL_STEM, seen: Seen | None = None) -> dict[str, Stored]:
     """Return the tensors of a model folder by name, from its index or its single file.
 
     Raises:
         MergeError: no weights, or a file that is missing or not whole.
     """
     index = folder / weight_index(stem)
+    seen = seen or Seen()
     try:
         if index.is_file():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = sorted(set(read_object(index, seen, MAX_HEADER)["weight_map"].values()))
+            for name in names:
+                if not is_weight(name) or name.endswith(".json"):
+                    raise MergeError(f"{index} names {shown(name)}, which is no file of weights beside it; merge again "
+                                     "with --force")
         else:
             names = [f"{stem}.safetensors"]
         stored: dict[str, Stored] = {}
         for name in names:
-            stored.update(read_header(folder / name))
+            try:
+                stored.update(read_header(folder / name, seen))
+            except MergeError as error:
+                raise MergeError(str(error) if str(folder) in str(error) else f"{folder / name} {error}; merge again with "
+                                 "--force") from error
         return stored
     except FileNotFoundError as error:
         raise MergeError(
             f"no merged weights at {error.filename}; merge first, or name the folder with --save-dir") from None
+    except MergeError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise MergeError(f"the weights in {folder} cannot be read: {error}") from error
+        raise MergeError(f"the weights in {folder} cannot be read: {printable(str(error), 200)}") from error
 
 
-def read_header(path: Path) -> dict[str, Stored]:
+def read_header(path: Path, seen: Seen | None = None) -> dict[str, Stored]:
     """Return the tensors of one safetensors file by name.
 
     Raises:
         MergeError: the file ends early, or its header places a tensor where it does not fit.
     """
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        size = path.stat().st_size
-        if length > size:
+    seen = seen or Seen()
+    with seen.descriptor(path) as fd:
+        length, size = int.from_bytes(os.pread(fd, 8, 0), "little"), seen.identity(path).size
+        if length > min(size, MAX_HEADER):
             raise MergeError(f"{path} is not a whole safetensors file; merge again with --force")
-        header: dict[str, Any] = json.loads(file.read(length))
+        header: dict[str, Any] = parse(os.pread(fd, length, 8))
     header.pop("__metadata__", None)
     stored, end = {}, 0
     for name, entry in header.items():
-        dtype, shape, (first, last) = TORCH_DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-        if first < 0 or last - first != math.prod(shape) * itemsize(dtype):
+        dtype, shape = TORCH_DTYPES[entry["dtype"]], as_shape(entry["shape"])
+        first, last = as_shape(entry["data_offsets"], "offsets")
+        if last - first != math.prod(shape) * itemsize(dtype):
             raise MergeError(
                 f"{path} places {name} of shape {list(shape)} at bytes {first} to {last}; merge again with "
                 "--force")
-        stored[name] = Stored(path, dtype, shape, 8 + length + first)
+        stored[as_name(name)] = Stored(path, dtype, shape, 8 + length + first, seen)
         end = max(end, last)
     if 8 + length + end != size:
         raise MergeError(f"{path} is not a whole safetensors file; merge again with --force")
@@ -102,7 +120,7 @@ def check_sources(checkpoint: Checkpoint, threads: int, progress: Callable[[int]
             progress(count)
 
     def check(rank: int) -> None:
-        shard = read_shard_file(checkpoint.path(rank), pickled=False)  # its memory limit lets no other thread start
+        shard = read_shard_file(checkpoint.path(rank), pickled=False, seen=checkpoint.files.seen)
         for key in damaged_records(shard, step):
             begin, end = shard.records[key].offset, shard.records[key].offset + shard.records[key].size
             name = next(
@@ -162,8 +180,8 @@ class _Maps:
     def view(self, stored: Stored) -> np.ndarray:
         """Return `stored` as an array of its shape."""
         if stored.path not in self._maps:
-            with open(stored.path, "rb") as file:
-                self._maps[stored.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            with stored.seen.descriptor(stored.path) as fd:
+                self._maps[stored.path] = mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
         count = math.prod(stored.shape)
         flat = np.frombuffer(self._maps[stored.path], NUMPY[stored.dtype], count, stored.offset) if count else np.empty(
             0, NUMPY[stored.dtype])
