@@ -1,6 +1,6 @@
 """What a merge is asked for, and every check and decision that comes before the first byte is written."""
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from merger.plan import Fusion, Output, OutputFile, split_files
 from merger.show import size_text
 
 ROUTING_BIAS = "e_score_correction_bias"
+
+QUANTIZED = frozenset({"float8_e4m3fn", "float8_e5m2", "int8", "uint8", "int32"})
 
 Named = dict[str, tuple[Tensor, Fusion | None]]
 
@@ -142,12 +144,15 @@ def lay_out(options: Options,
     tied = config
     config, dropped = _resolve_ties(options, tied, named, verdict)
     if options.tied_weights and config is tied and not dropped:
-        notes.append(f"--tied-weights {options.tied_weights} has nothing to do: {config_dir / CONFIG} ties no two of "
-                     "the checkpoint's tensors")
+        notes.append(
+            f"--tied-weights {options.tied_weights} has nothing to do: {config_dir / CONFIG} ties no two of "
+            "the checkpoint's tensors")
+    scales = quantization_parts({name: tensor.dtype for name, (tensor, _) in named.items()})
     kept = kept_whole(named, options.dtype, verdict)
     if kept:
         notes.append(f"{len(kept)} tensors keep their type, as the model does not work with them rounded: {kept[0]}"
                      f"{', …' if len(kept) > 1 else ''}")
+    kept += scales
     outputs = _outputs(options, named, dropped, kept)
     written = {output.dtype for output in outputs if output.dtype in CONVERTED and output.name not in kept}
     config = with_dtype(config, written.pop() if len(written) == 1 else None)
@@ -239,6 +244,29 @@ def kept_whole(named: Named, wanted: str, verdict: Verdict) -> list[str]:
         name for name, (tensor, _) in named.items()
         if tensor.dtype == "float32" and any(f".{module}." in f".{name}." for module in modules)
     ]
+
+
+def quantization_parts(dtypes: Mapping[str, str]) -> list[str]:
+    """Return the floating-point tensors that belong to a quantized weight, by all tensors' element types.
+
+    A scale beside 8-bit or packed numbers is a part of what those mean, and is not rounded: `x.weight_scale_inv` of
+    `x.weight`, all but the bias beside `x.qweight`, `x.weight.absmax`, `experts.down_proj_scale` of `experts.down_proj`.
+
+    >>> quantization_parts({"x.weight": "float8_e4m3fn", "x.weight_scale_inv": "float32", "x.bias": "float32"})
+    ['x.weight_scale_inv']
+    """
+    quantized = {name for name, dtype in dtypes.items() if dtype in QUANTIZED}
+    leaves: dict[str, list[str]] = {}
+    for name in quantized:
+        module, _, leaf = name.rpartition(".")
+        leaves.setdefault(module, []).append(leaf.removesuffix("_blocks"))
+
+    def belongs(name: str) -> bool:
+        module, _, leaf = name.rpartition(".")
+        beside = any(("weight" in other and leaf != "bias") or leaf.startswith(other) for other in leaves.get(module, ()))
+        return beside or module in quantized
+
+    return [name for name, dtype in dtypes.items() if dtype in CONVERTED and belongs(name)]
 
 
 def _outputs(options: Options, named: Named, dropped: dict[str, str], kept: Collection[str] = ()) -> list[Output]:

@@ -17,6 +17,8 @@ from merger.checkpoint import Tensor
 from merger.discover import RankFiles
 from merger.filenames import ADAPTER_CONFIG, LORA_FOLDER, LORA_META
 from merger.foreign.documents import read_object
+from merger.foreign.text import printable
+from merger.foreign.values import shown
 from merger.plan import Fusion
 
 PREFIX = "base_model.model."
@@ -24,11 +26,25 @@ FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.(?:(?P<adapter>[^.]+)
 # A module that is trained whole, such as a critic's head: PEFT keeps the base model's beside it.
 SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<adapter>[^.]+)\.(?P<weight>.+)")
 ORIGINAL = ".original_module."
-UNSUPPORTED = (".lora_magnitude_vector", ".lora_embedding_")
 PEFT_RECORD = f"{LORA_FOLDER}/{ADAPTER_CONFIG}"  # verl writes PEFT's own record there
-# Its entries that change the sum in ways that are not computed here.
-OTHER_SUMS = ("use_dora", "alpha_pattern", "rank_pattern", "fan_in_fan_out", "use_qalora", "lora_bias")
-# Those that add tensors to an adapter: fused weights have them all the same, an adapter of ours would lack them.
+# What an adapter may hold beside the factors, the entry of PEFT's record that says so, and what PEFT's files call it.
+EXTRAS = (
+    (re.compile(r"(?P<name>.+\.lora_magnitude_vector)\.(?P<adapter>[^.]+)(?:\.weight)?"), "use_dora", "{name}"),
+    (re.compile(r"(?P<name>.+\.lora_B)\.(?P<adapter>[^.]+)\.bias"), "lora_bias", "{name}.bias"),
+    (re.compile(r"(?P<name>.+\.lora_embedding_[AB])\.(?P<adapter>[^.]+)"), "target_modules", "{name}"),
+)
+# Of PEFT's record, what says nothing of how much the factors add to which weight, or is computed here. How the factors,
+# and with them the base, were initialised is in the base weights that lie beside them.
+HARMLESS = frozenset({
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r", "lora_alpha",
+    "lora_dropout", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "modules_to_save", "bias", "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"
+})  # yapf: disable
+# Of the others, PEFT's defaults where those are not simply off.
+DEFAULTS = {"peft_type": "LORA", "megatron_core": "megatron.core", "qalora_group_size": 16}
+# Entries that PEFT leaves empty where a training names them elsewhere.
+OPEN = ("base_model_name_or_path", "task_type", "modules_to_save")
+# What trains tensors that are no LoRA weights; an adapter of ours would lack them.
 MORE_TENSORS = ("bias", "trainable_token_indices")
 
 
@@ -36,21 +52,25 @@ MORE_TENSORS = ("bias", "trainable_token_indices")
 class Lora:
     """The LoRA part of a checkpoint: (a of shape (r, in), b of shape (out, r)) by module, and its hyperparameters.
 
-    `saved` holds the modules that were trained whole: by module, the tensors by their name in it. `more` names what
-    PEFT's record says was trained besides.
+    Attributes:
+        factors: by module.
+        saved: the modules that were trained whole: by module, the tensors by their name in it.
+        extras: what else an adapter holds, by the names in PEFT's files.
+        rank, alpha, task_type: of the record, or the weights and the flag.
+        record: PEFT's own record; empty where there is none.
     """
     factors: dict[str, tuple[Tensor, Tensor]]
     saved: dict[str, dict[str, Tensor]]
+    extras: dict[str, Tensor]
     rank: int
     alpha: float | None
     task_type: str | None
-    rank_stabilized: bool = False
-    more: str = ""
+    record: dict[str, Any]
 
     @property
     def scale(self) -> float:
         """What b @ a is multiplied with."""
-        return known_alpha(self) / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+        return known_alpha(self) / (math.sqrt(self.rank) if self.record.get("use_rslora") else self.rank)
 
 
 def has_lora(tensors: Mapping[str, Tensor]) -> bool:
@@ -62,47 +82,83 @@ def read_lora(tensors: Mapping[str, Tensor], files: RankFiles, alpha: float | No
     """Collect the factors; take r from their shapes and alpha from the flag, `lora_train_meta.json` or PEFT's record.
 
     Raises:
-        MergeError: half a pair, several adapters, ranks that differ, DoRA and its like, a record that disagrees.
+        MergeError: half a pair, several adapters, ranks that differ unasked, records that disagree.
     """
+    record, meta = _recorded(files, PEFT_RECORD), _recorded(files, LORA_META)
     sides: dict[str, dict[str, Tensor]] = {}
     saved: dict[str, dict[str, Tensor]] = {}
+    extras: dict[str, Tensor] = {}
     adapters = set()
     for name, tensor in tensors.items():
-        match = SAVED.fullmatch(name)
-        if any(part in name for part in UNSUPPORTED) or (match and ".lora_" in name):
-            raise MergeError(f"{name} belongs to a kind of adapter that is not supported; merge it with PEFT")
-        if match:
+        if match := SAVED.fullmatch(name):
+            if ".lora_" in name:
+                raise MergeError(f"{name} belongs to a kind of adapter that is not supported; merge it with PEFT")
             saved.setdefault(match["module"], {})[match["weight"]] = tensor
             adapters.add(match["adapter"])
         elif match := FACTOR.fullmatch(name):
             sides.setdefault(match["module"], {})[match["side"]] = tensor
             adapters.add(match["adapter"])
         elif ".lora_" in name:
-            raise MergeError(f"{name} is no LoRA weight that is known; merge it with PEFT")
+            adapters.add(_add_extra(name, tensor, record, extras))
     if len(adapters) > 1:
         raise MergeError(f"holds {len(adapters)} adapters ({', '.join(sorted(map(str, adapters)))}); one can be merged")
     for module, pair in sides.items():
         if set(pair) != {"A", "B"} or len(pair["A"].shape) != 2 or pair["A"].shape[0] != pair["B"].shape[-1]:
             raise MergeError(f"{module} has no matching pair of lora_A and lora_B; the checkpoint is damaged")
-    ranks = {pair["A"].shape[0] for pair in sides.values()}
+    factors = {module: (pair["A"], pair["B"]) for module, pair in sides.items()}
+    rank = _rank(factors, record, meta)
+    recorded = {**record, **meta}
+    if alpha is None and {"lora_alpha"} <= set(record) & set(meta) and record["lora_alpha"] != meta["lora_alpha"]:
+        raise MergeError(f"{PEFT_RECORD} says lora_alpha {shown(record['lora_alpha'])}, {LORA_META} "
+                         f"{shown(meta['lora_alpha'])}; pass the training's with --lora-alpha")
+    task = recorded.get("task_type")
+    return Lora(factors, saved, extras, rank, alpha if alpha is not None else recorded.get("lora_alpha"),
+                task if isinstance(task, str) else None, record)  # yapf: disable
+
+
+def _add_extra(name: str, tensor: Tensor, record: Mapping[str, Any], extras: dict[str, Tensor]) -> str:
+    """Note a tensor of an adapter that is no factor; return the adapter's name."""
+    for pattern, entry, known in EXTRAS:
+        if match := pattern.fullmatch(name):
+            if not record.get(entry):
+                raise MergeError(f"{name} belongs to a kind of adapter that is not supported without PEFT's record of it "
+                                 f"({PEFT_RECORD} with {entry}); copy that there, or merge it with PEFT")
+            extras[known.format(name=match["name"])] = tensor
+            return match["adapter"]
+    raise MergeError(f"{name} is no LoRA weight that is known; merge it with PEFT")
+
+
+def _rank(factors: Mapping[str, tuple[Tensor, Tensor]], record: Mapping[str, Any], meta: Mapping[str, Any]) -> int:
+    """Return r, of which the weights and each record must say the same, but where PEFT's record makes it differ."""
+    ranks = {a.shape[0] for a, _ in factors.values()}
+    if record.get("rank_pattern") or record.get("target_parameters") or (record and not factors):
+        rank = record.get("r")
+        if type(rank) is not int or rank < 1:
+            raise MergeError(f"{PEFT_RECORD} says r = {shown(rank)}, which is none; mend the file")
+        return rank
     if len(ranks) != 1:
         raise MergeError(f"LoRA ranks differ between modules ({sorted(ranks)}); merge it with PEFT")
-    config, meta = _recorded(files, PEFT_RECORD), _recorded(files, LORA_META)
     rank = ranks.pop()
-    for name, record in ((LORA_META, meta), (PEFT_RECORD, config)):
-        if record.get("r", rank) != rank:
-            raise MergeError(f"{name} says r = {record['r']}, but the weights have r = {rank}; mend the file")
-    other = next((name for name in OTHER_SUMS if config.get(name)), None)
-    if other:
-        raise MergeError(
-            f"{PEFT_RECORD} has {other} {json.dumps(config[other])[:60]}, which is not supported; merge it "
-            "with PEFT")
-    recorded = {**config, **meta}
-    chosen = alpha if alpha is not None else recorded.get("lora_alpha")
-    factors = {module: (pair["A"], pair["B"]) for module, pair in sides.items()}
-    more = next((f"{name} {json.dumps(config[name])[:60]}"
-                 for name in MORE_TENSORS if config.get(name) not in (None, "none", [], {})), "")
-    return Lora(factors, saved, rank, chosen, recorded.get("task_type"), bool(config.get("use_rslora")), more)
+    for name, told in ((LORA_META, meta), (PEFT_RECORD, record)):
+        if told.get("r", rank) != rank:
+            raise MergeError(f"{name} says r = {shown(told['r'])}, but the weights have r = {rank}; mend the file")
+    return rank
+
+
+def check_fusable(lora: Lora) -> None:
+    """Refuse what changes the sum, or may: PEFT's record grows with each release.
+
+    Raises:
+        MergeError: naming the first entry that is neither PEFT's default nor known to be harmless.
+    """
+    for name, value in lora.record.items():
+        default = DEFAULTS.get(name)
+        off = value is None or value is False or value in ("", [], {})
+        if name not in HARMLESS and not (value == default if default is not None else off):
+            raise MergeError(f"{PEFT_RECORD} has {name} {printable(json.dumps(value), 60)}, which is not supported; use "
+                             "--lora adapter, or merge it with PEFT")
+    if lora.extras:
+        raise MergeError(f"{next(iter(lora.extras))} is not computed; use --lora adapter, or merge it with PEFT")
 
 
 def _recorded(files: RankFiles, name: str) -> dict[str, Any]:
@@ -129,6 +185,7 @@ def known_alpha(lora: Lora) -> float:
 
 def fuse(tensors: Mapping[str, Tensor], lora: Lora) -> dict[str, tuple[Tensor, Fusion | None]]:
     """Return the base model's tensors by their plain names, those with LoRA factors with their fusion."""
+    check_fusable(lora)
     scale = lora.scale
     fused: dict[str, tuple[Tensor, Fusion | None]] = {}
     for name, tensor in tensors.items():
@@ -159,16 +216,19 @@ def adapter(lora: Lora) -> dict[str, Tensor]:
         MergeError: alpha is not known, or more was trained than the adapter would hold.
     """
     known_alpha(lora)
-    if lora.more:
-        raise MergeError(
-            f"{PEFT_RECORD} has {lora.more}, which --lora adapter would leave out; use --lora fuse, or save "
-            "the adapter with PEFT")
+    if lora.record.get("peft_type", "LORA") != "LORA":
+        raise MergeError(f"{PEFT_RECORD} has peft_type {shown(lora.record['peft_type'])}, which is not LoRA; save the adapter "
+                         "with PEFT")
+    for name in MORE_TENSORS:
+        if lora.record.get(name) not in (None, "none", [], {}):
+            raise MergeError(f"{PEFT_RECORD} has {name} {printable(json.dumps(lora.record[name]), 60)}, which --lora adapter "
+                             "would leave out; use --lora fuse, or save the adapter with PEFT")
     factors = {
         f"{module}.lora_{side}.weight": tensor
         for module, pair in lora.factors.items()
         for side, tensor in zip("AB", pair, strict=True)
     }
-    return factors | {
+    return factors | lora.extras | {
         f"{module}.{weight}": tensor
         for module, tensors in lora.saved.items()
         for weight, tensor in tensors.items()
@@ -176,9 +236,13 @@ def adapter(lora: Lora) -> dict[str, Tensor]:
 
 
 def adapter_config(lora: Lora, tensors: Mapping[str, Tensor], base_model: str | None) -> dict[str, Any]:
-    """Return `adapter_config.json` (https://huggingface.co/docs/peft/package_reference/lora)."""
+    """Return `adapter_config.json` (https://huggingface.co/docs/peft/package_reference/lora).
+
+    Where PEFT's own record is there, that is it, whole: how an adapter is loaded may depend on any of its entries. What
+    it leaves open is filled in.
+    """
     names = list(tensors)
-    return {
+    ours = {
         "base_model_name_or_path": base_model,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -190,8 +254,10 @@ def adapter_config(lora: Lora, tensors: Mapping[str, Tensor], base_model: str | 
         "r": lora.rank,
         "target_modules": target_modules(list(lora.factors), names),
         "task_type": lora.task_type,
-        "use_rslora": lora.rank_stabilized,
+        "use_rslora": False,
     }
+    kept = {name: value for name, value in lora.record.items() if value is not None or name not in OPEN}
+    return {**ours, **kept, "lora_alpha": lora.alpha, "inference_mode": True}
 
 
 def target_modules(modules: list[str], names: list[str]) -> list[str]:

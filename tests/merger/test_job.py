@@ -712,3 +712,37 @@ def test_a_tilde_that_the_shell_has_left_is_the_home(spoil: Callable[..., Sample
 
 def test_a_missing_local_dir_flag_is_refused() -> None:
     assert "--local-dir" in merge().refusal
+
+
+# Quantized weights
+
+
+@pytest.mark.parametrize(("dtypes", "kept"), [
+    ({"x.weight": "float8_e4m3fn", "x.weight_scale_inv": "float32", "x.bias": "float32", "y.weight": "float32"},
+     ["x.weight_scale_inv"]),
+    ({"x.weight": "int8", "x.weight_scale": "bfloat16", "x.input_scale": "float32"}, ["x.weight_scale", "x.input_scale"]),
+    ({"x.qweight": "int32", "x.scales": "float16", "x.qzeros": "int32", "x.g_idx": "int32", "x.bias": "float16"}, ["x.scales"]),
+    ({"x.weight": "uint8", "x.weight.absmax": "float32", "x.weight.quant_map": "float32"}, ["x.weight.absmax",
+                                                                                          "x.weight.quant_map"]),
+    ({"e.down_proj": "float8_e5m2", "e.down_proj_scale": "float32", "e.gate_up_proj": "float32"}, ["e.down_proj_scale"]),
+    ({"e.down_proj_blocks": "uint8", "e.down_proj_scales": "float32", "e.up_bias": "float32"}, ["e.down_proj_scales"]),
+    ({"n.weight": "float32", "n.running_mean": "float32", "n.num_batches_tracked": "int64"}, []),
+    ({"p.weight": "float32", "p.position_ids": "int64", "p.mask": "bool"}, []),
+], ids=["FP8", "int8", "GPTQ and AWQ", "bitsandbytes", "experts in FP8", "MXFP4", "a batch norm", "positions"])  # yapf: disable
+def test_what_belongs_to_a_quantized_weight_keeps_its_type(dtypes: dict[str, str], kept: list[str]) -> None:
+    from merger.job import quantization_parts
+    assert quantization_parts(dtypes) == kept
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_scale_beside_8_bit_weights_is_not_rounded(dtype: str, tmp_path: Path) -> None:
+    state = {"x.weight": torch.ones(4, 4).to(torch.float8_e4m3fn), "x.weight_scale_inv": torch.tensor([[0.0123457]]),
+             "y.weight": torch.full((2, 2), 0.0123457)}  # yapf: disable
+    (tmp_path / "actor/huggingface").mkdir(parents=True)
+    (tmp_path / "actor/huggingface/config.json").write_text('{"model_type": "none", "architectures": ["None"]}')
+    torch.save(state, tmp_path / "actor/model_world_size_1_rank_0.pt")
+    merge("--local-dir", tmp_path / "actor", "--save-dir", tmp_path / "out", "--dtype", dtype, "--verify", "--json").record()
+    found = weights(tmp_path / "out")
+    assert torch.equal(found["x.weight_scale_inv"], state["x.weight_scale_inv"]) and found["x.weight"].dtype == torch.float8_e4m3fn
+    assert found["y.weight"].dtype == getattr(torch, dtype)
+    assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == dtype
