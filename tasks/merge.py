@@ -123,7 +123,8 @@ def run_in_container(c: Context, folders: list[str], save_dir: str, gpus: str, f
           "threads": "Copying threads (default: 4).",
           "lora": "What to do with LoRA weights: adapter or fuse (default: stop and say so).",
           "lora_alpha": "LoRA's alpha, where neither lora_train_meta.json nor lora_adapter/adapter_config.json has it.",
-          "allow": "Accept a finding: keys (they do not fit the config) or nonfinite (NaN, infinite). Repeatable.",
+          "allow": "Accept a finding: keys (they do not fit the config), nonfinite (NaN, infinite) or buffers (they differ between "
+          "ranks; the lowest rank's are taken). Repeatable.",
           "tied_weights": "Where tied weights differ: keep both, or drop the copy (default: stop and say so).",
           "verify": "Read the result again and compare it with the shards, tensor by tensor.",
           "force": "Replace weights that are already in the save folder.",

@@ -7,7 +7,7 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,17 @@ class Layout:
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of the checkpoint: its element type, global shape (elements), layout, and its number in the files."""
+    """A tensor of the checkpoint: its element type, global shape (elements), layout, and its number in the files.
+
+    It is `plain` where no mesh is said to hold it, as of buffers.
+    """
     name: str
     dtype: str
     shape: tuple[int, ...]
     layout: Layout
     index: int
     description: str
+    plain: bool = False
 
     @property
     def numel(self) -> int:
@@ -66,6 +70,7 @@ class Checkpoint:
         sizes: bytes of each rank's file.
         meshes: the meshes that the tensors lie on, as {dimension: size}.
         notes: what the user should know.
+        taken: tensors of which the ranks' copies differ, and whose is taken.
     """
 
     def __init__(self, files: RankFiles, tensors: dict[str, Tensor], offsets: dict[int, np.ndarray],
@@ -75,6 +80,7 @@ class Checkpoint:
         self.sizes = sizes
         self.meshes = meshes
         self.notes = list(files.notes)
+        self.taken: dict[str, int] = {}
         self._offsets = offsets
 
     def offset(self, rank: int, tensor: Tensor) -> int:
@@ -86,10 +92,11 @@ class Checkpoint:
         return self.files.paths[rank]
 
 
-def read_checkpoint(files: RankFiles) -> Checkpoint:
+def read_checkpoint(files: RankFiles, allow_buffers: bool = False) -> Checkpoint:
     """Read the directories and pickles of all rank files and check them against each other.
 
-    Memory: one rank's pickle (about 3 KB a tensor) and 12 bytes a tensor and rank; of tensors, only small copies are read.
+    Memory: one rank's pickle (about 3 KB a tensor) and 12 bytes a tensor and rank; of tensors, only copies are
+    read that no checksum tells of. With `allow_buffers` those that differ are the lowest rank's.
 
     Raises:
         MergeError: naming the file and the tensor at fault.
@@ -116,12 +123,16 @@ def read_checkpoint(files: RankFiles) -> Checkpoint:
         if (entry.shape, holders) not in layouts:
             layouts[entry.shape, holders] = _layout(name, entry.shape, holders, files)
         boxes[index] = []
-        tensors[name] = Tensor(name, entry.dtype, entry.shape, layouts[entry.shape, holders], index, str(entry))
+        tensors[name] = Tensor(name, entry.dtype, entry.shape, layouts[entry.shape, holders], index, str(entry),
+                               not entry.placements and not entry.mesh[1])
     checkpoint = Checkpoint(files, tensors, offsets, sizes, mesh_sizes(first.values()))
     if files.missing:
         checkpoint.notes.append(f"without rank {files.missing_text}: the others hold a complete replica")
-    _check_copies(checkpoint)
-    _check_checksums(checkpoint, checksums)
+    _check_replicas(checkpoint, checksums, allow_buffers)
+    if checkpoint.taken:
+        name, rank = next(iter(checkpoint.taken.items()))
+        checkpoint.notes.append(f"{len(checkpoint.taken)} tensors that the ranks keep whole differ, and are rank {rank}'s: {name}"
+                                f"{', …' if len(checkpoint.taken) > 1 else ''}")
     return checkpoint
 
 
@@ -178,43 +189,76 @@ def _check_agreement(first: Mapping[str, Entry], first_path: Path, entries: Mapp
                              "the files are not of one checkpoint")
 
 
-SMALL = 1 << 20  # bytes up to which whole copies are always compared; --verify compares all
+SMALL = 1 << 20  # bytes up to which copies are always compared themselves, whatever their checksums say
+COMPARED = 1 << 22  # bytes that are compared at once
 
 
-def _check_copies(checkpoint: Checkpoint) -> None:
-    """Compare the ranks' copies of small tensors that several of them hold whole, such as buffers."""
+def _check_replicas(checkpoint: Checkpoint, checksums: Mapping[int, np.ndarray], allow_buffers: bool) -> None:
+    """Compare the ranks that hold the same block of a tensor: by the CRC32 that their files name, or byte by byte.
+
+    Expert parallelism as VeOmni does it writes each group's experts as a tensor of their own on a mesh of the group's
+    ranks, of which nothing tells which group it is: all groups claim the same blocks. Buffers that each rank keeps whole
+    may differ for a reason (HSDP leaves those of other replicas uninitialised): with `allow_buffers` the lowest rank's is
+    the tensor.
+
+    Raises:
+        MergeError: naming the tensor and the ranks that differ.
+    """
     with contextlib.ExitStack() as stack:
         seen = checkpoint.files.seen
         handles = {rank: stack.enter_context(seen.descriptor(path)) for rank, path in checkpoint.files.paths.items()}
-        for tensor in checkpoint.tensors.values():
-            if tensor.nbytes > SMALL or len(tensor.layout.pieces) != 1:
-                continue
-            whole = tensor.layout.pieces[0][1]
-            copies = {}
-            for rank in (rank for rank, box in tensor.layout.holders if box == whole):
-                copies[rank] = os.pread(handles[rank], tensor.nbytes, checkpoint.offset(rank, tensor))
-            first = next(iter(copies))
-            differing = [rank for rank, copy in copies.items() if copy != copies[first]]
-            if differing:
-                raise MergeError(
-                    f"{tensor.name} is kept whole by {len(copies)} ranks, but rank {_ranks(differing)} has "
-                    f"other values than rank {first}; the checkpoint is damaged, or each rank keeps a value of its own: save it "
-                    "when they agree")
+        for tensor in list(checkpoint.tensors.values()):
+            for ranks in tensor.layout.replicas:
+                differing = _differing(checkpoint, tensor, ranks, checksums, handles)
+                if not differing:
+                    continue
+                if tensor.plain and allow_buffers:
+                    _take(checkpoint, tensor, ranks[0])
+                    break
+                raise _refusal(checkpoint, tensor, ranks, differing)
 
 
-def _check_checksums(checkpoint: Checkpoint, checksums: Mapping[int, np.ndarray]) -> None:
-    """Compare the ranks that hold the same block by the CRC32 that their files name, so without reading.
+def _differing(checkpoint: Checkpoint, tensor: Tensor, ranks: Sequence[int], checksums: Mapping[int, np.ndarray],
+               handles: Mapping[int, int]) -> list[int]:
+    """Return those of `ranks` whose block of `tensor` is not that of the first of them."""
+    first, *others = ranks
+    box = next(box for rank, box in tensor.layout.holders if rank == first)
+    size = box.numel * itemsize(tensor.dtype)
+    known = {rank: int(checksums[rank][tensor.index]) for rank in ranks}
+    if size > SMALL and all(known.values()):
+        return [rank for rank in others if known[rank] != known[first]]
+    starts = {rank: checkpoint.offset(rank, tensor) for rank in ranks}
+    differing: set[int] = set()
+    for done in range(0, size, COMPARED):
+        count = min(COMPARED, size - done)
+        wanted = os.pread(handles[first], count, starts[first] + done)
+        differing |= {rank for rank in others
+                      if rank not in differing and os.pread(handles[rank], count, starts[rank] + done) != wanted}
+    return sorted(differing)
 
-    Expert parallelism as VeOmni does it writes each group's experts as a tensor of their own on a mesh of the group's
-    ranks, of which nothing tells which group it is: all groups claim the same blocks.
-    """
-    for tensor in checkpoint.tensors.values():
-        for ranks in tensor.layout.replicas:
-            known = {rank: int(checksums[rank][tensor.index]) for rank in ranks if checksums[rank][tensor.index]}
-            first = next(iter(known), 0)
-            differing = [rank for rank, crc in known.items() if crc != known[first]]
-            if differing:
-                raise MergeError(
-                    f"{tensor.name}: rank {_ranks(differing)} and rank {first} hold the same piece, but with other values; "
-                    "if they are expert-parallel ranks, save the experts gathered; if they are replicas that differ, keep "
-                    "the files of one")
+
+def _take(checkpoint: Checkpoint, tensor: Tensor, rank: int) -> None:
+    """Let `tensor` be the one that `rank` holds whole, and note it."""
+    held = tuple((holder, box) for holder, box in tensor.layout.holders if holder == rank)
+    checkpoint.tensors[tensor.name] = replace(tensor, layout=Layout(held, held, ()))
+    checkpoint.taken[tensor.name] = rank
+
+
+def _refusal(checkpoint: Checkpoint, tensor: Tensor, ranks: Sequence[int], differing: Sequence[int]) -> MergeError:
+    what = f"{tensor.name}: rank {_ranks(differing)} and rank {ranks[0]} hold the same piece, but with other values; "
+    if tensor.plain:
+        return MergeError(f"{tensor.name} is kept whole by {len(ranks)} ranks, but rank {_ranks(differing)} has other values "
+                          f"than rank {ranks[0]}; the checkpoint is damaged, or each rank keeps a value of its own: to take "
+                          f"rank {ranks[0]}'s, pass --allow buffers")
+    kept = _one_replica(checkpoint)
+    if kept:
+        return MergeError(f"{what}if they are replicas that differ, merge one of them: a folder with the files of rank "
+                          f"{_ranks(kept)} alone; if they are expert-parallel ranks, save the experts gathered")
+    return MergeError(f"{what}no rank can be left out; if they are expert-parallel ranks, save the experts gathered, else the "
+                      "checkpoint is damaged: save or copy it again")
+
+
+def _one_replica(checkpoint: Checkpoint) -> list[int]:
+    """Return the lowest ranks that hold all blocks of all tensors; empty where that takes all ranks."""
+    kept = sorted({rank for tensor in checkpoint.tensors.values() for rank, _ in tensor.layout.pieces})
+    return kept if len(kept) < len(checkpoint.files.paths) else []

@@ -34,7 +34,7 @@ Named = dict[str, tuple[Tensor, Fusion | None]]
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked for; `allow` holds names of checks whose finding is accepted: `keys`, `nonfinite`."""
+    """What the user asked for; `allow` holds names of checks whose finding is accepted: `keys`, `nonfinite`, `buffers`."""
     local_dirs: tuple[str, ...]
     save_dir: str | None = None
     dtype: str = "bfloat16"
@@ -124,11 +124,11 @@ def lay_out(options: Options,
     Raises:
         MergeError: the first fault found.
     """
-    device = check_device(options.device)
+    device, allow_buffers = check_device(options.device), "buffers" in options.allow
     if options.lora == "adapter":
-        return _lay_out_adapter(options, checkpoint or read_checkpoint(files), target, device)
+        return _lay_out_adapter(options, checkpoint or read_checkpoint(files, allow_buffers), target, device)
     config = read_config(config_dir, files.seen)
-    checkpoint = checkpoint or read_checkpoint(files)
+    checkpoint = checkpoint or read_checkpoint(files, allow_buffers)
     named = _plain_weights(options, checkpoint)
     config, changed = for_critic(config, named)
     config, cleaned = without_quantization(config, {name: tensor.dtype for name, (tensor, _) in named.items()})

@@ -62,6 +62,7 @@ def make_record(job: Job, options: Options, tally: Tally, threads: int, seconds:
         "base_model": job.base_model,
         "parameters": job.parameters,
         "tied_dropped": job.dropped,
+        "taken_from_rank": job.checkpoint.taken,
         "nan": sum(tally.nan.values()),
         "inf": sum(tally.inf.values()),
         "model_check": _check_text(job, options),

@@ -28,9 +28,13 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "refused when opened":
         monkeypatch.setattr(direct, "open_direct", lambda path, flags: None)
         monkeypatch.setattr(copying, "open_direct", lambda path, flags: None)
-    if request.param == "refused when used":  # a folder can neither be read nor written
-        monkeypatch.setattr(direct, "open_direct", lambda path, flags: os.open(os.sep, os.O_RDONLY))
-        monkeypatch.setattr(copying, "open_direct", lambda path, flags: os.open(os.sep, os.O_RDONLY))
+    if request.param == "refused when used":  # opened for the other direction
+
+        def other(path: Path, flags: int) -> int:
+            return os.open(path, os.O_RDONLY if flags & os.O_WRONLY else os.O_WRONLY)
+
+        monkeypatch.setattr(direct, "open_direct", other)
+        monkeypatch.setattr(copying, "open_direct", other)
     return request.param
 
 

@@ -16,6 +16,7 @@ from tests.merger.merging import (
     Sample,
     cast,
     differences,
+    edit_rank,
     edit_ranks,
     listing,
     merge,
@@ -171,7 +172,6 @@ def test_replicas_that_differ_are_refused(spoil: Callable[..., Sample], tmp_path
     def nudge(state: dict[str, Any]) -> None:
         state["model.norm.weight"]._local_tensor[0] += 1
 
-    from tests.merger.merging import edit_rank
     edit_rank(sample.rank(3), nudge)
     with untouched(tmp_path):
         refusal = merge("--local-dir", sample.actor, "--verify").refusal
@@ -184,7 +184,6 @@ def test_a_shard_whose_replicas_differ_is_refused_unread(spoil: Callable[..., Sa
     def nudge(state: dict[str, Any]) -> None:
         state[name]._local_tensor[0] += 1
 
-    from tests.merger.merging import edit_rank
     for rank in range(4):
         edit_rank(sample.rank(rank), nudge if rank == 3 else lambda state: None)
     with untouched(tmp_path):
@@ -585,3 +584,55 @@ def test_a_device_that_is_not_here_is_refused(device: str, samples: dict[str, Sa
         refusal = merge("--local-dir", samples["FSDP1, 4 ranks"].actor, "--save-dir", tmp_path / "out", "--device",
                         device).refusal
     assert f"--device {device}" in refusal
+
+
+# What each rank keeps whole
+
+
+@pytest.fixture
+def buffered(spoil: Callable[..., Sample]) -> Sample:
+    """A checkpoint with a buffer of 2 MiB that rank 2 has other values of; without checksums."""
+    sample = spoil("buffers, FSDP2")
+    torch.serialization.set_crc32_options(False)
+    try:
+        for rank in range(4):
+            edit_rank(sample.rank(rank), lambda state, rank=rank: state.update({  # type: ignore[misc]
+                "model.large": torch.arange(1 << 19, dtype=torch.float32) + (rank == 2) * (torch.arange(1 << 19) > 1 << 18)}))  # yapf: disable
+    finally:
+        torch.serialization.set_crc32_options(True)
+    return sample
+
+
+def test_a_large_buffer_that_differs_is_not_taken_unasked(buffered: Sample, tmp_path: Path) -> None:
+    args = ["--local-dir", buffered.actor, "--save-dir", tmp_path / "out", "--allow", "keys"]
+    with untouched(tmp_path):
+        refusal = merge(*args).refusal
+    assert "model.large is kept whole by 4 ranks, but rank 2 has other values than rank 0" in refusal
+    assert refusal.endswith("pass --allow buffers")
+    run = merge(*args, "--allow", "buffers", "--dtype", "keep", "--verify", "--json")
+    record = run.record()
+    assert record["taken_from_rank"] == {"model.large": 0} and any("model.large" in note for note in record["notes"])
+    assert torch.equal(weights(tmp_path / "out")["model.large"], torch.arange(1 << 19, dtype=torch.float32))
+    assert merge(*args[:4], "--verify-only", "--json").record()["verified"]
+
+
+@pytest.mark.parametrize("crc", [True, False], ids=["checksums", "no checksums"])
+def test_shards_whose_replicas_differ_are_refused_with_a_remedy_that_works(crc: bool, spoil: Callable[..., Sample],
+                                                                           tmp_path: Path) -> None:
+    sample, name = spoil("HSDP, 2 x 2 ranks"), "model.layers.0.mlp.up_proj.weight"
+
+    def nudge(state: dict[str, Any]) -> None:
+        state[name]._local_tensor[0] += 1
+
+    torch.serialization.set_crc32_options(crc)
+    try:
+        for rank in range(4):
+            edit_rank(sample.rank(rank), nudge if rank == 3 else lambda state: None)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    args = ["--local-dir", sample.actor, "--save-dir", tmp_path / "out", "--allow", "buffers"]
+    refusal = merge(*args).refusal
+    assert "rank 3 and rank 1 hold the same piece" in refusal and "the files of rank 0, 1 alone" in refusal
+    sample.rank(2).unlink()
+    sample.rank(3).unlink()
+    assert merge(*args, "--verify").code == 0
