@@ -174,7 +174,9 @@ def main() -> int:
         work(args.targets[0], args.seed, args.cases, args.seconds)
         return 0
     known = all_targets()
-    wanted = [name for name in known if not args.targets or name in args.targets or name.partition(".")[0] in args.targets]
+    wanted = [
+        name for name in known if not args.targets or name in args.targets or name.partition(".")[0] in args.targets
+    ]
     strange = [word for word in args.targets if not any(word in (name, name.partition(".")[0]) for name in known)]
     if strange:
         print(f"fuzz: no target {strange[0]}; there are {', '.join(known)}", file=sys.stderr)

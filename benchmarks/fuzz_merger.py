@@ -99,7 +99,8 @@ def write_archive(parts: list[Part], end: dict[str, Any]) -> bytes:
         out += struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, len(directory), start)
         out += struct.pack("<4sLQL", b"PK\x06\x07", 0, len(out) - 56 + end["zip64"] - 1, 1)
     comment = end.get("comment", b"")
-    out += struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, count, count, len(directory), max(start, 0), len(comment)) + comment
+    out += struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, count, count, len(directory), max(start, 0),
+                       len(comment)) + comment
     return bytes(out + end.get("after", b""))
 
 
@@ -124,8 +125,10 @@ def make_archive(chance: random.Random) -> bytes:
             case 4:
                 fault["same"] = chance.randrange(8)
             case 5:
-                fault[chance.choice(["local_size", "local_crc", "size", "crc"])] = chance.choice(
-                    [0, 1, len(data) - 1 & 0xFFFFFFFF, len(data) + 1, 0xFFFFFFFF])
+                fault[chance.choice(["local_size", "local_crc", "size", "crc"
+                                     ])] = chance.choice([0, 1,
+                                                          len(data) - 1 & 0xFFFFFFFF,
+                                                          len(data) + 1, 0xFFFFFFFF])
             case 6:
                 fault["local_name"] = chance.choice(parts)[0].encode("latin1", "replace")
             case 7:
@@ -171,7 +174,9 @@ def mutated_pickle(data: bytes, chance: random.Random) -> bytes:
                 other = chance.randrange(1, len(ops))
                 ops[at], ops[other] = ops[other], ops[at]
             case 3 | 4 | 5:  # a number or a text becomes another
-                numbers = [i for i, op in enumerate(ops) if op[:1] in (b"K", b"M", b"J", b"X", b"\x88", b"\x89", b"N", b")")]
+                numbers = [
+                    i for i, op in enumerate(ops) if op[:1] in (b"K", b"M", b"J", b"X", b"\x88", b"\x89", b"N", b")")
+                ]
                 ops[chance.choice(numbers)] = _pickled(chance.choice(INTERESTING))
             case 6:
                 ops[at:at] = [b"K\x01", b"2\x86" * chance.choice([2, 60])]  # DUP, TUPLE2: 2^60 leaves
@@ -211,7 +216,8 @@ def judge(data: bytes, folder: Path) -> bool:
     try:
         theirs = torch.load(path, weights_only=True, map_location="cpu")
     except Exception:
-        theirs = torch.load(path, weights_only=False, map_location="cpu")  # names that the merger knows, or it had refused
+        theirs = torch.load(path, weights_only=False,
+                            map_location="cpu")  # names that the merger knows, or it had refused
     found = {name: getattr(value, "_local_tensor", value) for name, value in theirs.items()}
     assert set(found) == set(ours), (sorted(found), sorted(ours))
     for name, value in found.items():
@@ -261,7 +267,8 @@ def make_json(chance: random.Random) -> bytes:
             text = text.replace("1", "1" * chance.choice([63, 65, 5000, 100_000]), 1)
         case 3:
             at = chance.randrange(len(text) + 1)
-            text = text[:at] + chance.choice(["", "\0", "{", '"', "\ufeff", "1e999", "NaN"]) + text[at + chance.randrange(3):]
+            text = text[:at] + chance.choice(["", "\0", "{", '"', "\ufeff", "1e999", "NaN"
+                                              ]) + text[at + chance.randrange(3):]
     return f"{name}\n{text}".encode("utf-8", "surrogatepass")
 
 
@@ -303,7 +310,13 @@ def readers() -> dict[str, tuple[Any, Callable[[Path], object]]]:
 
     peft = {"r": 2, "lora_alpha": 4, "task_type": "CAUSAL_LM", "peft_type": "LORA", "use_rslora": False, "bias": "none",
             "target_modules": ["q"], "rank_pattern": {}, "init_lora_weights": True}  # yapf: disable
-    requested: dict[str, Any] = {"dtype": "bfloat16", "lora": None, "lora_alpha": None, "tied_weights": None, "allow": []}
+    requested: dict[str, Any] = {
+        "dtype": "bfloat16",
+        "lora": None,
+        "lora_alpha": None,
+        "tied_weights": None,
+        "allow": []
+    }
     return {
         "config.json": ({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "torch_dtype": "float32",
                          "tie_word_embeddings": True, "text_config": {"dtype": "float32"}, "vocab_size": 8,

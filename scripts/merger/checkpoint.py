@@ -131,8 +131,9 @@ def read_checkpoint(files: RankFiles, allow_buffers: bool = False) -> Checkpoint
     _check_replicas(checkpoint, checksums, allow_buffers)
     if checkpoint.taken:
         name, rank = next(iter(checkpoint.taken.items()))
-        checkpoint.notes.append(f"{len(checkpoint.taken)} tensors that the ranks keep whole differ, and are rank {rank}'s: {name}"
-                                f"{', …' if len(checkpoint.taken) > 1 else ''}")
+        checkpoint.notes.append(
+            f"{len(checkpoint.taken)} tensors that the ranks keep whole differ, and are rank {rank}'s: {name}"
+            f"{', …' if len(checkpoint.taken) > 1 else ''}")
     return checkpoint
 
 
@@ -232,8 +233,11 @@ def _differing(checkpoint: Checkpoint, tensor: Tensor, ranks: Sequence[int], che
     for done in range(0, size, COMPARED):
         count = min(COMPARED, size - done)
         wanted = os.pread(handles[first], count, starts[first] + done)
-        differing |= {rank for rank in others
-                      if rank not in differing and os.pread(handles[rank], count, starts[rank] + done) != wanted}
+        differing |= {
+            rank
+            for rank in others
+            if rank not in differing and os.pread(handles[rank], count, starts[rank] + done) != wanted
+        }
     return sorted(differing)
 
 
@@ -247,15 +251,17 @@ def _take(checkpoint: Checkpoint, tensor: Tensor, rank: int) -> None:
 def _refusal(checkpoint: Checkpoint, tensor: Tensor, ranks: Sequence[int], differing: Sequence[int]) -> MergeError:
     what = f"{tensor.name}: rank {_ranks(differing)} and rank {ranks[0]} hold the same piece, but with other values; "
     if tensor.plain:
-        return MergeError(f"{tensor.name} is kept whole by {len(ranks)} ranks, but rank {_ranks(differing)} has other values "
-                          f"than rank {ranks[0]}; the checkpoint is damaged, or each rank keeps a value of its own: to take "
-                          f"rank {ranks[0]}'s, pass --allow buffers")
+        return MergeError(
+            f"{tensor.name} is kept whole by {len(ranks)} ranks, but rank {_ranks(differing)} has other values "
+            f"than rank {ranks[0]}; the checkpoint is damaged, or each rank keeps a value of its own: to take "
+            f"rank {ranks[0]}'s, pass --allow buffers")
     kept = _one_replica(checkpoint)
     if kept:
         return MergeError(f"{what}if they are replicas that differ, merge one of them: a folder with the files of rank "
                           f"{_ranks(kept)} alone; if they are expert-parallel ranks, save the experts gathered")
-    return MergeError(f"{what}no rank can be left out; if they are expert-parallel ranks, save the experts gathered, else the "
-                      "checkpoint is damaged: save or copy it again")
+    return MergeError(
+        f"{what}no rank can be left out; if they are expert-parallel ranks, save the experts gathered, else the "
+        "checkpoint is damaged: save or copy it again")
 
 
 def _one_replica(checkpoint: Checkpoint) -> list[int]:

@@ -129,12 +129,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tied-weights",
                    choices=("keep", "drop"),
                    help="tied weights whose values differ: keep both, or drop the copy (default: stop and say so)")
-    p.add_argument("--allow",
-                   action="append",
-                   choices=("keys", "nonfinite", "buffers"),
-                   default=[],
-                   help="accept keys that do not fit the config, NaN and infinite elements, or buffers that differ between ranks, of "
-                   "which the lowest rank's are taken; repeatable")
+    p.add_argument(
+        "--allow",
+        action="append",
+        choices=("keys", "nonfinite", "buffers"),
+        default=[],
+        help=
+        "accept keys that do not fit the config, NaN and infinite elements, or buffers that differ between ranks, of "
+        "which the lowest rank's are taken; repeatable")
     p.add_argument("--trust-remote-code",
                    action="store_true",
                    help="let transformers run the checkpoint's own code to check the keys")

@@ -144,9 +144,8 @@ def lay_out(options: Options,
     tied = config
     config, dropped = _resolve_ties(options, tied, named, verdict)
     if options.tied_weights and config is tied and not dropped:
-        notes.append(
-            f"--tied-weights {options.tied_weights} has nothing to do: {config_dir / CONFIG} ties no two of "
-            "the checkpoint's tensors")
+        notes.append(f"--tied-weights {options.tied_weights} has nothing to do: {config_dir / CONFIG} ties no two of "
+                     "the checkpoint's tensors")
     scales = quantization_parts({name: tensor.dtype for name, (tensor, _) in named.items()})
     kept = kept_whole(named, options.dtype, verdict)
     if kept:
@@ -170,8 +169,10 @@ def _lay_out_adapter(options: Options, checkpoint: Checkpoint, target: Path, dev
         Output(name, tensor, output_dtype(tensor.dtype, options.dtype)) for name, tensor in lora.adapter(found).items()
     ]
     files_out = split_files(outputs, sum(output.nbytes for output in outputs), ADAPTER_STEM)
-    config_dir = next((folder / MODEL_FOLDER for folder in checkpoint.files.folders if (folder / MODEL_FOLDER).is_dir()), target)
-    base = read_config(config_dir, checkpoint.files.seen).get("_name_or_path") if (config_dir / CONFIG).is_file() else None
+    config_dir = next(
+        (folder / MODEL_FOLDER for folder in checkpoint.files.folders if (folder / MODEL_FOLDER).is_dir()), target)
+    base = read_config(config_dir, checkpoint.files.seen).get("_name_or_path") if (config_dir /
+                                                                                   CONFIG).is_file() else None
     texts = {ADAPTER_CONFIG: dump_json(lora.adapter_config(found, checkpoint.tensors, base or None))}
     return Job(checkpoint, files_out, target, target, ADAPTER_STEM, device, texts, [], None, base or None,
                list(checkpoint.notes))
@@ -263,7 +264,8 @@ def quantization_parts(dtypes: Mapping[str, str]) -> list[str]:
 
     def belongs(name: str) -> bool:
         module, _, leaf = name.rpartition(".")
-        beside = any(("weight" in other and leaf != "bias") or leaf.startswith(other) for other in leaves.get(module, ()))
+        beside = any(
+            ("weight" in other and leaf != "bias") or leaf.startswith(other) for other in leaves.get(module, ()))
         return beside or module in quantized
 
     return [name for name, dtype in dtypes.items() if dtype in CONVERTED and belongs(name)]

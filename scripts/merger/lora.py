@@ -121,8 +121,9 @@ def _add_extra(name: str, tensor: Tensor, record: Mapping[str, Any], extras: dic
     for pattern, entry, known in EXTRAS:
         if match := pattern.fullmatch(name):
             if not record.get(entry):
-                raise MergeError(f"{name} belongs to a kind of adapter that is not supported without PEFT's record of it "
-                                 f"({PEFT_RECORD} with {entry}); copy that there, or merge it with PEFT")
+                raise MergeError(
+                    f"{name} belongs to a kind of adapter that is not supported without PEFT's record of it "
+                    f"({PEFT_RECORD} with {entry}); copy that there, or merge it with PEFT")
             extras[known.format(name=match["name"])] = tensor
             return match["adapter"]
     raise MergeError(f"{name} is no LoRA weight that is known; merge it with PEFT")
@@ -155,8 +156,9 @@ def check_fusable(lora: Lora) -> None:
         default = DEFAULTS.get(name)
         off = value is None or value is False or value in ("", [], {})
         if name not in HARMLESS and not (value == default if default is not None else off):
-            raise MergeError(f"{PEFT_RECORD} has {name} {printable(json.dumps(value), 60)}, which is not supported; use "
-                             "--lora adapter, or merge it with PEFT")
+            raise MergeError(
+                f"{PEFT_RECORD} has {name} {printable(json.dumps(value), 60)}, which is not supported; use "
+                "--lora adapter, or merge it with PEFT")
     if lora.extras:
         raise MergeError(f"{next(iter(lora.extras))} is not computed; use --lora adapter, or merge it with PEFT")
 
@@ -217,12 +219,14 @@ def adapter(lora: Lora) -> dict[str, Tensor]:
     """
     known_alpha(lora)
     if lora.record.get("peft_type", "LORA") != "LORA":
-        raise MergeError(f"{PEFT_RECORD} has peft_type {shown(lora.record['peft_type'])}, which is not LoRA; save the adapter "
-                         "with PEFT")
+        raise MergeError(
+            f"{PEFT_RECORD} has peft_type {shown(lora.record['peft_type'])}, which is not LoRA; save the adapter "
+            "with PEFT")
     for name in MORE_TENSORS:
         if lora.record.get(name) not in (None, "none", [], {}):
-            raise MergeError(f"{PEFT_RECORD} has {name} {printable(json.dumps(lora.record[name]), 60)}, which --lora adapter "
-                             "would leave out; use --lora fuse, or save the adapter with PEFT")
+            raise MergeError(
+                f"{PEFT_RECORD} has {name} {printable(json.dumps(lora.record[name]), 60)}, which --lora adapter "
+                "would leave out; use --lora fuse, or save the adapter with PEFT")
     factors = {
         f"{module}.lora_{side}.weight": tensor
         for module, pair in lora.factors.items()

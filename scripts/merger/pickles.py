@@ -135,14 +135,25 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, stride: Any) -> Tenso
     return _tensor(storage, offset, shape, stride, getattr(storage, "dtype", None))
 
 
-def _rebuild_tensor_v2(storage: Any, offset: Any, shape: Any, stride: Any, grad: Any, hooks: Any,
+def _rebuild_tensor_v2(storage: Any,
+                       offset: Any,
+                       shape: Any,
+                       stride: Any,
+                       grad: Any,
+                       hooks: Any,
                        metadata: Any = None) -> TensorRef:
     tensor = _rebuild_tensor(storage, offset, shape, stride)
     _check_extras(tensor.dtype, grad, hooks, metadata)
     return tensor
 
 
-def _rebuild_tensor_v3(storage: Any, offset: Any, shape: Any, stride: Any, grad: Any, hooks: Any, dtype: Any,
+def _rebuild_tensor_v3(storage: Any,
+                       offset: Any,
+                       shape: Any,
+                       stride: Any,
+                       grad: Any,
+                       hooks: Any,
+                       dtype: Any,
                        metadata: Any = None) -> TensorRef:
     tensor = _tensor(storage, offset, shape, stride, str(dtype) if _is_dtype(dtype) else None)
     _check_extras(tensor.dtype, grad, hooks, metadata)
@@ -171,7 +182,8 @@ def _rebuild_parameter(data: Any, grad: Any, hooks: Any) -> Any:
 
 def _rebuild_wrapper_subclass(cls: Any, dtype: Any, shape: Any, stride: Any, offset: Any, layout: Any, device: Any,
                               grad: Any) -> Record:
-    if cls not in (RECORDS["DTensor"], RECORDS["ShardedTensor"]) or layout is not LAYOUT or device is not DEVICE or type(offset) is not int:
+    if cls not in (RECORDS["DTensor"],
+                   RECORDS["ShardedTensor"]) or layout is not LAYOUT or device is not DEVICE or type(offset) is not int:
         raise pickle.UnpicklingError("a wrapper tensor of no known class")
     if not _is_dtype(dtype) or len(as_shape(shape)) != len(as_list(stride, "strides")):
         raise pickle.UnpicklingError("a wrapper tensor of no type or shape")
@@ -260,8 +272,10 @@ class _Unpickler(pickle.Unpickler):
         if module == "torch" and name in STORAGE_DTYPES:
             return StorageType(STORAGE_DTYPES[name])
         if module == "torch" and name.lower().startswith(UNSUPPORTED):
-            raise MergeError(f"has a tensor of torch.{printable(name, 80)}, which is not supported; save the checkpoint without it")
-        raise MergeError(f"mentions {printable(full, 200)}, which no checkpoint needs; it may run code, so it was not read")
+            raise MergeError(
+                f"has a tensor of torch.{printable(name, 80)}, which is not supported; save the checkpoint without it")
+        raise MergeError(
+            f"mentions {printable(full, 200)}, which no checkpoint needs; it may run code, so it was not read")
 
     def persistent_load(self, pid: Any) -> Storage:
         if type(pid) is tuple and len(pid) == 5 and type(pid[0]) is str and pid[0] == "storage":

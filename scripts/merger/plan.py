@@ -133,8 +133,9 @@ def _output_file(name: str, outputs: Sequence[Output]) -> OutputFile:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:
-        raise MergeError(f"{name} would have a header of {len(text)} bytes, and safetensors reads {MAX_HEADER}; choose a "
-                         "smaller --max-shard-size")
+        raise MergeError(
+            f"{name} would have a header of {len(text)} bytes, and safetensors reads {MAX_HEADER}; choose a "
+            "smaller --max-shard-size")
     prefix = len(text).to_bytes(8, "little") + text
     placed = tuple((output, len(prefix) + offset) for output, offset in zip(ordered, offsets, strict=True))
     return OutputFile(name, prefix, placed, len(prefix) + end)

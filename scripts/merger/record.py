@@ -130,12 +130,12 @@ def _is_record(record: dict[str, Any]) -> bool:
     """Return True if all that is read of a record is of the kind that `make_record` writes."""
     texts = all(isinstance(record.get(name), str) for name in ("dtype", "model_check", "device"))
     numbers = all(_is_number(record.get(name)) for name in NUMBERS)
-    return (texts and numbers and isinstance(record.get("base_model"), (str, NoneType)) and
-            isinstance(record.get("verified"), bool) and
-            _are(record.get("tied_dropped"), lambda name: isinstance(name, str)) and
-            _are(record.get("meshes"), lambda mesh: isinstance(mesh, dict) and all(map(_is_number, mesh.values()))) and
-            _are(record.get("files"), lambda file: _has(file, ("name", ), ("bytes", ))) and
-            _are(record.get("sources"), lambda file: _has(file, ("file", "folder"), ("rank", "bytes", "modified"))))
+    return (texts and numbers and isinstance(record.get("base_model"),
+                                             (str, NoneType)) and isinstance(record.get("verified"), bool)
+            and _are(record.get("tied_dropped"), lambda name: isinstance(name, str))
+            and _are(record.get("meshes"), lambda mesh: isinstance(mesh, dict) and all(map(_is_number, mesh.values())))
+            and _are(record.get("files"), lambda file: _has(file, ("name", ), ("bytes", )))
+            and _are(record.get("sources"), lambda file: _has(file, ("file", "folder"), ("rank", "bytes", "modified"))))
 
 
 def _are(values: Any, fits: Callable[[Any], bool]) -> bool:
@@ -143,8 +143,8 @@ def _are(values: Any, fits: Callable[[Any], bool]) -> bool:
 
 
 def _has(value: Any, texts: tuple[str, ...], numbers: tuple[str, ...]) -> bool:
-    return (isinstance(value, dict) and all(isinstance(value.get(name), str) for name in texts) and
-            all(_is_number(value.get(name)) for name in numbers))
+    return (isinstance(value, dict) and all(isinstance(value.get(name), str) for name in texts)
+            and all(_is_number(value.get(name)) for name in numbers))
 
 
 def _is_number(value: Any) -> bool:

@@ -125,8 +125,9 @@ def read_shard_file(path: Path, pickled: bool = True, seen: Seen | None = None) 
             try:
                 return _read_archive(path, fd, size, pickled, seen)
             except struct.error as error:
-                raise MergeError(f"{path}: not a whole .pt archive, truncated or damaged ({error}); it has {size} bytes; "
-                                 "copy it again") from error
+                raise MergeError(
+                    f"{path}: not a whole .pt archive, truncated or damaged ({error}); it has {size} bytes; "
+                    "copy it again") from error
             except MergeError as error:
                 raise MergeError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
     except OSError as error:

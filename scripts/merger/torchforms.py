@@ -140,8 +140,9 @@ def _dtensor(shard: ShardFile, rank: int, value: Record, meshes: dict[int, Mesh]
     for order in as_list(spec.state.get("shard_order") or (), "a shard order"):  # since torch 2.10
         dim, cuts = as_count(order.args[0], "a dimension"), list(as_shape(order.args[1], "an order of mesh dimensions"))
         if cuts != cutting_order(placements, mesh.shape, dim):
-            raise MergeError(f"its dimension {dim} was cut along the mesh's dimensions in the order {cuts}, which is not "
-                             "read; save it with torch's default order")
+            raise MergeError(
+                f"its dimension {dim} was cut along the mesh's dimensions in the order {cuts}, which is not "
+                "read; save it with torch's default order")
     box = box_of(shape, placements, mesh.shape, mesh.coordinate)
     if local.shape != box.shape and not (0 in local.shape and box.numel == 0):
         raise MergeError(f"rank {rank} should hold a piece of shape {list(box.shape)} of {list(shape)}, but holds "

@@ -65,8 +65,9 @@ def read_folder(folder: Path, stem: str = MODEL_STEM, seen: Seen | None = None) 
             try:
                 stored.update(read_header(folder / name, seen))
             except MergeError as error:
-                raise MergeError(str(error) if str(folder) in str(error) else f"{folder / name} {error}; merge again with "
-                                 "--force") from error
+                raise MergeError(
+                    str(error) if str(folder) in str(error) else f"{folder / name} {error}; merge again with "
+                    "--force") from error
         return stored
     except FileNotFoundError as error:
         raise MergeError(

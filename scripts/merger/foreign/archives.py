@@ -51,7 +51,8 @@ def read_directory(fd: int, size: int) -> dict[str, Record]:
     entries = _entries(_bytes(fd, start, length), count)
     roots = {entry.name.partition("/")[0] for entry in entries}
     if len(roots) > 1 or any("/" not in entry.name for entry in entries):
-        raise MergeError(f"its records lie in {len(roots)} folders ({', '.join(sorted(roots)[:2])}), where torch writes one")
+        raise MergeError(
+            f"its records lie in {len(roots)} folders ({', '.join(sorted(roots)[:2])}), where torch writes one")
     names: set[str] = set()
     records: dict[str, Record] = {}
     end = 0
@@ -170,5 +171,6 @@ def check_version(data: bytes | None) -> None:
     """
     text = (data or b"").strip()
     if data is None or not text.isdigit() or len(text) > 8 or int(text) not in VERSIONS:
-        raise MergeError(f"its format's version is {printable(ascii(text.decode('latin1')), 20) if text else 'missing'}; "
-                         f"{VERSIONS[0]} to {VERSIONS[-1]} are read")
+        raise MergeError(
+            f"its format's version is {printable(ascii(text.decode('latin1')), 20) if text else 'missing'}; "
+            f"{VERSIONS[0]} to {VERSIONS[-1]} are read")
