@@ -25,7 +25,7 @@ def check(data: bytes, folder: Path) -> bool:
     @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck),
               phases=[Phase.generate, Phase.shrink])  # yapf: disable
     @given(st.lists(requests.anything(), max_size=6))
-    def attack(drawn: list[object]) -> None:
+    def attack(drawn: "list[requests.Request]") -> None:
         requests.play(drawn)
 
     attack()
