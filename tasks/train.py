@@ -252,3 +252,24 @@ def check_watch_words(words: list[str]) -> None:
     plans = follow.plans_of(given["eval"], tuple(all_rows()), {name: given[name] for name in follow.DECISIVE})
     follow.servers_of(given["server"], [plan.environment for plan in plans])
     follow.check_endpoint(given["endpoint"], given["endpoint_model"], "run")
+
+
+@task(positional=[],
+      auto_shortflags=False,
+      help={
+          "name": "The run's name (default: the one that runs, or the last one made).",
+          "key_file": "File with wandb's key (default: $WANDB_API_KEY, then what `wandb login` left here).",
+          "project": "wandb project (default: the run's own).",
+          "entity": "wandb user or team (default: the key's own).",
+          "runner": "local (this machine's wandb), docker (the training image's), or auto: local where there is one.",
+      })
+def sync(c: Context,
+         name: str = "",
+         key_file: str = "",
+         project: str = "",
+         entity: str = "",
+         runner: str = "auto") -> None:
+    """Upload a run's offline wandb data."""
+    from tasks.lib.training import follow, wandb_sync
+    for line in wandb_sync.sync(c, follow.run_folder(name), runner, key_file, project, entity):
+        print(f"train.sync: {line}")
