@@ -7,12 +7,14 @@ answered, its words are last. (verl/workers/rollout/agent_vllm_rollout/vllm_roll
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+FOLDER, RANK_FILE = re.compile(r"step(\d+)"), re.compile(r"\d+\.json")
 # The trainer prints this for each trajectory whose step failed, and this where a reset took too long.
 STEP_ERROR = re.compile(
     r"Rollou(?:t)? step Error: (?P<what>.*?) ?item id = (?P<item>-?\d+)|Reset Timeout: (?P<reset>.*)")
@@ -47,18 +49,12 @@ def is_cut(trajectory: Any) -> bool:
     return isinstance(said, list) and bool(said) and isinstance(said[-1], dict) and said[-1].get("role") == "assistant"
 
 
-def read(folder: Path, step: int, since: float = 0.0) -> Played | None:
-    """Return what the rank's files of a step tell; None where there is none, or one is not finished.
-
-    Args:
-        since: leave files out that were written before this time, by an earlier attempt.
-    """
+def read(folder: Path, step: int) -> Played | None:
+    """Return what the ranks' files of a step tell; None where there is none, or one is not finished."""
     trajectories = cut = files = 0
     try:
-        places = [place for place in (folder / f"step{step}").iterdir() if re.fullmatch(r"\d+\.json", place.name)]
+        places = [place for place in (folder / f"step{step}").iterdir() if RANK_FILE.fullmatch(place.name)]
         for place in places:
-            if place.stat().st_mtime < since:
-                continue
             found = json.loads(place.read_bytes())
             if not isinstance(found, list):
                 return None
@@ -70,13 +66,21 @@ def read(folder: Path, step: int, since: float = 0.0) -> Played | None:
     return Played(trajectories, cut, files) if files else None
 
 
-def count_files(folder: Path, step: int, since: float = 0.0) -> int:
+def count_files(folder: Path, step: int) -> int:
     """Return how many ranks have written their file of a step."""
     try:
-        return sum(1 for place in (folder / f"step{step}").iterdir()
-                   if re.fullmatch(r"\d+\.json", place.name) and place.stat().st_mtime >= since)
+        return sum(bool(RANK_FILE.fullmatch(name)) for name in os.listdir(folder / f"step{step}"))
     except OSError:
         return 0
+
+
+def later(folder: Path, step: int) -> list[str]:
+    """Return the names of the folders of steps after `step`, which a run that goes on from there plays again."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        return []
+    return [name for name in names if (found := FOLDER.fullmatch(name)) and int(found[1]) > step]
 
 
 @dataclass(frozen=True)

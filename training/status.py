@@ -16,6 +16,7 @@ from training import checkpoints, diagnosis, machine, resume
 from training.folder import RunFolder
 
 FRESH = 20.0  # seconds; the supervisor writes each second, and a busy disk may keep it
+BEAT = 1.5  # in which a supervisor that is there writes
 TAIL = 256 << 10  # bytes of metrics.jsonl and of a log that are looked at
 LAST_LINES = 20
 TREND = 40  # steps
@@ -83,8 +84,12 @@ class Status:
         return asdict(self)
 
 
-def status(folder: RunFolder | str | Path, now: float | None = None) -> Status:
+def status(folder: RunFolder | str | Path, now: float | None = None, patient: bool = False) -> Status:
     """Return what is known of a run.
+
+    Args:
+        patient: where the heartbeat of another machine or container is old, look whether it still changes, which takes
+            a moment: clocks differ.
 
     Raises:
         FileNotFoundError, ValueError: there is no run.json, or none that can be read.
@@ -95,6 +100,11 @@ def status(folder: RunFolder | str | Path, now: float | None = None) -> Status:
     state = folder.read_state() or {}
     attempts = [found for found in run.get("attempts") or [] if isinstance(found, dict)]
     last = attempts[-1] if attempts else {}
+    if patient and state_of(last, state, now) == "vanished" and state and machine.lives(state) is None:
+        time.sleep(BEAT)
+        later = folder.read_state() or {}
+        if later.get("updated") != state.get("updated"):
+            state, now = later, float(later.get("updated") or now)
     found = Status(name=folder.name,
                    folder=str(folder.path),
                    state=state_of(last, state, now),

@@ -223,7 +223,7 @@ class Supervisor:
                 say("ScalingInter: the rounds are given step by step, as an unbroken run plays them")
         elif not fresh:
             say("no whole checkpoint: beginning at step 1")
-        self._put_aside(number, resumed, run)
+        self._put_aside(number, resumed)
         attempt = self.attempt = Attempt(self.folder, run, number, resumed)
         record = {
             "number": number,
@@ -317,17 +317,20 @@ class Supervisor:
             found[name] = Path(place).read_text().strip()
         return found
 
-    def _put_aside(self, number: int, resumed: int | None, run: Mapping[str, Any]) -> None:
-        """Move the checkpoints after the one that is resumed from out of the trainer's way.
+    def _put_aside(self, number: int, resumed: int | None) -> None:
+        """Move checkpoints and trajectories of the steps that are trained again from out of the trainer's way.
 
-        It would write over them in place, and a half one would look whole.
+        It would write over them in place: a half checkpoint would look whole, an old trajectory new.
         """
+        aside = self.folder.aside / f"attempt-{number}"
         later = [found for found in checkpoints.numbers(self.folder.path) if resumed is None or found > resumed]
+        moves = [(self.folder.checkpoint(found), aside / f"global_step_{found}") for found in later]
+        moves += [(self.folder.rollouts / name, aside / "rollouts" / name)
+                  for name in rollouts.later(self.folder.rollouts, resumed or 0)]
+        for place, target in moves:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.rename(place, target)
         if later:
-            aside = self.folder.aside / f"attempt-{number}"
-            aside.mkdir(parents=True, exist_ok=True)
-            for found in later:
-                os.rename(self.folder.checkpoint(found), aside / f"global_step_{found}")
             self._event("aside", attempt=number, checkpoints=later, folder=str(aside))
             say(f"moved {', '.join(f'global_step_{found}' for found in later)} to {aside}")
         tracked = checkpoints.tracked(self.folder.path)
@@ -418,10 +421,10 @@ class Supervisor:
         windows = list(self.monitor.windows) if self.monitor is not None else []
         # One that was finished before its files were looked at, and the one that is played.
         for number in range(max(attempt.judged + 1, (attempt.resumed_from or 0) + 1, step - 1), step + 1):
-            written = rollouts.count_files(self.folder.rollouts, number, attempt.started)
+            written = rollouts.count_files(self.folder.rollouts, number)
             if not written or (written < attempt.ranks and number == step):
                 continue
-            played = rollouts.read(self.folder.rollouts, number, attempt.started)
+            played = rollouts.read(self.folder.rollouts, number)
             if played is None:
                 continue
             attempt.judged = number
@@ -441,7 +444,7 @@ class Supervisor:
         if attempt.judged >= step or not self._is_open(attempt):
             return ""
         if attempt.away_lines:
-            before = rollouts.read(self.folder.rollouts, step - 1, attempt.started)
+            before = rollouts.read(self.folder.rollouts, step - 1)
             # Lines of different processes come in no order: these may be of the step before.
             late = before is not None and before.cut and now - attempt.step_ended < LATE_SECONDS
             number = step - 1 if late else step
@@ -461,7 +464,7 @@ class Supervisor:
 
     def _is_open(self, attempt: Attempt) -> bool:
         """Tell whether trajectories of the step that is played may be open."""
-        written = rollouts.count_files(self.folder.rollouts, attempt.step, attempt.started)
+        written = rollouts.count_files(self.folder.rollouts, attempt.step)
         return attempt.begun and written < attempt.ranks
 
     def _poison(self, attempt: Attempt, step: int, why: str) -> str:
@@ -489,7 +492,7 @@ class Supervisor:
         if attempt.last_step is not None and attempt.last_step >= attempt.steps:
             return True
         # Without the console among its loggers the trainer tells no step.
-        return bool(rollouts.count_files(self.folder.rollouts, attempt.steps, attempt.started))
+        return bool(rollouts.count_files(self.folder.rollouts, attempt.steps))
 
     def _over(self, attempt: Attempt, code: int, death: Death | None) -> tuple[Death | None, int]:
         """Write down how an attempt ended; return why it died and the exit code."""

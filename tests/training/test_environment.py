@@ -64,10 +64,11 @@ def test_a_steps_files(tmp_path):
     bad, good = {"reward": 0, "conversations": LOOK}, {"reward": 1, "conversations": LOOK}
     write(tmp_path, 3, [bad, good], [good, bad])
     assert rollouts.read(tmp_path, 3) == Played(4, 2, 2) and rollouts.count_files(tmp_path, 3) == 2
-    assert rollouts.read(tmp_path, 3, since=4e9) is None and rollouts.count_files(tmp_path, 3, since=4e9) == 0
     write(tmp_path, 4, [bad], '[{"reward": 0')
     assert rollouts.read(tmp_path, 4) is None  # one is being written
     assert rollouts.read(tmp_path, 9) is None and rollouts.count_files(tmp_path, 9) == 0
+    (tmp_path / "step10").mkdir()
+    assert rollouts.later(tmp_path, 3) == ["step10", "step4"] and rollouts.later(tmp_path / "absent", 0) == []
     write(tmp_path, 5, "[" * 100_000)
     assert rollouts.read(tmp_path, 5) is None
 

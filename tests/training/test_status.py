@@ -1,8 +1,10 @@
 """What status says of a folder, and which states there are."""
 from __future__ import annotations
 
+import json
 import os
 import subprocess
+import threading
 import time
 from types import SimpleNamespace
 
@@ -52,6 +54,20 @@ def heartbeat(**changes):
 def test_the_state_of_a_run(attempt, state, expected):
     """A run runs where the heartbeat is fresh, or the very process lives."""
     assert state_of(attempt, state, 1005.0) == expected
+
+
+def test_a_machine_whose_clock_is_wrong_still_runs(tmp_path):
+    write_run(tmp_path, attempts=[OPEN])
+    run = RunFolder(tmp_path)
+
+    def beat(number):
+        state = heartbeat(boot_id="another", host="elsewhere", updated=500.0 + number)
+        (tmp_path / "state.json").write_text(json.dumps(state))
+
+    beat(0)
+    assert status(run).state == status(run, patient=True).state == "vanished"
+    threading.Timer(0.5, beat, [1]).start()
+    assert status(run, patient=True).state == "running"
 
 
 def test_figures_of_a_running_run(tmp_path):

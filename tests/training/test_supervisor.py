@@ -311,6 +311,7 @@ def test_a_half_checkpoint_is_named_passed_over_and_kept_aside(run):
     assert code == 0 and "passed over: global_step_6" in said and "data.pt brings the data loader" in said
     assert folder.read()["attempts"][1]["resumed_from"] == 4
     assert (run / "aside" / "attempt-2" / "global_step_6" / "actor").is_dir()
+    assert sorted(os.listdir(run / "aside" / "attempt-2" / "rollouts")) == ["step5", "step6"]
     assert status(run).checkpoint == 10
 
 

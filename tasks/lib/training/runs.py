@@ -80,7 +80,7 @@ def read(run: RunFolder) -> tuple[Status, dict[str, Any]]:
         UserError: its run.json cannot be read.
     """
     try:
-        found, record = status(run), run.read()
+        found, record = status(run, patient=True), run.read()
     except (OSError, ValueError) as error:
         raise UserError(f"{error}; move the folder away, or put its run.json right") from None
     doubtful = found.state in ("vanished", "starting") or found.cause in (diagnosis.KILLED, diagnosis.UNKNOWN)
