@@ -7,10 +7,18 @@ import re
 ESCAPES = re.compile(
     r"\x1b\[[0-?]*[ -/]*[@-~]|\x9b[0-?]*[ -/]*[@-~]|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b[@-Z\\-_]")
 
+CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # all but the tab and the ends of lines
+
 
 def plain(text: str) -> str:
-    """Return `text` without colours and other sequences for a terminal."""
-    return ESCAPES.sub("", text) if "\x1b" in text or "\x9b" in text else text
+    r"""Return `text` without colours and other sequences for a terminal; a control character that is left is written out.
+
+    >>> plain("\x1b[31mred\x1b[0m \x07")
+    'red \\x07'
+    """
+    if not CONTROLS.search(text):
+        return text
+    return CONTROLS.sub(lambda match: f"\\x{ord(match[0]):02x}", ESCAPES.sub("", text))
 
 
 def shown(text: str) -> str:

@@ -133,4 +133,6 @@ def test_nothing_reaches_a_terminal_raw():
     assert shown(evil).isprintable() and shown(evil).endswith("ok") and "\\x1b" in shown(evil)
     assert shown("Grüße, 世界 ☃") == "Grüße, 世界 ☃"
     assert plain("\x1b[1;36ma\x1b[0m\x1b]8;;http://x\x1b\\b") == "ab"
+    assert plain("a\tb \x1b]0;never ends") == "a\tb \\x1b]0;never ends"
+    assert plain("\x00\x07\x08\x9d") == "\\x00\\x07\\x08\\x9d"
     assert clipped("abc", 3) == "abc" and clipped("abcd", 3) == "ab…"

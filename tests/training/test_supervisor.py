@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -170,6 +171,7 @@ def test_noise_neither_forges_a_step_nor_loses_one(run):
     assert supervise(folder)[0] == 0
     metrics = folder.read_metrics()
     assert list(metrics) == list(range(1, 10)) and metrics[5]["metrics"]["critic/task_score/mean"] == 0.05
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", folder.log(1).read_text())
     assert "Running: 20%" in folder.log(1).read_text() and "Running: 10%" not in folder.log(1).read_text()
 
 
