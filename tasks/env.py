@@ -15,6 +15,7 @@ from tasks.lib.errors import INTERRUPTED, DockerError, UserError
 from tasks.lib.notices import say
 
 if TYPE_CHECKING:
+    from servers.protocol import Client
     from tasks.lib.environments.plan import Options
     from tasks.lib.environments.rows import Environment
     from tasks.lib.environments.running import Running
@@ -268,9 +269,18 @@ def shell(c: Context, env: str = "", user: str = "") -> None:
       help={
           "env": ENV_HELP,
           "url": "Address of a server that was started by other means (default: the one that is up).",
-          "timeout": "Seconds for each request (default: 60)."
+          "timeout": "Seconds for each request (default: 60).",
+          "items": "Items to play several times and compare, such as 0-50,100: is each the same task every time?",
+          "all_": "Reset every item of the environment once, and name those that fail.",
+          "restart": "With --items: restart the server, which ends its sessions, and compare once more."
       })
-def check(c: Context, env: str = "", url: str = "", timeout: str = "60") -> None:
+def check(c: Context,
+          env: str = "",
+          url: str = "",
+          timeout: str = "60",
+          items: str = "",
+          all_: bool = False,
+          restart: bool = False) -> None:
     """Check that a running server keeps its protocol."""
     from servers.protocol import Client
     from tasks.lib.environments.conformance import Conformance
@@ -286,10 +296,50 @@ def check(c: Context, env: str = "", url: str = "", timeout: str = "60") -> None
     if not url and not found:
         raise UserError(f"{row.name} is not up; `invoke env.up --env {row.name}`, or give --url", code=1)
     client = Client(url or (found.url if found else ""), row.protocol, timeout=seconds)
+    if items or all_:
+        if restart and (url or not items):
+            raise UserError("--restart goes with --items and a server that `invoke env.up` started; leave it out")
+        check_items(c, row, client, found.replicas if found else 1, items, restart)
+        return
     findings = Conformance(row, client).run()
     says = {True: "yes", False: "NO", None: "has none"}
     print_table(("check", "holds", "seen"), [(one.check, says[one.holds], one.detail) for one in findings])
     if any(one.holds is False for one in findings):
+        raise UserError(code=1)
+
+
+def check_items(c: Context, row: "Environment", client: "Client", replicas: int, items: str, again: bool) -> None:
+    """Play items over and over, or reset all of them once where `items` is empty; print what differs.
+
+    Raises:
+        UserError: an item differs, or its reset fails.
+    """
+    from servers.protocol import Client, ServerError
+    from tasks.lib.environments.running import servers_up
+    from tasks.lib.environments.same_items import SameItems, all_items, chosen_items, script_of
+    same = SameItems(row, script_of(row))
+
+    def tell(line: str) -> None:
+        print(f"{row.name}: {line}", flush=True)
+
+    try:
+        if not items:
+            same.reset_all(client, all_items(row), tell)
+        else:
+            numbers = chosen_items(row, items)
+            same.play(client, numbers, replicas, tell)
+            if again:
+                restart(c, row.name)
+                same.play(Client(servers_up()[row.name].url, row.protocol, client.timeout), numbers, replicas, tell)
+    except ServerError as error:
+        raise UserError(f"{row.name}: {error}", code=1) from None
+    for item, how in sorted({**same.failing, **same.differing}.items()):
+        print(f"item {item}: {how}")
+    count = len(same.expected.keys() | same.failing.keys())
+    where = f"{replicas} replica{'s' if replicas > 1 else ''}{' and after a restart' if again else ''}"
+    print(f"{row.name}: {count} items, {same.played} {'trajectories on ' + where if items else 'resets'}; "
+          f"{len(same.differing)} differ, {len(same.failing)} fail")
+    if same.differing or same.failing:
         raise UserError(code=1)
 
 
