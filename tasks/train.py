@@ -12,6 +12,7 @@ from tasks.lib.engine.client import remainder
 from tasks.lib.errors import UserError
 from tasks.lib.tables import print_table
 from tasks.lib.training import plotting, runs, showing, stopping
+from tasks.lib.training.follow import Rules
 from tasks.train_start import check, resume, start
 
 __all__ = ["check", "resume", "start"]
@@ -224,8 +225,8 @@ def watch(c: Context,
     follow.watch(c.config.run.dry, asked, once)
 
 
-def check_watch_words(words: list[str]) -> None:
-    """Refuse flags that `train.watch` would refuse, before there is a run.
+def check_watch_words(words: list[str]) -> Rules | None:
+    """Refuse flags that `train.watch` would refuse, before there is a run; return what it keeps, None for everything.
 
     Raises:
         UserError: in one line.
@@ -247,11 +248,12 @@ def check_watch_words(words: list[str]) -> None:
     if more:
         raise UserError(f"--watch-flags: {more[0].name!r} is no flag of train.watch")
     evaluated = bool(given["eval"])
-    follow.rules_of(given["keep_last"], given["keep_every"], given["keep_best"], given["keep_optimizer"],
-                    given["prune_merged"], evaluated)
+    rules = follow.rules_of(given["keep_last"], given["keep_every"], given["keep_best"], given["keep_optimizer"],
+                            given["prune_merged"], evaluated)
     plans = follow.plans_of(given["eval"], tuple(all_rows()), {name: given[name] for name in follow.DECISIVE})
     follow.servers_of(given["server"], [plan.environment for plan in plans])
     follow.check_endpoint(given["endpoint"], given["endpoint_model"], "run")
+    return None if given["keep_all"] else rules
 
 
 @task(positional=[],

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tasks.lib.environments.rows import Environment
     from tasks.lib.environments.running import Running
     from tasks.lib.training.facts import Facts, Server
+    from tasks.lib.training.follow import Rules
     from tasks.lib.training.launch import Decided
     from tasks.lib.training.overrides import Override
     from tasks.lib.training.place import Place
@@ -81,6 +82,7 @@ class Asked:
     skip: str = ""
     i_understand: bool = False
     typed: tuple[str, ...] = ()
+    retention: Rules | None = None
 
 
 @dataclass
@@ -155,11 +157,13 @@ def start(c: Context,
           watch_flags: str = "",
           wait: str = "120") -> None:
     """Start a training run, after checking it."""
+    from tasks.train import check_watch_words
     beside = watch_words(watch, watch_flags)
     from tasks.lib.training import launch
     from tasks.lib.training.plan import whole
     asked = Asked(env, model, name, algorithm, rounds, scaling_inter, every, steps, gpus, shm_size, tuple(preset or ()),
-                  script, server, replicas, runner, python, skip, i_understand, _typed(c))
+                  script, server, replicas, runner, python, skip, i_understand, _typed(c),
+                  check_watch_words(beside) if beside is not None else None)
     if on_env_loss not in ("stop", "continue"):
         raise UserError(f"--on-env-loss {on_env_loss} is no choice; use stop or continue")
     options = {
@@ -328,6 +332,9 @@ def prepare(c: Context, asked: Asked, quiet: bool = False) -> Prepared:
     named_model = place.inside(model) + ("/" if typed_model.endswith("/") or (not asked.model and str(before.get(plan.MODEL, "")).endswith("/")) else "") \
         if model else ""
     facts = facts_of(place, folder, model, items, server, str(before.get("data.prompt_key", "item_id")))
+    if asked.retention:  # and the one that is not verified yet
+        kept = asked.retention
+        facts = replace(facts, keep=kept.keep_last + kept.keep_best + 1, keep_every=kept.keep_every)
     batches = len(facts.items.ids) // int(before["data.train_batch_size"]) if facts.items and _is_count(
         before.get("data.train_batch_size")) else None
     stepping = plan.stepping(chosen.steps, before.get(plan.EPOCHS), batches)

@@ -351,6 +351,9 @@ def test_pruning_needs_less_disk() -> None:
     small = {"free_bytes": 3 * 92 * 10**9}
     assert [one.id for one in check(case(**small)).findings] == ["disk"]
     assert not check(case(keep=3, **small)).findings
+    steps = case(**small).steps()
+    assert not check(case(keep=2, keep_every=steps, **small)).findings  # one more stays
+    assert [one.id for one in check(case(keep=2, keep_every=max(1, steps // 3), **small)).findings] == ["disk"]
 
 
 def test_ids_name_rules_that_a_message_can_be_looked_up_by() -> None:

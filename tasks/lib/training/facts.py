@@ -210,7 +210,7 @@ class Facts:
         folder: the run's, on this machine.
         free_bytes: of the disk that it is on.
         unwritable: where this user cannot write, though the run's folder is to be there.
-        keep: saves that lie on the disk at once, at most; None: all of them.
+        keep: saves that a watcher lets lie on the disk at once, but for every `keep_every`th step's; None: all stay.
         wandb_mode, wandb_key: where wandb would send the run, and whether it has a key.
     """
     model: Model | None = None
@@ -226,5 +226,6 @@ class Facts:
     free_bytes: int | None = None
     unwritable: Path | None = None
     keep: int | None = None
+    keep_every: int = 0
     wandb_mode: str = "offline"
     wandb_key: bool = False

@@ -138,14 +138,6 @@ def check_endpoint(endpoint: str, name: str, run: str) -> None:
             "them; put {step} into it")
 
 
-def saves_at_once(rules: Rules | None, steps: int | None) -> int | None:
-    """Return how many checkpoints lie on the disk at once where the rules prune; None where they do not, or nobody knows."""
-    if rules is None or (rules.keep_every and steps is None):
-        return None
-    every = (steps or 0) // rules.keep_every if rules.keep_every else 0
-    return rules.keep_last + rules.keep_best + every + 1  # and the one that is not verified yet
-
-
 @dataclass(frozen=True)
 class Asked:
     """What the flags of `invoke train.watch` say.

@@ -775,7 +775,8 @@ def disk(case: Case) -> Iterator[Finding]:
     often = case.number("trainer.save_freq")
     count = saves(case.steps(), often)
     if case.facts.keep is not None:
-        count = min(count, case.facts.keep)
+        every = case.facts.keep_every
+        count = min(count, case.facts.keep + (case.steps() // every if every else 0))
     each = found.parameters * BYTES_A_PARAMETER
     if count * each > case.facts.free_bytes:
         yield Finding("disk", f"{count * each / 1e9:.0f} GB for {count} checkpoints of {each / 1e9:.3g} GB",
