@@ -35,10 +35,11 @@ _OVERFLOW = re.compile(
     r"exceed(s|ed)? (the )?(model|max(imum)?)( message| model)? (token|length)", re.IGNORECASE)
 _CONTEXT = re.compile(
     r"(?:maximum|max)?[ _]?(?:context|model|sequence)[ _](?:length|window|size|limit)(?: (?:is|of)|:| only)* (\d[\d,]*)|"
-    r"(?:must be|limit is) <= (\d[\d,]*)|\d+ \+ \d+ > (\d[\d,]*)", re.IGNORECASE)
+    r"(?:must be|limit is) <= (\d[\d,]*)", re.IGNORECASE)
+_SUM = re.compile(r"(\d[\d,]*) \+ \d[\d,]* > (\d[\d,]*)")  # Anthropic's: prompt, answer and context
 _PROMPT = re.compile(
     r"(\d[\d,]*) (?:tokens )?(?:in the messages|in (?:your|the) prompt|(?:input|prompt|message) tokens|`inputs` tokens|"
-    r"(?:tokens )?from the input|of text input)|(\d[\d,]*) \+ \d+ > \d", re.IGNORECASE)
+    r"(?:tokens )?from the input|of text input)", re.IGNORECASE)
 _REQUESTED = re.compile(r"requested (?:a total of )?(\d[\d,]*) tokens", re.IGNORECASE)
 _UNSUPPORTED = re.compile(
     r"unsupported|not (?:be )?supported|(?:does|do|is|are) not (?:support|allowed|permitted|recogni[sz]ed)|only the default|"
@@ -77,6 +78,8 @@ def room_in(message: str, max_tokens: int) -> Room | None:
         return None if found is None or len(found) > 12 else int(found.replace(",", ""))
 
     context, prompt = first(_CONTEXT.search(message)), first(_PROMPT.search(message))
+    if summed := _SUM.search(message):
+        prompt, context = (None if len(group) > 12 else int(group.replace(",", "")) for group in summed.groups())
     if context is None:
         return None
     requested = first(_REQUESTED.search(message))

@@ -1,0 +1,360 @@
+"""Whole runs over real HTTP: which answers are the model's words, and what is learnt from those that are not."""
+import json
+import re
+import ssl
+import subprocess
+import threading
+import time
+from http.server import ThreadingHTTPServer
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from evaluation.answers import FINISHED, FULL, completion_of, room_in, split_thought, streamed, unsupported, usage_of
+from evaluation.endpoint import ChatModel
+from evaluation.model import Usage
+from evaluation.numbers import cost
+from tests.evaluation.whole import attempts, outcomes, run, summary
+from tests.fixtures.standins import Answer, completion, counter_player, endpoint, environment, failure, serving
+
+ONCE = ("--model-tries", "1", "--concurrency", "1", "--max-error-rate", "1")
+WORDS = st.text(max_size=8)
+ERRORS = st.sampled_from(["overloaded", {"message": "Provider returned error", "code": 502}, {"message": "no"}, ["x"], {"code": "insufficient_system_resource"}, True, 500])
+NOTHING = st.sampled_from([None, "", {}, [], False, 0])
+REASONS = st.sampled_from(["insufficient_system_resource", "error", "abort", "timeout", "cancelled", "server_error", "preempted", "unknown", "network_error"]) | st.text(min_size=1).filter(
+    lambda text: text.strip() and text.strip().lower() not in FINISHED | FULL) | st.integers() | st.booleans() | st.lists(WORDS)
+
+
+@st.composite
+def failed_answers(draw):
+    """An answer with status 200 that says somewhere that it failed, or ends as no whole answer does; with or without words."""
+    body = completion(draw(st.sampled_from(["win", "", None, "Action: win"])))
+    choice, where = body["choices"][0], draw(st.integers(1, 15))
+    if where & 1:
+        choice["finish_reason"] = draw(REASONS)
+    if where & 2:
+        choice["error"] = draw(ERRORS)
+    if where & 4:
+        body["error"] = draw(ERRORS)
+    if where & 8:
+        choice["message"]["error"] = draw(ERRORS)
+    for part in (body, choice):
+        part.setdefault("error", draw(NOTHING))
+    return body
+
+
+@given(body=failed_answers(), kind=st.sampled_from(["application/json", "text/html", "text/plain", "text/event-stream", ""]))
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+def test_no_failed_answer_is_ever_scored(body, kind, tmp_path_factory):
+    out = tmp_path_factory.mktemp("failed")
+    with environment() as env, endpoint(lambda messages, _: Answer(body, 200, {"content-type": kind})) as model:
+        run(out / "out", env.url, model.base_url, "--items", "0", *ONCE)
+        assert not env.stepped
+    for record in attempts(out / "out") if (out / "out" / "attempts.jsonl").exists() else []:
+        assert (record["outcome"], record["reward"]) == ("model_error", None)
+
+
+@given(st.sampled_from(sorted(FINISHED)), NOTHING)
+def test_a_whole_answer_is_one_whatever_its_reason_is_called(reason, nothing):
+    body = completion("win")
+    body["choices"][0].update(finish_reason=reason, error=nothing)
+    assert completion_of(body).text == "win"
+
+
+def test_a_choices_error_is_kept_in_its_own_words_and_tried_again(tmp_path):
+    body = completion("wi")
+    body["choices"][0].update(finish_reason="error", error={"message": "the provider went away", "code": 502})
+    with environment() as env, endpoint(lambda messages, _: Answer(body) if len(messages) > 3 else "add") as model:
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0", "--model-tries", "2") == 1
+        assert len(model.requests) == 3
+    record, = attempts(tmp_path / "out")
+    assert record["outcome"] == "model_error" and "the provider went away" in record["error"] and record["model_retries"] == 1
+
+
+@pytest.mark.parametrize("reason", ["model_length", "model_context_window_exceeded"])
+def test_an_answer_that_fills_the_context_is_an_overflow(reason, tmp_path):
+    full = completion("win")
+    full["choices"][0]["finish_reason"] = reason
+    with environment() as env, endpoint(lambda messages, _: full if len(messages) > 3 else "add") as model:
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0") == 0
+    record, = attempts(tmp_path / "out")
+    assert record["outcome"] == "context_overflow" and record["usage"]["prompt"] == 20
+
+
+def test_a_finish_reason_of_ones_own_endpoint_can_be_named(tmp_path):
+    def say(messages, body):
+        found = completion(counter_player(messages, body))
+        found["choices"][0]["finish_reason"] = "fertig"
+        return found
+
+    with environment() as env, endpoint(say) as model:
+        assert run(tmp_path / "a", env.url, model.base_url, "--items", "0", *ONCE) == 0
+        assert run(tmp_path / "b", env.url, model.base_url, "--items", "0", "--finish-reason", "fertig", *ONCE) == 0
+    assert "--finish-reason fertig" in attempts(tmp_path / "a")[0]["error"] and outcomes(tmp_path / "b") == {"0": "success"}
+
+
+# Tokens
+
+
+@given(*[st.integers(0, 10**6)] * 3, st.booleans(), st.booleans())
+def test_tokens_of_reasoning_count_once_wherever_they_stand(prompt, completion_tokens, reasoning, beside, detailed):
+    reasoning = reasoning if beside else min(reasoning, completion_tokens)
+    used = {"prompt_tokens": prompt, "completion_tokens": completion_tokens, "total_tokens": prompt + completion_tokens + (reasoning if beside else 0)}
+    if detailed or not beside:
+        used["completion_tokens_details"] = {"reasoning_tokens": reasoning}
+    found = usage_of(used)
+    assert (found.prompt, found.completion, found.reasoning, found.unknown) == (prompt, completion_tokens + (reasoning if beside else 0), reasoning, 0)
+
+
+@pytest.mark.parametrize("tokens", [10**400, 10**10, 10**300, -1])
+def test_more_tokens_than_any_answer_has_are_unknown(tokens):
+    assert usage_of({"prompt_tokens": tokens, "completion_tokens": 1}) == Usage(unknown=1)
+
+
+def test_reasoning_beside_the_completion_is_paid_for_and_limited(tmp_path):
+    usage = {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 112, "completion_tokens_details": {"reasoning_tokens": 100}}
+    with environment() as env, endpoint(lambda messages, _: {**completion("add"), "usage": usage}) as model:
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0", "--token-limit", "200") == 0
+    record, = attempts(tmp_path / "out")
+    assert (record["outcome"], record["rounds"], record["usage"]["completion"]) == ("token_limit", 2, 204)
+    assert cost(record["usage"], {"input": 0.0, "output": 1e6}) == 204
+
+
+# The context
+
+
+@pytest.mark.parametrize("message,context,prompt", [
+    ("This model's maximum context length is 2048 tokens. However, you requested 4176 tokens (80 in the messages, 4096 in the completion). Please reduce", 2048, 80),
+    ("This model's maximum context length is 2048 tokens. However, you requested 4176 tokens", 2048, 80),
+    ("'max_tokens' or 'max_completion_tokens' is too large: 4096. This model's maximum context length is 2048 tokens and your request has 80 input tokens (4096 > 2048 - 80).", 2048, 80),
+    ("input length and `max_tokens` exceed context limit: 9000 + 4096 > 10000, decrease input length or `max_tokens` and try again", 10000, 9000),
+    ("Requested token count exceeds the model's maximum context length of 4096 tokens. You requested a total of 5096 tokens: 1000 tokens from the input messages and 4096 tokens for the completion.", 4096, 1000),
+    ("`inputs` tokens + `max_new_tokens` must be <= 4096. Given: 4000 `inputs` tokens and 4096 `max_new_tokens`", 4096, 4000),
+    ("This model's maximum context length is 8192 tokens", 8192, None),
+])
+def test_what_an_endpoint_says_of_its_context_is_read(message, context, prompt):
+    assert room_in(message, 4096) == (context, prompt)
+
+
+@given(st.text())
+def test_nothing_that_is_said_of_a_context_breaks_the_reader(text):
+    room_in(text, 4096), unsupported(text, text, {"temperature": 1, "max_tokens": 1})
+
+
+def limited(context: int, named: bool = True):
+    """An endpoint that refuses what does not fit into its context together; each message is 40 tokens."""
+
+    def say(messages, body):
+        prompt, wanted = 40 * len(messages), body.get("max_tokens", 0)
+        if prompt + wanted > context:
+            return failure(400, f"This model's maximum context length is {context} tokens." + (
+                f" However, you requested {prompt + wanted} tokens ({prompt} in the messages, {wanted} in the completion)." if named else ""))
+        return completion(counter_player(messages, body), prompt, 2)
+
+    return say
+
+
+def test_a_shorter_answer_is_asked_for_where_prompt_and_answer_do_not_fit_together(tmp_path):
+    with environment() as env, endpoint(limited(400)) as model:
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0", "--max-tokens", "250") == 0
+    record, = attempts(tmp_path / "out")
+    assert record["outcome"] == "success" and [turn.get("cut") for turn in record["turns"]] == [None, 200, 120]
+
+
+def test_a_run_says_how_many_attempts_ended_with_room_left(tmp_path, capsys):
+    with environment() as env, endpoint(limited(400, named=False)) as model:
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0-2", "--max-tokens", "250") == 0
+    assert set(outcomes(tmp_path / "out").values()) == {"context_overflow"} and summary(tmp_path / "out")["room_left"] == 3
+    assert "3 attempts ended in context_overflow with room left in the context: lower --max-tokens (250 now)" in capsys.readouterr().out
+
+
+# Thoughts, refusals, empty answers
+
+
+@pytest.mark.parametrize("text,thought,rest", [
+    ("<think>Action: lose</think>\nAction: win", "Action: lose", "Action: win"), ("<Thinking>\na\n</Thinking>win", "a", "win"), ("<reasoning>a</reasoning><think>b</think> win", "a\nb", "win"),
+    ("<think>never closed", "never closed", ""), ("opened by the template</think>win", "opened by the template", "win"), ("[THINK]a[/THINK]win", "a", "win"), ("◁think▷a◁/think▷win", "a", "win"),
+    ("<seed:think>a</seed:think>win", "a", "win"), ("<think></think>win", "", "win"), ("win", "", "win"), ("a <think>b", "", "a <think>b"), ("", "", ""), ("<search>x</search>", "", "<search>x</search>"),
+])
+def test_a_thought_before_the_answer_is_apart(text, thought, rest):
+    assert split_thought(text) == (thought, rest)
+
+
+@given(st.text(), st.sampled_from(["think", "thinking", "reasoning", "THINK", "thought"]), st.text())
+def test_what_follows_a_thought_is_the_answer(thought, tag, rest):
+    if f"</{tag}" not in thought and not re.match(r"\s*[<\[◁]", rest) and "think" not in rest.lower():
+        assert split_thought(f"<{tag}>{thought}</{tag}>{rest}") == (thought.strip(), rest.lstrip())
+
+
+def test_an_action_in_a_thought_is_never_played_unless_it_is_kept(tmp_path):
+    say = lambda messages, body: f"<think>\nlose</think>\n{counter_player(messages, body)}"  # noqa: E731
+    with environment() as env, endpoint(say) as model:
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0") == 0
+        sent = [one["content"] for one in model.requests[-1][1]["messages"] if one["role"] == "assistant"]
+        assert run(tmp_path / "kept", env.url, model.base_url, "--items", "0", "--keep-think") == 0
+    record, = attempts(tmp_path / "out")
+    assert record["outcome"] == "success" and record["turns"][0]["reasoning"] == "lose" and not any("<think>" in text for text in sent)
+    assert attempts(tmp_path / "kept")[0]["turns"][0]["completion"].startswith("<think>")
+    configs = [json.loads((tmp_path / name / "run.json").read_text())["config"]["sampling"]["keep_think"] for name in ("out", "kept")]
+    assert configs == [False, True]
+
+
+def test_refusals_and_tool_calls_are_kept_and_empty_answers_are_said(tmp_path, capsys):
+    calls = [{"id": "1", "type": "function", "function": {"name": "win", "arguments": "{}"}}]
+    say = lambda messages, body: completion("", refusal="I cannot") if len(messages) == 3 else completion(None, tool_calls=calls)  # noqa: E731
+    with environment() as env, endpoint(say) as model:
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0", "--max-round", "2") == 0
+    first, second = attempts(tmp_path / "out")[0]["turns"]
+    assert (first["refusal"], second["extras"]) == ("I cannot", {"tool_calls": calls})
+    shown = capsys.readouterr().out
+    assert re.search(r"empty answers\W+2 of 2", shown) and "2 of 2 answers are empty" in shown
+    assert "empty answers" in (tmp_path / "out" / "report.html").read_text()
+
+
+# Answers that are of no use
+
+
+@given(st.data())
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+def test_three_useless_answers_stop_a_run_in_which_none_was_of_use(tmp_path_factory, data):
+    answer = data.draw(st.sampled_from([
+        Answer(b"<html>Welcome to nginx</html>", 200, {"content-type": "text/html"}), Answer({"choices": []}), Answer({"object": "list", "data": []}), failure(503, "loading"),
+        failure(429, "daily limit", retry_after="86400"), Answer(b'{"choices": [{"mess'), Answer(drop=True), Answer(b""), failure(405, "no"), Answer({}, 301, {"location": "https://other.example/v1"}),
+    ]) | st.builds(Answer, st.binary(max_size=30), st.sampled_from([200, 201, 204, 400, 500, 502]), st.just({"content-type": "text/plain"})))
+    out = tmp_path_factory.mktemp("useless")
+    with environment() as env, endpoint(lambda messages, body: answer) as model, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stderr", error := __import__("io").StringIO())
+        assert run(out / "out", env.url, model.base_url.removesuffix("/v1") if answer.status == 200 else model.base_url, "--items", "0-9", *ONCE) == 2
+        assert len({json.dumps(body["messages"]) for _, body in model.requests}) <= 3
+    assert error.getvalue().count("\n") == 1
+    if answer.body == b"<html>Welcome to nginx</html>":
+        assert "text/html" in error.getvalue() and "Welcome to nginx" in error.getvalue() and "is /v1 missing" in error.getvalue()
+    if answer.status == 301:
+        assert "https://other.example/v1" in error.getvalue()
+
+
+# Parameters that are refused
+
+
+def test_what_an_endpoint_does_not_know_is_learnt_said_and_kept(tmp_path, capsys):
+    def say(messages, body):
+        if "max_tokens" in body:
+            return failure(400, "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.", "unsupported_parameter")
+        if body.get("temperature", 1) != 1:
+            return failure(400, "Unsupported value: 'temperature' does not support 0.3 with this model. Only the default (1) value is supported.", "unsupported_value")
+        return failure(422, "seed: Extra inputs are not permitted") if "seed" in body else counter_player(messages, body)
+
+    with environment() as env, endpoint(say) as model:
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0-7", "--temperature", "0.3", "--seed", "1", "--max-tokens", "77") == 0
+        assert model.requests[-1][1]["max_completion_tokens"] == 77
+        assert len(model.requests) <= 8 * 3 + 3 * 8
+    said = capsys.readouterr().out
+    kept = json.loads((tmp_path / "out" / "run.json").read_text())["work"][0]["adjusted"]
+    assert len(kept) == 3 and all(said.count(line) == 1 for line in kept) and "the endpoint refuses max_tokens: max_completion_tokens is sent" in kept
+
+
+def test_a_value_out_of_range_is_no_parameter_that_is_unknown():
+    assert unsupported("temperature must be between 0 and 1", "temperature", ("temperature", )) is None
+
+
+def test_azures_addresses_and_headers_are_sent_and_their_values_kept_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MY_AZURE", "azure-secret-value")
+    paths = []
+
+    def respond(method, path, headers, body):
+        paths.append((path, headers.get("api-key")))
+        return Answer(completion("win azure-secret-value"))
+
+    with environment() as env, serving(respond) as url:
+        assert run(tmp_path / "out", env.url, url + "/openai/deployments/x", "--items", "0", "--api-version", "2024-10-21", "--header", "api-key=MY_AZURE") == 0
+    assert paths[0] == ("/openai/deployments/x/chat/completions?api-version=2024-10-21", "azure-secret-value")
+    assert not any("azure-secret-value" in path.read_text() for path in (tmp_path / "out").iterdir())
+    for flag, told in (("api-key", "NAME=VARIABLE"), ("api-key=NOT_SET_AT_ALL", "is not set"), ("a b=MY_AZURE", "NAME=VARIABLE")):
+        assert run(tmp_path / "x", env.url, url, "--items", "0", "--header", flag) == 2
+        assert told in capsys.readouterr().err
+
+
+def pieces(text: str, usage: dict) -> bytes:
+    chunks = [{"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}, *({"choices": [{"index": 0, "delta": {"content": one}}]} for one in text),
+              {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}, {"choices": [], "usage": usage}]
+    return b": a comment\r\n\r\n" + b"".join(b"data: " + json.dumps(chunk).encode() + b"\r\n\r\n" for chunk in chunks) + b"data: [DONE]\r\n\r\n"
+
+
+def test_an_endpoint_that_only_streams_is_read_with_its_usage(tmp_path):
+    def say(messages, body):
+        if not body.get("stream"):
+            return failure(400, "this model only supports stream mode")
+        assert body["stream_options"] == {"include_usage": True}
+        return Answer(pieces(counter_player(messages, body), {"prompt_tokens": 7, "completion_tokens": 3}), 200, {"content-type": "text/event-stream"})
+
+    with environment() as env, endpoint(say) as model:
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0", "--stream") == 0
+    record, = attempts(tmp_path / "out")
+    assert record["outcome"] == "success" and (record["usage"]["prompt"], record["usage"]["completion"]) == (21, 9)
+
+
+@given(st.integers(0, 400))
+def test_a_stream_that_is_cut_anywhere_is_no_answer(cut):
+    whole = pieces("win", {}).decode()
+    text = whole[:cut]
+    if '"finish_reason": "stop"' in text or cut >= len(whole):
+        return
+    with pytest.raises(ValueError):
+        completion_of(streamed(text))
+
+
+# Certificates
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory):
+    """A certificate for 127.0.0.1 that no public authority signed."""
+    folder = tmp_path_factory.mktemp("ca")
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "key.pem", "-out", "cert.pem", "-days", "2", "-subj", "/CN=127.0.0.1", "-addext",
+                    "subjectAltName=IP:127.0.0.1"], cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_an_authority_of_ones_own_works_on_this_machine(known, authority, tmp_path, monkeypatch, capsys):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(authority / "cert.pem", authority / "key.pem")
+    wrapped = ThreadingHTTPServer.server_bind
+
+    def bind(server):
+        wrapped(server)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    if known:
+        monkeypatch.setenv("SSL_CERT_FILE", str(authority / "cert.pem"))
+    with environment() as env:
+        monkeypatch.setattr(ThreadingHTTPServer, "server_bind", bind)
+        with endpoint(counter_player) as model:
+            begun = time.monotonic()
+            code = run(tmp_path / "out", env.url, model.base_url.replace("http:", "https:"), "--items", "0-5", "--concurrency", "1")
+    assert code == (0 if known else 2) and (known or time.monotonic() - begun < 20)
+    error = capsys.readouterr().err
+    assert known or ("SSL_CERT_FILE" in error and error.count("\n") == 1)
+
+
+def test_a_lesson_is_learnt_once_by_requests_that_were_refused_together(tmp_path):
+    import asyncio
+    gate = threading.Barrier(4, timeout=20)
+
+    def respond(method, path, headers, body):
+        if "max_tokens" in body:
+            gate.wait()
+            return failure(400, "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.", "unsupported_parameter")
+        return Answer(completion("ok"))
+
+    async def ask(url):
+        model = ChatModel("m", "none", url + "/v1", tries=1)
+        found = await asyncio.gather(*(model.complete([{"role": "user", "content": "x"}], None, (n, 0)) for n in range(4)))
+        await model.aclose()
+        return model, found
+
+    with serving(respond) as url:
+        model, found = asyncio.run(ask(url))
+    assert [one.text for one in found] == ["ok"] * 4 and len(model.adjusted) == 1
