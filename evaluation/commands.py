@@ -44,7 +44,6 @@ def run_command(options: argparse.Namespace) -> int:
     """
     from evaluation import compared, report, show
     from evaluation.items import check_owner
-    from evaluation.numbers import wall
     from evaluation.records import REPORT, RUN, RunFolder, read_run
     from evaluation.rows import rows_file, tables
     from evaluation.runner import evaluate, facts
@@ -84,7 +83,7 @@ def run_command(options: argparse.Namespace) -> int:
         code = 0
         stopped: Misuse | Unreachable | None = None
         try:
-            with show.Watch(total, folder.records.values(), console) as watch:
+            with show.Watch(total, folder.records.values(), console, settings.concurrency) as watch:
                 asyncio.run(evaluate(settings, folder, model, watch, say))
         except (KeyboardInterrupt, asyncio.CancelledError):
             code = INTERRUPTED
@@ -93,8 +92,7 @@ def run_command(options: argparse.Namespace) -> int:
                 raise
             stopped = problem
         records = folder.latest()
-        summary = conclude(settings.out, records, settings.samples, total, price,
-                           wall(read_run(settings.out)["work"], records))
+        summary = conclude(settings.out, records, settings.samples, total, price, read_run(settings.out)["work"])
     if options.quiet:
         say(f"{settings.model}: {show.summary_line(summary)}")
     else:
@@ -126,6 +124,8 @@ def notes(summary: Mapping[str, Any], max_tokens: int) -> list[str]:
     if summary["room_left"]:
         found.append(f"{summary['room_left']} attempts ended in context_overflow with room left in the context: "
                      f"lower --max-tokens ({max_tokens} now)")
+    if summary["sessions_lost"]:
+        found.append(f"{summary['sessions_lost']} sessions could not be closed; the server may keep them until it ends")
     if summary["answers"] and 2 * summary["empty_answers"] > summary["answers"]:
         found.append(
             f"{summary['empty_answers']} of {summary['answers']} answers are empty: does the model only think, "
@@ -138,11 +138,11 @@ def notes(summary: Mapping[str, Any], max_tokens: int) -> list[str]:
 
 
 def conclude(folder: Path, records: list[Attempt], samples: int, expected: int, price: dict[str, float] | None,
-             seconds: float) -> dict[str, Any]:
+             work: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Compute the numbers and write summary.json."""
-    from evaluation.numbers import summarize
+    from evaluation.numbers import lost_sessions, summarize, wall
     from evaluation.records import SUMMARY, write_whole
-    summary = summarize(records, samples, expected, price, seconds)
+    summary = summarize(records, samples, expected, price, wall(work, records), lost_sessions(work))
     try:
         write_whole(folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
     except OSError as error:
@@ -163,7 +163,6 @@ def show_numbers(console: "Console", summaries: Mapping[str, Mapping[str, Any]],
 def rescore_command(options: argparse.Namespace) -> int:
     """Compute numbers again, and write summary and report anew."""
     from evaluation import compared, report, show
-    from evaluation.numbers import wall
     from evaluation.records import REPORT, read_run
     from evaluation.rescoring import keep_rule, read_scored
     from evaluation.rows import read_row
@@ -176,7 +175,7 @@ def rescore_command(options: argparse.Namespace) -> int:
         records = read_scored(folder)
         summary = conclude(folder, records, config["samples"],
                            len(config["items"]) * config["samples"], price_of(options.prices, config["model"]),
-                           wall(manifest["work"], records))
+                           manifest["work"])
         show_numbers(console, {config["model"]: summary}, folder, options.upstream_compat,
                      [manifest["prompt"]["source"]])
         report.write(folder / REPORT, [compared.Run(config["model"], manifest, records, summary)],

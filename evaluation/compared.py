@@ -7,7 +7,7 @@ from typing import Any
 
 from evaluation import show
 from evaluation.attempts import Attempt
-from evaluation.numbers import compare, summarize, wall
+from evaluation.numbers import compare, lost_sessions, summarize, wall
 from evaluation.problems import Misuse
 
 # Whole words, for there are models called two-step-7b; a plain step stands at the end, for there are step2-mini too.
@@ -71,7 +71,7 @@ def load(folders: Sequence[Path],
         config = manifest["config"]
         numbers = summarize(records, config["samples"],
                             len(config["items"]) * config["samples"], price_of(config["model"]),
-                            wall(manifest["work"], records))
+                            wall(manifest["work"], records), lost_sessions(manifest["work"]))
         runs.append(Run(name, manifest, records, numbers))
     return runs
 

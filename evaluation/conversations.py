@@ -1,5 +1,4 @@
 """Conversations out of a run's records: what a model can be trained on."""
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from evaluation.problems import Misuse
 from evaluation.prompts import Prompt
 from evaluation.records import RUN, read_run
 from evaluation.rescoring import read_scored
+from evaluation.text import json_line
 
 
 def conversation(prompt: Prompt, record: Attempt) -> list[dict[str, Any]]:
@@ -45,4 +45,4 @@ def lines(folder: Path, every: bool = False) -> Iterable[str]:
     for record in sorted(read_scored(folder), key=lambda one: (one["index"], one["sample"])):
         if record["turns"] and (record["success"] or (every and record["reward"] is not None)):
             told = {key: record[key] for key in ("item", "sample", "reward", "success")}
-            yield json.dumps({"messages": conversation(prompt, record), **told}, ensure_ascii=False)
+            yield json_line({"messages": conversation(prompt, record), **told})

@@ -13,6 +13,8 @@ class Problem(Exception):
     """What is said of it is one line that can be printed, whoever wrote the words, and has no secret of ours."""
 
     def __init__(self, message: str) -> None:
+        if "Too many open files" in message:
+            message += " (raise `ulimit -n`, or lower --concurrency)"
         super().__init__(hide(one_line(message)))
 
 

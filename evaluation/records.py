@@ -27,7 +27,7 @@ from evaluation.attempts import ERRORS, Attempt, Key, Try, key_of, read_attempt
 from evaluation.output import complain
 from evaluation.problems import Misuse, Stopped, reason
 from evaluation.secrets import hide
-from evaluation.text import short
+from evaluation.text import json_line, short
 
 T = TypeVar("T")
 
@@ -244,7 +244,7 @@ class Lines:
         Raises:
             Stopped: it cannot be written; what was written of it is taken back.
         """
-        text = hide(json.dumps(value, ensure_ascii=False, separators=(",", ":")))
+        text = hide(json_line(value))
         line = text.encode("utf-8", "backslashreplace") + b"\n"
         size = os.fstat(self.file.fileno()).st_size
         try:
@@ -387,8 +387,7 @@ class RunFolder:
             before = set(kept.read_bytes().splitlines(keepends=True)) if kept.exists() else set()
             with kept.open("ab") as file:
                 file.writelines(one.line for one in damaged if one.line not in before)
-        write_whole(self.folder / ATTEMPTS,
-                    "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in latest.values()))
+        write_whole(self.folder / ATTEMPTS, "".join(json_line(record) + "\n" for record in latest.values()))
 
     def add(self, record: Attempt) -> None:
         """Keep the record of an attempt that ended."""

@@ -3,6 +3,7 @@ import asyncio
 import importlib.metadata
 import os
 import platform
+import resource
 import signal
 import subprocess
 import time
@@ -61,6 +62,22 @@ def facts(settings: Settings) -> dict[str, Any]:
         "versions": versions(),
         "revision": git_revision(Path(__file__).parent),
     }
+
+
+def check_descriptors(concurrency: int) -> None:
+    """See that the process may open as many files as it needs, and raise its own limit where that is allowed.
+
+    Raises:
+        Misuse: it may not.
+    """
+    needed = 2 * concurrency + 64  # a connection to the server and one to the endpoint each, and what is open anyway
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise Misuse(f"{concurrency} episodes at once need {needed} open files, and `ulimit -n` allows {hard}; "
+                     f"raise it, or give --concurrency {max(1, (hard - 64) // 2)}")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 async def wait_for(server: Server, name: str, seconds: float, say: Callable[[str], None]) -> None:
@@ -154,6 +171,7 @@ async def evaluate(settings: Settings, folder: RunFolder, model: Model, watch: W
         Misuse, Stopped: see `play_all`.
         asyncio.CancelledError: after Ctrl-C, SIGTERM or SIGHUP, with every session closed.
     """
+    check_descriptors(settings.concurrency)
     main = asyncio.current_task()
     assert main is not None
     loop = asyncio.get_running_loop()

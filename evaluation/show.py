@@ -6,14 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
 from evaluation.attempts import ERRORS, SCORED, Attempt, Outcome, key_of
 from evaluation.text import one_line
 
-PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
+PLAIN_EVERY = 10.0  # seconds between lines where there is no bar
+NARROW = 72  # columns
 
 
 def percent(value: float) -> str:
@@ -40,21 +41,25 @@ def pass_text(figure: Mapping[str, Any] | None, items: int) -> str:
 
 
 class Watch:
-    """Progress: done, success rate so far, tokens, errors, time left."""
+    """Progress: done, success rate so far, tokens, errors, time left.
 
-    def __init__(self, total: int, records: Iterable[Attempt], console: Console) -> None:
+    A bar where the terminal has room for one and can redraw it, else a line now and then.
+    """
+
+    def __init__(self, total: int, records: Iterable[Attempt], console: Console, concurrency: int = 1) -> None:
         self.total, self.console, self.played = total, console, 0
         self.outcomes = {key_of(record): record["outcome"] for record in records}
-        self.tokens = 0
+        self.tokens, self.seconds, self.concurrency = 0, 0.0, max(1, concurrency)
+        self.bar = console.is_terminal and not console.is_dumb_terminal and console.width >= NARROW
         self.last = self.begun = time.monotonic()
         self.live = Progress(TextColumn("{task.description}"),
                              BarColumn(),
                              MofNCompleteColumn(),
                              TextColumn("{task.fields[facts]}"),
-                             TimeRemainingColumn(),
+                             TextColumn("{task.fields[left]}"),
                              console=console,
-                             disable=not console.is_terminal)
-        self.task = self.live.add_task("playing", total=total, completed=self.done, facts="")
+                             disable=not self.bar)
+        self.task = self.live.add_task("playing", total=total, completed=self.done, facts="", left="")
 
     def __enter__(self) -> "Watch":
         self.live.start()
@@ -81,12 +86,23 @@ class Watch:
         self.played += 1
         self.outcomes[key_of(record)] = record["outcome"]
         self.tokens += record["usage"]["prompt"] + record["usage"]["completion"]
-        self.live.update(self.task, completed=self.done, facts=self.facts())
+        self.seconds += record["seconds"]
         now = time.monotonic()
-        if not self.console.is_terminal and now - self.last >= PLAIN_EVERY:
+        left = f"{self.left(now):.0f} s left"
+        self.live.update(self.task, completed=self.done, facts=self.facts(), left=left)
+        if not self.bar and now - self.last >= PLAIN_EVERY:
             self.last = now
-            left = (self.total - self.done) * (now - self.begun) / self.played
-            self.console.print(f"{self.done} of {self.total}: {self.facts()}, {left:.0f} s left", highlight=False)
+            self.console.print(f"{self.done} of {self.total}: {self.facts()}, {left}", highlight=False)
+
+    def left(self, now: float) -> float:
+        """Return the seconds that the rest will take.
+
+        At first by what an attempt takes, since the others at once are under way too; once each place has had its
+        second one, by how fast they came.
+        """
+        missing = self.total - self.done
+        each = self.seconds / self.played / min(self.concurrency, max(1, missing))
+        return missing * (each if self.played < 2 * self.concurrency else (now - self.begun) / self.played)
 
 
 def add_row(shown: Table, *cells: str) -> None:
@@ -124,7 +140,8 @@ def table(title: str, summaries: Mapping[str, Mapping[str, Any]], prompts: Seque
     line("empty answers",
          [f"{one['empty_answers']} of {one['answers']}" if one.get("empty_answers") else "" for one in all_of])
     line("tokens", [tokens(one["usage"]) for one in all_of])
-    line("cost", ["-" if one["cost"] is None else f"{one['cost']:.4f}" for one in all_of])
+    line("cost", [cost_text(one) for one in all_of])
+    line("sessions lost", [str(one["sessions_lost"]) if one.get("sessions_lost") else "" for one in all_of])
     line("prompt", list(prompts))
     line("wall time", ["-" if one["seconds"]["wall"] is None else f"{one['seconds']['wall']:.1f} s" for one in all_of])
     return shown
@@ -142,6 +159,15 @@ def tokens(usage: Mapping[str, int]) -> str:
         return "-"
     unknown = f", {usage['unknown']} answers unknown" if usage["unknown"] else ""
     return f"{usage['prompt']:,} in, {usage['completion']:,} out{unknown}"
+
+
+def cost_text(summary: Mapping[str, Any]) -> str:
+    """Return the cost, the least that it is where nobody knows the tokens of some answers."""
+    if summary["cost"] is None:
+        return "-"
+    unknown = summary["usage"]["unknown"]
+    of = f" of {max(summary['answers'], unknown)}" if summary.get("answers") else ""
+    return f"at least {summary['cost']:.4f} ({unknown}{of} answers unknown)" if unknown else f"{summary['cost']:.4f}"
 
 
 def upstream_line(summary: Mapping[str, Any]) -> str:

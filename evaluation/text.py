@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 _BLANK = re.compile(r"\s+")
+_ENDS = re.compile("[\u0085\u2028\u2029]")
 _KEPT = "\n\t"
 # Joiners of scripts and emoji, variation selectors and the blanks of typography: no terminal obeys them.
 _HARMLESS = frozenset("\u200c\u200d\ufeff\u00a0\u202f\u2009\u3000\u00ad")
@@ -29,6 +30,12 @@ def visible(text: str, kept: str = _KEPT) -> str:
 def one_line(text: str) -> str:
     """Return `text` as one line that can be printed."""
     return visible(_BLANK.sub(" ", text).strip(), "") if not text.isprintable() else text
+
+
+def json_line(value: Any) -> str:
+    """Return `value` as JSON in one line for every reader: some take U+2028 and its like for the end of one."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return text if text.isascii() else _ENDS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def short(value: Any, width: int = 200) -> str:

@@ -35,6 +35,6 @@ def attempt(item, sample=0, outcome="success", reward=1.0, category="", upstream
         "item": item, "index": int(item.rsplit("_", 1)[-1]) if item[-1].isdigit() else ord(item[-1]), "sample": sample, "outcome": outcome, "category": category, "success": outcome == "success" if scored else None,
         "reward": reward if scored else None, "scaled": reward if scored else None,
         "upstream_reward": (reward if upstream is None else upstream) if scored else None, "rounds": 3, "invalid_actions": 1,
-        "model_retries": 0, "tries_before": [], "model_seconds": 0.5, "env_seconds": 0.25,
+        "model_retries": 0, "tries_before": [], "seconds": 1.0, "model_seconds": 0.5, "env_seconds": 0.25,
         "usage": {"prompt": 100, "completion": 10, "cached": 40, "reasoning": 0, "unknown": 0}
     }

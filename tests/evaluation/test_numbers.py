@@ -4,6 +4,7 @@ import math
 import random
 from statistics import fmean
 
+import numpy as np
 import pytest
 
 from evaluation import numbers
@@ -90,7 +91,7 @@ def test_cost_needs_a_price_and_all_tokens():
     usage = {"prompt": 100, "completion": 10, "cached": 40, "reasoning": 0, "unknown": 0}
     assert numbers.cost(usage, {"input": 2.0, "output": 10.0}) == pytest.approx((100 * 2 + 10 * 10) / 1e6)
     assert numbers.cost(usage, {"input": 2.0, "output": 10.0, "cached": 1.0}) == pytest.approx((60 * 2 + 40 + 100) / 1e6)
-    assert numbers.cost(usage, None) is None and numbers.cost({**usage, "unknown": 1}, {"input": 2.0, "output": 1.0}) is None
+    assert numbers.cost(usage, None) is None and numbers.cost({**usage, "unknown": 1}, {"input": 2.0, "output": 10.0}) == pytest.approx((100 * 2 + 10 * 10) / 1e6)
 
 
 def test_a_comparison_is_paired():
@@ -113,3 +114,21 @@ def test_another_task_under_the_same_id_is_no_pair():
     found = numbers.compare(one, other)
     assert (found["items"], found["other_task"], found["lost"], found["only_one"]) == (3, 1, ["0", "2", "3"], 0)
     assert numbers.compare(one, other, same_words=False)["items"] == 4
+
+
+@pytest.mark.parametrize("items", [20, 50, 200])
+@pytest.mark.parametrize("chance", [0.02, 0.1, 0.5])
+@pytest.mark.parametrize("k", [2, 4])
+def test_the_interval_of_pass_at_k_covers_as_often_as_it_says(items, chance, k):
+    rng = np.random.default_rng(items + k)
+    values = [numbers.pass_at_k(4, solved, k) for solved in range(5)]
+    truth, hits, runs = 1 - (1 - chance)**k, 0, 1200
+    for _ in range(runs):
+        found = numbers.figure([values[solved] for solved in rng.binomial(4, chance, items)], binary=k == 4)
+        hits += found["low"] <= truth <= found["high"]
+    assert 0.92 <= hits / runs <= 0.985  # 0.93 to 0.97 and what 1,200 draws, or the steps of 20 items, may add
+
+
+def test_one_method_is_in_one_table():
+    found = numbers.summarize([attempt(str(n), s, *(("success", 1.0) if (n + s) % 3 else ("failure", 0.25))) for n in range(10) for s in range(4)], 4)
+    assert {one["method"] for one in (found["success"], found["reward"], *found["pass_at"].values())} == {"Wilson"}

@@ -1,10 +1,15 @@
 """What a terminal shows."""
-from evaluation import numbers
+import io
+
+import pytest
+from rich.console import Console
+
+from evaluation import numbers, show
+from evaluation.show import Watch
 from tests.evaluation.samples import attempt
 
 
 def test_pass_at_k_says_of_how_many_items_it_is():
-    from evaluation import show
     found = numbers.summarize([attempt("a", 0), attempt("a", 1), attempt("b", 0), attempt("b", 1, "model_error")], 2)
     assert show.pass_text(found["pass_at"]["2"], found["items"]).endswith("] of 1 of 2 items")
     whole = numbers.summarize([attempt("a", 0), attempt("a", 1)], 2)
@@ -12,11 +17,6 @@ def test_pass_at_k_says_of_how_many_items_it_is():
 
 
 def test_progress_counts_what_a_resumed_run_had_and_each_attempt_once():
-    import io
-
-    from rich.console import Console
-
-    from evaluation.show import Watch
     lines = [{**attempt(str(n), 0, outcome), "usage": {"prompt": 1, "completion": 1}}
              for n, outcome in enumerate(("success", "failure", "model_error"))]
     watch = Watch(4, lines[:2], Console(file=io.StringIO()))
@@ -24,3 +24,32 @@ def test_progress_counts_what_a_resumed_run_had_and_each_attempt_once():
     watch(lines[2])
     watch({**lines[2], "outcome": "success"})
     assert watch.facts() == "success 66.7 %, 4 tokens, 0 errors" and watch.done == 3
+
+
+def watch(total, concurrency, **options):
+    return Watch(total, [], Console(file=io.StringIO(), **options), concurrency)
+
+
+def test_the_time_left_is_that_of_the_attempts_and_not_of_the_first_to_end():
+    one = watch(10_000, 100)
+    one({**attempt("0"), "usage": {"prompt": 1, "completion": 1}, "seconds": 60.0})
+    assert one.left(one.begun + 60) == pytest.approx(9_999 * 60 / 100)
+    for n in range(1, 400):
+        one({**attempt(str(n)), "usage": {"prompt": 1, "completion": 1}, "seconds": 60.0})
+    assert one.left(one.begun + 240) == pytest.approx(9_600 * 240 / 400)
+
+
+@pytest.mark.parametrize("options,bar", [({"force_terminal": True, "width": 120}, True), ({"force_terminal": True, "width": 40}, False), ({"force_terminal": False}, False),
+                                         ({"force_terminal": True, "width": 120, "_environ": {"TERM": "dumb"}}, False)])
+def test_a_terminal_that_cannot_show_a_bar_has_lines(options, bar):
+    one = watch(2, 1, **options)
+    assert one.bar is bar
+    one.last -= show.PLAIN_EVERY
+    one({**attempt("0"), "usage": {"prompt": 1, "completion": 1}, "seconds": 1.0})
+    assert ("1 of 2: success 100.0 %" in one.console.file.getvalue()) is not bar
+
+
+def test_a_cost_of_which_a_part_is_unknown_is_shown_as_the_least():
+    usage = {"prompt": 100, "completion": 10, "cached": 0, "reasoning": 0, "unknown": 1}
+    found = numbers.summarize([{**attempt("a"), "usage": usage, "turns": [{"completion": "x"}] * 22}], 1, price={"input": 1e4, "output": 0.0})
+    assert show.cost_text(found) == "at least 1.0000 (1 of 22 answers unknown)"
