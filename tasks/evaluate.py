@@ -306,7 +306,7 @@ def run(c: Context,
     here = [f"--environments={rows_path()}", f"--root={ROOT}"]
     if not c.config.run.dry:  # what the runner would refuse is refused before anything starts
         asked = flags({**values, "model": CHECKPOINT if checkpoint else model, "server": server})
-        run_evaluation(c, chosen, ["run", "--check", *asked, *here], ["run", "--check", *asked, *_out(out_inside)],
+        run_evaluation(c, chosen, ["run", "--check", *asked, *here], _inside(["run", "--check", *asked], out_inside),
                        {"OPENAI_API_KEY": "none"} if checkpoint else None)
     prepared = prepare_checkpoint(c, checkpoint, chosen, engine, gpus, serve_wait) if checkpoint else None
     with as_ctrl_c(), ExitStack() as stack:
@@ -318,7 +318,7 @@ def run(c: Context,
         words = ["run", *flags({**values, "server": url})]
         if chosen == "docker" and not max_round:  # Compose has a default of its own, which is not the environment's
             words.append(f"--max-round={effective_environment().get('MAX_ROUND') or row.rounds}")
-        run_evaluation(c, chosen, [*words, *here], inside=[*words, *_out(out_inside)], variables=variables)
+        run_evaluation(c, chosen, [*words, *here], inside=_inside(words, out_inside), variables=variables)
 
 
 def inside_saves(out: str) -> str:
@@ -330,8 +330,9 @@ def inside_saves(out: str) -> str:
     return inside if inside.startswith(f"{WORKSPACE / 'saves'}/") else ""
 
 
-def _out(inside: str) -> list[str]:
-    return [f"--out={inside}"] if inside else []  # the last one counts
+def _inside(words: list[str], out: str) -> list[str]:
+    """Return the runner's words with the container's name of --out."""
+    return [f"--out={out}" if word.startswith("--out=") else word for word in words]
 
 
 def _folders(command: str, names: list[str] | None) -> list[Path]:

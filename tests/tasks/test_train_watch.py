@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tasks import evaluate
 from tasks.lib.errors import UserError
 from tasks.lib.training import follow, hands, runs
 from tasks.lib.training.hands import InvokeHands, gpu_clash
@@ -146,6 +147,12 @@ def test_the_command_lines():
     assert given.eval_words(Path("/t"), 4, plan, Path("/o"))[-2:] == ["--model=run1-global_step_4", "--base-url=http://h/v1"]
 
 
+def test_an_evaluation_in_a_container_writes_below_saves():
+    assert evaluate.inside_saves(str(evaluate.ROOT / "saves" / "x" / "eval" / "y")) == "/workspace/saves/x/eval/y"
+    assert [evaluate.inside_saves(str(path)) for path in ("/tmp/x", evaluate.ROOT / "saves", evaluate.ROOT / "models" / "x")] == ["", "", ""]
+    assert evaluate._inside(["run", "--out=/s/x", "--limit=2"], "/workspace/saves/x") == ["run", "--out=/workspace/saves/x", "--limit=2"]
+
+
 def test_why_a_program_failed_is_its_own_line(tmp_path):
     log = tmp_path / "log"
     log.write_text("Loading\nmerge: x is NaN\n\nsome warning\n")
@@ -275,13 +282,22 @@ def test_a_given_endpoint_evaluates_what_it_names(project, run, sample):
 def test_a_killed_merge_leaves_nothing_half_and_goes_on(project, run, sample):
     save(run, 2, sample)
     words = [sys.executable, "-m", "invoke", "train.watch", "--name=run1", "--runner=local", "--once"]
-    for moment in (0.8, 1.6, 2.4, 3.2):
+    target, cut = run.merged / "global_step_2", 0
+    for moment in (0.0, 0.1, 0.4):
         process = subprocess.Popen(words, cwd=project, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        while process.poll() is None and not list(run.merged.glob(".global_step_2.merging-*")):
+            time.sleep(0.005)
         time.sleep(moment)
+        cut += process.poll() is None
         process.kill()
         process.communicate()
-        target = run.merged / "global_step_2"
         assert not target.exists() or (target / "merge.json").exists()
+        end = time.monotonic() + 30  # the merger hears of it, and tidies up
+        while list(run.merged.glob(".global_step_2.merging-*")):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        shutil.rmtree(target, ignore_errors=True)
+    assert cut >= 2
     done = invoke(project, "train.watch", "--name=run1", "--runner=local", "--once")
     assert done.returncode == 0, done.stdout + done.stderr
     assert [path.name for path in run.merged.iterdir()] == ["global_step_2"]
