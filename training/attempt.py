@@ -13,7 +13,7 @@ from typing import Any
 
 from training import checkpoints, machine, rollouts
 from training.console import Lines, Steps, speaker
-from training.diagnosis import Evidence
+from training.diagnosis import WAITS, Evidence
 from training.folder import RunFolder
 
 SHOWN_LINES = 20
@@ -94,12 +94,13 @@ class Attempt:
     def take(self, data: bytes) -> None:
         """Take what the trainer wrote; b"" is its end."""
         with self._lock:
-            self.heard = time.monotonic()
             lines = self._lines.feed(data)
             if lines:
                 self._write("".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace"))
-            for line in lines:
-                self._line(line)
+            # Ray says again and again that it waits for what is not there: that is no sign of life.
+            works = [self._line(line) for line in lines]
+            if any(works) or not works:
+                self.heard = time.monotonic()
             if not data:
                 self._note(self._steps.flush())
 
@@ -118,7 +119,8 @@ class Attempt:
             self.log_lost += len(data)
             self.evidence.feed(f"OSError: [Errno {error.errno}] {error.strerror}: {self.folder.log(self.number)}")
 
-    def _line(self, line: str) -> None:
+    def _line(self, line: str) -> bool:
+        """Take a line; return whether it is one of a trainer that works."""
         if line.strip():
             self.last_lines.append(line[:LINE_WIDTH])
         who, said, times = speaker(line)
@@ -129,9 +131,10 @@ class Attempt:
             self.step_errors += times
             if rollouts.AWAY.search(error["what"] or error["reset"] or ""):
                 self.away_lines += times
-            return  # it is survived, so it is no evidence for a death
+            return True  # it is survived, so it is no evidence for a death
         self.evidence.feed(said)
         self._note(self._steps.feed(who, said))
+        return not (who.startswith("autoscaler") or WAITS.search(said))
 
     def _note(self, found: list[Any]) -> None:
         for line in found:

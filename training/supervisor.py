@@ -29,6 +29,7 @@ from training.text import shown
 MISUSE, STOPPED = 2, 143
 HEARTBEAT = 1.0  # seconds
 TICK = 0.1
+RAY_WAITS_SECONDS = 300.0
 LOOK = 0.5  # between two looks at the folder, which may be on a network
 LATE_SECONDS = 5.0  # between what one process of the trainer says and another
 ORPHAN_SECONDS = 5.0  # for what the trainer started to end by itself
@@ -284,10 +285,8 @@ class Supervisor:
             after = machine.oom_kills()
             death = diagnosis.diagnose(attempt.evidence, self._facts(attempt, code, (after or 0) - (before or 0)))
             if death.cause in (diagnosis.RAY, diagnosis.UNKNOWN, diagnosis.KILLED):
-                found = raylogs.keep(raylogs.find({
-                    **os.environ,
-                    **(run.get("variables") or {})
-                }, attempt.started), self.folder.logs / f"attempt-{number}-ray")
+                found = raylogs.keep(raylogs.find(self._variables(run), attempt.started),
+                                     self.folder.logs / f"attempt-{number}-ray")
                 better = diagnosis.diagnose(found, self._facts(attempt, code, 0))
                 death = better if better.cause in (diagnosis.GPU_OOM, diagnosis.HOST_OOM, diagnosis.DISK) else death
         return self._over(attempt, diagnosis.exit_code(code), death)
@@ -305,14 +304,18 @@ class Supervisor:
                      environment_lost=self.monitor.told() if self.monitor is not None else "",
                      **more)
 
+    def _variables(self, run: Mapping[str, Any]) -> dict[str, str]:
+        """Return the trainer's environment variables without the secrets."""
+        given = {name: str(value) for name, value in (run.get("variables") or {}).items()}
+        return {**os.environ, "PYTHONUNBUFFERED": "1", **given}
+
     def _environment(self, run: Mapping[str, Any]) -> dict[str, str]:
         """Return the trainer's environment variables: ours, the run's, and the secrets from their files.
 
         Raises:
             OSError: a secret's file cannot be read.
         """
-        found = {**os.environ, "PYTHONUNBUFFERED": "1"}
-        found.update({name: str(value) for name, value in (run.get("variables") or {}).items()})
+        found = self._variables(run)
         for name, place in (run.get("secrets") or {}).items():
             found[name] = Path(place).read_text().strip()
         return found
@@ -390,7 +393,9 @@ class Supervisor:
                     self._end(attempt, min(5.0, self.options.stop_seconds))
                     return process.returncode, Death(diagnosis.ENVIRONMENT, poison)
             silent = time.monotonic() - attempt.heard
-            limit = min(300.0, self.options.hang_seconds) if attempt.evidence.waits else self.options.hang_seconds
+            # A cluster may get the machines that Ray waits for; this one gets no more GPUs.
+            hopeless = attempt.evidence.waits and not self._variables(attempt.run).get("RAY_ADDRESS")
+            limit = min(RAY_WAITS_SECONDS, self.options.hang_seconds) if hopeless else self.options.hang_seconds
             if limit and silent > limit:
                 return self._kill(attempt, self._facts(attempt, 1, 0, hung=True, silent_seconds=silent))
             time.sleep(TICK)

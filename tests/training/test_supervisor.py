@@ -159,6 +159,13 @@ def test_a_hang_is_ended(run):
     assert attempt["cause"] == "hang" and "said nothing" in attempt["reason"]
 
 
+def test_ray_that_waits_for_gpus_that_are_not_there_is_ended_however_often_it_says_so(run):
+    folder = make(run, "fake.do=unscheduled", "fake.at=0", options={"hang_seconds": 1.5})
+    assert supervise(folder)[0] != 0
+    attempt, = folder.read()["attempts"]
+    assert attempt["cause"] == "misuse" and "can fulfill resource request {'GPU': 1.0}" in attempt["reason"]
+
+
 def test_a_trainer_that_cannot_be_started(run):
     folder = make(run)
     folder.update(lambda now: {**now, "command": ["/no/such/python"]})
