@@ -352,6 +352,7 @@ def prepare(c: Context, asked: Asked, quiet: bool = False) -> Prepared:
                 "model": place.inside(model) if model and model.is_dir() else None,
                 "host_model": str(model) if model and model.is_dir() else None,
                 "prompt": [row.prompt.file, row.prompt.class_] if row.prompt and row.prompt.file else None,
+                "url": server.url if server.state in ("ready", "unknown") else None,
             })
     there = places.gpu_count(place)
     if not gpus and there and not _typed_value(chosen, plan.GPUS) and not facts.cluster:
@@ -664,6 +665,7 @@ def _resume(c: Context, name: str, skip: str, attach: bool, wait: int, beside: l
                 "model": str(values.get(MODEL, "")).rstrip("/") if model.is_dir() else None,
                 "host_model": str(model) if model.is_dir() else None,
                 "prompt": [row.prompt.file, row.prompt.class_] if row.prompt and row.prompt.file else None,
+                "url": server.url if server.state in ("ready", "unknown") else None,
             })
     facts = replace(facts,
                     place=place.told,

@@ -6,11 +6,14 @@ itself composes the configuration, from verl's own file, as `--cfg job --resolve
 from __future__ import annotations
 
 import ast
+import http.client
 import json
 import os
 import shutil
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -19,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 MARK = "training.probe: "
+URL_SECONDS = 4
 CONFIG = Path("agent_trainer") / "config"
 NAME = "ppo_trainer"
 PACKAGES = ("verl", "agentenv", "torch", "vllm", "ray", "transformers", "hydra-core", "flash-attn", "wandb")
@@ -208,6 +212,18 @@ def cpus() -> int:
     return count
 
 
+def unreachable(url: str) -> str:
+    """Return why nothing answers at `url`; empty where something does, whatever it says."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(url, timeout=URL_SECONDS):
+            return ""
+    except urllib.error.HTTPError:
+        return ""
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
+
+
 def shared_memory() -> int | None:
     """Return the bytes of /dev/shm."""
     with suppress(OSError):
@@ -233,10 +249,10 @@ def look(asked: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         asked: any of: overrides (a list for Hydra), model (a folder), prompt (file and class of agentenv's client),
-            path (folders that hold packages which are not installed), writable (folders).
+            path (folders that hold packages which are not installed), url (of the environment).
 
     Returns:
-        python, versions, verl and agentenv (their folders), flash_attn, architectures, clients, gpus, cpus, shm (bytes), writable; with
+        python, versions, verl and agentenv (their folders), flash_attn, architectures, clients, gpus, cpus, shm (bytes), unreachable (why the url does not answer, or empty); with
         overrides: resolved, or hydra_error; with model: tokenizer_error, markers (tokens of each of Qwen's), and with
         prompt: prompt_tokens. What could not be looked at is None.
     """

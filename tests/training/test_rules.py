@@ -29,6 +29,7 @@ PLACE = {
     "tokenizer_error": None,
     "markers": [1, 1],
     "prompt_tokens": 300,
+    "unreachable": "",
     "architectures": ["Qwen2ForCausalLM"],
     "clients": ["babyai", "sciworld"]
 }
@@ -242,6 +243,9 @@ BROKEN: list[tuple[str, str, dict[str, Any], dict[str, Any], str]] = [
     ("environment", "not ready", {}, {
         "server": replace(SERVER, state="no answer", remedy="do this")
     }, "do this"),
+    ("environment", "out of the trainer's reach", {}, {
+        **place(unreachable="refused"), "server": replace(SERVER, state="unknown")
+    }, "refused"),
     ("sessions", "too few", {}, {
         "server": replace(SERVER, max_sessions=16)
     }, "use --replicas 9"),

@@ -158,10 +158,10 @@ def sources() -> list[str]:
 
 def again(c: Context, run: Mapping[str, Any]) -> Place:
     """Return the place of a run that is there, from its run.json."""
+    choice = str((run.get("gpus") or {}).get("choice") or "all")
     if run["runner"] == "local":
-        choice = str((run.get("gpus") or {}).get("choice") or "all")
         return Place("local", python=run["command"][0], chosen=() if choice == "all" else tuple(choice.split(",")))
-    place = choose(c, "docker", "", str((run.get("gpus") or {}).get("choice") or ""), str(run.get("shm_size") or ""))
+    place = choose(c, "docker", "", "" if choice == "all" else choice, str(run.get("shm_size") or ""))
     if place.translation:
         place.translation.volumes.update(run.get("volumes") or {})
     return place
@@ -192,7 +192,7 @@ def look(c: Context, place: Place, asked: Mapping[str, Any]) -> None:
                 f"{place.python or 'the training image'} cannot be asked: {(said.strip().splitlines() or ['it said nothing'])[-1][:200]}",
                 "build the image again (`invoke build.train`)"
                 if place.runner == "docker" else "name another with --python")
-    host = {key: value for key, value in asked.items() if key not in ("model", "writable")}
+    host = {key: value for key, value in asked.items() if key not in ("model", "url")}
     told = probe.look({**host, "model": asked.get("host_model"), "path": sources()})
     place.told = {key: told[key] for key in ELSEWHERE}
 

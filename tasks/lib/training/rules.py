@@ -682,8 +682,16 @@ def environment(case: Case) -> Iterator[Finding]:
     server = case.facts.server
     if server is None:
         raise Undecided("nobody looked")
-    elif server.state not in ("ready", "absent"):
+    if server.state not in ("ready", "absent", "unknown"):
         yield Finding("environment", f"{server.name} ready to play", server.state, server.remedy)
+    elif server.state != "absent":
+        why = case.facts.place.get("unreachable")
+        if why:
+            yield Finding("environment", f"{server.name} in reach of the trainer",
+                          f"{server.url} does not answer where it trains: {why}",
+                          f"see `invoke env.list`, or start it anew: `invoke env.restart --env {server.name}`")
+        elif why is None and server.state == "unknown":
+            raise Undecided("an address that this machine does not reach, and no place to ask")
 
 
 @rule
