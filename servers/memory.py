@@ -1,6 +1,9 @@
 """How much memory a server takes, its children included."""
 import os
-from typing import Dict, Mapping, NamedTuple, Set
+from typing import Dict, Mapping, NamedTuple, Optional, Set
+
+CGROUP = "/sys/fs/cgroup"
+UNLIMITED = 1 << 60  # version 1 says "no limit" as a number near 2^63
 
 
 class Process(NamedTuple):
@@ -31,7 +34,7 @@ def own(table: Mapping[int, Process], pid: int) -> Set[int]:
     it shares: those of its session, and their children in sessions of their own (browsers).
     """
     session = table[pid].session
-    if 1 in table and table[1].session == session:
+    if is_contained(table, pid):
         return set(table)
     found = {one for one, process in table.items() if process.session == session}
     while True:
@@ -41,8 +44,67 @@ def own(table: Mapping[int, Process], pid: int) -> Set[int]:
         found |= children
 
 
+def is_contained(table: Mapping[int, Process], pid: int) -> bool:
+    """Return True if the server `pid` has a container to itself: then the first process leads its session."""
+    return pid in table and 1 in table and table[1].session == table[pid].session
+
+
+def charged(root: str = CGROUP) -> Optional[int]:
+    """Return the bytes that the container is charged: its processes', shared memory, and what lies in a tmpfs.
+
+    Without the files that the kernel keeps only as long as nobody needs the room, as `docker stats` counts. None where
+    no control group says so.
+    """
+    for folder, current, cached in (("", "memory.current", "inactive_file"),
+                                    ("memory", "memory.usage_in_bytes", "total_inactive_file")):
+        try:
+            with open(os.path.join(root, folder, current)) as file:
+                bytes_now = int(file.read())
+            with open(os.path.join(root, folder, "memory.stat")) as file:
+                stat = dict(line.split() for line in file)
+            return bytes_now - int(stat.get(cached, 0))
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def allowed_mb(root: str = CGROUP) -> Optional[float]:
+    """Return the container's limit in MB; None where there is none, or no control group says so."""
+    for name in ("memory.max", os.path.join("memory", "memory.limit_in_bytes")):
+        try:
+            with open(os.path.join(root, name)) as file:
+                limit = int(file.read())
+            return limit / 1e6 if limit < UNLIMITED else None
+        except (OSError, ValueError):  # `max` is no number
+            continue
+    return None
+
+
+def share_of(pid: int) -> int:
+    """Return the bytes of the process `pid`, of what it shares its share alone; 0 where that cannot be read."""
+    try:
+        with open(f"/proc/{pid}/smaps_rollup") as file:
+            return sum(int(line.split()[1]) * 1024 for line in file if line.startswith("Pss:"))
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
 def memory_mb() -> float:
-    """Return the resident memory of this server and its children, in MB; 0 where /proc is absent."""
+    """Return the memory of this server and its children, in MB; 0 where /proc is absent.
+
+    In a container what that is charged, which is what it is killed for; on a shared machine the processes' own.
+    """
     table = processes()
-    pages = sum(table[one].pages for one in own(table, os.getpid())) if table else 0
-    return round(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, 1)
+    if not table:
+        return 0.0
+    if is_contained(table, os.getpid()):
+        bytes_now = charged()
+        if bytes_now is not None:
+            return round(bytes_now / 1e6, 1)
+    page = os.sysconf("SC_PAGE_SIZE")
+    return round(sum(share_of(one) or table[one].pages * page for one in own(table, os.getpid())) / 1e6, 1)
+
+
+def limit_mb(planned: float) -> float:
+    """Return the memory that this server may have, in MB: its container's limit, or else the `planned` one."""
+    return (allowed_mb() if is_contained(processes(), os.getpid()) else None) or planned

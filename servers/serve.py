@@ -33,7 +33,7 @@ import time
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from environment_rows import Environment, refusal
 from servers.foreign import Unused, forget_own_modules, limit_queries, load, sort_listings
-from servers.memory import memory_mb
+from servers.memory import limit_mb, memory_mb
 from servers.saying import say
 from servers.sessions import Sessions
 
@@ -107,7 +107,7 @@ def main() -> None:
     import uvicorn
 
     def recycle() -> None:
-        if sessions.is_idle() and memory_mb() > RECYCLE_AT * row.memory_mb:
+        if sessions.is_idle() and memory_mb() > RECYCLE_AT * limit_mb(row.memory_mb):
             say("memory is near its limit and no session is live; starting afresh")
             server.should_exit = recycled["now"] = True
 

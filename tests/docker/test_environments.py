@@ -427,6 +427,16 @@ def test_a_server_without_close_is_recycled_when_memory_is_short_and_nobody_play
     assert int(servers.docker("inspect", "-f", "{{.RestartCount}}", container)) >= 1
 
 
+def test_what_lies_in_memory_counts_as_the_servers(servers: Workbench) -> None:
+    """A tmpfs and shared memory are what the container is killed for, and no process's own."""
+    client = up(servers, "form-textcraft")
+    container = servers.docker("ps", "-q", "--filter", "label=org.agentgym-rl.env=form-textcraft",
+                               "--filter", f"label=com.docker.compose.project={servers.name}")
+    before = client.sessions()["memory_mb"]
+    servers.docker("exec", container, "python", "-c", "open('/tmp/held', 'wb').write(b'x' * 100_000_000)")
+    assert 90 < client.sessions()["memory_mb"] - before < 130
+
+
 def test_no_secret_is_in_the_containers_command_or_in_dry_output(servers: Workbench, tmp_path: Path) -> None:
     secret = "sk-fixture-0123456789"
     dry = servers.invoke("--dry",
