@@ -17,7 +17,8 @@ from training.folder import RunFolder
 
 FRESH = 20.0  # seconds; the supervisor writes each second, and a busy disk may keep it
 BEAT = 1.5  # in which a supervisor that is there writes
-TAIL = 256 << 10  # bytes of metrics.jsonl and of a log that are looked at
+TAIL = 256 << 10  # bytes of a log that are looked at
+METRICS_BYTES = 8 << 20  # of metrics.jsonl: about 4000 steps
 LAST_LINES = 20
 TREND = 40  # steps
 REWARDS = ("critic/task_score/mean", "critic/score/mean", "critic/rewards/mean")
@@ -32,6 +33,7 @@ class Status:
     Attributes:
         state: starting, running, finished, stopped, died, vanished.
         step, steps: the last finished one, of how many.
+        best: step and value of the highest reward; None where the run is too long to tell at once.
         trend: the rewards of the last steps.
         step_seconds, eta_seconds: a step's time (median of the last ten), until the end; None where unknown.
         checkpoint: number of the newest whole one; None where there is none.
@@ -189,7 +191,10 @@ def _why_vanished(state: Mapping[str, Any], now: float) -> str:
 
 
 def _add_figures(found: Status, folder: RunFolder, attempt: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    metrics = folder.read_metrics(TAIL)
+    metrics = folder.read_metrics(METRICS_BYTES)
+    is_all = False
+    with suppress(OSError):
+        is_all = folder.metrics.stat().st_size <= METRICS_BYTES
     known = state.get("step") if state.get("step") is not None else state.get("resumed_from")
     if state and isinstance(known, int):
         metrics = {step: line for step, line in metrics.items() if step <= known}
@@ -204,7 +209,7 @@ def _add_figures(found: Status, folder: RunFolder, attempt: Mapping[str, Any], s
             found.trend = list(rewards.values())[-TREND:]
             found.reward = found.trend[-1]
             step = max(rewards, key=lambda step: rewards[step])
-            found.best = (step, rewards[step])
+            found.best = (step, rewards[step]) if is_all else None
             break
     for key in SECONDS:
         times = [line["metrics"][key] for line in metrics.values() if _is_number(line["metrics"].get(key))][-10:]

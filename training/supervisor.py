@@ -281,6 +281,9 @@ class Supervisor:
             self._mark("nan_steps", attempt.nan[0])
         if death is None and (self.stop_signal or (code == 0 and self._is_complete(attempt))):
             return self._over(attempt, code, None)
+        if death is None and self._is_saved(attempt):
+            say(f"the trainer ended with {code} after its last checkpoint was written")
+            return self._over(attempt, 0, None)
         if death is None:
             after = machine.oom_kills()
             death = diagnosis.diagnose(attempt.evidence, self._facts(attempt, code, (after or 0) - (before or 0)))
@@ -498,6 +501,13 @@ class Supervisor:
             return True
         # Without the console among its loggers the trainer tells no step.
         return bool(rollouts.count_files(self.folder.rollouts, attempt.steps))
+
+    def _is_saved(self, attempt: Attempt) -> bool:
+        """Tell whether all steps were trained and the checkpoint after the last one is whole: what came then is no death."""
+        if attempt.steps is None or attempt.last_step is None or attempt.last_step < attempt.steps:
+            return False
+        newest = checkpoints.newest_whole(self.folder.path)
+        return newest is not None and newest.number >= attempt.steps
 
     def _over(self, attempt: Attempt, code: int, death: Death | None) -> tuple[Death | None, int]:
         """Write down how an attempt ended; return why it died and the exit code."""

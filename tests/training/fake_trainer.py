@@ -204,6 +204,7 @@ def main() -> None:
         if step >= TOTAL:
             if SAVE > 0 and (step - 1) % SAVE:
                 save(step)
+            act(happens(step), step)
             return
 
 

@@ -110,6 +110,14 @@ def test_a_finished_run_trains_no_extra_step(run):
     assert len(folder.read()["attempts"]) == 1 and not folder.log(2).exists() and folder.log(1).read_bytes() == before
 
 
+def test_what_goes_wrong_after_the_last_checkpoint_is_no_death(run):
+    folder = make(run, "fake.do=ray_worker", "fake.at=10", options={"retries": 2})
+    code, said = supervise(folder)
+    assert code == 0 and "after its last checkpoint was written" in said
+    attempt, = folder.read()["attempts"]
+    assert attempt["state"] == "finished" and status(run).step == 9
+
+
 @pytest.mark.parametrize("what, cause, words, code", [
     ("gpu_oom", "gpu_oom", "CUDA out of memory", 1),
     ("ray_worker", "ray_worker", "ActorDiedError", 1),
