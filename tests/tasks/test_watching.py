@@ -177,6 +177,7 @@ def test_other_items_are_another_evaluation_and_the_best_is_chosen_among_like(ru
     few = Plan("demo", ("--limit=2", ))
     second = watcher_again(run, first, Hands(score=lambda step: {4: 0.9}.get(step, 0.1)), Rules(1, 0, 1, 1), [few])
     assert second.once() and raw(run) == [4, 6]
+    assert [few.digest in line for line in (run.eval / "report.html").read_text().splitlines()] == [True] * 3
     assert {(point.plan, point.step) for point in curve.points(run.eval)} == {(plan.digest, step) for plan in (DEMO, few) for step in (2, 4, 6)}
 
 

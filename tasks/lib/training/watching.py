@@ -378,7 +378,10 @@ class Watcher:
             pass
         self.run.logs.mkdir(exist_ok=True)
         try:
-            self.hands.report([self.run.eval / one.folder for one in points], self.run.eval / "report.html",
+            # One curve is of one plan.
+            now = {(plan.environment, plan.digest) for plan in self.plans}
+            alike = [one for one in points if (one.environment, one.plan) in now] or points
+            self.hands.report([self.run.eval / one.folder for one in alike], self.run.eval / "report.html",
                               self.run.logs / "eval-report.log")
         except Failed as error:
             self._say_once(f"no report of the evaluations: {error}")
