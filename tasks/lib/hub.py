@@ -65,9 +65,20 @@ def look(name: str, kind: str, revision: str = "") -> Repository:
         raise UserError(refusal(name, kind, revision, error), code=1) from None
     files = {}
     for sibling in getattr(info, "siblings", None) or []:
+        if not _is_inside(sibling.rfilename):
+            raise UserError(
+                f"the {kind} {name} has a file {sibling.rfilename!r}, which would leave its folder; nothing is "
+                "fetched",
+                code=1)
         large = getattr(sibling.lfs, "sha256", "") if sibling.lfs else ""
         files[sibling.rfilename] = File(sibling.size or 0, large or "", "" if large else sibling.blob_id or "")
     return Repository(name, kind, str(info.sha), files)
+
+
+def _is_inside(name: str) -> bool:
+    """Tell whether a file's name is one below a folder, and one that can be shown."""
+    parts = name.split("/")
+    return name.isprintable() and "\\" not in name and all(part not in ("", ".", "..") for part in parts)
 
 
 def download(repository: Repository, names: list[str], folder: Path) -> None:

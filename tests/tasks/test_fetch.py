@@ -138,6 +138,15 @@ def test_a_model_that_cannot_be_had_is_one_line(words, said, project, server):
     assert done.returncode in (1, 2) and done.stderr.startswith("models.fetch: ") and said in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", ["../evil.json", "/tmp/evil.json", "a/../../evil.json", "a//b", "a\\b", "a\x1b[2Jb", "."])
+def test_a_file_that_would_leave_its_folder_stops_the_fetch(name, project, server, tmp_path):
+    for place, word in (("models/org/Evil", "models.fetch"), (f"datasets/{items.DATA_SET}", "data.fetch")):
+        server.repositories[place] = {**MODEL, **LISTS, name: b"x"}
+        done = invoke(project, server, word, *(["org/Evil", f"--to={tmp_path / 'in' / 'Evil'}"] if word == "models.fetch" else []))
+        assert done.returncode == 1 and "would leave its folder" in done.stderr and done.stderr.count("\n") == 1 and "\x1b" not in done.stderr
+    assert not list(tmp_path.iterdir()) and files(project / "AgentItemId") == []
+
+
 def test_a_hub_out_of_reach_is_one_line(project, server):
     for variables, said in (({"HF_ENDPOINT": "http://127.0.0.1:9"}, "check the network and HF_ENDPOINT"), ({"HF_HUB_OFFLINE": "1"}, "unset it")):
         done = invoke(project, server, "models.fetch", "org/Tiny2", **variables)
