@@ -183,6 +183,11 @@ def parser() -> argparse.ArgumentParser:
                          help="write the report side by side to this file (default: saves/eval/compare.html)")
     _numbers_flags(compare)
 
+    merge = commands.add_parser("merge", help="join runs of one configuration, from several machines, into one")
+    merge.add_argument("folders", nargs="+", help="folders of two or more runs")
+    merge.add_argument("--out", required=True, help="folder of the run that they become; it must not hold one")
+    _numbers_flags(merge)
+
     talks = commands.add_parser("conversations", help="write what was said in a run, one JSON object an attempt")
     talks.add_argument("folders", nargs="+", help="folders of runs")
     talks.add_argument("--out", required=True, help="the file to write, JSON lines with messages")

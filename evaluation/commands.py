@@ -232,6 +232,44 @@ def compare_command(options: argparse.Namespace) -> int:
     return 0
 
 
+def merge_command(options: argparse.Namespace) -> int:
+    """Join runs into one folder, which can be shown, compared and grown like any other.
+
+    Raises:
+        Misuse: there is one run only, they do not fit, or the folder is taken.
+    """
+    from evaluation import compared, report, show
+    from evaluation.joining import join
+    from evaluation.records import REPORT, RUN, RunFolder
+    from evaluation.settings import config_hash
+    if len(options.folders) < 2:
+        raise Misuse(f"merge {options.folders[0]}: one run only; name two or more folders")
+    out = Path(options.out)
+    if (out / RUN).exists():
+        raise Misuse(f"merge: {out} has a run already; choose another --out")
+    joined = join([Path(name) for name in options.folders])
+    manifest, config = joined.manifest, joined.manifest["config"]
+    price = price_of(options.prices, config["model"])
+    facts = {key: value for key, value in manifest.items() if key not in ("config", "work")}
+    with RunFolder(out) as folder:
+        folder.begin(config, {**facts, "hash": config_hash(config)})
+        for record in joined.records:
+            folder.add(record)
+        for work in manifest["work"]:
+            folder.note_work(work)
+        summary = conclude(out, joined.records, config["samples"],
+                           len(config["items"]) * config["samples"], price, manifest["work"])
+    show_numbers(show.console(), {config["model"]: summary}, out, options.upstream_compat,
+                 [str(manifest["prompt"].get("source", ""))])
+    report.write(out / REPORT, [compared.Run(config["model"], manifest, joined.records, summary)],
+                 options.upstream_compat)
+    if joined.twice:
+        complain(f"{joined.twice} attempts are in more than one of the runs; one of each stands (machines that share "
+                 "items need other samples' numbers: give each its own items)")
+    print(f"report: {out / REPORT}")
+    return 0
+
+
 def write_file(path: Path, text: str) -> None:
     """Write a file and the folders above it.
 
@@ -343,6 +381,7 @@ COMMANDS = {
     "rescore": rescore_command,
     "report": report_command,
     "compare": compare_command,
+    "merge": merge_command,
     "conversations": conversations_command,
     "list": list_command,
     "prompts": prompts_command

@@ -231,6 +231,23 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") 
     return lines
 
 
+def identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a configuration all attempts depend on: more items and samples only add to them."""
+    return {key: value for key, value in config.items() if key not in ("items", "samples")}
+
+
+def growth(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return why a run with the configuration `old` cannot become one with `new`, a line each; none where it can."""
+    found = differences(identity(old), identity(new))
+    lacking = set(old["items"]) - set(new["items"])
+    if lacking:
+        found.append(f"items: {len(lacking)} of {len(old['items'])} are not asked for any more, such as "
+                     f"{short(min(lacking), 60)}")
+    if new["samples"] < old["samples"]:
+        found.append(f"samples: was {old['samples']}, is {new['samples']}")
+    return found
+
+
 class Lines:
     """A file that JSON lines are added to; a line is either whole in it or, after a crash, the torn last one."""
 
@@ -324,7 +341,7 @@ class RunFolder:
         Attempts that the infrastructure spoilt stay until they have been played again; a torn last line is cut off.
 
         Args:
-            config: what must be the same for a run to be resumed.
+            config: what must be the same for a run to be resumed, but for items and samples that are added.
             facts: what else goes into run.json.
 
         Raises:
@@ -334,7 +351,8 @@ class RunFolder:
         run = self.folder / RUN
         resumed = run.exists()
         if resumed:
-            differing = differences(read_run(self.folder)["config"], config)
+            manifest = read_run(self.folder)
+            differing = growth(manifest["config"], config)
             if differing:
                 raise Misuse(f"{self.folder} has a run with another configuration ({'; '.join(differing)}); "
                              "choose another --out, or start anew with --fresh")
@@ -348,6 +366,9 @@ class RunFolder:
             (self.folder / RULE).unlink(missing_ok=True)
             if not resumed:
                 write_whole(run, json.dumps({"config": config, **facts, "work": []}, indent=1))
+            elif manifest["config"] != config:  # more items or samples, of which nothing is played yet
+                grown = {key: facts[key] for key in ("hash", "items_from") if key in facts}
+                write_whole(run, json.dumps({**manifest, **grown, "config": config}, indent=1))
             self.attempts, self.sessions = Lines(self.folder / ATTEMPTS), Lines(self.folder / SESSIONS)
         except OSError as error:
             raise Stopped(

@@ -19,6 +19,7 @@ from evaluation.model import Model, Sampling
 from evaluation.players import NAMES, ScriptedModel
 from evaluation.problems import Misuse, reason
 from evaluation.prompts import Prompt, find
+from evaluation.records import growth, identity, read_run
 from evaluation.rows import BESIDE, Row, read_row, results_depend_on, rows_file
 from evaluation.secrets import OWN
 
@@ -113,6 +114,14 @@ def api_key(base_url: str, environ: Mapping[str, str] | None = None) -> str:
 def config_hash(config: Mapping[str, Any]) -> str:
     """Return a digest of a configuration."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def can_become(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Return True if `folder` has no run, or one that becomes one of `config` by adding to it."""
+    try:
+        return not growth(read_run(folder)["config"], config)
+    except Misuse:  # none, or one that is damaged, which is said when it is taken up
+        return True
 
 
 def slug(text: str) -> str:
@@ -284,7 +293,11 @@ def decide(options: argparse.Namespace) -> Settings:
         config["finish_reasons"] = sorted(options.finish_reason)
     for secret in (*headers.values(), *filter(None, (urlsplit(url).password for url in (base_url, server)))):
         OWN.add(secret)
-    name = f"{row.name}-{slug(model)}-{config_hash(config)[:8]}"
+    folder = Path(options.root) / "saves" / "eval"
+    # More items and samples go into the folder of the fewer; what is no more has one of its own.
+    out = folder / f"{row.name}-{slug(model)}-{config_hash(identity(config))[:8]}"
+    if not can_become(out, config):
+        out = folder / f"{row.name}-{slug(model)}-{config_hash(config)[:8]}"
     return Settings(row=row,
                     prompt=prompt,
                     items=items,
@@ -302,7 +315,7 @@ def decide(options: argparse.Namespace) -> Settings:
                     model_tries=options.model_tries,
                     max_error_rate=options.max_error_rate,
                     config=config,
-                    out=Path(options.out) if options.out else Path(options.root) / "saves" / "eval" / name,
+                    out=Path(options.out) if options.out else out,
                     root=BESIDE.parent if path.resolve().is_relative_to(BESIDE.parent) else path.resolve().parent,
                     headers=headers,
                     api_version=options.api_version,

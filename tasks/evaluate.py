@@ -417,6 +417,26 @@ def rescore(c: Context,
       auto_shortflags=False,
       iterable=["run"],
       help={
+          "run": "Folder of a run, or its name in saves/eval. Repeatable.",
+          "out": "Folder of the run that they become (default: none; it must not hold one).",
+          "prices": PRICES_HELP,
+          "upstream_compat": COMPAT_HELP
+      })
+def merge(c: Context,
+          run: list[str] | None = None,
+          out: str = "",
+          prices: str = "",
+          upstream_compat: bool = False) -> None:
+    """Join runs of one configuration from several machines."""
+    if not out:
+        raise UserError("no --out; name the folder that the runs become")
+    _over_runs(c, "merge", run, {"out": out, "prices": prices, "upstream_compat": upstream_compat}, least=2)
+
+
+@task(positional=[],
+      auto_shortflags=False,
+      iterable=["run"],
+      help={
           "run": RUN_HELP,
           "out":
           "The file to write, JSON lines with messages (default: conversations.jsonl in the first run's folder).",

@@ -461,7 +461,7 @@ def test_the_fields_that_a_record_must_have_are_those_that_it_has(tmp_path):
 
 @pytest.mark.parametrize("flags,told", [(("--temperature", "0.5"), "sampling.temperature: was 1.0, is 0.5"),
                                         (("--max-round", "3"), "max_round: was 5, is 3"),
-                                        (("--samples", "2"), "samples: was 1, is 2")])
+                                        (("--items", "1"), "items: 1 of 1 are not asked for any more, such as form-textcraft_0")])
 def test_another_configuration_is_refused_with_the_difference(flags, told, tmp_path, capsys):
     with environment() as env, endpoint(counter_player) as model:
         assert main(words(tmp_path / "out", env.url, model.base_url, "--items", "0")) == 0
@@ -619,3 +619,89 @@ def test_damaged_sessions_rule_and_prompt_are_no_traceback(tmp_path, capsys):
         assert main(talk) == 2
         error = capsys.readouterr().err
         assert culprit in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("more", [("--items", "0-3", "--samples", "2"), ("--items", "0-5", "--samples", "1"), ("--items", "0-7", "--samples", "4"), ("--items", "5,3,2,1,0", "--samples", "1")])
+def test_a_run_that_grows_plays_only_what_is_new(more, tmp_path):
+    with environment() as env, endpoint(counter_player) as model:
+        assert main(words(tmp_path / "out", env.url, model.base_url, "--items", "0-3" if "5,3,2,1,0" not in more else "0-2")) == 0
+        asked = len(model.requests)
+        assert main(words(tmp_path / "out", env.url, model.base_url, *more)) == 0
+        grown = len(model.requests) - asked
+        asked = len(model.requests)
+        assert main(words(tmp_path / "whole", env.url, model.base_url, *more)) == 0
+        assert grown == len(model.requests) - asked - (9 if "5,3,2,1,0" in more else 12)
+        asked = len(model.requests)
+        assert main(words(tmp_path / "out", env.url, model.base_url, *more)) == 0 and len(model.requests) == asked
+    assert by_key(tmp_path / "out") == by_key(tmp_path / "whole")
+    assert numbers_of(tmp_path / "out") == numbers_of(tmp_path / "whole")
+
+
+def numbers_of(out: Path) -> dict:
+    found = json.loads((out / "summary.json").read_text())
+    return {key: value for key, value in found.items() if key != "seconds"}
+
+
+def test_a_run_that_is_asked_for_less_is_refused_and_keeps_all(tmp_path, capsys):
+    with environment() as env, endpoint(counter_player) as model:
+        assert main(words(tmp_path / "out", env.url, model.base_url, "--items", "0-3", "--samples", "2")) == 0
+        before = (tmp_path / "out" / "attempts.jsonl").read_bytes()
+        for flags, told in ((("--items", "0-3"), "samples: was 2, is 1"), (("--items", "0-2", "--samples", "2"), "items: 1 of 4"), (("--items", "0-9", "--samples", "4", "--max-round", "3"), "max_round: was 5, is 3")):
+            assert main(words(tmp_path / "out", env.url, model.base_url, *flags)) == 2
+            assert told in capsys.readouterr().err
+        assert (tmp_path / "out" / "attempts.jsonl").read_bytes() == before
+
+
+def test_without_out_more_of_the_same_grows_and_less_has_a_folder_of_its_own(tmp_path):
+    with environment() as env, endpoint(counter_player) as model:
+        argv = [word for word in words(Path(), env.url, model.base_url) if word not in ("--out", ".")]
+        for items in ("0-1", "0-3", "2-3"):
+            assert main([*argv, "--items", items]) == 0
+        assert len(model.requests) == 3 * (2 + 2 + 2)
+    runs = sorted((tmp_path / "saves" / "eval").iterdir())
+    assert sorted(len(by_key(run)) for run in runs) == [2, 4]
+
+
+def test_runs_of_several_machines_are_one(tmp_path, capsys):
+    with environment() as env, endpoint(counter_player) as model:
+        for name, items in (("a", "0-3"), ("b", "4-7"), ("whole", "0-7")):
+            assert main(words(tmp_path / name, env.url, model.base_url, "--items", items, "--samples", "2")) == 0
+        joined = ["merge", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "both")]
+        assert main(joined) == 0
+        assert by_key(tmp_path / "both") == by_key(tmp_path / "whole") and numbers_of(tmp_path / "both") == numbers_of(tmp_path / "whole")
+        asked = len(model.requests)
+        assert main(words(tmp_path / "both", env.url, model.base_url, "--items", "0-8", "--samples", "2")) == 0 and len(model.requests) - asked == 6
+        capsys.readouterr()
+        assert main(joined) == 2 and "has a run already" in capsys.readouterr().err
+        assert main(words(tmp_path / "other", env.url, model.base_url, "--items", "0", "--temperature", "0.5")) == 0
+        assert main(["merge", str(tmp_path / "a"), str(tmp_path / "other"), "--out", str(tmp_path / "no")]) == 2
+        assert "sampling.temperature: was 1.0, is 0.5" in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
+def test_of_an_attempt_that_two_runs_have_one_with_a_result_stands(tmp_path, capsys):
+    broken = [True]
+    fault = lambda path, number, body: Answer({"error": "no"}) if broken and path == "/reset" and body["data_idx"] == 1 else None  # noqa: E731
+    with environment(fault) as env, endpoint(counter_player) as model:
+        assert main(words(tmp_path / "a", env.url, model.base_url, "--items", "0-1", "--tries", "1")) == 1
+        broken.clear()
+        assert main(words(tmp_path / "b", env.url, model.base_url, "--items", "1-2")) == 0
+    assert main(["merge", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "both")]) == 0
+    assert {record["item"][-1]: record["outcome"] for record in attempts(tmp_path / "both")} == {"0": "success", "1": "failure", "2": "success"}
+    assert "1 attempts are in more than one of the runs" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_growing_run_that_is_killed_at_twenty_moments_ends_as_if_it_never_was(tmp_path):
+    slowly = lambda messages, body: Answer(completion(counter_player(messages, body)), delay=0.02)  # noqa: E731
+    rng, kills = random.Random(1), 0
+    with environment() as env, endpoint(slowly) as model:
+        assert main(words(tmp_path / "whole", env.url, model.base_url, "--items", "0-9", "--samples", "4")) == 0
+        for number in range(20):
+            run = process(*words(tmp_path / "killed", env.url, model.base_url, "--items", f"0-{number * 9 // 19}", "--samples", str(1 + number * 3 // 19)))
+            time.sleep(rng.uniform(0.8, 2.2))
+            kills += run.poll() is None
+            run.kill()
+            run.wait()
+        last = process(*words(tmp_path / "killed", env.url, model.base_url, "--items", "0-9", "--samples", "4"))
+        assert last.wait(120) == 0
+    assert kills >= 10 and by_key(tmp_path / "killed") == by_key(tmp_path / "whole")
