@@ -68,7 +68,7 @@ def lives(process: dict[str, Any]) -> bool | None:
         return False if process.get("host") == host() else None
     if process.get("pid_namespace") != pid_namespace():
         return None
-    return start_time(pid) == started
+    return started is not None and start_time(pid) == started
 
 
 def adopt_orphans() -> None:

@@ -26,6 +26,7 @@ from tests.merger.fsdp_samples import write_samples
 from tests.training.runs import archive, checkpoint, write_run
 from training import checkpoints, curve, machine
 from training.folder import RunFolder
+from training.lease import Lease
 from training.retention import Rules
 
 KNOWN = ("demo", "textcraft", "babyai")
@@ -189,6 +190,25 @@ def test_an_endpoint_that_has_not_the_model_evaluates_nothing(body, said):
         hands.check_served(url + "/v1", "run1-global_step_4")
     with serving(lambda method, path, headers, sent: Answer({"data": [{"id": "run1-global_step_4"}]})) as url:
         hands.check_served(url + "/v1/", "run1-global_step_4")
+
+
+def test_a_watcher_that_follows_the_run_already_goes_on(tmp_path, monkeypatch):
+    run = RunFolder(tmp_path / "run1")
+    write_run(run.path)
+    started: list[list[str]] = []
+
+    def launch(run: RunFolder, words: list[str]) -> tuple[int, Path]:
+        started.append(words)
+        (tmp_path / "log").write_text("train.watch: the run trains on the GPUs all\n")
+        return 2**22 + 1, tmp_path / "log"
+
+    monkeypatch.setattr(follow, "launch", launch)
+    held = Lease(run.path / follow.LOCK)
+    held.take()
+    assert "watches its checkpoints already" in follow.launch_beside(run, ["--eval=demo"]) and not started
+    held.release()
+    with pytest.raises(UserError, match=r"run1 is started, but its watcher is not: the run trains on the GPUs all; mended, `invoke train.watch --name run1`"):
+        follow.launch_beside(run, ["--eval=demo"])
 
 
 # --- the whole loop ---

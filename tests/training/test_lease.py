@@ -82,6 +82,10 @@ def test_whom_the_system_cannot_be_asked_about(changed, monkeypatch):
     assert lives({**own, "boot_id": ""}) is None
 
 
+def test_a_process_that_was_gone_when_it_was_looked_at_does_not_live():
+    assert machine.lives(machine.identity(2**22 + 1)) is False
+
+
 def test_an_owner_on_another_machine_is_looked_at_until_it_counts(path):
     write(path)
     stop = threading.Event()

@@ -276,8 +276,12 @@ def launch_beside(run: RunFolder, words: Sequence[str], wait: float = 60.0) -> s
     Raises:
         UserError: it ended at once; the run goes on.
     """
+    held = lease.Lease(run.path / LOCK)
+    owner = held.read()
+    if owner and lease.lives(owner) is not False:
+        return f"{lease.described(owner)} watches its checkpoints already, with the flags that it was started with"
     pid, log = launch(run, words)
-    held, end = lease.Lease(run.path / LOCK), time.monotonic() + wait
+    end = time.monotonic() + wait
     while time.monotonic() < end:
         owner = held.read()
         if owner and owner.get("pid") == pid:
