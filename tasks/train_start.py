@@ -329,12 +329,11 @@ def prepare(c: Context, asked: Asked, quiet: bool = False) -> Prepared:
                          asked.i_understand)
     model, items = model_of(asked, chosen), items_of(asked, chosen)
     typed_model = str(_typed_value(chosen, plan.MODEL))
-    named_model = place.inside(model) + ("/" if typed_model.endswith("/") or (not asked.model and str(before.get(plan.MODEL, "")).endswith("/")) else "") \
-        if model else ""
+    slash = (typed_model
+             or ("" if asked.model else str(before.get(plan.MODEL, "")))).endswith("/")  # which a rule refuses
+    named_model = place.inside(model) + ("/" if slash else "") if model else ""
     facts = facts_of(place, folder, model, items, server, str(before.get("data.prompt_key", "item_id")))
-    if asked.retention:  # and the one that is not verified yet
-        kept = asked.retention
-        facts = replace(facts, keep=kept.keep_last + kept.keep_best + 1, keep_every=kept.keep_every)
+    facts = replace(facts, keep=asked.retention)
     batches = len(facts.items.ids) // int(before["data.train_batch_size"]) if facts.items and _is_count(
         before.get("data.train_batch_size")) else None
     stepping = plan.stepping(chosen.steps, before.get(plan.EPOCHS), batches)

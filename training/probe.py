@@ -269,10 +269,7 @@ def look(asked: Mapping[str, Any]) -> dict[str, Any]:
         "gpus": gpus(),
         "cpus": cpus(),
         "shm": shared_memory(),
-        "writable": {
-            place: os.access(place, os.W_OK)
-            for place in asked.get("writable") or ()
-        },
+        "unreachable": unreachable(asked["url"]) if asked.get("url") else None,
         "resolved": None,
         "hydra_error": None,
         "tokenizer_error": None,

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from tasks.lib.training.facts import Facts, Items, Model, Server
-from tasks.lib.training.rules import RULES, Case, check, saves
+from tasks.lib.training.rules import RULES, Case, check, saves, stored
+from training.retention import Rules
 
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -351,13 +352,19 @@ def test_saves_of_a_run() -> None:
     assert [saves(steps, 25) for steps in (1, 24, 25, 26, 50, 99)] == [1, 1, 1, 2, 2, 4]
 
 
-def test_pruning_needs_less_disk() -> None:
-    small = {"free_bytes": 3 * 92 * 10**9}
-    assert [one.id for one in check(case(**small)).findings] == ["disk"]
-    assert not check(case(keep=3, **small)).findings
-    steps = case(**small).steps()
-    assert not check(case(keep=2, keep_every=steps, **small)).findings  # one more stays
-    assert [one.id for one in check(case(keep=2, keep_every=max(1, steps // 3), **small)).findings] == ["disk"]
+def test_what_lies_on_the_disk_at_once() -> None:
+    assert stored(20, 25, None) == 240
+    # Two whole ones and the one that is written; the best and five multiples of 100 without optimizer; all merged.
+    assert stored(20, 25, Rules(2, 100, 1, 2)) == 3 * 12 + 6 * 4 + 20 * 2
+    assert stored(20, 25, Rules(2, 100, 1, 2, merged_too=True)) == 3 * 12 + 6 * 4 + 8 * 2
+    assert stored(1, 25, Rules(2, 100, 1, 2)) == 12 + 4 + 2
+
+
+def test_a_watcher_needs_less_disk() -> None:
+    long = {"trainer.total_epochs": 50, "trainer.total_training_steps": 501}
+    small = {"free_bytes": 100 * 7_615_616_512}
+    assert [one.id for one in check(case(long, **small)).findings] == ["disk"]
+    assert not check(case(long, keep=Rules(2, 100, 1, 2), **small)).findings
 
 
 def test_ids_name_rules_that_a_message_can_be_looked_up_by() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from training.folder import read_object
+from training.retention import Rules
 
 HEADER_BYTES = 100_000_000  # safetensors' own limit of a file's header
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -210,7 +211,7 @@ class Facts:
         folder: the run's, on this machine.
         free_bytes: of the disk that it is on.
         unwritable: where this user cannot write, though the run's folder is to be there.
-        keep: saves that a watcher lets lie on the disk at once, but for every `keep_every`th step's; None: all stay.
+        keep: what the watcher beside the run keeps; None: there is none, or it keeps everything.
         wandb_mode, wandb_key: where wandb would send the run, and whether it has a key.
     """
     model: Model | None = None
@@ -225,7 +226,6 @@ class Facts:
     folder: Path | None = None
     free_bytes: int | None = None
     unwritable: Path | None = None
-    keep: int | None = None
-    keep_every: int = 0
+    keep: Rules | None = None
     wandb_mode: str = "offline"
     wandb_key: bool = False

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tasks.lib.training.facts import Facts
+from training.retention import Rules
 
 # ppo_trainer.yaml's own values of what the rules read.
 DEFAULTS: dict[str, Any] = {
@@ -73,6 +74,7 @@ ARCHITECTURES = ("AquilaForCausalLM", "AquilaModel", "DeepseekV2ForCausalLM", "G
                  "LLaMAForCausalLM", "LlamaForCausalLM", "MistralForCausalLM", "Phi3ForCausalLM", "Qwen2ForCausalLM",
                  "Qwen2VLForConditionalGeneration", "Starcoder2ForCausalLM")
 BYTES_A_PARAMETER = 12  # float32 weights, and Adam's two moments
+BYTES_A_WEIGHT, BYTES_MERGED = 4, 2  # of a save without its optimizer, of a merged model in bfloat16
 SHM_A_GPU = 1 << 30  # NCCL's buffers and Ray's object store; the service's default is 32 GB
 # What the run's folder decides.
 RESERVED = ("trainer.default_local_dir", f"{ROLLOUT}.rollout_log_dir", "hydra.run.dir", "trainer.resume_from_path")
@@ -772,6 +774,22 @@ def saves(steps: int, often: int) -> int:
     return steps // often + (1 if steps % often else 0)
 
 
+def stored(saves: int, often: int, keep: Rules | None) -> float:
+    """Return how many bytes a parameter take that lie on the disk at once, at most.
+
+    Args:
+        saves: that the run writes, one every `often` steps.
+        keep: what a watcher keeps of them; None: all.
+    """
+    if keep is None:
+        return saves * BYTES_A_PARAMETER
+    whole = min(saves, keep.keep_optimizer + 1)  # and the one that is being written
+    every = saves * often // keep.keep_every if keep.keep_every else 0
+    kept = min(saves, max(keep.keep_last - keep.keep_optimizer, 0) + keep.keep_best + every)
+    merged = min(saves, keep.keep_last + keep.keep_best + every) if keep.merged_too else saves
+    return whole * BYTES_A_PARAMETER + kept * BYTES_A_WEIGHT + merged * BYTES_MERGED
+
+
 @rule
 def disk(case: Case) -> Iterator[Finding]:
     """float32 weights and Adam's two moments are 12 bytes a parameter in every save."""
@@ -781,12 +799,12 @@ def disk(case: Case) -> Iterator[Finding]:
     if case.facts.free_bytes is None:
         raise Undecided("the disk is not known")
     often = case.number("trainer.save_freq")
-    count = saves(case.steps(), often)
-    if case.facts.keep is not None:
-        every = case.facts.keep_every
-        count = min(count, case.facts.keep + (case.steps() // every if every else 0))
-    each = found.parameters * BYTES_A_PARAMETER
-    if count * each > case.facts.free_bytes:
-        yield Finding("disk", f"{count * each / 1e9:.0f} GB for {count} checkpoints of {each / 1e9:.3g} GB",
-                      f"{case.facts.free_bytes / 1e9:.0f} GB free at {case.facts.folder}",
-                      "free some, save less often (trainer.save_freq), or let `--watch` prune (--keep-last 2)")
+    count, keep = saves(case.steps(), often), case.facts.keep
+    wanted = found.parameters * stored(count, often, keep)
+    if wanted > case.facts.free_bytes:
+        pruned = " with what the watcher keeps and merges" if keep else f" of {found.parameters * BYTES_A_PARAMETER / 1e9:.3g} GB"
+        yield Finding(
+            "disk", f"{wanted / 1e9:.0f} GB for {count} checkpoints{pruned}",
+            f"{case.facts.free_bytes / 1e9:.0f} GB free at {case.facts.folder}",
+            "free some, or save less often (trainer.save_freq)" +
+            ("" if keep else ", or let a watcher prune: `--watch --watch-flags=--keep-last=2`"))
