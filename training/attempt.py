@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from training import checkpoints, machine, rollouts
+from training import checkpoints, machine
 from training.console import Lines, Steps, speaker
 from training.diagnosis import WAITS, Evidence
 from training.folder import RunFolder
+from training.rollouts import Errors, Played
 
 SHOWN_LINES = 20
 LINE_WIDTH = 2000  # characters of a line in state.json
@@ -46,9 +47,9 @@ class Attempt:
         self.last_lines: deque[str] = deque(maxlen=SHOWN_LINES)
         self.log_bytes = 0
         self.log_lost = 0
-        self.step_errors = 0  # of the step that is played
-        self.away_lines = 0
-        self.away_before = 0  # of the step before: lines of different processes come in no order
+        self.errors = Errors()  # said since the last step ended
+        self.errors_before = Errors()  # and before that: lines of different processes come in no order
+        self.doubtful: dict[int, tuple[Played, float]] = {}  # steps with trajectories that were cut off, and since when
         self.process: subprocess.Popen[bytes] | None = None
         self._lines, self._steps = Lines(), Steps()
         self._lock = threading.Lock()
@@ -126,11 +127,7 @@ class Attempt:
         who, said, times = speaker(line)
         if not self.begun and said.startswith(BEGINS):
             self.begun = True
-        error = rollouts.STEP_ERROR.search(said)
-        if error:
-            self.step_errors += times
-            if rollouts.AWAY.search(error["what"] or error["reset"] or ""):
-                self.away_lines += times
+        if self.errors.feed(said, times):
             return True  # it is survived, so it is no evidence for a death
         self.evidence.feed(said)
         self._note(self._steps.feed(who, said))
@@ -148,7 +145,7 @@ class Attempt:
             self.last_step, self.step_ended, self.begun = line.step, time.time(), True
             self.began = {**dict(list(self.began.items())[-2:]), line.step + 1: self.step_ended}
             self.evidence.step_done()
-            self.away_before, self.away_lines, self.step_errors = self.away_lines, 0, 0
+            self.errors_before, self.errors = self.errors, Errors()
             bad = tuple(key for key, value in line.metrics.items()
                         if not math.isfinite(value) and (key.startswith("actor/") or key in SCORES))
             if bad and self.nan is None:

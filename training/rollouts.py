@@ -23,6 +23,8 @@ AWAY = re.compile(r"Connection refused|Connection aborted|Connection reset|Remot
                   r"NewConnectionError|Read timed out|ConnectTimeout|Name or service not known|No route to host|"
                   r"Temporary failure in name resolution|Network is unreachable|Broken pipe|IncompleteRead|"
                   r"Reset Timeout|ConnectionError|Remote end closed")
+# What a client raises of an answer that is an error: an assertion without words, a field that is not there.
+ANSWERED = re.compile(r"|'[^']*'")
 # So many of a step's trajectories may fail at a server that is there, before the step counts as poisoned.
 TOLERATED = 0.2
 
@@ -100,13 +102,51 @@ class Window:
         return self.begin <= end and (self.end is None or self.end >= begin)
 
 
-def verdict(played: Played, windows: Sequence[Window], begin: float, end: float, away_lines: int = 0) -> str:
+@dataclass
+class Errors:
+    """How many trajectories of a step failed, by what the trainer said of it.
+
+    Attributes:
+        away: nobody answered.
+        answered: the environment answered with an error.
+        other: anything else, such as words of the model that a client cannot read.
+    """
+    away: int = 0
+    answered: int = 0
+    other: int = 0
+
+    def feed(self, line: str, times: int = 1) -> bool:
+        """Take note of a line; return whether it tells of a failure."""
+        match = STEP_ERROR.search(line)
+        if not match:
+            return False
+        what = match["what"] if match["what"] is not None else "Reset Timeout"
+        if AWAY.search(what):
+            self.away += times
+        elif ANSWERED.fullmatch(what.strip()):
+            self.answered += times
+        else:
+            self.other += times
+        return True
+
+    def plus(self, more: Errors) -> Errors:
+        """Return the sums."""
+        return Errors(self.away + more.away, self.answered + more.answered, self.other + more.other)
+
+
+def verdict(played: Played,
+            windows: Sequence[Window],
+            begin: float,
+            end: float,
+            errors: Errors,
+            all_said: bool = True) -> str:
     """Return why a step is poisoned, a clause; "" where it is not.
 
     Args:
         windows: when the server was away.
         begin, end: the time in which the step was played.
-        away_lines: how often the trainer said meanwhile that nobody answered.
+        errors: what the trainer said of it.
+        all_said: whether it has had time to; its lines come later than its files.
     """
     if not played.cut:
         return ""
@@ -115,8 +155,9 @@ def verdict(played: Played, windows: Sequence[Window], begin: float, end: float,
     if met is not None:
         how = {"restarted": "was restarted and lost its sessions", "unanswered": "did not answer"}
         return f"{share} because the environment's server {how.get(met.why, 'was away')}"
-    if away_lines:
+    if errors.away:
         return f"{share} because the environment's server did not answer"
-    if played.cut > TOLERATED * played.trajectories:
+    if played.cut > TOLERATED * played.trajectories and errors.other <= errors.answered and (errors.answered
+                                                                                             or all_said):
         return f"{share} because the environment's server answered with errors"
     return ""

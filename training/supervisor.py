@@ -22,8 +22,9 @@ from typing import Any
 from training import checkpoints, diagnosis, machine, raylogs, resume, rollouts
 from training.attempt import LINE_WIDTH, Attempt
 from training.diagnosis import Death, Facts
-from training.environment import Monitor, ask
+from training.environment import EVERY, Monitor, ask
 from training.folder import RunFolder, atomic_write
+from training.rollouts import Errors, Window
 from training.text import shown
 
 MISUSE, STOPPED = 2, 143
@@ -31,7 +32,8 @@ HEARTBEAT = 1.0  # seconds
 TICK = 0.1
 RAY_WAITS_SECONDS = 300.0
 LOOK = 0.5  # between two looks at the folder, which may be on a network
-LATE_SECONDS = 5.0  # between what one process of the trainer says and another
+# What the trainer says comes later than what it writes, and from different processes in no order.
+WORDS_SECONDS, LATE_SECONDS = 2.0, 5.0
 ORPHAN_SECONDS = 5.0  # for what the trainer started to end by itself
 GPUS_EVERY = 30.0
 
@@ -275,7 +277,7 @@ class Supervisor:
         self._progress(attempt)
         if death is None and not self.stop_signal:  # the last words, and the last trajectories
             death = diagnosis.diagnose(attempt.evidence, self._facts(attempt, code, 0)) if attempt.nan else None
-            poison = "" if death is not None else self._judge(attempt)
+            poison = "" if death is not None else self._judge(attempt, is_over=True)
             death = Death(diagnosis.ENVIRONMENT, poison) if poison else death
         if attempt.nan is not None:
             self._mark("nan_steps", attempt.nan[0])
@@ -388,7 +390,7 @@ class Supervisor:
                 return process.returncode, None
             if attempt.nan is not None:
                 return self._kill(attempt, self._facts(attempt, 1, 0))
-            if time.monotonic() - looked > LOOK or attempt.away_lines:
+            if time.monotonic() - looked > LOOK or attempt.errors.away:
                 looked = time.monotonic()
                 self._progress(attempt)
                 poison = self._judge(attempt)
@@ -420,13 +422,15 @@ class Supervisor:
         assert attempt.process is not None
         return attempt.process.returncode, diagnosis.diagnose(attempt.evidence, facts)
 
-    def _judge(self, attempt: Attempt) -> str:
+    def _judge(self, attempt: Attempt, is_over: bool = False) -> str:
         """Look for a step that learnt, or would, from what the environment did not say; return why the run is to end.
 
         The trajectories' files are written before the step is learnt from. "" where the run goes on.
+
+        Args:
+            is_over: the trainer has ended, and says no more.
         """
-        step, now = attempt.step, time.time()
-        windows = list(self.monitor.windows) if self.monitor is not None else []
+        step = attempt.step
         # One that was finished before its files were looked at, and the one that is played.
         for number in range(max(attempt.judged + 1, (attempt.resumed_from or 0) + 1, step - 1), step + 1):
             written = rollouts.count_files(self.folder.rollouts, number)
@@ -436,32 +440,49 @@ class Supervisor:
             if played is None:
                 continue
             attempt.judged = number
-            if played.cut and self.monitor is not None:  # it may have gone since the last look
-                self.monitor.look()
-                windows, now = list(self.monitor.windows), time.time()
-            why = rollouts.verdict(played, windows, attempt.began.get(number, attempt.started), now,
-                                   attempt.away_lines + attempt.away_before)
+            if played.cut:
+                attempt.doubtful[number] = (played, time.time())
+                if self.monitor is not None:  # it may have gone since the last look
+                    self.monitor.look()
+        for number in list(attempt.doubtful):
+            why = self._judge_cut(attempt, number, is_over)
             if why:
                 return self._poison(attempt, number, why)
-            if played.cut:
-                self._event("server_errors",
-                            attempt=attempt.number,
-                            step=number,
-                            cut=played.cut,
-                            trajectories=played.trajectories)
+        return self._judge_open(attempt)
+
+    def _judge_cut(self, attempt: Attempt, number: int, is_over: bool) -> str:
+        """Return why a step whose trajectories were cut off is poisoned, a clause; "" where it is not, or not yet."""
+        played, seen = attempt.doubtful[number]
+        waited = time.time() - seen
+        errors = attempt.errors if number == attempt.step else attempt.errors.plus(attempt.errors_before)
+        why = rollouts.verdict(played, self._windows(), attempt.began.get(number, attempt.started), seen + 2 * EVERY,
+                               errors, is_over or waited > WORDS_SECONDS)
+        if why:
+            del attempt.doubtful[number]
+            if number == attempt.step:
+                attempt.errors = Errors()
+        elif is_over or waited > LATE_SECONDS:
+            del attempt.doubtful[number]
+            self._event("server_errors",
+                        attempt=attempt.number,
+                        step=number,
+                        cut=played.cut,
+                        trajectories=played.trajectories)
+        return why
+
+    def _judge_open(self, attempt: Attempt) -> str:
+        """Return why the run is to end although no trajectory of the step is written yet."""
+        step, now = attempt.step, time.time()
         if attempt.judged >= step or not self._is_open(attempt):
             return ""
-        if attempt.away_lines:
-            before = rollouts.read(self.folder.rollouts, step - 1)
-            # Lines of different processes come in no order: these may be of the step before.
-            late = before is not None and before.cut and now - attempt.step_ended < LATE_SECONDS
-            number = step - 1 if late else step
-            attempt.judged = max(attempt.judged, number)
-            lines, attempt.away_lines = attempt.away_lines, 0
+        # Words that come so soon may be of the step before, whose files are there.
+        if attempt.errors.away and now - attempt.step_ended > WORDS_SECONDS:
+            lines, attempt.errors.away = attempt.errors.away, 0
+            attempt.judged = step
             trajectories = "a trajectory" if lines == 1 else f"{lines} trajectories"
-            return self._poison(attempt, number,
+            return self._poison(attempt, step,
                                 f"{trajectories} scored 0 because the environment's server did not answer")
-        for window in windows if not self.options.keeps_on else ():
+        for window in () if self.options.keeps_on else self._windows():
             lasts = window.end is None and window.why == "refused" and now - window.begin > self.options.env_lost_seconds
             # Where it went before the step began, nothing is open: the trainer tries for a while to open sessions.
             if window.begin > attempt.step_ended and (lasts or window.why == "restarted"):
@@ -469,6 +490,9 @@ class Supervisor:
                 attempt.judged = step
                 return self._poison(attempt, step, f"the environment's server {how} while its trajectories were open")
         return ""
+
+    def _windows(self) -> list[Window]:
+        return list(self.monitor.windows) if self.monitor is not None else []
 
     def _is_open(self, attempt: Attempt) -> bool:
         """Tell whether trajectories of the step that is played may be open."""

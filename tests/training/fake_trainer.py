@@ -102,6 +102,9 @@ def play(step: int) -> None:
             said = [{"role": "user", "content": "go"}, {"role": "assistant", "content": "OK"}]
             said += [{"role": "user", "content": "a ball"}, {"role": "assistant", "content": "look"}]
             good = not URL or request("/step")
+            if GIVEN.get("fake.do") == "unreadable" and step >= int(GIVEN["fake.at"]):
+                worker("Rollou step Error: Invalid action. item id = 7")
+                good = False
             time.sleep(float(GIVEN.get("fake.turn", 0)))
             if good:
                 said.append({"role": "user", "content": "nothing"})

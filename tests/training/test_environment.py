@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import threading
 
@@ -10,7 +11,7 @@ import pytest
 from tests.training.test_supervisor import served
 from training import rollouts
 from training.environment import Answer, Monitor, ask
-from training.rollouts import Played, Window, is_cut, verdict
+from training.rollouts import Errors, Played, Window, is_cut, verdict
 
 LOOK = [{"role": "user", "content": "go"}, {"role": "assistant", "content": "look"}]
 
@@ -73,37 +74,48 @@ def test_a_steps_files(tmp_path):
     assert rollouts.read(tmp_path, 5) is None
 
 
-@pytest.mark.parametrize("played, windows, lines, words", [
-    (Played(128, 0, 8), [Window(5, None, "refused")], 3, ""),
-    (Played(128, 1, 8), [Window(5, None, "refused")], 0, "1 of 128 trajectories scored 0 because .* was away"),
-    (Played(128, 1, 8), [Window(15, 16, "restarted")], 0, "restarted and lost its sessions"),
-    (Played(128, 1, 8), [Window(1, 2, "refused")], 0, ""),
-    (Played(128, 1, 8), [Window(30, None, "refused")], 0, ""),
-    (Played(128, 1, 8), [], 1, "did not answer"),
-    (Played(128, 25, 8), [], 0, ""),
-    (Played(128, 26, 8), [], 0, "answered with errors"),
-    (Played(8, 8, 2), [], 0, "8 of 8"),
+@pytest.mark.parametrize("played, windows, errors, words", [
+    (Played(128, 0, 8), [Window(5, None, "refused")], Errors(3), ""),
+    (Played(128, 1, 8), [Window(5, None, "refused")], Errors(), "1 of 128 trajectories scored 0 because .* was away"),
+    (Played(128, 1, 8), [Window(15, 16, "restarted")], Errors(), "restarted and lost its sessions"),
+    (Played(128, 1, 8), [Window(1, 2, "refused")], Errors(), ""),
+    (Played(128, 1, 8), [Window(30, None, "refused")], Errors(), ""),
+    (Played(128, 1, 8), [], Errors(away=1), "did not answer"),
+    (Played(128, 25, 8), [], Errors(answered=25), ""),
+    (Played(128, 26, 8), [], Errors(answered=26), "answered with errors"),
+    (Played(128, 26, 8), [], Errors(answered=2, other=24), ""),
+    (Played(8, 8, 2), [], Errors(), "8 of 8"),
 ],
-                         ids=range(9))
-def test_which_steps_are_poisoned(played, windows, lines, words):
-    import re
-    found = verdict(played, windows, begin=10.0, end=20.0, away_lines=lines)
+                         ids=range(10))
+def test_which_steps_are_poisoned(played, windows, errors, words):
+    found = verdict(played, windows, 10.0, 20.0, errors)
     assert re.search(words, found) if words else found == ""
 
 
-@pytest.mark.parametrize("line, item, away", [
-    ("Rollou step Error:  item id = 37", "37", False),
-    ("Rollou step Error: HTTPConnectionPool(host='127.0.0.1', port=36005): Max retries exceeded with url: /step "
-     "(Caused by NewConnectionError('Connection refused')) item id = 4", "4", True),
-    ("Rollou step Error: ('Connection aborted.', RemoteDisconnected('Remote end closed connection')) item id = 4", "4",
-     True),
-    ("Rollou step Error: HTTPConnectionPool(host='x', port=1): Read timed out. (read timeout=2400) item id = 4", "4",
-     True),
-    ("Rollou step Error: 'observation' item id = 4", "4", False),
+def test_many_errors_are_no_verdict_before_the_trainer_has_said_what_they_are():
+    assert verdict(Played(8, 8, 2), [], 10.0, 20.0, Errors(), all_said=False) == ""
+    assert verdict(Played(8, 8, 2), [], 10.0, 20.0, Errors(answered=1), all_said=False)
+
+
+REFUSED = ("HTTPConnectionPool(host='127.0.0.1', port=36005): Max retries exceeded with url: /step (Caused by "
+           "NewConnectionError('Connection refused'))")
+
+
+@pytest.mark.parametrize("line, expected", [
+    ("Rollou step Error:  item id = 37", Errors(answered=2)),
+    (f"Rollou step Error: {REFUSED} item id = 4", Errors(away=2)),
+    ("Rollou step Error: ('Connection aborted.', RemoteDisconnected('Remote end closed')) item id = 4", Errors(away=2)),
+    ("Rollou step Error: HTTPConnectionPool(host='x', port=1): Read timed out. (read timeout=2400) item id = 4",
+     Errors(away=2)),
+    ("Rollou step Error: 'observation' item id = 4", Errors(answered=2)),
+    ("Rollou step Error: Invalid action. item id = 4", Errors(other=2)),
+    ("Reset Timeout: Webarena Env Timeout. item id = 4", Errors(away=2)),
+    ("Rollout of item id = 4", Errors()),
 ])
-def test_what_the_trainer_says_of_a_failed_step(line, item, away):
-    match = rollouts.STEP_ERROR.search(line)
-    assert match and match["item"] == item and bool(rollouts.AWAY.search(match["what"])) is away
+def test_what_the_trainer_says_of_a_failed_step(line, expected):
+    errors = Errors()
+    assert errors.feed(line, 2) is (expected != Errors()) and errors == expected
+    assert errors.plus(errors) == Errors(2 * expected.away, 2 * expected.answered, 2 * expected.other)
 
 
 def test_our_own_server_tells_its_sessions_and_others_only_that_they_are_there():

@@ -517,6 +517,27 @@ def test_a_server_that_answers_with_errors_poisons_too(run):
     assert attempt["cause"] == "environment" and "scored 0 because" in attempt["reason"]
 
 
+def test_words_that_a_client_cannot_read_are_the_models_fault_and_no_poison(run):
+    with served() as server:
+        folder = played_against(run, server, "fake.do=unreadable", "fake.at=2", steps=4)
+        code, said = supervise(folder)
+    assert code == 0, said
+    assert folder.read()["poisoned"] == [] and events(folder, "server_errors")[0]["cut"] == 4
+
+
+def test_a_server_that_fails_a_few_steps_is_named_and_nothing_is_ended(run):
+    with served(ours=False) as server:
+        folder = played_against(run, server, "fake.trajectories=8", steps=4)
+        supervisor = begin(folder)
+        until(lambda: len(folder.read_metrics()) >= 1)
+        before = server.steps
+        server.fails = True
+        until(lambda: server.steps > before)
+        server.fails = False
+        assert supervisor.wait(60) == 0
+    assert folder.read()["poisoned"] == [] and len(events(folder, "server_errors")) == 1
+
+
 def test_who_wants_to_goes_on_and_the_step_is_named(run):
     with served() as server:
         folder = played_against(run, server, steps=6, options={"on_env_loss": "continue"})
