@@ -85,6 +85,12 @@ def later(folder: Path, step: int) -> list[str]:
     return [name for name in names if (found := FOLDER.fullmatch(name)) and int(found[1]) > step]
 
 
+def last(folder: Path, count: int) -> list[tuple[int, Played]]:
+    """Return the last `count` steps that are written, the latest first, and their trajectories."""
+    numbers = sorted((int(name.removeprefix("step")) for name in later(folder, 0)), reverse=True)[:count]
+    return [(number, played) for number in numbers if (played := read(folder, number)) is not None]
+
+
 @dataclass(frozen=True)
 class Window:
     """A time in which the environment's server was away, or lost its sessions.

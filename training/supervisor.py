@@ -115,7 +115,7 @@ class Supervisor:
             return 0
         retries = 0
         while True:
-            number = 1 + max((found.get("number", 0) for found in run["attempts"]), default=0)
+            number = 1 + max((found.get("number", 0) for found in run.get("attempts") or ()), default=0)
             death, code = self._one(run,
                                     number,
                                     waits=self.options.env_wait_seconds if retries else self.options.env_start_seconds)
@@ -164,9 +164,14 @@ class Supervisor:
         if isinstance(trainer, dict) and machine.lives(trainer):
             say(f"the trainer of an earlier supervisor still runs (process {trainer['pid']}); ending it")
             self._end_process(int(trainer["pid"]))
-        opened = [found for found in run.get("attempts", []) if found.get("ended") is None]
+        opened = [found for found in run.get("attempts") or () if found.get("ended") is None]
         if not opened:
             return run
+        for number, played in rollouts.last(self.folder.rollouts, 2):  # nobody may have looked at them
+            if number > (opened[-1].get("resumed_from") or 0) and rollouts.verdict(played, (), 0, 0, rollouts.Errors()):
+                self._mark("poisoned", number)
+                self._event("poisoned", attempt=opened[-1].get("number"), step=number, goes_on=self.options.keeps_on)
+        run = self.folder.read()
         same_boot = state.get("boot_id") == machine.boot_id()
         reason = "the supervisor was killed, or its container was" if same_boot else "the machine was restarted"
         last = max(self.folder.read_metrics(1 << 20), default=None)
@@ -215,7 +220,7 @@ class Supervisor:
         step = plan.step
         resumed = step.number if step is not None else None
         fresh = number == 1 and step is None
-        argv = [*run["command"], *run["overrides"], *resume.resume_overrides(run, step)]
+        argv = [*run["command"], *(run.get("overrides") or ()), *resume.resume_overrides(run, step)]
         self.note = ""
         for passed in plan.passed_over:
             say(f"passed over: {passed}")
@@ -279,6 +284,8 @@ class Supervisor:
             death = diagnosis.diagnose(attempt.evidence, self._facts(attempt, code, 0)) if attempt.nan else None
             poison = "" if death is not None else self._judge(attempt, is_over=True)
             death = Death(diagnosis.ENVIRONMENT, poison) if poison else death
+        elif death is None:
+            self._judge(attempt, is_over=True)  # a machine that goes down may take the environment first
         if attempt.nan is not None:
             self._mark("nan_steps", attempt.nan[0])
         if death is None and (self.stop_signal or (code == 0 and self._is_complete(attempt))):

@@ -307,6 +307,19 @@ def test_a_killed_supervisor_takes_the_trainer_along_and_the_next_one_goes_on(ru
     assert second["resumed_from"] in (2, 4) and list(folder.read_metrics()) == list(range(1, 10))
 
 
+def test_poison_that_nobody_looked_at_any_more_is_found_by_the_next_supervisor(run):
+    folder = make(run, attempts=[{"number": 1, "started": 1.0, "ended": None, "state": "running"}])
+    for number in (2, 4):
+        checkpoint(run, number)
+        place = run / "rollouts" / f"step{number}"
+        place.mkdir(parents=True)
+        said = [{"role": "assistant", "content": "look"}]
+        (place / "0.json").write_text(json.dumps([{"conversations": said, "reward": 0 if number == 4 else 1}]))
+    code, said = supervise(folder)
+    assert code == 0 and "global_step_4: step 4 was poisoned" in said
+    assert folder.read()["attempts"][1]["resumed_from"] == 2 and folder.read()["poisoned"] == []
+
+
 def test_what_a_reboot_left_is_closed_as_that(run):
     folder = make(run)
     checkpoint(run, 4)
