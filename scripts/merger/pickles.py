@@ -16,6 +16,7 @@ from merger.foreign.text import printable
 from merger.foreign.values import as_count, as_list, as_shape, shown
 
 DISTRIBUTED = "torch.distributed"
+NPU_FORMAT = "torch_npu.npu._format.Format"  # an enumeration
 DEVICE_NAME = re.compile(r"[a-z]{2,20}(:\d{1,4})?", re.ASCII)
 # Classes that verl's checkpoints mention. Their modules moved between torch 2.4 and 2.13 (`_tensor` became `tensor`,
 # `_shard` stayed), so any home below torch.distributed will do.
@@ -160,6 +161,23 @@ def _rebuild_tensor_v3(storage: Any,
     return tensor
 
 
+def _rebuild_npu_tensor(storage: Any, offset: Any, shape: Any, stride: Any, grad: Any, hooks: Any, info: Any) -> TensorRef:
+    """Read a tensor of an Ascend NPU: saved in plain strides, with the format that the device keeps it in (ND, 2, …)."""
+    if type(info) not in (bool, int) and not isinstance(info, RECORDS[NPU_FORMAT]):
+        raise pickle.UnpicklingError(f"an NPU's tensor of the format {shown(info)}")
+    return _rebuild_tensor_v2(storage, offset, shape, stride, grad, hooks)
+
+
+def _rebuild_device_tensor(data: Any, dtype: Any, device: Any, grad: Any) -> TensorRef:
+    """Read a tensor of a device without storages of its own (XLA, MTIA, HPU, …), saved as the CPU's."""
+    if not isinstance(data, TensorRef) or not _is_dtype(dtype) or data.dtype != dtype:
+        raise pickle.UnpicklingError("a device's tensor that is not the CPU's")
+    if type(device) is not str or not DEVICE_NAME.fullmatch(device):
+        raise pickle.UnpicklingError("a device of no name")
+    _check_extras(data.dtype, grad, None)
+    return data
+
+
 def _check_extras(dtype: str, grad: Any, hooks: Any, metadata: Any = None) -> None:
     """Refuse what torch does, and metadata: a bit of it may negate or conjugate all elements."""
     if type(grad) is not bool or (grad and "float" not in dtype) or not _is_empty(hooks) or not _is_empty(metadata):
@@ -210,7 +228,7 @@ def _getattr(owner: Any, name: Any) -> Any:
     """
     if owner is RECORDS["ShardedTensor"] and name == "ProcessGroupState":
         return RECORDS[name]
-    if owner is RECORDS["MEM_FORMAT_ENCODING"] and isinstance(name, str):
+    if owner in (RECORDS["MEM_FORMAT_ENCODING"], RECORDS[NPU_FORMAT]) and isinstance(name, str):
         return owner(name)
     raise MergeError(f"looks up {shown(name)}, which no checkpoint needs; it may run code, so it was not read")
 
@@ -238,6 +256,8 @@ FUNCTIONS = {
     "torch._utils._rebuild_tensor_v2": Function(_rebuild_tensor_v2),
     "torch._utils._rebuild_tensor_v3": Function(_rebuild_tensor_v3),
     "torch._utils._rebuild_parameter": Function(_rebuild_parameter),
+    "torch._utils._rebuild_device_tensor_from_cpu_tensor": Function(_rebuild_device_tensor),
+    "torch_npu.utils.storage._rebuild_npu_tensor": Function(_rebuild_npu_tensor),
     "torch._utils._rebuild_wrapper_subclass": Function(_rebuild_wrapper_subclass),
     "torch._tensor._rebuild_from_type_v2": Function(_rebuild_from_type_v2),
     "__builtin__.getattr": Function(_getattr),
@@ -249,6 +269,7 @@ RECORDS = {
         name: _Sealed(name, (Record, ), {"__slots__": ()})
         for name in DISTRIBUTED_NAMES
     },
+    NPU_FORMAT: _Sealed("Format", (Record, ), {"__slots__": ()}),
     "torch.Tensor": _Sealed("Tensor", (Record, ), {"__slots__": ()}),
     "torch.storage.UntypedStorage": _Sealed("UntypedStorage", (Record, ), {"__slots__": ()}),
     "torch.nn.parameter.Parameter": _Sealed("Parameter", (Record, ), {"__slots__": ()}),
@@ -265,6 +286,8 @@ class _Unpickler(pickle.Unpickler):
             return FUNCTIONS[full]
         if full in RECORDS:
             return RECORDS[full]
+        if full == "torch_npu.npu.Format":
+            return RECORDS[NPU_FORMAT]
         if name in DISTRIBUTED_NAMES and (module == DISTRIBUTED or module.startswith(DISTRIBUTED + ".")):
             return RECORDS[name]
         if module == "torch" and name in DTYPES:

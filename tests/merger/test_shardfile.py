@@ -2,6 +2,7 @@
 import argparse
 import collections
 import contextlib
+import enum
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import types
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -508,3 +510,91 @@ def test_files_that_were_saved_without_checksums_are_read_and_not_compared(tmp_p
         torch.serialization.set_crc32_options(True)
     run = merge("--local-dir", tmp_path, "--save-dir", tmp_path / "out", "--verify")
     assert run.code == 0, run.err
+
+
+# Tensors of other devices, in the forms that their packages pickle
+
+
+class Format(enum.IntEnum):
+    """Stands for torch_npu's enumeration of storage formats."""
+    ND = 2
+    FRACTAL_NZ = 29
+
+
+def _rebuild_npu_tensor(*_: Any) -> None:
+    """Stands for torch_npu's."""
+
+
+FORMATS: dict[str, Any] = {"a number": 2, "a flag": True, "a member by value": Format.ND, "a member by name": "by name"}
+
+
+class ByName:
+    """A member of the enumeration as Python 3.11.0 to 3.11.3 pickles it."""
+
+    def __reduce__(self) -> Any:
+        return getattr, (Format, "FRACTAL_NZ")
+
+
+@pytest.mark.parametrize("home", ["torch_npu.npu._format", "torch_npu.npu"])
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_tensor_of_an_ascend_npu_is_read(form: str, home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, module, thing in (("_rebuild_npu_tensor", "torch_npu.utils.storage", _rebuild_npu_tensor), ("Format", home, Format)):
+        parts = module.split(".")
+        for count in range(1, len(parts) + 1):
+            parent = ".".join(parts[:count])
+            if parent not in sys.modules:
+                monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
+        setattr(sys.modules[module], name, thing)
+        monkeypatch.setattr(thing, "__module__", module)
+    info = ByName() if form == "a member by name" else FORMATS[form]
+
+    def reduce(self: torch.Tensor, _: int) -> Any:
+        storage = torch.storage.TypedStorage(wrap_storage=self.untyped_storage(), dtype=self.dtype, _internal=True)
+        return _rebuild_npu_tensor, (storage, self.storage_offset(), tuple(self.size()), self.stride(), False,
+                                     collections.OrderedDict(), info)  # yapf: disable
+
+    whole = torch.arange(6.0).reshape(2, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "__reduce_ex__", reduce)
+        torch.save({"x": whole}, tmp_path / "model_world_size_1_rank_0.pt")
+    assert b"torch_npu" in (tmp_path / "model_world_size_1_rank_0.pt").read_bytes()
+    read_as(tmp_path, whole)
+
+
+@pytest.mark.parametrize("device", ["xla:0", "mtia:1", "hpu:0", "ort:0"])
+def test_a_tensor_that_a_device_saves_as_the_cpu_s_is_read(device: str, tmp_path: Path) -> None:
+    whole = torch.arange(6.0).reshape(2, 3)
+
+    class OnDevice(torch.Tensor):
+
+        def __reduce_ex__(self, _: Any) -> Any:
+            plain = self.as_subclass(torch.Tensor)
+            return torch._utils._rebuild_device_tensor_from_cpu_tensor, (plain, plain.dtype, device, False)
+
+    torch.save({"x": whole.as_subclass(OnDevice)}, tmp_path / "model_world_size_1_rank_0.pt")
+    read_as(tmp_path, whole)
+
+
+@pytest.mark.parametrize("device", ["xpu:0", "musa:3", "npu:0", "privateuseone:0"])
+def test_a_storage_s_device_does_not_matter(device: str, tmp_path: Path) -> None:
+    from tests.merger.merging import rewrite_pickle
+    whole, path = torch.arange(6.0).reshape(2, 3), tmp_path / "model_world_size_1_rank_0.pt"
+    torch.save({"x": whole}, path)
+    rewrite_pickle(path, lambda data: data.replace(b"X\x03\0\0\0cpu", b"X" + len(device).to_bytes(4, "little") + device.encode()))
+    assert device.encode() in path.read_bytes()
+    read_as(tmp_path, whole)
+
+
+def read_as(folder: Path, whole: torch.Tensor) -> None:
+    from merger.checkpoint import read_checkpoint
+    from merger.copying import Sources
+    checkpoint = read_checkpoint(find_checkpoint([str(folder)]))
+    with Sources(checkpoint) as sources:
+        assert torch.equal(torch.from_numpy(sources.read_tensor(checkpoint.tensors["x"])), whole)
+
+
+@pytest.mark.parametrize("name", ["torch_npu.utils.storage._rebuild_other", "torch_npu.npu.Other", "torch_xla.core._rebuild"])
+def test_what_else_a_device_s_package_has_is_not_run(name: str) -> None:
+    module, _, function = name.rpartition(".")
+    with pytest.raises(MergeError, match="which no checkpoint needs"):
+        pickles.load(f"c{module}\n{function}\n.".encode())
