@@ -100,6 +100,10 @@ def run_in_container(c: Context, folders: list[str], save_dir: str, gpus: str, f
                 f"cannot make {Path(save_dir).parent}: {error.strerror}; choose another --save-dir") from None
     translation = Translation(ROOT)
     inside = [translation.path(folder) for folder in folders]
+    if config_dir := flags.get("config_dir"):
+        if not Path(str(config_dir)).is_dir():
+            raise UserError(f"no folder {config_dir}; give --config-dir the base model's folder")
+        flags = {**flags, "config_dir": translation.path(str(config_dir))}
     save_inside = translation.output(save_dir) if save_dir else ""
     containers.run(c,
                    "scripts", ["python", PROGRAM_INSIDE, *merger_args(inside, save_dir=save_inside, **flags)],
@@ -107,36 +111,58 @@ def run_in_container(c: Context, folders: list[str], save_dir: str, gpus: str, f
                    volumes=translation.volumes)
 
 
-@task(default=True,
-      positional=[],
-      auto_shortflags=False,
-      iterable=["local_dir", "allow"],
-      help={
-          "local_dir": LOCAL_DIR_HELP,
-          "save_dir": SAVE_DIR_HELP,
-          "hf_upload_path":
-          "Hub repository, user/name, to upload to; it loses other weights (default: $HF_UPLOAD_PATH, then no upload).",
-          "private": "Create the Hub repository as a private one; stop where it is public.",
-          "dtype": "bfloat16, float16, float32 or keep (default: bfloat16). Integer and boolean tensors keep theirs.",
-          "device": "auto (the CPU), cpu, cuda or cuda:N (default: auto).",
-          "max_shard_size": "Largest output file, such as 5GB (default: 5GB).",
-          "threads": "Copying threads (default: 4).",
-          "lora": "What to do with LoRA weights: adapter or fuse (default: stop and say so).",
-          "lora_alpha": "LoRA's alpha, where neither lora_train_meta.json nor lora_adapter/adapter_config.json has it.",
-          "allow": "Accept a finding: keys (they do not fit the config), nonfinite (NaN, infinite) or buffers (they differ between "
-          "ranks; the lowest rank's are taken). Repeatable.",
-          "tied_weights": "Where tied weights differ: keep both, or drop the copy (default: stop and say so).",
-          "verify": "Read the result again and compare it with the shards, tensor by tensor.",
-          "force": "Replace weights that are already in the save folder.",
-          "dry_run": "Plan and check only; write nothing.",
-          "json": "Print the summary as one JSON object.",
-          "trust_remote_code": "Let transformers run the checkpoint's own code when checking the keys.",
-          "runner": RUNNER_HELP,
-          "gpus": GPUS_HELP,
-      })
+@task(
+    default=True,
+    positional=[],
+    auto_shortflags=False,
+    iterable=["local_dir", "allow"],
+    help={
+        "local_dir":
+        LOCAL_DIR_HELP,
+        "save_dir":
+        SAVE_DIR_HELP,
+        "config_dir":
+        "Folder with the base model's config.json and tokenizer, where the checkpoint has none.",
+        "hf_upload_path":
+        "Hub repository, user/name, to upload to; it loses other weights (default: $HF_UPLOAD_PATH, then no upload).",
+        "private":
+        "Create the Hub repository as a private one; stop where it is public.",
+        "dtype":
+        "bfloat16, float16, float32 or keep (default: bfloat16). Integer and boolean tensors keep theirs.",
+        "device":
+        "auto (the CPU), cpu, cuda or cuda:N (default: auto).",
+        "max_shard_size":
+        "Largest output file, such as 5GB (default: 5GB).",
+        "threads":
+        "Copying threads (default: 4).",
+        "lora":
+        "What to do with LoRA weights: adapter or fuse (default: stop and say so).",
+        "lora_alpha":
+        "LoRA's alpha, where neither lora_train_meta.json nor lora_adapter/adapter_config.json has it.",
+        "allow":
+        "Accept a finding: keys (they do not fit the config), nonfinite (NaN, infinite) or buffers (they differ between "
+        "ranks; the lowest rank's are taken). Repeatable.",
+        "tied_weights":
+        "Where tied weights differ: keep both, or drop the copy (default: stop and say so).",
+        "verify":
+        "Read the result again and compare it with the shards, tensor by tensor.",
+        "force":
+        "Replace weights that are already in the save folder.",
+        "dry_run":
+        "Plan and check only; write nothing.",
+        "json":
+        "Print the summary as one JSON object.",
+        "trust_remote_code":
+        "Let transformers run the checkpoint's own code when checking the keys.",
+        "runner":
+        RUNNER_HELP,
+        "gpus":
+        GPUS_HELP,
+    })
 def run(c: Context,
         local_dir: list[str] | None = None,
         save_dir: str = "",
+        config_dir: str = "",
         hf_upload_path: str = "",
         private: bool = False,
         dtype: str = "",
@@ -160,6 +186,7 @@ def run(c: Context,
                local_dir,
                save_dir=resolve_path("SAVE_DIR", save_dir),
                gpus=gpus,
+               config_dir=os.path.expanduser(config_dir),
                hf_upload_path=resolve("HF_UPLOAD_PATH", hf_upload_path),
                private=private,
                dtype=dtype,

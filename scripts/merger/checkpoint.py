@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from merger import MergeError
-from merger.discover import RankFiles
+from merger.discover import RankFiles, earlier_whole
 from merger.dtypes import itemsize
 from merger.foreign.limits import each
 from merger.layout import Box, tiling_fault
@@ -93,6 +93,21 @@ class Checkpoint:
 
 
 def read_checkpoint(files: RankFiles, allow_buffers: bool = False) -> Checkpoint:
+    """Read the ranks' files as `_read` does, and name an earlier step that is whole where this one is not.
+
+    Raises:
+        MergeError: see `_read`.
+    """
+    try:
+        return _read(files, allow_buffers)
+    except MergeError as error:
+        whole = earlier_whole(files.folders[0]) if "missing: rank" in str(error) or "truncated" in str(error) else None
+        if whole is None:
+            raise
+        raise MergeError(f"{error}; the step in {whole} is whole") from error
+
+
+def _read(files: RankFiles, allow_buffers: bool) -> Checkpoint:
     """Read the directories and pickles of all rank files and check them against each other.
 
     Memory: one rank's pickle (about 3 KB a tensor) and 12 bytes a tensor and rank; of tensors, only copies are

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from merger import DTYPES, MergeError, __version__
+from merger.filenames import TRACKER
 from merger.foreign.text import printable
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 MISUSE, INTERRUPTED, TERMINATED = 2, 130, 143
 NOTHING = "nothing was changed"
+SMALLEST = 10_000  # bytes that somebody means who names no unit
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -34,6 +36,8 @@ def byte_count(text: str) -> int:
     count = float(match[1]) * unit if match and unit else 0.0
     if not 1 <= count < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r:.80} is no size; write it like 5GB or 500MB")
+    if match and not match[2] and count < SMALLEST:
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is a size in bytes; is {match[1]}GB meant?")
     return int(count)
 
 
@@ -92,19 +96,22 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--local-dir",
-        "--local_dir",
         type=folder_name,
         action="append",
         required=True,
         metavar="DIR",
         help="checkpoint folder, such as saves/x/global_step_100/actor; repeat it for ranks in several folders")
     p.add_argument("--save-dir",
-                   "--save_dir",
-                   "--target_dir",
+                   "--target-dir",
                    type=folder_name,
                    metavar="DIR",
                    help="folder for the merged model (default: LOCAL_DIR/huggingface, or LOCAL_DIR/lora_adapter with "
                    "--lora adapter)")
+    p.add_argument("--config-dir",
+                   "--hf-model-path",
+                   type=folder_name,
+                   metavar="DIR",
+                   help="folder with the base model's config.json and tokenizer, where the checkpoint has none")
     p.add_argument("--dtype",
                    choices=DTYPES,
                    default="bfloat16",
@@ -145,10 +152,7 @@ def parser() -> argparse.ArgumentParser:
                    help="read sources and result again: checksums, every element (of fused LoRA: within the rounding), "
                    "and the model's keys")
     p.add_argument("--force", action="store_true", help="replace weights that are already in the save folder")
-    p.add_argument("--hf-upload-path",
-                   "--hf_upload_path",
-                   metavar="USER/NAME",
-                   help="Hub repository to upload to; it loses other weights")
+    p.add_argument("--hf-upload-path", metavar="USER/NAME", help="Hub repository to upload to; it loses other weights")
     p.add_argument("--private",
                    action="store_true",
                    help="create that repository as a private one; stop where it is public")
@@ -157,13 +161,26 @@ def parser() -> argparse.ArgumentParser:
     mode.add_argument("--dry-run", action="store_true", help="check and plan; write nothing")
     mode.add_argument("--inspect", action="store_true", help="show mesh, ranks, tensors and faults")
     mode.add_argument("--verify-only", action="store_true", help="compare a merged folder with its shards")
+    p.add_argument("--backend", choices=("fsdp", ), default="fsdp", help=argparse.SUPPRESS)  # of verl's command line
     p.add_argument("--version", action="version", version=f"model_merger {__version__}")
     return p
 
 
+def plain_words(words: Sequence[str]) -> list[str]:
+    """Return a command line as we spell it, from verl's spelling: a leading `merge`, underscores in flags.
+
+    >>> plain_words(["merge", "--local_dir", "a_b", "--target_dir=c_d"])
+    ['--local-dir', 'a_b', '--target-dir=c_d']
+    """
+    words = list(words)[1:] if words[:1] == ["merge"] else list(words)
+    flags = [word.partition("=") for word in words]
+    return ["".join((name.replace("_", "-"), sign, value)) if name.startswith("--") else name + sign + value
+            for name, sign, value in flags]  # yapf: disable
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the merger; return its exit code."""
-    args = parser().parse_args(argv)
+    args = parser().parse_args(plain_words(sys.argv[1:] if argv is None else argv))
     signal.signal(signal.SIGTERM, _terminate)
     _prepare_streams()
     _raise_file_limit()
@@ -248,6 +265,7 @@ def _run(args: argparse.Namespace) -> int:
     from merger.job import Options
     options = Options(local_dirs=tuple(args.local_dir),
                       save_dir=args.save_dir,
+                      config_dir=args.config_dir,
                       dtype=args.dtype,
                       device=args.device,
                       max_shard_size=args.max_shard_size,
@@ -303,9 +321,18 @@ def _inspect_rows(facts: dict[str, Any]) -> "Rows":
         ("mesh", show.mesh_text(facts["meshes"])),
         ("tensors", f"{facts['tensors']:,}, {show.count_text(facts['parameters'])} elements"),
         ("size", show.size_text(facts["bytes"])),
+        ("resume", _resume_text(facts["resume"], facts["world_size"])),
         ("notes", facts["notes"] or "none"),
         ("problems", facts["problems"] or "none"),
     ]
+
+
+def _resume_text(resume: dict[str, Any], world_size: int) -> str:
+    """Return in a line whether a training could go on from the checkpoint."""
+    lacking = [f"{kind} of {world_size - resume[kind]} ranks" for kind in ("model", "optim", "extra_state")
+               if resume[kind] < world_size]  # yapf: disable
+    lacking += [what for key, what in (("data", "data.pt"), ("tracker", TRACKER)) if not resume[key]]
+    return ("yes" if resume["possible"] else "no") + (f"; not there: {', '.join(lacking)}" if lacking else "")
 
 
 def _plan_rows(plan: dict[str, Any]) -> "Rows":

@@ -7,12 +7,23 @@ from itertools import islice
 from pathlib import Path
 
 from merger import MergeError
-from merger.filenames import FSDP_CONFIG, LORA_FOLDER, MODEL_FOLDER, RANK_FILE, RANK_PATTERN, ROLES, STEP_FOLDER
+from merger.filenames import (
+    CONFIG,
+    FSDP_CONFIG,
+    LORA_FOLDER,
+    MODEL_FOLDER,
+    RANK_FILE,
+    RANK_PATTERN,
+    ROLES,
+    STEP_FOLDER,
+    TRACKER,
+)
 from merger.foreign.documents import read_object
-from merger.foreign.files import Seen
+from merger.foreign.files import Seen, check_regular
 from merger.foreign.values import shown
 
 MOST_RANKS = 1 << 20
+END_BYTES = 22  # of a zip archive without a comment, as torch writes it
 LISTED = 8  # of the ranks that are missing: a name may claim a world of any size
 
 
@@ -26,12 +37,14 @@ class RankFiles:
         paths: the file of each rank that was found.
         notes: what was chosen on the user's behalf.
         seen: what they and all that lies beside them were when they were found.
+        configs: folders that were named too, and hold a config and no ranks.
     """
     folders: tuple[Path, ...]
     world_size: int
     paths: dict[int, Path]
     notes: list[str] = field(default_factory=list)
     seen: Seen = field(default_factory=Seen, compare=False)
+    configs: tuple[Path, ...] = ()
 
     @property
     def missing(self) -> list[int]:
@@ -57,14 +70,18 @@ def find_checkpoint(local_dirs: Sequence[str]) -> RankFiles:
     """
     notes: list[str] = []
     folders: list[Path] = []
+    configs = [Path(name) for name in local_dirs if len(local_dirs) > 1 and _is_config_folder(Path(name))]
     for name in local_dirs:
-        folder = _checkpoint_folder(Path(name), notes)
+        if Path(name) in configs[:len(local_dirs) - 1]:  # with the config that the ranks' folders lack
+            continue
+        folder = _checkpoint_folder(Path(name), notes, len(local_dirs) == 1)
         if os.path.realpath(folder) not in map(os.path.realpath, folders):
             folders.append(folder)
     _check_same(folders)
     seen = Seen()
     for folder in folders:  # before any file is read, so that none of another step is taken for one of this
         seen.survey(path for place in (folder, folder / MODEL_FOLDER, folder / LORA_FOLDER) for path in _paths(place))
+    seen.survey(path for folder in configs for path in _paths(folder))
     files = [(folder / name, int(match[1]), int(match[2])) for folder in folders for name in _names(folder)
              if (match := RANK_FILE.fullmatch(name))]
     world_size = _world_size(folders, {world for _, world, _ in files}, seen)
@@ -83,7 +100,7 @@ def find_checkpoint(local_dirs: Sequence[str]) -> RankFiles:
     if not paths:
         raise MergeError(f"no model_world_size_{world_size}_rank_*.pt in {folders[0]}, though {FSDP_CONFIG} names "
                          f"world size {world_size}; copy the ranks' files there")
-    return RankFiles(tuple(folders), world_size, paths, notes, seen)
+    return RankFiles(tuple(folders), world_size, paths, notes, seen, tuple(configs))
 
 
 def _check_same(folders: Sequence[Path]) -> None:
@@ -126,13 +143,29 @@ def _world_size(folders: Sequence[Path], found: set[int], seen: Seen) -> int:
     return found.pop()
 
 
-def _checkpoint_folder(folder: Path, notes: list[str]) -> Path:
-    """Return the folder at or below `folder` that holds rank files, noting what was chosen."""
-    if folder.name == MODEL_FOLDER:
-        raise MergeError(f"--local-dir {folder} is a folder for merged weights; did you mean {folder.parent}?")
+def _is_config_folder(folder: Path) -> bool:
+    return (folder / CONFIG).is_file() and not any(_has_ranks(folder / name) for name in ("", *ROLES))
+
+
+def _checkpoint_folder(folder: Path, notes: list[str], alone: bool = True) -> Path:
+    """Return the folder at or below `folder` that holds rank files, noting what was chosen.
+
+    Raises:
+        MergeError: there is none; or the last of several steps, where it holds the ranks `alone`, is not whole.
+    """
+    if "://" in str(folder) or re.match(r"(s3|gs|hdfs|az|https?):/", str(folder)):
+        raise MergeError(f"--local-dir {folder} is an address, not a folder; copy the checkpoint to this machine first")
     names = _names(folder)
     if any(RANK_FILE.fullmatch(name) for name in names):
         return folder
+    if folder.name == MODEL_FOLDER and not any(STEP_FOLDER.fullmatch(name) for name in names):
+        if _has_ranks(folder.parent):
+            raise MergeError(f"--local-dir {folder} is a folder for merged weights; did you mean {folder.parent}?")
+        raise MergeError(_explain(folder, names))
+    policy = next((name for name in ("policy", "actor/policy") if _has_ranks(folder / name)), None)
+    if policy:  # SkyRL's
+        notes.append(f"took {folder / policy}")
+        return folder / policy
     roles = [role for role in ROLES if _has_ranks(folder / role)]
     if roles:
         other = f"; for the {roles[1]} pass {folder / roles[1]}" if len(roles) > 1 else ""
@@ -142,23 +175,125 @@ def _checkpoint_folder(folder: Path, notes: list[str]) -> Path:
         int(match[1]) for name in names
         if (match := STEP_FOLDER.fullmatch(name)) and any(_has_ranks(folder / name / role) for role in ("", *ROLES)))
     if steps:
+        last = folder / f"global_step_{steps[-1]}"
         if len(steps) > 1:
-            notes.append(f"took the last of the steps {', '.join(map(str, steps))}; for another pass its folder")
-        return _checkpoint_folder(folder / f"global_step_{steps[-1]}", notes)
+            fault, whole = _fault(_ranks_of(last)), earlier_whole(last)
+            if alone and fault and whole:
+                raise MergeError(
+                    f"the last of the steps in {folder} is not whole: {_ranks_of(last)} {fault}"
+                    f"{_tracked(folder)}; {whole} is whole: pass it with --local-dir, or the last one's own folder "
+                    "if that is meant")
+            notes.append(
+                f"took the last of the steps {', '.join(map(str, steps))}{_tracked(folder)}; for another pass its "
+                "folder")
+        return _checkpoint_folder(last, notes)
     raise MergeError(_explain(folder, names))
+
+
+def _ranks_of(step: Path) -> Path:
+    """Return the folder of a step that holds its ranks: the actor's, where it has several."""
+    return next((step / role for role in (*ROLES, "") if _has_ranks(step / role)), step)
+
+
+def earlier_whole(folder: Path) -> Path | None:
+    """Return the folder of the latest step before that of `folder` that has every rank, whole; None where none is."""
+    step = next((place for place in (folder, *folder.parents) if STEP_FOLDER.fullmatch(place.name)), None)
+    if step is None or not step.parent.is_dir():
+        return None
+    numbers = sorted((int(match[1]) for name in _names(step.parent) if (match := STEP_FOLDER.fullmatch(name))),
+                     reverse=True)
+    for number in numbers:
+        place = step.parent / f"global_step_{number}" / folder.relative_to(step)
+        place = place if place.is_dir() and _has_ranks(place) else _ranks_of(step.parent / f"global_step_{number}")
+        if number < int(step.name.rpartition("_")[2]) and _has_ranks(place) and not _fault(place):
+            return place
+    return None
+
+
+def _fault(folder: Path) -> str:
+    """Return what is seen at a glance to be missing of the ranks in `folder`, or empty."""
+    found = {int(match[2]): int(match[1]) for name in _names(folder) if (match := RANK_FILE.fullmatch(name))}
+    worlds = set(found.values())
+    if len(worlds) != 1:
+        return f"has files of world sizes {', '.join(map(str, sorted(worlds)))}"
+    world = worlds.pop()
+    if len(found) < world:
+        return f"has {len(found)} of {world} ranks"
+    for rank in sorted(found):
+        path = folder / f"model_world_size_{world}_rank_{rank}.pt"
+        if not _ends(path):
+            return f"has rank {rank} of {world} cut short"
+    return ""
+
+
+def _ends(path: Path) -> bool:
+    """Return True if a file ends as an archive of torch's does."""
+    try:
+        check_regular(path, path.stat())
+        with path.open("rb") as file:
+            file.seek(-END_BYTES, os.SEEK_END)
+            return file.read(4) == b"PK\x05\x06"
+    except (OSError, MergeError):
+        return False
+
+
+def _tracked(folder: Path) -> str:
+    """Return what the file says that verl writes when a step is complete, as a part of a sentence."""
+    try:
+        text = Seen().read(folder / TRACKER, 64).decode("ascii", "replace").strip()
+    except (OSError, MergeError):
+        return ""
+    return f" ({TRACKER} names {text})" if text.isdecimal() else ""
+
+
+def by_numbers(path: Path) -> list[tuple[int, str]]:
+    """Return a key that sorts 9 before 10.
+
+    >>> sorted([Path("global_step_10"), Path("global_step_9")], key=by_numbers)[0].name
+    'global_step_9'
+    """
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(path))]
 
 
 def _explain(folder: Path, names: Sequence[str]) -> str:
     """Return why `folder` holds no checkpoint, and where one may be."""
-    below = sorted(path.parent for path in folder.glob(f"*/*/{RANK_PATTERN}")) + sorted(
-        path.parent for path in folder.glob(f"*/{RANK_PATTERN}"))
+    below = [
+        path.parent for pattern in ("*/*", "*")
+        for path in sorted(folder.glob(f"{pattern}/{RANK_PATTERN}"), key=by_numbers)
+    ]
     if below:
         return f"no {RANK_PATTERN} in {folder}; did you mean {below[-1]}?"
+    kind = _other_kind(folder, names)
+    if kind:
+        return f"no {RANK_PATTERN} in {folder}; {kind}"
     if any(name.startswith("optim_world_size") for name in names):
         return f"no {RANK_PATTERN} in {folder}, only optimizer state; copy the model's shards there too"
     if any(name.endswith(".safetensors") for name in names):
         return f"no {RANK_PATTERN} in {folder}; it holds safetensors, which need no merging"
     return f"no {RANK_PATTERN} in {folder}; name the folder that verl wrote, such as …/global_step_100/actor"
+
+
+def _other_kind(folder: Path, names: Sequence[str]) -> str:
+    """Return what else a folder without ranks' files is, and what to do with it; empty where that is not known."""
+    for place in (folder, folder / MODEL_FOLDER, *(folder / role / MODEL_FOLDER for role in ROLES)):
+        if (place / CONFIG).is_file() and any(path.suffix == ".safetensors" for path in _paths(place)):
+            return (f"{place} holds a whole model, which needs no merging: use that folder, for example `invoke eval "
+                    f"--checkpoint {place}`")  # yapf: disable
+    for place in (folder, *(folder / role for role in ROLES)):
+        inside = [path.name for path in _paths(place)]
+        if "dist_ckpt" in inside:
+            return (f"{place / 'dist_ckpt'} is Megatron's: `python -m verl.model_merger merge --backend megatron --local_dir "
+                    f"{place} --target_dir OUT` merges it")  # yapf: disable
+        if "zero_to_fp32.py" in inside or any(name.startswith("zero_pp_rank_") for name in inside):
+            return f"{place} is DeepSpeed ZeRO's: `python {place / 'zero_to_fp32.py'} {place} OUT` merges it"
+        if any(name.endswith(".distcp") for name in inside) or ".metadata" in inside:
+            return (f"{place} is a distributed checkpoint of torch's: `python -m torch.distributed.checkpoint.format_utils "
+                    f"dcp_to_torch {place} OUT.pt` puts it together")  # yapf: disable
+        packed = next((name for name in inside if name.startswith("model_world_size_") and not name.endswith(".pt")),
+                      None)
+        if packed:
+            return f"{place / packed} is not a rank's file as torch wrote it; unpack or rename it"
+    return ""
 
 
 def _has_ranks(folder: Path) -> bool:

@@ -6,6 +6,7 @@ RANK_FILE = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
 RANK_PATTERN = "model_world_size_*_rank_*.pt"
 STEP_FOLDER = re.compile(r"global_step_(\d+)")
 ROLES = ("actor", "critic")
+TRACKER = "latest_checkpointed_iteration.txt"  # beside the steps: the last one that was saved whole
 FSDP_CONFIG = "fsdp_config.json"
 LORA_META = "lora_train_meta.json"
 LORA_FOLDER = "lora_adapter"  # also where a merged adapter goes

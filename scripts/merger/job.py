@@ -27,6 +27,7 @@ from merger.show import size_text
 
 ROUTING_BIAS = "e_score_correction_bias"
 
+TOKENIZERS = ("tokenizer", "vocab", "spiece.model", "tekken.json", "qwen.tiktoken")  # how their files begin
 QUANTIZED = frozenset({"float8_e4m3fn", "float8_e5m2", "int8", "uint8", "int32"})
 
 Named = dict[str, tuple[Tensor, Fusion | None]]
@@ -37,6 +38,7 @@ class Options:
     """What the user asked for; `allow` holds names of checks whose finding is accepted: `keys`, `nonfinite`, `buffers`."""
     local_dirs: tuple[str, ...]
     save_dir: str | None = None
+    config_dir: str | None = None
     dtype: str = "bfloat16"
     device: str = "auto"
     max_shard_size: int = 5_000_000_000
@@ -109,8 +111,12 @@ def prepare(options: Options, checkpoint: Checkpoint | None = None) -> Job:
     target = target_folder(options, files)
     publish.check_target(target, files.folders)
     check_free(target, options.force)
-    job = lay_out(options, files, target, config_folder(files), checkpoint)
-    _check_space(job, companions(job.config_dir, target, files.folders))
+    job = lay_out(options, files, target, config_folder(options, files, target), checkpoint)
+    along = list(companions(job.config_dir, target, link_roots(options, files)))
+    _check_space(job, along)
+    names = {path.name for path in (*along, *(target.iterdir() if target.is_dir() else ()))}
+    if job.stem == MODEL_STEM and not any(name.startswith(TOKENIZERS) for name in names):
+        job.notes.append(f"no tokenizer in {job.config_dir}; copy the base model's into {target}")
     return job
 
 
@@ -127,6 +133,8 @@ def lay_out(options: Options,
     device, allow_buffers = check_device(options.device), "buffers" in options.allow
     if options.lora == "adapter":
         return _lay_out_adapter(options, checkpoint or read_checkpoint(files, allow_buffers), target, device)
+    if checkpoint is None and files.missing and not (config_dir / CONFIG).is_file():
+        checkpoint = read_checkpoint(files, allow_buffers)  # of two faults, the ranks that are not there come first
     config = read_config(config_dir, files.seen)
     checkpoint = checkpoint or read_checkpoint(files, allow_buffers)
     named = _plain_weights(options, checkpoint)
@@ -287,10 +295,29 @@ def _outputs(options: Options, named: Named, dropped: dict[str, str], kept: Coll
     ]
 
 
-def config_folder(files: RankFiles, *others: Path) -> Path:
-    """Return the folder with the model's config.json: `huggingface/`, or beside the ranks' files, or one of `others`."""
-    candidates = [*(path for folder in files.folders for path in (folder / MODEL_FOLDER, folder)), *others]
+def config_folder(options: Options, files: RankFiles, *others: Path) -> Path:
+    """Return the folder with the model's config.json.
+
+    It is the one that the user named, or `huggingface/`, or beside the ranks' files, or one of `others`.
+
+    Raises:
+        MergeError: the user named one that has none.
+    """
+    if options.config_dir:
+        folder = Path(options.config_dir)
+        if not (folder / CONFIG).is_file():
+            raise MergeError(f"--config-dir {folder} has no {CONFIG}; name the base model's folder")
+        return folder
+    candidates = [
+        *(path for folder in files.folders for path in (folder / MODEL_FOLDER, folder)), *files.configs, *others
+    ]
     return next((path for path in candidates if (path / CONFIG).is_file()), candidates[0])
+
+
+def link_roots(options: Options, files: RankFiles) -> tuple[Path, ...]:
+    """Return the folders that the user named, into which links may lead."""
+    return (*files.folders, *files.configs, *([Path(options.config_dir)] if options.config_dir else []),
+            *([Path(options.save_dir)] if options.save_dir else []))  # yapf: disable
 
 
 def target_folder(options: Options, files: RankFiles) -> Path:

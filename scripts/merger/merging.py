@@ -11,7 +11,7 @@ from merger.checkpoint import read_checkpoint, read_ranks
 from merger.companions import check_free, check_tree, copy_companions, holds, keep_companions
 from merger.copying import THREADS, HostConverter, Tally, write_files
 from merger.discover import RankFiles, find_checkpoint
-from merger.filenames import CONFIG, MODEL_STEM, RECORD, weight_index
+from merger.filenames import CONFIG, MODEL_STEM, RECORD, TRACKER, weight_index
 from merger.files import atomic_write
 from merger.gpu import TorchConverter
 from merger.job import (
@@ -20,6 +20,7 @@ from merger.job import (
     config_folder,
     free_bytes,
     lay_out,
+    link_roots,
     merged_folder,
     prepare,
     target_folder,
@@ -84,7 +85,7 @@ def carry_out(job: Job, options: Options, began: float) -> dict[str, Any]:
     files = job.checkpoint.files
     with publish.Staging(job.target) as staging:
         check_free(job.target, options.force)  # another merge may have ended since the first look
-        copy_companions(job.config_dir, staging.folder, job.target, files.seen, files.folders)
+        copy_companions(job.config_dir, staging.folder, job.target, files.seen, link_roots(options, files))
         own = any(holds(folder, job.target) for folder in files.folders)
         keep_companions(job.target, staging.folder, files.seen, files.folders if own else (), job.texts)
         with show.progress("merging", job.nbytes, options.quiet) as step:
@@ -147,7 +148,7 @@ def verify_only(options: Options) -> dict[str, Any]:
     files = find_checkpoint(options.local_dirs)
     target = merged_folder(options, files)
     again = as_requested(options, read_record(target))
-    job = lay_out(again, files, target, config_folder(files, target))
+    job = lay_out(again, files, target, config_folder(options, files, target))
     _verify(job, again, target, options.threads or THREADS)
     files.seen.check()
     return {
@@ -230,6 +231,26 @@ def _facts(files: RankFiles, meshes: list[dict[str, int]], kinds: list[Kind], no
         "tensors": len(kinds),
         "parameters": sum(kind.numel for kind in kinds),
         "bytes": sum(path.stat().st_size for path in files.paths.values()),
+        "resume": _resumable(files),
         "notes": notes,
         "problems": problems,
+    }
+
+
+def _resumable(files: RankFiles) -> dict[str, Any]:
+    """Return whether a training could go on from the checkpoint: which of each rank's files, and of the step's, are there."""
+    there = {name for folder in files.folders for name in map(str, (path.name for path in folder.iterdir()))}
+    kinds = {
+        kind:
+        sum(f"{kind}_world_size_{files.world_size}_rank_{rank}.pt" in there
+            for rank in range(min(files.world_size, 1 << 16)))
+        for kind in ("model", "optim", "extra_state")
+    }
+    step = files.folders[0].parent
+    tracker = step.parent / TRACKER
+    return {
+        "possible": all(count == files.world_size for count in kinds.values()),
+        **kinds,
+        "data": (step / "data.pt").is_file(),
+        "tracker": tracker.is_file(),
     }

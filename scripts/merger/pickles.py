@@ -161,7 +161,8 @@ def _rebuild_tensor_v3(storage: Any,
     return tensor
 
 
-def _rebuild_npu_tensor(storage: Any, offset: Any, shape: Any, stride: Any, grad: Any, hooks: Any, info: Any) -> TensorRef:
+def _rebuild_npu_tensor(storage: Any, offset: Any, shape: Any, stride: Any, grad: Any, hooks: Any,
+                        info: Any) -> TensorRef:
     """Read a tensor of an Ascend NPU: saved in plain strides, with the format that the device keeps it in (ND, 2, …)."""
     if type(info) not in (bool, int) and not isinstance(info, RECORDS[NPU_FORMAT]):
         raise pickle.UnpicklingError(f"an NPU's tensor of the format {shown(info)}")

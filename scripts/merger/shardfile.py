@@ -20,6 +20,7 @@ from merger.foreign.files import Seen
 from merger.foreign.limits import allow
 
 PICKLE = "data.pkl"
+PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"7z\xbc\xaf": "7z"}
 MAX_PICKLE = 1 << 28  # a hundred thousand tensors and more
 CRC_CHUNK = 1 << 22
 MOST_RANKS = 1 << 20
@@ -122,6 +123,8 @@ def read_shard_file(path: Path, pickled: bool = True, seen: Seen | None = None) 
     try:
         with seen.descriptor(path) as fd:
             size = os.fstat(fd).st_size
+            if kind := _told_apart(os.pread(fd, 64, 0)):
+                raise MergeError(f"{path}: {kind}")
             try:
                 return _read_archive(path, fd, size, pickled, seen)
             except struct.error as error:
@@ -132,6 +135,16 @@ def read_shard_file(path: Path, pickled: bool = True, seen: Seen | None = None) 
                 raise MergeError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
     except OSError as error:
         raise MergeError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _told_apart(head: bytes) -> str:
+    """Return what a file is that begins with `head` and is no archive, and the remedy; empty where it may be one."""
+    if head.startswith(b"version https://git-lfs.github.com/"):
+        return "is a pointer of Git LFS, not the file; fetch it with `git lfs pull`"
+    for magic, name in PACKED.items():
+        if head.startswith(magic):
+            return f"is packed ({name}), which torch.save never does; unpack it"
+    return ""
 
 
 def _read_archive(path: Path, fd: int, size: int, pickled: bool, seen: Seen) -> ShardFile:

@@ -18,6 +18,8 @@ from merger.shardfile import MOST_RANKS, ShardFile
 
 # Wrappers that may stay in the names of a sharded state dict: FSDP's own, activation checkpointing, torch.compile.
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+# What DDP and DeepSpeed, and torch's examples, put before all names.
+OUTER = ("module.", "_forward_module.")
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,9 @@ def read_entries(shard: ShardFile, rank: int) -> dict[str, Entry]:
                              f"({type(error).__name__}: {printable(str(error), 100)})") from error
     if not entries:
         raise MergeError(f"{shard.path}: holds no tensor at all")
+    for outer in OUTER:
+        if all(name.startswith(outer) for name in entries):
+            entries = {name.removeprefix(outer): entry for name, entry in entries.items()}
     return entries
 
 

@@ -74,7 +74,7 @@ def parts_of(path: Path) -> list[Any]:
 
 
 @pytest.mark.parametrize("what", ["a name twice, the last other", "a name twice, the first other", "a second folder",
-                                  "another case", "a local header of another name", "records that overlap", "a comment"])
+                                  "another case", "a local header of another name", "records that overlap", "a comment", "a byte before"])
 def test_an_archive_that_torch_reads_otherwise_is_refused(what: str, tmp_path: Path) -> None:
     import fuzz_merger
     torch.save({"x": torch.tensor([1.0, 2.0, 3.0, 4.0])}, tmp_path / RANK)
@@ -96,6 +96,8 @@ def test_an_archive_that_torch_reads_otherwise_is_refused(what: str, tmp_path: P
             parts[index] = (name, data, {"local_name": name.replace("data/0", "data/1").encode()})
         case "records that overlap":
             parts[index] = (name, data, {"same": 0})
+        case "a byte before":
+            end["before"] = b"x"
         case "a comment":
             end["comment"] = b"c" * 30
     good = fuzz_merger.write_archive(parts_of(tmp_path / RANK), {})

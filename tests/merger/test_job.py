@@ -467,6 +467,9 @@ def test_comparing_takes_no_room_and_no_config_of_the_checkpoint(spoil: Callable
     shutil.rmtree(sample.huggingface)
     monkeypatch.setattr(job, "free_bytes", lambda target: 0)
     assert merge(*args, "--verify-only", "--json").record()["verified"]
+    monkeypatch.undo()
+    assert merge(*args, "--force", "--verify").code == 0  # the save folder has the config too
+    (tmp_path / "out/config.json").unlink()
     assert "config.json" in merge(*args, "--force").refusal
 
 

@@ -66,6 +66,8 @@ def read_directory(fd: int, size: int) -> dict[str, Record]:
         record = _locate(fd, size, entry)
         end = record.offset + record.size
         records[name] = record
+    if entries and min(entry.header for entry in entries) > 0:
+        raise MergeError("something stands before its first record")
     if end > start:
         raise MergeError("a record reaches into the archive's directory")
     return records
