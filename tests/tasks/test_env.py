@@ -286,6 +286,22 @@ def up_here(name: str, port: int, folder: Path, python: str = sys.executable, re
     return Client(url, row.protocol, timeout=30)
 
 
+@pytest.mark.parametrize("words,line", [
+    ("libdownward.so: failed to map segment", r"the server-0 ended: POST /reset: libdownward\.so: failed to map segment$"),
+    ("", r"the server-0 ended: POST /reset: an error without a word$"),
+])
+def test_a_server_that_answered_why_before_it_died_is_told_with_that(words, line, tmp_path):
+    (tmp_path / "dying.py").write_text("import os, threading, time\nfrom fixture_server import app\n\n"
+                                       "def die():\n    time.sleep(2)\n    print('goodbye', flush=True)\n    os._exit(1)\n\n"
+                                       "@app.middleware('http')\nasync def fails(request, go_on):\n"
+                                       "    from fastapi.responses import JSONResponse\n"
+                                       "    if request.url.path != '/reset':\n        return await go_on(request)\n"
+                                       f"    threading.Thread(target=die).start()\n    return JSONResponse({{'error': {words!r}}})\n")
+    with pytest.raises(UserError, match=line):
+        up_here("form-textcraft", free_port(), tmp_path, app="dying:app")
+    assert "goodbye" in (tmp_path / "run" / "form-textcraft" / "server-0.log").read_text()
+
+
 def test_another_environments_server_is_not_taken_for_ours(tmp_path):
     """Two starts may choose one port, before either listens on it: the second must not say that it is ready."""
     port = free_port()

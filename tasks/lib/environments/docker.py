@@ -33,7 +33,7 @@ from tasks.lib.environments.compose_model import (
     service_name,
 )
 from tasks.lib.environments.haproxy import proxy_config
-from tasks.lib.environments.local import RUN, probe, url
+from tasks.lib.environments.local import RUN, Reasons, probe, url
 from tasks.lib.environments.plan import Options
 from tasks.lib.environments.rows import Environment
 from tasks.lib.errors import DockerError, UserError
@@ -184,19 +184,19 @@ def wait_until_ready(row: Environment, options: Options, wait: float) -> None:
     Raises:
         UserError: a container ended, or the time is up.
     """
-    end, reason = time.monotonic() + wait, "no answer"
+    end, reasons = time.monotonic() + wait, Reasons()
     seen: set[int] = set()
     while True:
         for server in servers(row.name):
             if server.state in DIED:  # not while it starts again and prints the reason once more
-                raise UserError(f"{row.name} ended: {last_line(server.id)}", code=1)
+                raise UserError(f"{row.name} ended: {reasons.answered or last_line(server.id)}", code=1)
         left = end - time.monotonic()
         if left <= 0:
             raise UserError(
-                f"{row.name} was not ready after {wait:g} s: {reason}; see `invoke env.logs --env {row.name}`, "
+                f"{row.name} was not ready after {wait:g} s: {reasons.answered or reasons.last}; see `invoke env.logs --env {row.name}`, "
                 "or give it longer with --wait",
                 code=1)
-        reason = probe(row, url(options), options.replicas, seen, left) or reason
+        reasons.note(probe(row, url(options), options.replicas, seen, left))
         if len(seen) == options.replicas:
             return
         time.sleep(0.2)

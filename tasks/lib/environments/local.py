@@ -177,7 +177,7 @@ def url(options: Options) -> str:
     return f"http://{host}:{options.port}"
 
 
-def probe(row: Environment, address: str, replicas: int, seen: set[int], timeout: float) -> str | None:
+def probe(row: Environment, address: str, replicas: int, seen: set[int], timeout: float) -> ServerError | None:
     """Try to play a session once; note in `seen` which replica it was on, or return what went wrong."""
     try:
         client = Client(address, row.protocol, timeout=max(1.0, timeout))
@@ -188,8 +188,29 @@ def probe(row: Environment, address: str, replicas: int, seen: set[int], timeout
         else:  # the proxy hands out creates in turn to those that are up: all are when every remainder was seen
             seen.add(check_ready(client, row.check.items[0]) % replicas)
     except ServerError as error:
-        return str(error)
+        return error
     return None
+
+
+FROM_THE_PROXY = (502, 503, 504)  # of a server that does not answer
+
+
+class Reasons:
+    """Why a server is not ready: what the last try to play said, and what the server itself last answered.
+
+    That tells more than the last line of its log, which may be of the next start.
+    """
+
+    def __init__(self) -> None:
+        self.last = "no answer"
+        self.answered = ""
+
+    def note(self, error: ServerError | None) -> None:
+        """Note what a try came to; that nobody listens says nothing of why."""
+        if error is not None:
+            self.last = str(error)
+            if error.status not in (None, *FROM_THE_PROXY):
+                self.answered = self.last
 
 
 def is_ours(row: Environment, state: Mapping[str, Any], timeout: float) -> bool:
@@ -212,21 +233,21 @@ def wait_until_ready(row: Environment, options: Options, state: Mapping[str, Any
     Raises:
         UserError: a process ended, or the time is up.
     """
-    end, reason = time.monotonic() + wait, "no answer"
+    end, reasons = time.monotonic() + wait, Reasons()
     seen: set[int] = set()
     while True:
         for entry in state["processes"]:
             if not is_running(entry):
-                raise UserError(f"{row.name}: the {entry['role']} ended: {last_line(home / (entry['role'] + '.log'))}",
-                                code=1)
+                said = reasons.answered or last_line(home / (entry["role"] + ".log"))
+                raise UserError(f"{row.name}: the {entry['role']} ended: {said}", code=1)
         left = end - time.monotonic()
         if left <= 0:
             raise UserError(
-                f"{row.name} was not ready after {wait:g} s: {reason}; see {home / 'server-0.log'}, "
+                f"{row.name} was not ready after {wait:g} s: {reasons.answered or reasons.last}; see {home / 'server-0.log'}, "
                 "or give it longer with --wait",
                 code=1)
         if is_ours(row, state, left):
-            reason = probe(row, state["url"], options.replicas, seen, left) or reason
+            reasons.note(probe(row, state["url"], options.replicas, seen, left))
             if len(seen) == options.replicas:
                 return
         time.sleep(0.1)
