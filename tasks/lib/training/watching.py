@@ -310,7 +310,8 @@ class Watcher:
                     failure.again = 0.0
                 good = self.once()
                 self._show("ended")
-                self.say(f"the run is {going.state}; nothing more will come" +
+                how = {"died": "has died", "vanished": "has vanished"}.get(going.state, f"is {going.state}")
+                self.say(f"the run {how}; nothing more will come" +
                          ("" if going.state == "finished" else f" until `invoke train.resume --name {self.run.name}`"))
                 return good
             time.sleep(self.poll)
