@@ -1,6 +1,7 @@
 """Charts as SVG that follow the page's light and dark colours, drawn by matplotlib."""
 import io
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -51,7 +52,9 @@ def svg(draw: Any, name: str, width: float = 4.6, height: float = 2.6) -> str:
         FigureCanvasSVG(figure)
         draw(figure.subplots())
         file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of characters that its own font lacks: the page's font draws the text
+            figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = file.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg"):], flags=re.DOTALL)
     for colour, ours in COLOURS.items():
