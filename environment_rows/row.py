@@ -115,7 +115,11 @@ class Row(Table):
     app: str = key("The ASGI application that upstream's start command serves, module:attribute.",
                    "",
                    pattern=r"[\w.]+:\w+")
-    port: int = key("Default port; ENV_PORT and --port come first.", least=1024, most=65535)
+    port: int = key(
+        "Default port; ENV_PORT and --port come first. Below 32768, where Linux takes the ports of outgoing "
+        "connections from; searchqa's 36001 is what AgentGym-RL's documents say.",
+        least=1024,
+        most=65535)
     concurrency: int = key("Sessions at which one server is at its best.", least=1)
     rounds: int = key("Rounds of an episode in AgentGym-RL's evaluation scripts or AgentGym's documents.", least=1)
     action: Literal[

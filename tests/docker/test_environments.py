@@ -237,7 +237,7 @@ def test_an_environment_of_one_s_own_as_the_guide_adds_it(servers: Workbench) ->
     row = ("[mine]\n" + table).replace("[demo.", "[mine.").replace('folder = "demo"',
                                                                    'folder = "environments/mine"\nstage = "demo"')
     rows = servers.root / "environments/own.toml"
-    rows.write_text(row.replace("port = 36016", "port = 26777"))
+    rows.write_text(row.replace("port = 26016", "port = 26777"))
     own = {"ENVIRONMENTS": "environments/own.toml"}
     done = servers.invoke("env.up", "--env", "mine", "--runner", "docker", env=own)
     assert url_in(done.stdout).endswith(":26777"), done.stderr[-3000:]

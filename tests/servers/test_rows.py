@@ -56,6 +56,12 @@ def test_ports_differ():
     assert len(set(ports)) == len(ports)
 
 
+def test_no_port_is_one_that_an_outgoing_connection_may_have():
+    """Linux's default range for those is 32768 to 60999; Kubernetes' node ports begin at 30000."""
+    inside = [name for name, row in environments().items() if row.port >= 30000]
+    assert inside == ["searchqa"] and environment("searchqa").port == 36001  # as AgentGym-RL documents it
+
+
 @pytest.mark.parametrize("typed,hint", [("babyia", "did you mean babyai?"), ("TextCraft", "did you mean textcraft?"),
                                         ("qqqq", "choose one of searchqa, babyai")])
 def test_an_unknown_name_gets_near_ones(typed, hint):
@@ -217,7 +223,7 @@ def oldest_python() -> str:
 
 
 def test_two_rows_with_one_port_are_refused():
-    with pytest.raises(ValueError, match=r"other\.port: 36016 is the port of demo too"):
+    with pytest.raises(ValueError, match=r"other\.port: 26016 is the port of demo too"):
         environment_rows.environments({"demo": TABLE["demo"], "other": TABLE["demo"]})
 
 

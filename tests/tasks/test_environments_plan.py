@@ -1,6 +1,7 @@
 """What is decided from a row before anything is started: ports, variables, services, the proxy's rules, builds of all."""
 import os
 import shutil
+import socket
 import subprocess
 from pathlib import Path
 
@@ -17,7 +18,22 @@ from tasks.lib.environments.plan import Options, choose_port, server_variables
 from tasks.lib.environments.rows import environment, environments
 from tasks.lib.errors import DockerError, UserError
 from tasks.lib.flags import port_number
+from tasks.lib.host.ports import port_is_free
 from tests.fixtures.servers import rows
+
+
+def test_a_port_of_a_connection_that_has_ended_is_free():
+    """The side that closed first keeps its port in TIME_WAIT for a minute."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        client = socket.create_connection(("127.0.0.1", port))
+        accepted, _ = listening.accept()
+        assert not port_is_free(port)
+    accepted.close()
+    client.close()
+    with socket.socket() as strict, pytest.raises(OSError, match="in use"):
+        strict.bind(("127.0.0.1", port))
+    assert port_is_free(port)
 
 
 def test_the_port_is_the_first_free_one():
