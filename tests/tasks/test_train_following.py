@@ -101,12 +101,16 @@ def test_following_stopping_and_listing_a_run(project, saves):
 
 
 def test_a_follower_shows_every_line_of_every_attempt_once(project, saves):
-    folder = make(saves / "run1",
-                  "fake.seconds=0.2",
-                  "fake.do=ray_worker",
-                  "fake.at=4",
-                  f"fake.once={saves}/once",
-                  options={"retries": 1})
+    folder = make(
+        saves / "run1",
+        "fake.seconds=0.5",
+        "fake.do=ray_worker",
+        "fake.at=4",
+        f"fake.once={saves}/once",
+        options={
+            "retries": 1,
+            "retry_seconds": 10  # in which the follower is sure to have begun
+        })
     supervisor = begin(folder)
     said = invoke(project, "train.logs", "-f", "--name", "run1", "--lines", "0").stdout.splitlines()
     assert supervisor.wait(60) == 0
