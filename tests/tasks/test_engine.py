@@ -240,7 +240,8 @@ def test_origin_is_public(tmp_path: Path, remote: str, expected: str) -> None:
     ("pull access denied for agentgym/eval, repository does not exist", "build.all"),
 ],
                          ids=lambda value: value[:40])
-def test_docker_s_message_has_a_remedy(said: str, word: str) -> None:
+def test_docker_s_message_has_a_remedy(said: str, word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DOCKER_HOST", raising=False)
     advice = remedy(said)
     assert advice and word in advice
 

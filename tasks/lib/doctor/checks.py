@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tasks.lib.engine.client import (
+    COMMAND_NOT_FOUND,
     ENGINE_AT_LEAST,
     ENGINE_AT_LEAST_FOR_ENVIRONMENTS,
     ask,
@@ -148,6 +149,8 @@ def _docker_checks() -> Iterator[Check]:
         version = engine_version()
     except DockerError as error:
         yield Check("engine", MISSING, "none answers", error.message or "start Docker")
+        if error.code != COMMAND_NOT_FOUND:  # Compose reads its files without an engine
+            yield _compose_reads()
         return
     yield check_engine(version)
     yield check_engine_for_environments(version)
