@@ -42,7 +42,7 @@ def confirm(c: Context, what: list[str], yes: bool) -> bool:
 
 def remove_containers(c: Context) -> None:
     """Stop and remove the project's containers and network."""
-    drive(c, lambda client: client.compose.down(remove_orphans=True), profiles=["*"])
+    containers.remove_ours(c)
 
 
 def remove_images(c: Context, names: list[str]) -> None:
@@ -73,7 +73,7 @@ def container_lines(c: Context) -> list[str]:
     if c.config.run.dry:
         return []
     return [
-        *(f"container {found.name} ({found.state})" for found in containers.of_project()),
+        *(f"container {found.name} ({found.state})" for found in containers.ours()),
         *(f"network {name}" for name in containers.networks_of_project())
     ]
 

@@ -28,9 +28,13 @@ def status(c: Context) -> None:
             print_inspection(c, image_name(image.name))
         return
     now = datetime.now(timezone.utc)
-    rows = [(found.name, found.state, found.health, found.ports) for found in containers.of_project()]
+    rows = [(found.name, found.state, found.health, found.ports) for found in containers.ours()]
     print_table(("container", "state", "health", "ports"), rows or [("none", "", "", "")])
     print()
+    others = [(found.name, found.state, found.owner.folder, found.owner.uid) for found in containers.strangers()]
+    if others:  # under our project's name: what is theirs is shown, and left alone
+        print_table(("of others", "state", "folder", "user id"), others)
+        print()
     names = [*(image_name(image.name) for image in EVERY), *environment_images()]
     facts = [(name, image_facts(name)) for name in names]
     print_table(("image", "size", "age"), [(name, human_size(fact.size), human_age(now - fact.created)) if fact else
@@ -39,10 +43,9 @@ def status(c: Context) -> None:
 
 @task(positional=[], auto_shortflags=False)
 def down(c: Context) -> None:
-    """Stop and remove this project's containers."""
+    """Stop and remove this checkout's containers."""
     require_engine(c)
-    # Orphans are containers of this project that the file no longer names, and those of `compose run`.
-    drive(c, lambda client: client.compose.down(remove_orphans=True), profiles=["*"])
+    containers.remove_ours(c)
 
 
 @task(positional=[], auto_shortflags=False, help={"json": "Print one JSON object in place of the lines."})

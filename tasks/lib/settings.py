@@ -65,7 +65,7 @@ SETTINGS: dict[str, Setting] = {
     Setting("/dev/null", "PEM file of a certificate authority for the builds."),
     # Containers
     "COMPOSE_PROJECT_NAME":
-    Setting("agentgym-rl", "Prefix of container and network names; two copies on one engine need two."),
+    Setting("agentgym-rl", "Prefix of container and network names (unset, the tasks add what tells this folder and you)."),
     "HOST_UID":
     Setting("1000", "User id in the containers. The tasks pass yours; set it for plain docker compose."),
     "HOST_GID":

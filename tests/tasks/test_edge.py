@@ -281,6 +281,9 @@ def test_an_engine_elsewhere_that_does_not_answer_is_named(project: Project, hos
 
 @pytest.mark.parametrize("words", [["env.list"], ["eval", "--env", "demo", "--model", "expert"], ["eval.list"]], ids=" ".join)
 def test_a_package_that_is_not_installed_is_named(project: Project, tmp_path: Path, words: list[str]) -> None:
-    (tmp_path / "pydantic.py").write_text("raise ModuleNotFoundError(\"No module named 'pydantic'\", name='pydantic')\n")
+    (tmp_path / "sitecustomize.py").write_text(
+        "from importlib.machinery import PathFinder\n"
+        "find = PathFinder.find_spec\n"
+        "PathFinder.find_spec = classmethod(lambda cls, name, *rest: None if name == 'pydantic' else find(name, *rest))\n")
     done = project.invoke(*words, PYTHONPATH=str(tmp_path))
     assert done.returncode == 2 and re.fullmatch(r"\S+: this Python has no pydantic; `pip install .*`\n", done.stderr), done.stderr

@@ -303,8 +303,9 @@ def test_compose_files(tmp_path: Path) -> None:
 
 
 def test_ids_are_the_caller_s_unless_chosen() -> None:
-    assert set(caller_variables({}, {})) == {"HOST_UID", "HOST_GID"}
-    assert set(caller_variables({"HOST_UID": "7"}, {"HOST_GID": "8"})) == set()
+    assert set(caller_variables({}, {})) == {"HOST_UID", "HOST_GID", "COMPOSE_PROJECT_NAME"}
+    assert set(caller_variables({"HOST_UID": "7", "COMPOSE_PROJECT_NAME": "mine"}, {"HOST_GID": "8"})) == set()
+    assert set(caller_variables({}, {"COMPOSE_PROJECT_NAME": "mine"})) == {"HOST_UID", "HOST_GID"}
 
 
 def test_command_line_can_be_pasted() -> None:

@@ -297,6 +297,7 @@ def test_a_container_that_came_before_ours_is_left_alone(whose, monkeypatch, tmp
         container=SimpleNamespace(list=lambda **_: [], exists=lambda _: bool(there), remove=lambda name, **_: removed.append(name),
                                   inspect=lambda _: SimpleNamespace(config=SimpleNamespace(labels=labels))))
     monkeypatch.setattr(serve_docker, "ask", lambda action, **_: action(client))
+    monkeypatch.setattr(serve_docker, "look", lambda *_: [])
     monkeypatch.setattr(serve_docker, "ensure_image", lambda *_: None)
     monkeypatch.setattr(serve_docker, "ensure_folders", lambda *_: [])
     gpus = SimpleNamespace(variables={}, cpu=True)

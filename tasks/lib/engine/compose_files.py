@@ -5,6 +5,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from tasks.lib.engine.ownership import project_name
+
 
 def compose_files(root: Path, cpu: bool) -> list[Path]:
     """Return the Compose files to pass: the project's, the CPU override, and the user's own override last.
@@ -19,9 +21,10 @@ def compose_files(root: Path, cpu: bool) -> list[Path]:
 
 
 def caller_variables(environ: Mapping[str, str], dotenv: Mapping[str, str]) -> dict[str, str]:
-    """Return the ids that containers run with, as far as the user has not chosen them."""
-    ids = {"HOST_UID": os.getuid(), "HOST_GID": os.getgid()}
-    return {name: str(value) for name, value in ids.items() if not (environ.get(name) or dotenv.get(name))}
+    """Return the ids that containers run with and the project's name, as far as the user has not chosen them."""
+    given = {**dotenv, **environ}
+    ids = {"HOST_UID": str(os.getuid()), "HOST_GID": str(os.getgid()), "COMPOSE_PROJECT_NAME": project_name(given)}
+    return {name: value for name, value in ids.items() if not (environ.get(name) or dotenv.get(name))}
 
 
 # Other environments' services are in the same project but not in the files at hand; Compose need not say so.

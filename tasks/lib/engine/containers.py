@@ -4,11 +4,11 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from secrets import token_hex
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from invoke.context import Context
 
@@ -24,16 +24,19 @@ from tasks.lib.engine.client import (
 from tasks.lib.engine.gpus import GpuChoice, choose_gpus
 from tasks.lib.engine.images import image_name, image_of, require_image
 from tasks.lib.engine.mounts import ensure_folders
+from tasks.lib.engine.ownership import PROJECT, SERVICE, Owner, is_ours, owner_of, project_name
 from tasks.lib.errors import INTERRUPTED, DockerError, UserError
 from tasks.lib.interrupts import as_ctrl_c
 from tasks.lib.notices import say
 from tasks.lib.settings import ROOT, read_dotenv, resolve
 
 if TYPE_CHECKING:
-    from python_on_whales import Container
+    from python_on_whales import Container, DockerClient
 
 if TYPE_CHECKING:
-    from python_on_whales import Container
+    from python_on_whales import Container, DockerClient
+
+Answer = TypeVar("Answer")
 
 # Services that run another service's image.
 IMAGE_FROM = {"model-merger": "scripts", "formatter": "scripts"}
@@ -91,7 +94,7 @@ def run(c: Context,
             say(f"created {folder}")
     tty = interactive()
     # A name that tells this run's container from every other's; under `--dry` Compose's own will do.
-    name = f"{resolve('COMPOSE_PROJECT_NAME')}-{service}-run-{token_hex(6)}"
+    name = f"{project_name()}-{service}-run-{token_hex(6)}"
     try:
         with as_ctrl_c():
             drive(c,
@@ -138,7 +141,8 @@ class Found:
     """A container of the project.
 
     Attributes:
-        id, name, service: which one.
+        id, name, service, project: which one.
+        owner: whose it is.
         state: running, exited (3), created, ...
         health: healthy, unhealthy, starting, or empty without a health check.
         ports: published ports, 127.0.0.1:36001->36001/tcp.
@@ -149,24 +153,72 @@ class Found:
     state: str
     health: str
     ports: str
+    project: str
+    owner: Owner
 
 
-def of_project() -> list[Found]:
-    """Return the project's containers, running or not, with those of `compose run`, the latest first."""
+def every() -> list[Found]:
+    """Return this checkout's containers and those of its project's name, whoever has them; the latest first."""
     # By label: `compose ps` leaves out what `compose run` started.
-    filters = _of_project()
-    return ask(lambda client: [describe(found) for found in client.container.list(all=True, filters=filters)])
+    project = _project()
+    return [one for one in look(PROJECT, describe) if one.project == project or is_ours(one.owner)]
+
+
+def look(label: str, describe: Callable[[Container], Answer]) -> list[Answer]:
+    """Return what `describe` says of every container with the label `name` or `name=value`, the latest first.
+
+    On a shared engine one may go between the list and the look at it: that one is left out.
+    """
+    from python_on_whales.exceptions import NoSuchContainer
+
+    def seen(client: DockerClient) -> list[Answer]:
+        found = []
+        for container in client.container.list(all=True, filters={"label": label}):
+            with suppress(NoSuchContainer):
+                found.append(describe(container))
+        return found
+
+    return ask(seen)
+
+
+def ours() -> list[Found]:
+    """Return this checkout's containers, running or not, with those of `compose run` and of earlier project names."""
+    return [one for one in every() if is_ours(one.owner)]
+
+
+def strangers() -> list[Found]:
+    """Return the containers of our project's name that another checkout or another user has."""
+    return [one for one in every() if not is_ours(one.owner)]
 
 
 def networks_of_project() -> list[str]:
     """Return the names of the project's networks."""
-    filters = _of_project()
+    filters = {"label": f"{PROJECT}={_project()}"}
     return ask(lambda client: [network.name for network in client.network.list(filters=filters)])
 
 
-def _of_project() -> dict[str, str]:
-    project = ask(lambda client: client.compose.config(return_json=True), profiles=["*"])["name"]
-    return {"label": f"com.docker.compose.project={project}"}
+def _project() -> str:
+    name: str = ask(lambda client: client.compose.config(return_json=True), profiles=["*"])["name"]
+    return name
+
+
+def remove_ours(c: Context) -> None:
+    """Stop and remove this checkout's containers and network; what a stranger has under our project's name stays."""
+    if c.config.run.dry:
+        mine, others, project = [], [], ""
+    else:
+        project, found = _project(), every()
+        mine = [one for one in found if is_ours(one.owner)]
+        others = [one for one in found if not is_ours(one.owner)]
+    for one in others:
+        say(f"left {one.name} alone, which is {one.owner}")
+    by_hand = [one.id for one in mine if others or one.project != project]
+    if by_hand:
+        drive(c, lambda client: client.container.stop(by_hand, time=10))
+        drive(c, lambda client: client.container.remove(by_hand, force=True, volumes=True))
+    if not others:
+        # Orphans are containers of this project that the file no longer names, and those of `compose run`.
+        drive(c, lambda client: client.compose.down(remove_orphans=True), profiles=["*"])
 
 
 def describe(container: Container) -> Found:
@@ -178,16 +230,26 @@ def describe(container: Container) -> Found:
         for inner, places in (container.network_settings.ports or {}).items() for place in places or []
     ]
     labels = container.config.labels or {}
-    return Found(container.id, container.name, labels.get("com.docker.compose.service", ""), said,
-                 state.health.status if state.health and state.health.status else "", ", ".join(ports))
+    return Found(id=container.id,
+                 name=container.name,
+                 service=labels.get(SERVICE, ""),
+                 state=said,
+                 health=state.health.status if state.health and state.health.status else "",
+                 ports=", ".join(ports),
+                 project=labels.get(PROJECT, ""),
+                 owner=owner_of(container))
 
 
 def running(c: Context, service: str) -> str:
-    """Return the id of a running container of `service`, the latest; empty where none runs, and under `--dry`."""
+    """Return the id of our running container of `service`, the latest; empty where none runs, and under `--dry`."""
     require_engine(c)
     if c.config.run.dry:
         return ""
-    return next((found.id for found in of_project() if found.service == service and found.state == "running"), "")
+    found = [one for one in every() if one.service == service and one.state == "running"]
+    for one in found:
+        if not is_ours(one.owner):
+            say(f"not joining {one.name}, which is {one.owner}")
+    return next((one.id for one in found if is_ours(one.owner)), "")
 
 
 def join(c: Context, container: str, command: Sequence[str], user: str) -> None:

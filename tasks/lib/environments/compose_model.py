@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tasks.lib.environments.rows import Environment
+from tasks.lib.engine.ownership import UID
 from tasks.lib.environments.plan import Options, server_variables
 
 LABEL = "org.agentgym-rl.env"
@@ -24,6 +25,9 @@ REPLICA_PORT = 8000
 class Variable(str):
     """A text in which Compose is to fill in variables."""
     __slots__ = ()
+
+
+USER_ID = Variable("${HOST_UID:-1000}")
 
 
 def escaped(value: Any) -> Any:
@@ -80,7 +84,8 @@ def compose_model(row: Environment, options: Options, image: str, proxy_image: s
             "labels": {
                 LABEL: row.name,
                 PORT_LABEL: str(options.port),
-                ROLE_LABEL: "server"
+                ROLE_LABEL: "server",
+                UID: USER_ID,
             },
             # Five times: a server that cannot start must not start for ever. Recycling exits with a failure too,
             # and a container that ran for ten seconds begins to count anew.
@@ -131,7 +136,8 @@ def compose_model(row: Environment, options: Options, image: str, proxy_image: s
         "labels": {
             LABEL: row.name,
             PORT_LABEL: str(options.port),
-            ROLE_LABEL: "proxy"
+            ROLE_LABEL: "proxy",
+            UID: USER_ID,
         },
         "restart":
         "on-failure:5",

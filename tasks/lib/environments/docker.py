@@ -13,15 +13,16 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from invoke.context import Context
 
 from tasks.lib.atomic import write_private
 from tasks.lib.engine.client import ask, drive
 from tasks.lib.engine.compose_files import QUIET
-from tasks.lib.engine.containers import last_line
+from tasks.lib.engine.containers import last_line, look
 from tasks.lib.engine.images import image_name
+from tasks.lib.engine.ownership import PROJECT, is_ours, owner_of, project_name
 from tasks.lib.environments.compose_model import (
     LABEL,
     PORT_LABEL,
@@ -37,7 +38,7 @@ from tasks.lib.environments.local import RUN, Reasons, probe, url
 from tasks.lib.environments.plan import Options
 from tasks.lib.environments.rows import Environment
 from tasks.lib.errors import DockerError, UserError
-from tasks.lib.settings import SETTINGS, effective_environment, resolve
+from tasks.lib.settings import SETTINGS, effective_environment
 
 if TYPE_CHECKING:
     from python_on_whales import Container, DockerClient
@@ -60,11 +61,21 @@ class Server:
 
 def servers(name: str = "") -> list[Server]:
     """Return this project's environment containers, of one environment or of all, stopped ones included."""
-    project = resolve("COMPOSE_PROJECT_NAME")
-    filters: list[tuple[Literal["label"], str]] = [("label", f"com.docker.compose.project={project}"),
-                                                   ("label", f"{LABEL}={name}" if name else LABEL)]
-    found = ask(lambda client: client.container.list(all=True, filters=filters))
-    return [describe(container) for container in found]
+    found = look(f"{LABEL}={name}" if name else LABEL, lambda one: (is_ours(owner_of(one)), describe(one)))
+    return [server for ours, server in found if ours]
+
+
+def refuse_strangers(row: Environment) -> None:
+    """Stop where another checkout or user runs `row` under our project's name: Compose would replace their containers.
+
+    Raises:
+        UserError: exit code 2.
+    """
+    for name, owner, project in look(f"{LABEL}={row.name}", lambda one: (one.name, owner_of(one),
+                                                                         (one.config.labels or {}).get(PROJECT))):
+        if project == project_name() and not is_ours(owner):
+            raise UserError(f"{name} is {owner}, under the project's name {project}, which is yours too; set "
+                            "COMPOSE_PROJECT_NAME to another one in .env")
 
 
 def describe(container: Container) -> Server:
@@ -157,6 +168,8 @@ def up(c: Context, row: Environment, options: Options, file: Path, wait: float, 
         UserError: they could not start, or were not ready in time; none is left.
     """
     wanted = services(row, options)
+    if not c.config.run.dry:
+        refuse_strangers(row)
     started = False
     try:
         # quiet: a failure is one line, and a start says nothing of its own

@@ -7,22 +7,23 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from invoke.context import Context
 
 from tasks.lib.engine import containers
 from tasks.lib.engine.client import ask, drive, require_engine
 from tasks.lib.engine.compose_files import QUIET
-from tasks.lib.engine.containers import last_line
+from tasks.lib.engine.containers import last_line, look
 from tasks.lib.engine.gpus import GpuChoice
 from tasks.lib.engine.images import SERVE, image_exists, image_name, image_of, require_image
 from tasks.lib.engine.mounts import Translation, ensure_folders
+from tasks.lib.engine.ownership import is_ours, owner_of, project_name
 from tasks.lib.errors import INTERRUPTED, DockerError, UserError
 from tasks.lib.host import processes
 from tasks.lib.notices import say
 from tasks.lib.serving.local import ENGINES
-from tasks.lib.settings import ROOT, read_dotenv, resolve
+from tasks.lib.settings import ROOT, read_dotenv
 
 if TYPE_CHECKING:
     from python_on_whales import DockerClient
@@ -49,7 +50,7 @@ def choose_engine(engine: str, cpu: bool) -> tuple[str, str]:
 def container_name(name: str) -> str:
     """Return the name of the container that serves `name`, by which others of the project reach it too."""
     # The end of the name is the digest of the weights; a host name has at most 63 characters.
-    return f"{resolve('COMPOSE_PROJECT_NAME')[:40]}-serve-{name[-8:]}".lower()
+    return f"{project_name()[:40]}-serve-{name[-8:]}".lower()
 
 
 def ensure_image(c: Context, engine: str) -> None:
@@ -71,15 +72,15 @@ def ensure_image(c: Context, engine: str) -> None:
 
 def stop_leftovers() -> None:
     """Remove the servers whose run was killed."""
-    filters: list[tuple[Literal["label"],
-                        str]] = [("label", f"com.docker.compose.project={resolve('COMPOSE_PROJECT_NAME')}"),
-                                 ("label", OWNER)]
-    for container in ask(lambda client: client.container.list(all=True, filters=filters)):
+    for name, ours, owner in look(OWNER, lambda one: (one.name, is_ours(owner_of(one)),
+                                                      (one.config.labels or {})[OWNER])):
+        if not ours:
+            continue
         with suppress(ValueError):
-            if processes.is_running(json.loads((container.config.labels or {})[OWNER])):
+            if processes.is_running(json.loads(owner)):
                 continue
-        say(f"removing {container.name}, which a killed run left behind")
-        remove(container.name)
+        say(f"removing {name}, which a killed run left behind")
+        remove(name)
 
 
 def has_owner(container: str, owner: Mapping[str, str]) -> bool | None:

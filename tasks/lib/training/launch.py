@@ -17,6 +17,7 @@ from invoke.context import Context
 from tasks.lib.engine import client as docker
 from tasks.lib.engine.images import image_facts, image_name, image_of
 from tasks.lib.engine.mounts import ensure_folders
+from tasks.lib.engine.ownership import project_name
 from tasks.lib.engine.sources import GYM, RL, choose_sources, revision
 from tasks.lib.errors import UserError
 from tasks.lib.host import processes
@@ -83,7 +84,7 @@ class Decided:
 
 def container_name(run: str) -> str:
     """Return the name of a run's container."""
-    return f"{resolve('COMPOSE_PROJECT_NAME')}-train-{run}"
+    return f"{project_name()}-train-{run}"
 
 
 def variables(place: Place, folder: str, script: Mapping[str, str]) -> dict[str, str]:

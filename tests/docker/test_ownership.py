@@ -1,0 +1,83 @@
+"""Several checkouts and users on one engine: everybody sees, joins and stops only their own."""
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.docker.workbench import Workbench
+
+IMAGE = os.environ.get("EVAL_BASE_IMAGE", "python:3.12-slim")
+
+
+@pytest.fixture
+def checkout(engine: None, tmp_path: Path) -> Iterator[Workbench]:
+    """A copy of the project, without images."""
+    copy = Workbench.create(tmp_path)
+    yield copy
+    for container in copy.containers():
+        copy.run("docker", "rm", "-f", container)
+
+
+def start(bench: Workbench, folder: Path, service: str, uid: int, project: str = "", **labels: str) -> str:
+    """Start a container as Compose would for the checkout in `folder`; return its id."""
+    named = {
+        "com.docker.compose.project": project or bench.name,
+        "com.docker.compose.project.working_dir": str(folder),
+        "com.docker.compose.service": service,
+        "org.agentgym-rl.uid": str(uid),
+        **labels,
+    }
+    words = [word for name, value in named.items() for word in ("--label", f"{name}={value}")]
+    return bench.docker("run", "--detach", "--init", *words, IMAGE, "sleep", "300")
+
+
+def runs(bench: Workbench, container: str) -> bool:
+    return bench.run("docker", "inspect", "--format", "{{.State.Running}}", container).stdout.strip() == "true"
+
+
+@pytest.mark.parametrize("whose", ["another checkout's", "another user's"])
+def test_a_strangers_container_is_shown_and_left_alone(checkout, tmp_path, whose):
+    other = tmp_path / "elsewhere"
+    folder, uid = (other, os.getuid()) if whose == "another checkout's" else (checkout.root, 4321)
+    theirs, ours = start(checkout, folder, "train", uid), start(checkout, checkout.root, "scripts", os.getuid())
+    told = checkout.invoke("status")
+    assert re.search(rf"^\S+ +running +{re.escape(str(folder))} +{uid}$", told.stdout, re.M), told.stdout + told.stderr
+    shell = checkout.invoke("train.shell")
+    assert "not joining" in shell.stderr and f"of {folder}, user id {uid}" in shell.stderr
+    done = checkout.invoke("down")
+    assert done.returncode == 0 and f"which is of {folder}, user id {uid}" in done.stderr, done.stderr
+    assert runs(checkout, theirs) and checkout.run("docker", "inspect", ours).returncode != 0
+    cleaned = checkout.invoke("clean.containers", "--yes")
+    assert cleaned.returncode == 0 and runs(checkout, theirs)
+
+
+def test_a_strangers_environment_is_not_replaced(checkout, tmp_path):
+    label = {"org.agentgym-rl.env": "demo", "org.agentgym-rl.env.port": "36016"}
+    theirs = start(checkout, tmp_path / "elsewhere", "env-demo", os.getuid(), **label)
+    assert "36016" not in re.sub(r"\(36016\)", "", checkout.invoke("env.list").stdout)
+    stopped = checkout.invoke("env.down", "--env", "demo")
+    assert (stopped.returncode, stopped.stdout) == (0, "demo was not up\n") and runs(checkout, theirs)
+    up = checkout.invoke("env.up", "--env", "demo", "--runner", "docker")
+    assert up.returncode == 2 and "set COMPOSE_PROJECT_NAME" in up.stderr and runs(checkout, theirs), up.stderr
+
+
+def test_what_an_earlier_project_name_has_is_still_ours(checkout):
+    earlier = start(checkout, checkout.root, "train", os.getuid(), project=f"{checkout.name}-old")
+    assert checkout.docker("inspect", "--format", "{{.Name}}", earlier).lstrip("/") in checkout.invoke("status").stdout
+    assert checkout.invoke("down").returncode == 0
+    assert checkout.run("docker", "inspect", earlier).returncode != 0
+
+
+def test_two_checkouts_have_names_of_their_own(checkout, tmp_path):
+    """Where nobody set a name, folder and user make it."""
+    names = set()
+    for root in (checkout.root, Path(Workbench.create(tmp_path / "second").root)):
+        env = {name: value for name, value in checkout.environment().items() if name != "COMPOSE_PROJECT_NAME"}
+        said = subprocess.run(["python3", "-m", "invoke", "--dry", "down"], cwd=root, env=env, capture_output=True, text=True, check=True)
+        found = re.search(r"COMPOSE_PROJECT_NAME=(agentgym-rl-[0-9a-f]{6}) ", said.stdout)
+        assert found, said.stdout
+        names.add(found[1])
+    assert len(names) == 2
