@@ -6,5 +6,8 @@ Invoke prefers this file to the package and registers it under the same name; gi
 import sys
 from importlib import import_module
 
+if sys.version_info < (3, 11):  # before anything that an older one cannot read
+    sys.exit(f"invoke: this project needs Python 3.11 or newer; this is {sys.version.split()[0]}, {sys.executable}")
+
 del sys.modules[__name__]
 ns = import_module(__name__).ns

@@ -15,7 +15,7 @@ from tasks.lib.errors import UserError
 from tasks.lib.evaluation.plan import NEEDED, Endpoint, endpoint_flags, flags, folders, loopback_host
 from tasks.lib.host.programs import GPUS_HERE, choose_program_runner, environment, run_module
 from tasks.lib.interrupts import as_ctrl_c
-from tasks.lib.notices import say
+from tasks.lib.notices import tell
 from tasks.lib.settings import ROOT, resolve
 
 if TYPE_CHECKING:
@@ -65,10 +65,10 @@ def served(c: Context, row: "Environment", runner: str, understood: bool, second
 
     def leave(shared: bool) -> None:
         if shared:
-            say(f"left {row.name} up, another evaluation uses it")
+            tell(f"left {row.name} up, another evaluation uses it")
         else:
             stop_server(c, row.name)
-            say(f"stopped {row.name}")
+            tell(f"stopped {row.name}")
 
     with lease.shared_server(row.name, find, lambda: _start(c, row, runner, understood, seconds), leave) as url:
         yield url
@@ -84,7 +84,7 @@ def _start(c: Context, row: "Environment", runner: str, understood: bool, second
     options = Options(port=pick_port(row, "", bind), bind=bind, understood=understood, aliases=not servers_up())
     url = start_server(c, row, options, place, False, seconds)
     if not c.config.run.dry:
-        say(f"started {row.name} at {url}")
+        tell(f"started {row.name} at {url}")
     return container_url(service_name(row), options.port) if runner == "docker" else url
 
 
@@ -115,14 +115,14 @@ def prepare_checkpoint(c: Context, folder: str, runner: str, engine: str, gpus: 
     chosen, why = serve_docker.choose_engine(engine, choice.cpu) if choice else serving.choose_engine(engine)
     found = checkpoints.find(Path(folder))
     if found.merge:
-        say(f"merging {found.shards}")
+        tell(f"merging {found.shards}")
         run_merger(c, runner, [str(found.shards)], gpus=gpus, force=found.force)
     elif found.shards:
-        say(f"{found.model} is merged from these shards already")
+        tell(f"{found.model} is merged from these shards already")
     absent = c.config.run.dry and found.merge
     context = 0 if absent else checkpoints.check(found.model)
     name = checkpoints.served_name(found.model)
-    say(f"{found.model} is evaluated as {name}, served by {chosen} ({why})")
+    tell(f"{found.model} is evaluated as {name}, served by {chosen} ({why})")
     return Prepared(found.model, name, chosen, context, seconds, choice)
 
 

@@ -1,4 +1,4 @@
-"""What is said along the way: on standard error, since standard output may be for a machine."""
+"""What is said along the way, each line with the task's name before it."""
 import sys
 from contextvars import ContextVar
 
@@ -7,5 +7,10 @@ TASK: ContextVar[str] = ContextVar("TASK", default="invoke")
 
 
 def say(text: str) -> None:
-    """Print one line that begins with the task's name."""
+    """Print a line on standard error: what the user must know, whoever reads standard output."""
     print(f"{TASK.get()}: {text}", file=sys.stderr, flush=True)
+
+
+def tell(text: str) -> None:
+    """Print a line on standard output: how it goes on, where standard output is for people."""
+    print(f"{TASK.get()}: {text}", flush=True)

@@ -44,6 +44,8 @@ SETTINGS: dict[str, Setting] = {
     Setting("", "Prefix of the image names, with its slash, for --push: registry.example.com/team/."),
     "IMAGE_TAG":
     Setting("latest", "Tag of the images that are built and run."),
+    "PULL_POLICY":
+    Setting("never", "When Compose asks a registry for our images: never, or missing, with a REGISTRY of your own."),
     "BASE_IMAGE":
     Setting("nvidia/cuda:12.4.1-devel-ubuntu22.04", "What the base image starts from (with --cpu: ubuntu:22.04)."),
     "PYTHON_VERSION":
@@ -65,7 +67,8 @@ SETTINGS: dict[str, Setting] = {
     Setting("/dev/null", "PEM file of a certificate authority for the builds."),
     # Containers
     "COMPOSE_PROJECT_NAME":
-    Setting("agentgym-rl", "Prefix of container and network names (unset, the tasks add what tells this folder and you)."),
+    Setting("agentgym-rl",
+            "Prefix of container and network names (unset, the tasks add what tells this folder and you)."),
     "HOST_UID":
     Setting("1000", "User id in the containers. The tasks pass yours; set it for plain docker compose."),
     "HOST_GID":
@@ -176,7 +179,8 @@ def read_dotenv(path: Path = ROOT / ".env") -> dict[str, str]:
     try:
         return {name: value for name, value in dotenv_values(path).items() if value is not None}
     except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8; save it as UTF-8") from None
+        kind = "is UTF-16" if path.read_bytes()[:2] in (b"\xff\xfe", b"\xfe\xff") else "is not UTF-8"
+        raise UserError(f"{path} {kind}; save it as UTF-8") from None
 
 
 def resolve(name: str,

@@ -6,7 +6,7 @@ import time
 from invoke.context import Context
 
 from tasks.lib.engine.client import drive, require_engine
-from tasks.lib.engine.images import Image, image_facts, image_name, image_of, require_image
+from tasks.lib.engine.images import TAG, Image, image_facts, image_name, image_of, require_image
 from tasks.lib.engine.sources import GYM, RL, choose_sources, origin, revision
 from tasks.lib.errors import UserError
 from tasks.lib.settings import ROOT, SETTINGS, read_dotenv
@@ -19,7 +19,7 @@ def build_variables(tag: str) -> dict[str, str]:
     Raises:
         UserError: a tag or a source that cannot be.
     """
-    if tag and not re.fullmatch(r"[\w][\w.-]{0,127}", tag, re.ASCII):
+    if tag and not re.fullmatch(TAG, tag, re.ASCII):
         raise UserError(f"--tag {tag!r} is no image tag; use letters, digits, dot, dash, underscore")
     settings = {**read_dotenv(), **os.environ}
     sources = choose_sources(ROOT, settings)

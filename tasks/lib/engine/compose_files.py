@@ -7,17 +7,20 @@ from pathlib import Path
 
 from tasks.lib.engine.ownership import project_name
 
+OVERRIDES = ("compose.override.yml", "compose.override.yaml", "docker-compose.override.yml",
+             "docker-compose.override.yaml")
+
 
 def compose_files(root: Path, cpu: bool) -> list[Path]:
     """Return the Compose files to pass: the project's, the CPU override, and the user's own override last.
 
-    Naming any file makes Compose forget `docker-compose.override.yml`, hence the third.
+    Naming any file makes Compose forget the override, hence the third; of several names Compose takes the first.
     """
     files = [root / "docker-compose.yml"]
     if cpu:
         files.append(root / "docker-compose.cpu.yml")
-    own = root / "docker-compose.override.yml"
-    return [*files, own] if own.is_file() else files
+    own = next((root / name for name in OVERRIDES if (root / name).is_file()), None)
+    return [*files, own] if own else files
 
 
 def caller_variables(environ: Mapping[str, str], dotenv: Mapping[str, str]) -> dict[str, str]:

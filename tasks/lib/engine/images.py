@@ -1,6 +1,8 @@
 """Which images there are, what builds them, and in which order."""
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass
 from datetime import datetime
 from fnmatch import fnmatch
@@ -8,8 +10,10 @@ from fnmatch import fnmatch
 from invoke.context import Context
 
 from tasks.lib.engine.client import ask, require_engine
-from tasks.lib.errors import DockerError
+from tasks.lib.errors import DockerError, UserError
 from tasks.lib.settings import resolve
+
+TAG = r"[\w][\w.-]{0,127}"
 
 
 @dataclass(frozen=True)
@@ -66,13 +70,32 @@ def require_image(c: Context, name: str, task: str) -> None:
         UserError: exit code 1.
     """
     require_engine(c)
-    if not c.config.run.dry and not image_exists(name):
-        raise DockerError(f"no image {name} yet; build it with `invoke {task}`", code=1)
+    if c.config.run.dry:
+        return
+    if not image_exists(name):
+        raise DockerError(
+            f"no image {name} yet; build it with `invoke {task}` (IMAGE_TAG and REGISTRY choose the name)", code=1)
+    asked = os.environ.get("DOCKER_DEFAULT_PLATFORM", "")
+    image = ask(lambda docker: docker.image.inspect(name))
+    if asked and asked.split("/")[:2] != [image.os, image.architecture]:  # Compose would build or pull another one
+        raise DockerError(
+            f"image {name} is for {image.os}/{image.architecture}, and DOCKER_DEFAULT_PLATFORM={asked}; unset it, or "
+            f"build it with `invoke {task}`",
+            code=2)
 
 
 def image_name(name: str, tag: str = "") -> str:
-    """Return the full name of our image `name` (agentgym-rl/train), with registry and tag."""
-    return f"{resolve('REGISTRY')}{name}:{resolve('IMAGE_TAG', tag)}"
+    """Return the full name of our image `name` (agentgym-rl/train), with registry and tag.
+
+    Raises:
+        UserError: one of the two cannot be.
+    """
+    registry, chosen = resolve("REGISTRY"), resolve("IMAGE_TAG", tag)
+    if registry and not registry.endswith("/"):
+        raise UserError(f"REGISTRY={registry} has no slash at its end; write {registry}/")
+    if not re.fullmatch(TAG, chosen, re.ASCII):
+        raise UserError(f"IMAGE_TAG={chosen!r} is no image tag; use letters, digits, dot, dash, underscore")
+    return f"{registry}{name}:{chosen}"
 
 
 def environment_images() -> list[str]:

@@ -31,7 +31,7 @@ from tasks.lib.errors import DockerError, NoEngine, UserError
 from tasks.lib.flags import port_number
 from tasks.lib.host.ports import port_is_free
 from tasks.lib.host.programs import RUNNERS
-from tasks.lib.notices import say
+from tasks.lib.notices import tell
 from tasks.lib.settings import ROOT, effective_environment, resolve
 
 
@@ -82,7 +82,7 @@ def pick_port(row: Environment, flag: str, bind: str) -> int:
     wanted = effective_environment().get("ENV_PORT") or str(row.port)
     port = choose_port(port_number("ENV_PORT", wanted), lambda port: port_is_free(port, bind))
     if port != int(wanted):
-        say(f"port {wanted} is taken; {row.name} gets {port}")
+        tell(f"port {wanted} is taken; {row.name} gets {port}")
     return port
 
 

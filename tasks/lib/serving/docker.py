@@ -21,7 +21,7 @@ from tasks.lib.engine.mounts import Translation, ensure_folders
 from tasks.lib.engine.ownership import is_ours, owner_of, project_name
 from tasks.lib.errors import INTERRUPTED, DockerError, UserError
 from tasks.lib.host import processes
-from tasks.lib.notices import say
+from tasks.lib.notices import say, tell
 from tasks.lib.serving.local import ENGINES
 from tasks.lib.settings import ROOT, read_dotenv
 
@@ -66,7 +66,7 @@ def ensure_image(c: Context, engine: str) -> None:
     if c.config.run.dry or image_exists(name):
         return
     from tasks.lib.engine.builds import build_images
-    say(f"no image {name} yet: building it")
+    tell(f"no image {name} yet: building it")
     build_images(c, (SERVE, ), no_cache=False, pull=False, cpu=True, push=False, tag="")
 
 
@@ -79,7 +79,7 @@ def stop_leftovers() -> None:
         with suppress(ValueError):
             if processes.is_running(json.loads(owner)):
                 continue
-        say(f"removing {name}, which a killed run left behind")
+        tell(f"removing {name}, which a killed run left behind")
         remove(name)
 
 

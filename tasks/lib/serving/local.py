@@ -26,7 +26,7 @@ from tasks.lib.atomic import make_private, write_private
 from tasks.lib.errors import INTERRUPTED, UserError
 from tasks.lib.host import processes
 from tasks.lib.host.ports import free_port
-from tasks.lib.notices import say
+from tasks.lib.notices import tell
 from tasks.lib.settings import ROOT, SETTINGS
 
 RUN = atomic.RUN / "serve"
@@ -96,7 +96,7 @@ def stop_leftovers(folder: Path = RUN) -> None:
             if processes.is_running(state["owner"]):
                 continue
             if processes.is_running(state["server"]):
-                say(f"stopping {path.parent.name}, which a killed run left behind")
+                tell(f"stopping {path.parent.name}, which a killed run left behind")
             processes.stop([state["server"]])
         path.unlink(missing_ok=True)
 
@@ -159,7 +159,7 @@ def served_locally(model: Path, name: str, engine: str = "auto", wait: float = 6
         UserError: one line: it cannot run here (2), or did not start (1); nothing is left running.
     """
     chosen, why = choose_engine(engine)
-    say(f"serving {model} with {chosen} ({why})")
+    tell(f"serving {model} with {chosen} ({why})")
     with started(Context(), model, name, chosen, wait) as url:
         yield url
 
