@@ -8,7 +8,7 @@ from typing import Any
 from invoke.collection import Collection
 from invoke.exceptions import Exit
 
-from tasks.lib.errors import INTERRUPTED, MISUSE, PIPE_CLOSED, UserError
+from tasks.lib.errors import INTERRUPTED, MISUSE, PIPE_CLOSED, BadSetting, UserError
 from tasks.lib.notices import TASK
 
 REMEDIES = {
@@ -16,6 +16,8 @@ REMEDIES = {
     errno.EPERM: "give yourself access (chown, chmod)",
     errno.ENOSPC: "free some disk",
 }
+# Tasks that do one thing in several ways speak as one; each of env, eval and training's others as itself.
+SPEAK_AS_ONE = ("build", "clean", "merge")
 
 
 def line(error: OSError) -> str:
@@ -24,16 +26,24 @@ def line(error: OSError) -> str:
     return "; ".join(filter(None, (said, REMEDIES.get(error.errno or 0))))
 
 
+def speaker_of(name: str) -> str:
+    """Return the name under which the task `name` speaks to the user."""
+    family = name.partition(".")[0]
+    return family if family in SPEAK_AS_ONE or name in ("train.shell", "train.run") else name
+
+
 def guarded(name: str, body: Callable[..., Any]) -> Callable[..., Any]:
     """Return the task `body`, which leaves with `Exit` where user, system or package stops it, and on Ctrl-C."""
 
     @wraps(body)
     def run(*args: Any, **kwargs: Any) -> Any:
-        before = TASK.set(name)
+        before = TASK.set(speaker_of(name))
         try:
             return body(*args, **kwargs)
+        except BadSetting as error:
+            raise Exit(error.said(name), code=error.code) from None
         except UserError as error:
-            raise Exit(error.said(name) or None, code=error.code) from None
+            raise Exit(error.said(speaker_of(name)) or None, code=error.code) from None
         except BrokenPipeError:  # whoever read what we print wanted no more
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             raise Exit(code=PIPE_CLOSED) from None

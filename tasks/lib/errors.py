@@ -26,6 +26,10 @@ class UserError(Exception):
         return f"{speaker}: {self.message}" if self.message and speaker else self.message
 
 
+class BadSetting(UserError):
+    """A setting that cannot be, whichever task reads it."""
+
+
 class DockerError(UserError):
     """A failure of Docker, or of what the tasks need of it."""
     speaker = "docker"

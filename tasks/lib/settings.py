@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tasks.lib.errors import UserError
+from tasks.lib.errors import BadSetting
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -169,7 +169,7 @@ def read_dotenv(path: Path = ROOT / ".env") -> dict[str, str]:
     """Return the variables of a `.env` file; an absent file has none.
 
     Raises:
-        UserError: it is no text.
+        BadSetting: it is no text.
 
     `dotenv_values` and not `load_dotenv`: the latter would change the environment that Docker Compose sees.
     """
@@ -180,7 +180,7 @@ def read_dotenv(path: Path = ROOT / ".env") -> dict[str, str]:
         return {name: value for name, value in dotenv_values(path).items() if value is not None}
     except UnicodeDecodeError:
         kind = "is UTF-16" if path.read_bytes()[:2] in (b"\xff\xfe", b"\xfe\xff") else "is not UTF-8"
-        raise UserError(f"{path} {kind}; save it as UTF-8") from None
+        raise BadSetting(f"{path} {kind}; save it as UTF-8") from None
 
 
 def resolve(name: str,

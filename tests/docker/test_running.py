@@ -518,7 +518,7 @@ def test_port_in_use_names_the_setting(built: Workbench, environment_image: str,
         done = built.run(
             sys.executable,
             "-c",
-            f"import sys\nfrom invoke.exceptions import Exit\ntry:\n    exec({program!r})\nexcept Exit as e:\n    print(e.message, file=sys.stderr); sys.exit(e.code)",
+            f"import sys\nfrom tasks.lib.errors import UserError\ntry:\n    exec({program!r})\nexcept UserError as e:\n    print(e.said(), file=sys.stderr); sys.exit(e.code)",
             env=env)
         fault(done, 1, r"docker: the port is in use; choose another with ENV_PORT\n\Z")
 

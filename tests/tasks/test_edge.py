@@ -215,7 +215,7 @@ def test_doctor_shows_what_compose_refuses(project: Project, tmp_path: Path) -> 
     }, "eval: 127.0.0.1, the host of OPENAI_BASE_URL, would be the container itself"),
     (["build.env"], {
         "AGENTGYM_SRC": "~nosuchuser/x"
-    }, "build.env: AGENTGYM_SRC=~nosuchuser/x has no agentenv/agentenv"),
+    }, "build: AGENTGYM_SRC=~nosuchuser/x has no agentenv/agentenv"),
 ],
                          ids=lambda value: value if isinstance(value, str) else None)
 def test_bad_input_is_one_line(project: Project, words: list[str], variables: dict[str, str], line: str) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from tasks.lib.errors import UserError
+from tasks.lib.errors import BadSetting, UserError
 from tasks.lib.settings import FOLDERS
 
 WORKSPACE = PurePosixPath("/workspace")
@@ -59,18 +59,18 @@ def ensure_folders(root: Path, environ: Mapping[str, str]) -> list[Path]:
     Root creating them for another user's containers (HOST_UID) hands them over.
 
     Raises:
-        UserError: an id that is no number, or a link to a folder that is not there.
+        BadSetting: an id that is no number, or a link to a folder that is not there.
     """
     created = []
     ids = {name: environ[name] for name in ("HOST_UID", "HOST_GID") if environ.get(name)}
     for name, value in ids.items():
         if not value.isdecimal():
-            raise UserError(f"{name}={value} is no number; `id -u` and `id -g` tell yours")
+            raise BadSetting(f"{name}={value} is no number; `id -u` and `id -g` tell yours")
     for folder in FOLDERS:
         path = root / folder
         if path.is_symlink() and not path.exists():
-            raise UserError(f"{path} is a link to {os.readlink(path)}, which is not there; create that folder, "
-                            "or remove the link")
+            raise BadSetting(f"{path} is a link to {os.readlink(path)}, which is not there; create that folder, "
+                             "or remove the link")
         if not path.exists():
             path.mkdir()
             created.append(path)

@@ -124,7 +124,8 @@ class SameItems:
             if sum(map(len, found.values())) == each * replicas:
                 break
         if len(found) < replicas:
-            raise ServerError(f"no session on {replicas - len(found)} of {replicas} replicas in {CREATES * replicas} tries")
+            raise ServerError(
+                f"no session on {replicas - len(found)} of {replicas} replicas in {CREATES * replicas} tries")
         return [session for mine in found.values() for session in mine]
 
     def _trajectory(self, client: Client, session: int, item: int) -> Trajectory:
@@ -150,8 +151,9 @@ class SameItems:
             return
         expected = self.expected.setdefault(item, found)
         if found != expected and item not in self.differing:
-            place = next((number for number, (one, other) in enumerate(zip(expected, found, strict=False)) if one != other),
-                         min(len(expected), len(found)))
+            place = next(
+                (number for number, (one, other) in enumerate(zip(expected, found, strict=False)) if one != other),
+                min(len(expected), len(found)))
             one, other = (trajectory[place] if place < len(trajectory) else "" for trajectory in (expected, found))
             common = next((at for at, (left, right) in enumerate(zip(one, other, strict=False)) if left != right),
                           min(len(one), len(other)))
