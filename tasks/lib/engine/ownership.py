@@ -49,10 +49,9 @@ def _digest() -> str:
 
 
 def owner_of(container: Container) -> Owner:
-    """Return whose `container` is. One that no label names is its user's, where that is an id."""
+    """Return whose `container` is. Plain `docker compose` without HOST_UID notes no user."""
     labels = container.config.labels or {}
-    user = (container.config.user or "").partition(":")[0]
-    return Owner(labels.get(FOLDER, ""), labels.get(UID) or (user if user.isdecimal() else ""))
+    return Owner(labels.get(FOLDER, ""), labels.get(UID, ""))
 
 
 def is_ours(owner: Owner, root: Path = ROOT) -> bool:

@@ -27,7 +27,7 @@ class Variable(str):
     __slots__ = ()
 
 
-USER_ID = Variable("${HOST_UID:-1000}")
+USER_ID = Variable("${HOST_UID:+$HOST_UID}")
 
 
 def escaped(value: Any) -> Any:
