@@ -217,7 +217,18 @@ def start(c: Context, run: Decided) -> None:
     Raises:
         UserError: it did not come up, with its last line.
     """
-    launch(c, run.place, run.name, run.folder, run.inside)
+    try:
+        launch(c, run.place, run.name, run.folder, run.inside)
+    except UserError:
+        forget(run.folder)
+        raise
+
+
+def forget(folder: Path) -> None:
+    """Free the name of a run that never began: its run.json goes, its logs stay."""
+    with suppress(OSError, ValueError):
+        if not RunFolder(folder).read()["attempts"]:
+            RunFolder(folder).run_json.unlink()
 
 
 def launch(c: Context, place: Place, name: str, folder: Path, inside: str) -> None:
