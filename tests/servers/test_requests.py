@@ -49,6 +49,22 @@ def test_json_passes_the_gate_as_json_reads_it_or_not_at_all(body):
     assert json.dumps(mine) == json.dumps(json.loads(body)) and gates.depth(body) <= gates.DEPTH
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32-be"])
+def test_a_body_means_to_the_gate_what_it_means_to_the_application(encoding):
+    """Or a session's number inside the application could be sent past the gate."""
+
+    async def both():
+        server = requests.sessions()
+        _, mine = await requests.ask(server, "POST", "/create", b"{}")
+        inside = json.dumps({"id": 0, "action": "x"}).encode(encoding)
+        status, reply = await requests.ask(server, "POST", "/step", inside)
+        assert status == 404 and "no session 0" in reply["error"]
+        own = json.dumps({"id": mine["id"], "data_idx": 0}).encode(encoding)
+        assert (await requests.ask(server, "POST", "/reset", own))[0] == 200
+
+    asyncio.run(both())
+
+
 @settings(max_examples=300, **LIMITS)
 @given(st.text() | st.text(alphabet="\x1b\x9b\u202e\u2066\n\r\t\x00\x7f\ud800a[31m"), st.integers(2, 300))
 def test_foreign_text_is_one_line_that_does_nothing_to_a_terminal(text, width):
