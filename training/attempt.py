@@ -13,7 +13,7 @@ from typing import Any
 
 from training import checkpoints, machine
 from training.console import Lines, Steps, speaker
-from training.diagnosis import WAITS, Evidence
+from training.diagnosis import RAY, WAITS, Evidence
 from training.folder import RunFolder
 from training.rollouts import Errors, Played
 
@@ -21,6 +21,9 @@ SHOWN_LINES = 20
 LINE_WIDTH = 2000  # characters of a line in state.json
 # Words by which the training loop tells that it begins: from then on trajectories may be open.
 BEGINS = ("Training from scratch", "Setting global step to", "Running rounds")
+PREPARES = "Total training steps:"  # the loop says it once, before its workers start
+# Ray runs a task again whose process was killed; the new one waits for good for what the first one's workers hold.
+LOST_LOOP = "the training loop's process was killed, and Ray started another, which waits for the first one's GPUs"
 # What the trainer learns from.
 SCORES = ("critic/score/mean", "critic/rewards/mean", "critic/advantages/mean", "critic/task_score/mean")
 
@@ -41,6 +44,7 @@ class Attempt:
         self.last_step: int | None = None
         self.step_ended = self.started
         self.begun = False
+        self.loops = 0  # times that the training loop got ready
         self.nan: tuple[int, tuple[str, ...]] | None = None
         self.evidence = Evidence()
         self.heard = time.monotonic()
@@ -129,6 +133,10 @@ class Attempt:
             self.begun = True
         if self.errors.feed(said, times):
             return True  # it is survived, so it is no evidence for a death
+        if who == "main_task" and said.startswith(PREPARES):
+            self.loops += 1
+            if self.loops > 1:
+                self.evidence.first.setdefault(RAY, LOST_LOOP)
         self.evidence.feed(said)
         self._note(self._steps.feed(who, said))
         return not (who.startswith("autoscaler") or WAITS.search(said))

@@ -46,7 +46,8 @@ _PATTERNS = (
      r"CUBLAS_STATUS_ALLOC_FAILED|No available memory for the cache blocks|"
      r"Free memory on device .* is less than desired"),
     (HOST_OOM, r"ray\.exceptions\.OutOfMemoryError|killed due to (?:memory pressure|the node running low on memory)|"
-     r"due to memory pressure \(OOM\)|DefaultCPUAllocator: (?:can't|not enough)|Cannot allocate memory|"
+     r"due to memory pressure \(OOM\)|kill details: Memory on the node|OOM kill reason: Memory usage|"
+     r"DefaultCPUAllocator: (?:can't|not enough)|Cannot allocate memory|"
      r"^\w*MemoryError\b|std::bad_alloc"),
     (DISK, r"No space left on device|Disk quota exceeded|\[Errno (?:28|122)\]|PytorchStreamWriter failed writing|"
      r"enforce fail at inline_container.*(?:unexpected pos|failed)|file system is over \d+% full"),

@@ -397,6 +397,9 @@ class Supervisor:
                 return process.returncode, None
             if attempt.nan is not None:
                 return self._kill(attempt, self._facts(attempt, 1, 0))
+            if attempt.loops > 1:
+                self._end(attempt, min(5.0, self.options.stop_seconds))
+                return process.returncode or 1, None
             if time.monotonic() - looked > LOOK or attempt.errors.away:
                 looked = time.monotonic()
                 self._progress(attempt)

@@ -146,6 +146,9 @@ def act(what: str, step: int) -> None:
                 "\x1b[33m(autoscaler +35s)\x1b[0m Error: No available node types can fulfill resource request {'GPU': 1.0}",
                 flush=True)
             time.sleep(0.2)
+    if what == "loop_lost":  # Ray starts it again, and it waits
+        print(f"\x1b[36m(main_task pid=79)\x1b[0m Total training steps: {TOTAL}", flush=True)
+        time.sleep(3600)
     if what == "hang":
         time.sleep(3600)
     if what == "end":
@@ -173,6 +176,7 @@ def main() -> None:
     tracker = FOLDER / "latest_checkpointed_iteration.txt"
     if mode == "auto" and tracker.exists():
         mode = f"{FOLDER}/global_step_{int(tracker.read_text())}"
+    main_task(f"Total training steps: {TOTAL}")
     if happens(0):
         act(GIVEN["fake.do"], 0)
     if "global_step_" in mode:

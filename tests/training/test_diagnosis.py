@@ -15,6 +15,9 @@ LINES = [
     ("host_oom",
      "1 Workers (tasks / actors) killed due to memory pressure (OOM), 0 Workers crashed due to other reasons"),
     ("host_oom",
+     "[2026-11-30 14:48:59,397 I 85 85] (raylet) node_manager.cc:3199: Killing 1 worker(s), kill details: Memory on the node (IP: 172.19.0.3) was 3.90GB used / 4.00GB limit"
+     ),
+    ("host_oom",
      "RuntimeError: [enforce fail at alloc_cpu.cpp:83] err == 0. DefaultCPUAllocator: can't allocate memory"),
     ("nccl_timeout",
      "[E1130 ProcessGroupNCCL.cpp:616] [Rank 1] Watchdog caught collective operation timeout: WorkNCCL("),

@@ -167,6 +167,14 @@ def test_a_hang_is_ended(run):
     assert attempt["cause"] == "hang" and "said nothing" in attempt["reason"]
 
 
+def test_a_training_loop_that_ray_starts_again_is_ended(run):
+    """Seen with Ray 2.60: its memory monitor kills the loop's process, and the new one waits for the first one's GPUs."""
+    folder = make(run, "fake.do=loop_lost", "fake.at=3")
+    assert supervise(folder)[0] != 0
+    attempt, = folder.read()["attempts"]
+    assert attempt["cause"] == "ray_worker" and "Ray started another" in attempt["reason"]
+
+
 def test_ray_that_waits_for_gpus_that_are_not_there_is_ended_however_often_it_says_so(run):
     folder = make(run, "fake.do=unscheduled", "fake.at=0", options={"hang_seconds": 1.5})
     assert supervise(folder)[0] != 0
