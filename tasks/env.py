@@ -4,7 +4,8 @@ import subprocess
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -154,8 +155,8 @@ def restart(c: Context, env: str = "", wait: str = "120") -> None:
             announce(row, options, runner, url)
 
 
-@task(name="list", positional=[], auto_shortflags=False)
-def list_(c: Context) -> None:
+@task(name="list", positional=[], auto_shortflags=False, help={"json": "Print one JSON object in place of the table."})
+def list_(c: Context, json: bool = False) -> None:
     """Show every environment: image, port, data, keys."""
     from tasks.lib.engine.images import image_exists
     from tasks.lib.environments import docker as env_docker
@@ -168,6 +169,26 @@ def list_(c: Context) -> None:
         built = {name for name, row in rows.items() if image_exists(env_docker.server_image(row))}
     except DockerError:
         built = set()
+    if json:
+        print(
+            dumps({
+                "environments": [{
+                    "name":
+                    name,
+                    "title":
+                    row.title,
+                    "port":
+                    row.port,
+                    "image":
+                    name in built,
+                    "running": [{
+                        **asdict(one), "sessions": session_totals(one)
+                    } for one in up_now.get(name, [])],
+                    "data_missing": [one.path for one in row.missing_data(data_folder(row))],
+                    "keys_missing": [one.name for one in row.missing_keys(environ)]
+                } for name, row in rows.items()]
+            }))
+        return
     lines = []
     for name, row in rows.items():
         found = up_now.get(name, [])
@@ -272,7 +293,8 @@ def shell(c: Context, env: str = "", user: str = "") -> None:
           "timeout": "Seconds for each request (default: 60).",
           "items": "Items to play several times and compare, such as 0-50,100: is each the same task every time?",
           "all_": "Reset every item of the environment once, and name those that fail.",
-          "restart": "With --items: restart the server, which ends its sessions, and compare once more."
+          "restart": "With --items: restart the server, which ends its sessions, and compare once more.",
+          "json": "Print one JSON object in place of the table; not with --items or --all."
       })
 def check(c: Context,
           env: str = "",
@@ -280,7 +302,8 @@ def check(c: Context,
           timeout: str = "60",
           items: str = "",
           all_: bool = False,
-          restart: bool = False) -> None:
+          restart: bool = False,
+          json: bool = False) -> None:
     """Check that a running server keeps its protocol."""
     from servers.protocol import Client
     from tasks.lib.environments.conformance import Conformance
@@ -297,13 +320,18 @@ def check(c: Context,
         raise UserError(f"{row.name} is not up; `invoke env.up --env {row.name}`, or give --url", code=1)
     client = Client(url or (found.url if found else ""), row.protocol, timeout=seconds)
     if items or all_:
+        if json:
+            raise UserError("--json goes with the checks of the protocol; leave out --items and --all")
         if restart and (url or not items):
             raise UserError("--restart goes with --items and a server that `invoke env.up` started; leave it out")
         check_items(c, row, client, found.replicas if found else 1, items, restart)
         return
     findings = Conformance(row, client).run()
+    if json:
+        print(dumps({"environment": row.name, "checks": [asdict(one) for one in findings]}))
     says = {True: "yes", False: "NO", None: "has none"}
-    print_table(("check", "holds", "seen"), [(one.check, says[one.holds], one.detail) for one in findings])
+    table = [] if json else [(one.check, says[one.holds], one.detail) for one in findings]
+    print_table(("check", "holds", "seen"), table)
     if any(one.holds is False for one in findings):
         raise UserError(code=1)
 

@@ -1,5 +1,6 @@
 """Look at the project's containers and images, and stop them."""
 import json as json_format
+from dataclasses import asdict
 from datetime import datetime, timezone
 
 from invoke.context import Context
@@ -18,8 +19,8 @@ def print_inspection(c: Context, name: str) -> None:
     drive(c, lambda client: client.image.inspect(name))
 
 
-@task(positional=[], auto_shortflags=False)
-def status(c: Context) -> None:
+@task(positional=[], auto_shortflags=False, help={"json": "Print one JSON object in place of the tables."})
+def status(c: Context, json: bool = False) -> None:
     """Show containers, ports, health and images."""
     require_engine(c)
     if c.config.run.dry:
@@ -28,6 +29,21 @@ def status(c: Context) -> None:
             print_inspection(c, image_name(image.name))
         return
     now = datetime.now(timezone.utc)
+    names = [*(image_name(image.name) for image in EVERY), *environment_images()]
+    if json:
+        facts_of = {name: image_facts(name) for name in names}
+        print(
+            json_format.dumps({
+                "containers": [asdict(found) for found in containers.ours()],
+                "of_others": [asdict(found) for found in containers.strangers()],
+                "images": [{
+                    "name": name,
+                    "id": fact.id if fact else None,
+                    "bytes": fact.size if fact else None,
+                    "created": fact.created.isoformat() if fact else None
+                } for name, fact in facts_of.items()]
+            }))
+        return
     rows = [(found.name, found.state, found.health, found.ports) for found in containers.ours()]
     print_table(("container", "state", "health", "ports"), rows or [("none", "", "", "")])
     print()
@@ -35,7 +51,6 @@ def status(c: Context) -> None:
     if others:  # under our project's name: what is theirs is shown, and left alone
         print_table(("of others", "state", "folder", "user id"), others)
         print()
-    names = [*(image_name(image.name) for image in EVERY), *environment_images()]
     facts = [(name, image_facts(name)) for name in names]
     print_table(("image", "size", "age"), [(name, human_size(fact.size), human_age(now - fact.created)) if fact else
                                            (name, "not built", "") for name, fact in facts])

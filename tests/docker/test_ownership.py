@@ -1,4 +1,5 @@
 """Several checkouts and users on one engine: everybody sees, joins and stops only their own."""
+import json
 import os
 import re
 import subprocess
@@ -45,6 +46,9 @@ def test_a_strangers_container_is_shown_and_left_alone(checkout, tmp_path, whose
     theirs, ours = start(checkout, folder, "train", uid), start(checkout, checkout.root, "scripts", os.getuid())
     told = checkout.invoke("status")
     assert re.search(rf"^\S+ +running +{re.escape(str(folder))} +{uid}$", told.stdout, re.M), told.stdout + told.stderr
+    facts = json.loads(checkout.invoke("status", "--json").stdout)
+    assert [one["id"] for one in facts["containers"]] == [ours] and [one["id"] for one in facts["of_others"]] == [theirs]
+    assert facts["of_others"][0]["owner"] == {"folder": str(folder), "uid": str(uid)}
     shell = checkout.invoke("train.shell")
     assert "not joining" in shell.stderr and f"of {folder}, user id {uid}" in shell.stderr
     done = checkout.invoke("down")
