@@ -82,6 +82,7 @@ class Supervisor:
         self.monitor: Monitor | None = None
         self.gpus: list[dict[str, Any]] | None = None
         self.note = ""  # what the supervisor itself waits for
+        self.retries = 0  # so far
         self._beat = 0.0
         self._gpus_at = 0.0
         self._spawning = threading.Lock()
@@ -113,22 +114,22 @@ class Supervisor:
         if resume.is_finished(self.folder, run):
             say(f"{self.folder.name} has trained all its {run.get('steps')} steps; nothing is left to do")
             return 0
-        retries = 0
         while True:
             number = 1 + max((found.get("number", 0) for found in run.get("attempts") or ()), default=0)
-            death, code = self._one(run,
-                                    number,
-                                    waits=self.options.env_wait_seconds if retries else self.options.env_start_seconds)
+            waits = self.options.env_wait_seconds if self.retries else self.options.env_start_seconds
+            death, code = self._one(run, number, waits)
             run = self.folder.read()
-            if death is None:
+            if death is None or not self._goes_on_after(death):
                 return code
-            if not death.curable or retries >= self.options.retries or self.stop_signal:
-                return code
-            retries += 1
-            self._event("retry", attempt=number, cause=death.cause, retry=retries, of=self.options.retries)
-            say(f"retry {retries} of {self.options.retries} in {self.options.retry_seconds:g} s")
-            if not self._sleep(self.options.retry_seconds, f"retry {retries} of {self.options.retries} begins soon"):
+            self.retries += 1
+            self._event("retry", attempt=number, cause=death.cause, retry=self.retries, of=self.options.retries)
+            say(f"retry {self.retries} of {self.options.retries} in {self.options.retry_seconds:g} s")
+            if not self._sleep(self.options.retry_seconds, self.note):
                 return self._stopped_between(number)
+
+    def _goes_on_after(self, death: Death) -> bool:
+        """Tell whether another attempt follows."""
+        return death.curable and self.retries < self.options.retries and not self.stop_signal
 
     def _check(self, run: dict[str, Any]) -> None:
         """Refuse a run.json that lacks what is needed, or that is another folder's."""
@@ -561,6 +562,11 @@ class Supervisor:
                                  reason=death.reason[:LINE_WIDTH] if death is not None else "",
                                  last_step=attempt.last_step)
 
+        shown_state = state
+        if death is not None and self._goes_on_after(death):  # a reader never sees that nothing follows
+            shown_state = "running"
+            self.note = f"attempt {attempt.number} died of {death.cause}; retry {self.retries + 1} of {self.options.retries} begins soon"
+            self._heartbeat(shown_state, force=True)
         self.folder.update(end)
         self._event(state,
                     attempt=attempt.number,
@@ -568,7 +574,7 @@ class Supervisor:
                     cause=death.cause if death is not None else None,
                     reason=death.reason[:LINE_WIDTH] if death is not None else "",
                     step=attempt.last_step)
-        self._heartbeat(state, force=True)
+        self._heartbeat(shown_state, force=True)
         self.monitor = None
         if death is not None:
             say(f"attempt {attempt.number} died of {death.cause}: {death.reason}")

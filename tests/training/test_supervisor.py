@@ -508,7 +508,7 @@ def test_the_same_run_goes_on_with_a_clean_step_when_the_server_is_back(run):
     server.go()
     until(lambda: events(folder, "retry"))
     bad = events(folder, "poisoned")[0]["step"]
-    assert "waiting for the environment" in until(lambda: status(run).note)
+    until(lambda: "waiting for the environment" in status(run).note)
     with served(port=port, pid=2):
         assert supervisor.wait(60) == 0
     second = folder.read()["attempts"][1]
