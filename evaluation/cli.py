@@ -193,6 +193,18 @@ def parser() -> argparse.ArgumentParser:
     talks.add_argument("--out", required=True, help="the file to write, JSON lines with messages")
     talks.add_argument("--all", action="store_true", help="failures too (default: what ended in success)")
 
+    export = commands.add_parser("export", help="write runs as a table, a row an attempt or a row a turn")
+    export.add_argument("folders", nargs="+", help="folders of runs")
+    export.add_argument("--format",
+                        choices=("csv", "jsonl", "parquet"),
+                        default="csv",
+                        help="of the file (default: csv)")
+    export.add_argument("--rows",
+                        choices=("attempts", "turns"),
+                        default="attempts",
+                        help="what a row is (default: attempts)")
+    export.add_argument("--out", required=True, help="the file to write")
+
     lists = commands.add_parser("list", help="show the runs in a folder")
     lists.add_argument("folder", nargs="?", default="saves/eval", help="where to look (default: saves/eval)")
 

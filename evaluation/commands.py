@@ -276,12 +276,37 @@ def write_file(path: Path, text: str) -> None:
     Raises:
         Misuse: it cannot be written.
     """
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file of bytes likewise."""
     from evaluation.records import write_whole
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, text)
+        write_whole(path, data)
     except OSError as error:
         raise Misuse(f"{path} cannot be written: {error.strerror}; choose another place with --out") from None
+
+
+def export_command(options: argparse.Namespace) -> int:
+    """Write a table.
+
+    Raises:
+        Misuse: a run cannot be read, the file cannot be written, or the format needs what is not there.
+    """
+    from evaluation import exporting
+    from evaluation.secrets import hide
+    make = exporting.turns if options.rows == "turns" else exporting.attempts
+    rows = [row for name in options.folders for row in make(Path(name))]
+    data = exporting.table(rows, options.format)
+    path = Path(options.out)
+    if options.format == "parquet":
+        write_bytes(path, data)
+    else:
+        write_file(path, hide(data.decode()))
+    print(f"{len(rows)} {options.rows}: {options.out}")
+    return 0
 
 
 def conversations_command(options: argparse.Namespace) -> int:
@@ -382,6 +407,7 @@ COMMANDS = {
     "report": report_command,
     "compare": compare_command,
     "merge": merge_command,
+    "export": export_command,
     "conversations": conversations_command,
     "list": list_command,
     "prompts": prompts_command

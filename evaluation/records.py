@@ -38,12 +38,12 @@ FILES = (RUN, ATTEMPTS, SUPERSEDED, SUMMARY, REPORT, RULE, DAMAGED)  # of one ru
 LARGEST = 1 << 40  # bytes of a file of JSON lines: it is ours, and its lines are checked one by one
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is either as before or whole."""
+def write_whole(path: Path, data: str | bytes) -> None:
+    """Write a file so that it is either as before or whole; a text without secrets of ours."""
     beside = path.with_name(path.name + ".new")
     try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(hide(text))
+        with beside.open("wb") as file:
+            file.write(hide(data).encode("utf-8") if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)

@@ -449,6 +449,26 @@ def conversations(c: Context, run: list[str] | None = None, out: str = "", all: 
     run_evaluation(c, "local", ["conversations", *map(str, found), *flags({"out": out, "all": all})])
 
 
+@task(positional=[],
+      auto_shortflags=False,
+      iterable=["run"],
+      help={
+          "run": RUN_HELP,
+          "format": "Of the file: csv, jsonl, or parquet where pyarrow is installed (default: csv).",
+          "rows": "What a row is: attempts or turns (default: attempts).",
+          "out": "The file to write (default: ROWS.FORMAT in the first run's folder)."
+      })
+def export(c: Context,
+           run: list[str] | None = None,
+           format: str = "csv",
+           rows: str = "attempts",
+           out: str = "") -> None:
+    """Write runs as a table, a row an attempt or a turn."""
+    found = _folders("export", run)
+    out = out or str(found[0] / f"{rows}.{format}")
+    run_evaluation(c, "local", ["export", *map(str, found), *flags({"format": format, "rows": rows, "out": out})])
+
+
 @task(name="list", positional=[], auto_shortflags=False, help={"folder": "Where to look (default: saves/eval)."})
 def list_(c: Context, folder: str = "") -> None:
     """Show the runs and their success rates."""
