@@ -272,12 +272,12 @@ def test_one_of_two_runs_that_begin_at_once_serves_a_model(tmp_path):
     with ThreadPoolExecutor() as pool:
         assert sorted(pool.map(lambda _: serving.claim(tmp_path / "x"), range(8))) == [False] * 7 + [True]
     assert not serving.claim(tmp_path / "x")
-    serving.stop_leftovers("test", tmp_path)  # its owner runs
+    serving.stop_leftovers(tmp_path)  # its owner runs
     assert (tmp_path / "x" / "state.json").exists()
     state = json.loads((tmp_path / "x" / "state.json").read_text())
     state["owner"]["born"] = "long ago"
     (tmp_path / "x" / "state.json").write_text(json.dumps(state))
-    serving.stop_leftovers("test", tmp_path)
+    serving.stop_leftovers(tmp_path)
     assert serving.claim(tmp_path / "x")
 
 
@@ -327,7 +327,7 @@ def test_ctrl_c_stops_the_server_and_a_killed_run_leaves_it_to_the_next(merged, 
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate(timeout=60)
     left, = servers(merged)
-    serving.stop_leftovers("test")
+    serving.stop_leftovers()
     with suppress(psutil.NoSuchProcess):
         assert left.status() == psutil.STATUS_ZOMBIE
 

@@ -36,7 +36,7 @@ def test_a_server_that_the_user_wants_to_keep_is_kept() -> None:
     from tasks.lib.environments import local as env_local
     from tasks.lib.environments.lookup import find_row
     from tasks.lib.environments.running import local_url
-    row = find_row("test", "demo")
+    row = find_row("demo")
     env_local.down(row.name)
     try:
         with quickstart.demo_server(MockContext()) as url:
