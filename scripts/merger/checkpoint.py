@@ -159,13 +159,14 @@ def read_ranks(files: RankFiles) -> Iterator[tuple[int, Path, dict[str, Entry]]]
         MergeError: a file cannot be read, or not within the limits.
     """
     ranks = sorted(files.paths.items())
+    for _, path in ranks:
+        files.seen.use(path)
 
     def read(item: tuple[int, Path]) -> dict[str, Entry]:
         rank, path = item
         return read_entries(read_shard_file(path, seen=files.seen), rank)
 
     for (rank, path), entries in zip(ranks, each(read, ranks, lambda item: str(item[1])), strict=True):
-        files.seen.use(path)
         yield rank, path, entries
 
 

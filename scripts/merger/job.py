@@ -111,7 +111,11 @@ def prepare(options: Options, checkpoint: Checkpoint | None = None) -> Job:
     target = target_folder(options, files)
     publish.check_target(target, files.folders)
     check_free(target, options.force)
-    job = lay_out(options, files, target, config_folder(options, files, target), checkpoint)
+    try:
+        job = lay_out(options, files, target, config_folder(options, files, target), checkpoint)
+    except MergeError:
+        files.seen.check()  # half of a file that is being written is no fault of the checkpoint
+        raise
     along = list(companions(job.config_dir, target, link_roots(options, files)))
     _check_space(job, along)
     names = {path.name for path in (*along, *(target.iterdir() if target.is_dir() else ()))}

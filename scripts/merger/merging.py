@@ -61,6 +61,9 @@ def merge(options: Options) -> dict[str, Any]:
                 show.say(note)
         try:
             record = carry_out(job, options, began)
+        except MergeError:
+            job.checkpoint.files.seen.check()  # then that is the reason
+            raise
         except KeyboardInterrupt:  # the folder that was replaced may take its time to go
             raise KeyboardInterrupt(f"{target} is complete" if job.published else "") from None
     else:
