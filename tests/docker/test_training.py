@@ -5,12 +5,19 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tasks.lib.host.ports import free_port
-from tests.docker.workbench import ROOT, SOCKET, Workbench
+from tests.docker.workbench import ROOT, SOCKET, Terminal, Workbench
+from tests.fixtures.standins import Answer, completion, serving
 
 pytestmark = pytest.mark.docker
 FIXTURES = "tests/fixtures/training"
@@ -22,7 +29,7 @@ CLAIMS = """
     deploy: !reset null
     environment: {RAY_OVERRIDE_RESOURCES: '{"CPU": 4, "GPU": 2}'}
 """
-TRAIN = [
+BY_HAND = [
     "data.train_file=AgentItemId/textcraft_train.json", "data.train_batch_size=4", "data.max_prompt_length=1024",
     "data.max_response_length=512", "actor_rollout_ref.agentgym.task_name=textcraft",
     "actor_rollout_ref.model.path=models/tiny", "actor_rollout_ref.rollout.n=2",
@@ -30,9 +37,16 @@ TRAIN = [
     "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1", "trainer.n_gpus_per_node=2", "trainer.save_freq=2"
 ]
 
+# Small enough for two claimed GPUs and a second a step.
+SMALL = [
+    "data.train_batch_size=4", "data.max_prompt_length=1024", "data.max_response_length=512",
+    "actor_rollout_ref.rollout.n=2", "actor_rollout_ref.actor.ppo_mini_batch_size=4", "trainer.n_gpus_per_node=2",
+    "trainer.save_freq=2"
+]
 
-def plainly(bench: Workbench, *words: str, **options: str) -> subprocess.CompletedProcess[str]:
-    """Run `invoke` as a plain user of this machine, who may use Docker."""
+
+def plain_words(*words: str) -> list[str]:
+    """Return the command line of `invoke` for a plain user of this machine, who may use Docker."""
     argv = [sys.executable, "-m", "invoke", *words]
     if os.getuid() == 0:
         # Reading is for everybody: this Python, and the folders of the tests, may lie where only root can look.
@@ -42,15 +56,23 @@ def plainly(bench: Workbench, *words: str, **options: str) -> subprocess.Complet
             str(PLAIN), "--groups",
             str(SOCKET.stat().st_gid), "--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search", *argv
         ]
-    return bench.run(*argv,
-                     env={
-                         "HOME": str(bench.root.parent / "home"),
-                         "GIT_CONFIG_COUNT": "1",
-                         "GIT_CONFIG_KEY_0": "safe.directory",
-                         "GIT_CONFIG_VALUE_0": "*",
-                         **ROWS
-                     },
-                     **options)
+    return argv
+
+
+def plain_variables(bench: Workbench) -> dict[str, str]:
+    """Return what that user's environment has more."""
+    return {
+        "HOME": str(bench.root.parent / "home"),
+        "GIT_CONFIG_COUNT": "1",
+        "GIT_CONFIG_KEY_0": "safe.directory",
+        "GIT_CONFIG_VALUE_0": "*",
+        **ROWS
+    }
+
+
+def plainly(bench: Workbench, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run `invoke` as that user."""
+    return bench.run(*plain_words(*words), env=plain_variables(bench))
 
 
 @pytest.fixture(scope="module")
@@ -61,24 +83,35 @@ def server(bench: Workbench, build: None) -> Iterator[str]:
     without = cpu.read_text()
     cpu.write_text(without.replace("\n  train:\n    deploy: !reset null\n", CLAIMS))
     assert cpu.read_text() != without
-    folders = [bench.root / "saves", bench.root / "models", bench.root / "AgentItemId", bench.root.parent / "home"]
+    folders = [
+        bench.root / "saves", bench.root / "models", bench.root / "AgentItemId", bench.root, bench.root.parent / "home"
+    ]
     folders[-1].mkdir()
     modes = [folder.stat().st_mode for folder in folders]
     for folder in folders:
         folder.chmod(0o777)
+    servers = bench.root / ".run"  # what runs is noted there, for its owner alone
+    if servers.exists():
+        servers.rename(bench.root.parent / ".run")
+    for folder in bench.root.parents:
+        if not folder.stat().st_mode & 0o001:
+            folder.chmod(folder.stat().st_mode | 0o011)
     done = plainly(bench, "train.run", "--", "python", "-c", (ROOT / FIXTURES / "tiny_model.py").read_text(),
                    "models/tiny")
     assert done.returncode == 0, done.stderr
     items = [{"item_id": f"textcraft_{number}", "conversations": None} for number in range(48, 96)]
     (bench.root / "AgentItemId" / "textcraft_train.json").write_text(json.dumps(items))
     for words in (["build.env", "--env", "textcraft"], ["env.up", "--env", "textcraft", "--port", str(free_port())]):
-        done = bench.invoke(*words, env=ROWS)
+        done = plainly(bench, *words)
         assert done.returncode == 0, done.stderr
     found = re.search(r"in containers (http://\S+)", done.stdout)
     assert found, done.stdout
     yield found[1]
-    bench.invoke("env.down", "--env", "textcraft", env=ROWS)
+    plainly(bench, "env.down", "--env", "textcraft")
     cpu.write_text(without)
+    shutil.rmtree(servers, ignore_errors=True)
+    if (bench.root.parent / ".run").exists():
+        (bench.root.parent / ".run").rename(servers)
     for folder, mode in zip(folders, modes, strict=True):
         folder.chmod(mode)
 
@@ -86,7 +119,7 @@ def server(bench: Workbench, build: None) -> Iterator[str]:
 def test_a_plain_user_trains_by_hand_and_all_that_is_written_stays(bench: Workbench, server: str) -> None:
     """Upstream's own folder is root's: Hydra's folder there, wandb's offline run and Ray's logs go to saves/."""
     words = " ".join([
-        *TRAIN, "algorithm.adv_estimator=grpo", "trainer.default_local_dir=saves/by-hand",
+        *BY_HAND, "algorithm.adv_estimator=grpo", "trainer.default_local_dir=saves/by-hand",
         "actor_rollout_ref.rollout.rollout_log_dir=saves/by-hand/rollouts", "trainer.total_training_steps=4",
         f"actor_rollout_ref.agentgym.env_addr={server}"
     ])
@@ -103,3 +136,155 @@ def test_a_plain_user_trains_by_hand_and_all_that_is_written_stays(bench: Workbe
     assert list(saves.glob("ray/session_*/logs/raylet.out"))
     owner = (saves / "by-hand/global_step_2").stat().st_uid
     assert owner == (PLAIN if os.getuid() == 0 else os.getuid())
+
+
+@dataclass
+class Runs:
+    """Training runs of a plain user."""
+    bench: Workbench
+    server: str
+
+    def words(self, name: str, *overrides: str, steps: int = 4, flags: tuple[str, ...] = ()) -> list[str]:
+        """Return the words of `train.start`."""
+        return [
+            "train.start", "--env", "textcraft", "--model", "models/tiny", "--name", name, "--steps",
+            str(steps), "--skip", "flash_attn", *flags, "--", *SMALL, *overrides
+        ]
+
+    def start(self, name: str, *overrides: str, steps: int = 4, flags: tuple[str, ...] = ()) -> None:
+        """Start a run, detached."""
+        self.do(*self.words(name, *overrides, steps=steps, flags=flags))
+
+    def do(self, *words: str) -> str:
+        """Run `invoke`, which must succeed, and return what it said."""
+        done = plainly(self.bench, *words)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def status(self, name: str) -> dict[str, Any]:
+        """Return what `train.status --json` tells."""
+        done = plainly(self.bench, "train.status", "--name", name, "--json")
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    def wait(self, name: str, until: Callable[[dict[str, Any]], bool], seconds: float = 240) -> dict[str, Any]:
+        """Return the status as soon as it is as wanted."""
+        end = time.monotonic() + seconds
+        while not until(found := self.status(name)):
+            assert time.monotonic() < end, found
+            time.sleep(0.3)
+        return found
+
+    def ended(self, name: str, seconds: float = 240) -> dict[str, Any]:
+        """Return the status as soon as the run has ended."""
+        return self.wait(name, lambda found: found["state"] in ("finished", "stopped", "died"), seconds)
+
+    def reached(self, name: str, step: int) -> dict[str, Any]:
+        """Return the status as soon as `step` is trained."""
+        found = self.wait(name, lambda found: found["step"] >= step or found["state"] not in ("starting", "running"))
+        assert found["step"] >= step, found
+        return found
+
+    def metrics(self, name: str) -> list[tuple[int, float]]:
+        """Return the steps and their rounds as they count at the end: of a step seen again, the last."""
+        lines = [json.loads(line) for line in (self.folder(name) / "metrics.jsonl").read_text().splitlines()]
+        return sorted({line["step"]: line["metrics"]["max_rounds"] for line in lines}.items())
+
+    def folder(self, name: str) -> Path:
+        """Return the run's folder."""
+        return self.bench.root / "saves" / name
+
+    def run(self, name: str) -> dict[str, Any]:
+        """Return run.json."""
+        found: dict[str, Any] = json.loads((self.folder(name) / "run.json").read_text())
+        return found
+
+    def container(self, name: str) -> str:
+        """Return the name of the run's container."""
+        return f"{self.bench.name}-train-{name}"
+
+
+@pytest.fixture
+def runs(bench: Workbench, server: str) -> Iterator[Runs]:
+    """Return the means to start runs; their containers are removed."""
+    yield Runs(bench, server)
+    for container in bench.docker("ps", "-aq", "--filter", f"name={bench.name}-train-").split():
+        bench.run("docker", "rm", "-f", container)
+
+
+def test_the_whole_loop_ends_in_merged_evaluated_and_pruned_checkpoints(runs: Runs) -> None:
+    """Started, trained, watched, resumed when there is nothing to resume: each by one command."""
+    memory = "/workspace/saves/loop/memory"
+    runs.start("loop", f"+standin.memory={memory}", "actor_rollout_ref.actor.optim.lr=1e-3")
+    found = runs.ended("loop")
+    assert (found["state"], found["step"], found["checkpoint"]) == ("finished", 4, 4), found
+    assert [step for step, _ in runs.metrics("loop")] == [1, 2, 3, 4]
+    folder = runs.folder("loop")
+    assert "\x1b" not in (folder / "log/attempt-1.log").read_text()
+    assert list((folder / "rollouts").glob("step4/[01].json")) and list(folder.glob("wandb/offline-run-*"))
+    gateway = runs.bench.docker("network", "inspect", "bridge", "--format", "{{(index .IPAM.Config 0).Gateway}}")
+
+    def respond(method: str, path: str, headers: Any, body: Any) -> Answer:
+        if method == "GET":
+            return Answer({"object": "list", "data": [{"id": f"loop-global_step_{step}"} for step in (2, 4)]})
+        return Answer(completion("look"))
+
+    with serving(respond, host="0.0.0.0") as model:
+        runs.do("train.watch", "--name", "loop", "--once", "--runner", "docker", "--keep-last", "1", "--keep-every",
+                "0", "--keep-best", "0", "--eval", "textcraft", "--limit", "2", "--endpoint",
+                model.replace("127.0.0.1", gateway) + "/v1")
+    for step in (2, 4):
+        merged = load_file(folder / f"merged/global_step_{step}/model.safetensors")
+        saved = load_file(folder / f"memory/global_step_{step}.safetensors")
+        assert merged.keys() == saved.keys()
+        assert all(torch.equal(merged[name], saved[name].to(merged[name].dtype)) for name in merged), step
+    assert {path.name
+            for path in folder.glob("global_step_*/actor/model_*.pt")
+            } == {f"model_world_size_2_rank_{rank}.pt"
+                  for rank in (0, 1)}
+    assert not (folder / "global_step_2").exists() and (folder / "global_step_4").is_dir()
+    curve = json.loads((folder / "eval/curve.json").read_text())
+    assert [point["step"] for point in curve["points"]] == [2, 4]
+    runs.do("train.plot", "--name", "loop")
+    assert "nothing" in plainly(runs.bench, "train.resume", "--name", "loop").stdout
+    assert len(runs.run("loop")["attempts"]) == 1
+
+
+def test_a_run_survives_its_terminal_a_stop_and_a_restart_of_its_container(runs: Runs) -> None:
+    """ScalingInter plays the rounds of an unbroken run all the while."""
+    words = runs.words("broken",
+                       "+standin.step_seconds=2",
+                       steps=14,
+                       flags=("--scaling-inter", "2,4,6", "--every", "2", "--attach"))
+    terminal = Terminal(runs.bench, *plain_words(*words), env=plain_variables(runs.bench))
+    terminal.wait_for("step:1 ")
+    os.close(terminal.fd)
+    os.waitpid(terminal.pid, 0)
+    runs.reached("broken", 3)
+    runs.do("train.stop", "--name", "broken")
+    found = runs.status("broken")
+    assert found["state"] == "stopped" and found["checkpoint"] >= 2, found
+    stopped_at = found["checkpoint"]
+    runs.do("train.resume", "--name", "broken")
+    runs.reached("broken", stopped_at + 2)
+    runs.bench.docker("restart", runs.container("broken"))
+    found = runs.ended("broken")
+    assert (found["state"], found["step"]) == ("finished", 14), found
+    attempts = runs.run("broken")["attempts"]
+    assert [one["state"] for one in attempts][-1] == "finished" and len(attempts) == 3, attempts
+    assert attempts[1]["resumed_from"] == stopped_at and attempts[2]["resumed_from"] > stopped_at
+    assert runs.metrics("broken") == list(zip(range(1, 15), [2, 2, 4, 4] + [6] * 10, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cause", ["host_oom", "nccl_timeout", "disk_full", "ray_worker", "nan"])
+def test_an_injected_death_is_named_within_30_seconds(runs: Runs, cause: str) -> None:
+    fault = {"ray_worker": "worker"}.get(cause, cause)
+    runs.start(cause, f"+standin.fault={fault}@4", "+standin.step_seconds=1", steps=40)
+    if cause == "host_oom":
+        runs.bench.docker("update", "--memory", "4g", "--memory-swap", "4g", runs.container(cause))
+    runs.reached(cause, 3)
+    found = runs.ended(cause, seconds=30)
+    assert (found["state"], found["cause"]) == ("died", cause), found
+    assert found["reason"] and found["remedy"], found
+    assert found["step"] <= 5
