@@ -87,9 +87,10 @@ def demo_server(c: Context) -> Iterator[str]:
     from tasks.lib.environments import lease
     from tasks.lib.environments import local as env_local
     from tasks.lib.environments.lookup import server_environment
-    from tasks.lib.environments.plan import Options, choose_port
+    from tasks.lib.environments.plan import Options
     from tasks.lib.environments.rows import environment
     from tasks.lib.environments.running import local_url
+    from tasks.lib.host.ports import choose_port
     row = environment("demo")
     if c.config.run.dry:
         yield local_url(row) or env_local.url(Options(choose_port(row.port, env_local.port_is_free)))

@@ -14,11 +14,11 @@ from tasks.lib.environments import docker as env_docker
 from tasks.lib.environments import start_stop
 from tasks.lib.environments.compose_model import ALIASES, compose_model
 from tasks.lib.environments.haproxy import proxy_config
-from tasks.lib.environments.plan import Options, choose_port, server_variables
+from tasks.lib.environments.plan import Options, server_variables
 from tasks.lib.environments.rows import environment, environments
 from tasks.lib.errors import DockerError, UserError
 from tasks.lib.flags import port_number
-from tasks.lib.host.ports import port_is_free
+from tasks.lib.host.ports import choose_port, port_is_free
 from tests.fixtures.servers import rows
 
 

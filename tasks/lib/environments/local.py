@@ -18,11 +18,11 @@ from servers.protocol import Client, ServerError, check_ready
 from tasks.lib import atomic
 from tasks.lib.atomic import close_to_others, make_private, write_private
 from tasks.lib.environments.haproxy import proxy_config
-from tasks.lib.environments.plan import Options, choose_port, server_variables
+from tasks.lib.environments.plan import Options, server_variables
 from tasks.lib.environments.rows import Environment
 from tasks.lib.errors import UserError
 from tasks.lib.host import processes
-from tasks.lib.host.ports import port_is_free
+from tasks.lib.host.ports import choose_port, port_is_free
 from tasks.lib.host.processes import identity, is_running, last_line
 from tasks.lib.host.venvs import ensure_venv, run_quietly
 from tasks.lib.settings import ROOT

@@ -24,12 +24,12 @@ from tasks.lib.environments import lease
 from tasks.lib.environments import local as env_local
 from tasks.lib.environments.data import leading_out
 from tasks.lib.environments.lookup import data_folder, gym_source, local_source, server_environment
-from tasks.lib.environments.plan import Options, choose_port
+from tasks.lib.environments.plan import Options
 from tasks.lib.environments.rows import Environment
 from tasks.lib.environments.running import log_files, running_servers
 from tasks.lib.errors import DockerError, NoEngine, UserError
 from tasks.lib.flags import port_number
-from tasks.lib.host.ports import port_is_free
+from tasks.lib.host.ports import choose_port, port_is_free
 from tasks.lib.host.programs import RUNNERS
 from tasks.lib.notices import tell
 from tasks.lib.settings import ROOT, effective_environment, resolve
