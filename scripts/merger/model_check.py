@@ -190,8 +190,8 @@ def check(config_dir: Path,
             model = model_class(config)
     except Exception as error:  # an unknown architecture, custom code that is not trusted, a broken config
         text = f"{type(error).__name__}: {printable(' '.join(str(error).split()), 200)}"
-        if isinstance(error, (MemoryError, TimeoutError)):
-            text = TOO_LARGE
+        if isinstance(error, (MemoryError, TimeoutError)) or "bad_alloc" in text or "allocate memory" in text:
+            text = TOO_LARGE  # C++ says so as a RuntimeError
         broken = _is_known(config_dir, architecture) and not isinstance(error, ImportError)
         return {"broken" if broken else "unknown": text, **versions}
     names: dict[int, list[str]] = {}
