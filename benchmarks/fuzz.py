@@ -87,8 +87,10 @@ def work(name: str, seed: int, cases: int, seconds: float) -> None:
     end = time.monotonic() + seconds
     while number < seed + cases and time.monotonic() < end:
         print(json.dumps({"seed": number}), flush=True)
+        began = time.monotonic()
         accepted, finding, spent = throw(target, target.make(random.Random(f"{name} {number}")))
-        print(json.dumps({"seed": number, "accepted": accepted, "finding": finding, "seconds": spent}), flush=True)
+        print(json.dumps({"seed": number, "accepted": accepted, "finding": finding, "seconds": spent,
+                          "wall": time.monotonic() - began}), flush=True)  # yapf: disable
         if finding.startswith("took") and "MiB" in finding:  # the highest mark stays with a process
             return
         number += 1
@@ -144,7 +146,7 @@ def _follow(process: subprocess.Popen[bytes], name: str, number: int, figures: F
             continue
         figures.cases += 1
         figures.accepted += told["accepted"]
-        figures.seconds += told["seconds"]
+        figures.seconds += told["wall"]
         figures.slowest = max(figures.slowest, told["seconds"])
         if told["finding"]:
             _keep(name, number, told["finding"], figures)
