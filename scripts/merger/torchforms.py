@@ -134,6 +134,9 @@ def _dtensor(shard: ShardFile, rank: int, value: Record, meshes: dict[int, Mesh]
     if not isinstance(local, TensorRef):
         raise MergeError(f"its local tensor is a {type(local).__name__}, not a plain tensor")
     shape = as_shape(spec.state["tensor_meta"].args[0])
+    if value.args != (local.dtype, shape):  # what torch takes the tensor for
+        raise MergeError(
+            f"it is made as {value.args[0]} {list(value.args[1])}, but described as {local.dtype} {list(shape)}")
     mesh_record = spec.state["mesh"]
     if id(mesh_record) not in meshes:
         meshes[id(mesh_record)] = _mesh(shard, mesh_record)
@@ -210,6 +213,9 @@ def _mesh(shard: ShardFile, record: Record) -> Mesh:
     from 2.11 on the `_rank` that wrote it.
     """
     state = record.state
+    groups = state.get("_dim_group_names") or []
+    if not all(type(name) is str for name in as_list(groups, "process groups")):
+        raise MergeError(f"its mesh has {shown(groups)} for process groups")
     wanted, place = state.get("mesh_dim_names") or state.get("_mesh_dim_names"), state["_coordinate_on_dim"]
     if "mesh" in state:
         ranks = shard.read_integers(state["mesh"])

@@ -58,6 +58,14 @@ def test_half_a_minute_of_them(name: str) -> None:
     assert done.returncode == 0, done.stdout[-4000:]
 
 
+@pytest.mark.parametrize("path", sorted(fuzz.CORPUS.glob("merger.*/*")), ids=lambda path: f"{path.parent.name} {path.name}")
+def test_what_was_found_once_is_found_no_more(path: Path) -> None:
+    target = fuzz.all_targets()[path.parent.name]
+    target.ready()
+    _, finding, _ = fuzz.throw(target, path.read_bytes())
+    assert not finding or "MiB" in finding, finding
+
+
 def test_the_fuzzer_tells_a_finding(tmp_path: Path) -> None:
     def fall(data: bytes, folder: Path) -> bool:
         raise KeyError(data)
