@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from invoke.context import Context
 from invoke.tasks import task
 
-from tasks.lib.engine.mounts import WORKSPACE, Translation
 from tasks.lib.errors import UserError
-from tasks.lib.evaluation.plan import NEEDED, Endpoint, endpoint_flags, flags, folders, loopback_host
+from tasks.lib.evaluation.asked import COMPAT_HELP, PRICES_HELP, Asked, Passed, in_container, refuse_loopback
+from tasks.lib.evaluation.plan import NEEDED, Endpoint, endpoint_flags, folders
+from tasks.lib.flags import Value, as_words, helps, repeatable, takes, values, whole_number
 from tasks.lib.host.programs import GPUS_HERE, choose_program_runner, environment, run_module
 from tasks.lib.interrupts import as_ctrl_c
 from tasks.lib.notices import tell
@@ -23,14 +24,11 @@ if TYPE_CHECKING:
     from tasks.lib.environments.rows import Environment
 
 RUN_HELP = "Folder of a run, or its name in saves/eval (default: the latest). Repeatable."
-PRICES_HELP = "TOML or JSON file with input and output of each model, for a million tokens."
-COMPAT_HELP = "Add the figures as AgentGym's own evaluation would count them."
 # By name: none of these values is ever in an argument.
 VARIABLES = ("MODEL", "OPENAI_API_KEY", "OPENAI_BASE_URL")
 COMPARED = str(ROOT / "saves" / "eval" / "compare.html")
 # A checkpoint's name and address are known once it is served.
 CHECKPOINT = "checkpoint"
-SERVE_WAIT = "600"
 SCRIPTED = ("expert", "random")
 
 
@@ -99,30 +97,33 @@ class Prepared:
     gpus: "GpuChoice | None"
 
 
-def prepare_checkpoint(c: Context, folder: str, runner: str, engine: str, gpus: str, wait: str) -> Prepared:
-    """Check what the user asked for, and merge the checkpoint if need be.
+def prepare_checkpoint(c: Context, asked: Asked, runner: str) -> Prepared:
+    """Check what the user asked for, and merge the checkpoint if need be; not with --check.
 
     Raises:
         UserError: one line.
     """
     from tasks.lib import checkpoints
-    from tasks.lib.flags import whole_number
     from tasks.lib.serving import docker as serve_docker
     from tasks.lib.serving import local as serving
     from tasks.merge import run_merger
-    seconds = whole_number("serve-wait", wait, 1)
-    choice = serve_docker.gpus_for(c, gpus) if runner == "docker" else None
-    chosen, why = serve_docker.choose_engine(engine, choice.cpu) if choice else serving.choose_engine(engine)
-    found = checkpoints.find(Path(folder))
-    if found.merge:
+    seconds = whole_number("serve-wait", asked.serve_wait, 1)
+    choice = serve_docker.gpus_for(c, asked.gpus) if runner == "docker" else None
+    chosen, why = serve_docker.choose_engine(asked.engine, choice.cpu) if choice else serving.choose_engine(
+        asked.engine)
+    found = checkpoints.find(Path(asked.checkpoint))
+    if found.merge and not asked.check:
         tell(f"merging {found.shards}")
-        run_merger(c, runner, [str(found.shards)], gpus=gpus, force=found.force)
-    elif found.shards:
+        run_merger(c, runner, [str(found.shards)], gpus=asked.gpus, force=found.force)
+    elif found.shards and not found.merge:
         tell(f"{found.model} is merged from these shards already")
-    absent = c.config.run.dry and found.merge
+    absent = found.merge and (asked.check or c.config.run.dry)
     context = 0 if absent else checkpoints.check(found.model)
     name = checkpoints.served_name(found.model)
-    tell(f"{found.model} is evaluated as {name}, served by {chosen} ({why})")
+    if found.merge and asked.check:  # its name comes of the files that it will have
+        tell(f"{found.shards} would be merged, and served by {chosen} ({why})")
+    else:
+        tell(f"{found.model} is evaluated as {name}, served by {chosen} ({why})")
     return Prepared(found.model, name, chosen, context, seconds, choice)
 
 
@@ -142,15 +143,11 @@ def served_checkpoint(c: Context, checkpoint: Prepared) -> Iterator[Endpoint]:
         yield Endpoint(name, url, engine, checkpoint.context)
 
 
-def run_evaluation(c: Context,
-                   runner: str,
-                   words: list[str],
-                   inside: list[str] | None = None,
-                   variables: Mapping[str, str] | None = None) -> None:
+def run_evaluation(c: Context, runner: str, words: list[str], variables: Mapping[str, str] | None = None) -> None:
     """Run the evaluation program, in this Python or in its container.
 
     Args:
-        words: its command line here; inside: the same with the container's names for files and folders.
+        words: its command line, with the container's names for files and folders where it runs in one.
         variables: for its environment.
 
     Raises:
@@ -162,7 +159,7 @@ def run_evaluation(c: Context,
     from tasks.lib.settings import effective_environment
     settings = effective_environment()
     if runner == "docker":
-        containers.run(c, "eval-runner", words if inside is None else inside, variables={**QUIET, **(variables or {})})
+        containers.run(c, "eval-runner", words, variables={**QUIET, **(variables or {})})
         return
     absent = lacking()
     if absent:
@@ -194,160 +191,66 @@ def runner_for(runner: str, checkpoint: str = "") -> str:
     return choose_program_runner(runner, not lacking() and not lacks_merger and not (checkpoint and serving.missing()))
 
 
-@task(default=True,
-      positional=[],
-      auto_shortflags=False,
-      help={
-          "env": "Environment, a table of environments.toml (default: $ENV, then searchqa).",
-          "model": "Model of the endpoint, or expert or random for demo (default: $MODEL, then gpt-4o-mini).",
-          "checkpoint": "Folder with shards, or a Hugging Face model: it is merged if need be, served and evaluated.",
-          "engine": "What serves the checkpoint: vllm, transformers, or auto: vllm where it is and finds a CUDA GPU.",
-          "serve_wait": "Seconds until the checkpoint's server must answer (default: 600).",
-          "gpus": "With --runner docker, GPUs of merger and server: all, none, or 0,1 (default: $GPUS, then all).",
-          "base_url": "OpenAI-compatible endpoint (default: $OPENAI_BASE_URL, then OpenAI's own).",
-          "server": "Address of an environment server (default: the one that is up, else one is started and stopped).",
-          "max_round": "Completions of one episode, at most (default: $MAX_ROUND, then the environment's own).",
-          "items": "FILE, 0-99 or demo_3,demo_5 (default: AgentEval's list, AgentItemId's or the environment's first).",
-          "limit": "Play at most so many items (default: all).",
-          "samples": "Attempts at each item, for Avg@k and Pass@k (default: 1).",
-          "concurrency": "Episodes at once (default: the environment's own).",
-          "seed": "Make draws repeatable (default: none).",
-          "shuffle_seed": "Shuffle the items with this seed before --limit (default: not shuffled).",
-          "temperature": "0 to 5, or none to leave it out (default: 1.0).",
-          "max_tokens": "Tokens of one completion, 0 to leave it out (default: 4096).",
-          "extra_body": "JSON object with further fields of the request (default: none).",
-          "max_error_rate": "Share of infrastructure errors above which the exit code is 1 (default: 0.02).",
-          "out": "The run's folder (default: saves/eval/ENV-MODEL-HASH, so the same command resumes).",
-          "fresh": "Replace an earlier run in that folder, once the model answers, in place of resuming it.",
-          "prompt": "File with a prompt of your own (default: AgentGym's, where its source is at hand).",
-          "prices": PRICES_HELP,
-          "upstream_compat": COMPAT_HELP,
-          "runner": "local (this Python), docker (the eval image), or auto: local where its packages are installed.",
-          "wait": "Seconds until a server that is started must be ready (default: 120).",
-          "i_understand": "Agree to what the environment does to real accounts; it says what when this is missing.",
-      })
-def run(c: Context,
-        env: str = "",
-        model: str = "",
-        checkpoint: str = "",
-        engine: str = "auto",
-        serve_wait: str = SERVE_WAIT,
-        gpus: str = "",
-        base_url: str = "",
-        server: str = "",
-        max_round: str = "",
-        items: str = "",
-        limit: str = "",
-        samples: str = "",
-        concurrency: str = "",
-        seed: str = "",
-        shuffle_seed: str = "",
-        temperature: str = "",
-        max_tokens: str = "",
-        extra_body: str = "",
-        max_error_rate: str = "",
-        out: str = "",
-        fresh: bool = False,
-        prompt: str = "",
-        prices: str = "",
-        upstream_compat: bool = False,
-        runner: str = "auto",
-        wait: str = "120",
-        i_understand: bool = False) -> None:
+@task(default=True, positional=[], auto_shortflags=False, iterable=repeatable(Asked), help=helps(Asked))
+@takes(Asked)
+def run(c: Context, asked: Asked) -> None:
     """Evaluate a model on an environment."""
-    from tasks.lib.environments.lookup import find_row, rows_path
-    from tasks.lib.flags import whole_number
+    from tasks.lib.environments.lookup import find_row
     from tasks.lib.settings import effective_environment
-    if checkpoint and (model or base_url):
-        raise UserError(
-            f"--checkpoint {checkpoint} is served under a name of its own; leave out --{'model' if model else 'base-url'}"
-        )
-    if not checkpoint and (engine != "auto" or gpus or serve_wait != SERVE_WAIT):
-        raise UserError("--engine, --gpus and --serve-wait are about the server of a --checkpoint; leave them out")
-    chosen = runner_for(runner, checkpoint)
-    if chosen == "local" and gpus:
+    asked.check_checkpoint()
+    chosen = runner_for(asked.runner, asked.checkpoint)
+    if chosen == "local" and asked.gpus:
         raise UserError(f"{GPUS_HERE}")
-    row = find_row(env)
-    seconds = whole_number("wait", wait, 1)
-    values: dict[str, str | bool] = {
-        "env": row.name,
-        "model": model,
-        "base_url": base_url,
-        "max_round": max_round,
-        "items": items,
-        "limit": limit,
-        "samples": samples,
-        "concurrency": concurrency,
-        "seed": seed,
-        "shuffle_seed": shuffle_seed,
-        "temperature": temperature,
-        "max_tokens": max_tokens,
-        "extra_body": extra_body,
-        "max_error_rate": max_error_rate,
-        "out": out,
-        "fresh": fresh,
-        "prompt": prompt,
-        "prices": prices,
-        "upstream_compat": upstream_compat
-    }
-    out_inside = inside_saves(out) if chosen == "docker" and out else ""
-    if chosen == "docker" and (any(os.path.exists(name)
-                                   for name in (items, prompt, prices) if name) or (out and not out_inside)):
-        raise UserError(
-            "--runner docker reads AgentEval, AgentItemId and writes below saves; for other files and folders "
-            "use --runner local")
+    row = find_row(asked.env)
+    seconds = whole_number("wait", asked.wait, 1)
+    settings = effective_environment()
+    typed: dict[str, Value] = {**values(asked, Passed), "env": row.name}
     if chosen == "docker":
-        endpoint = "" if checkpoint or resolve("MODEL", model) in SCRIPTED else resolve("OPENAI_BASE_URL", base_url)
-        for name, address in (("--server", server), ("--base-url" if base_url else "OPENAI_BASE_URL", endpoint)):
-            if host := loopback_host(address):
-                raise UserError(
-                    f"{host}, the host of {name}, would be the container itself; give an address that it can "
-                    "reach, or use --runner local")
-    here = [f"--environments={rows_path()}", f"--root={ROOT}"]
-    if not c.config.run.dry:  # what the runner would refuse is refused before anything starts
-        asked = flags({**values, "model": CHECKPOINT if checkpoint else model, "server": server})
-        run_evaluation(c, chosen, ["run", "--check", *asked, *here], _inside(["run", "--check", *asked], out_inside),
-                       {"OPENAI_API_KEY": "none"} if checkpoint else None)
-    prepared = prepare_checkpoint(c, checkpoint, chosen, engine, gpus, serve_wait) if checkpoint else None
+        if not asked.checkpoint and resolve("MODEL", asked.model) not in SCRIPTED:
+            refuse_loopback("--base-url" if asked.base_url else "OPENAI_BASE_URL",
+                            resolve("OPENAI_BASE_URL", asked.base_url))
+        in_container(typed, ROOT)
+        # Compose has a default of its own, which is not the environment's.
+        typed["max_round"] = asked.max_round or settings.get("MAX_ROUND") or str(row.rounds)
+    # By name, as a key: what a header sends may be in `.env`.
+    variables = {name: settings[name] for name in asked.header_variables() if name in settings}
+    if asked.checkpoint:
+        variables["OPENAI_API_KEY"] = "none"  # the user's own is for another endpoint
+    if asked.check or not c.config.run.dry:  # what the runner would refuse is refused before anything starts
+        known: dict[str, Value] = {
+            "model": CHECKPOINT,
+            "resume": asked.resume and bool(asked.out)
+        } if asked.checkpoint else {}
+        run_evaluation(c, chosen, _words(chosen, {**typed, **known, "check": True}), variables)
+    prepared = prepare_checkpoint(c, asked, chosen) if asked.checkpoint else None
+    if asked.check:
+        if not c.config.run.dry:
+            tell("nothing is wrong with these words; without --check they play")
+        return
     with as_ctrl_c(), ExitStack() as stack:
-        url = server or stack.enter_context(served(c, row, chosen, i_understand, seconds))
-        variables = {}
+        typed["server"] = asked.server or stack.enter_context(served(c, row, chosen, asked.i_understand, seconds))
         if prepared:  # after the environment, which is sooner ready, and sooner known to lack something
-            values.update(endpoint_flags(stack.enter_context(served_checkpoint(c, prepared)), values))
-            variables = {"OPENAI_API_KEY": "none"}  # the user's own is for another endpoint
-        words = ["run", *flags({**values, "server": url})]
-        if chosen == "docker" and not max_round:  # Compose has a default of its own, which is not the environment's
-            words.append(f"--max-round={effective_environment().get('MAX_ROUND') or row.rounds}")
-        run_evaluation(c, chosen, [*words, *here], inside=_inside(words, out_inside), variables=variables)
+            typed.update(endpoint_flags(stack.enter_context(served_checkpoint(c, prepared)), typed))
+        run_evaluation(c, chosen, _words(chosen, typed), variables)
 
 
-def inside_saves(out: str) -> str:
-    """Return the container's name of a folder in saves, which it sees; empty for any other folder."""
-    try:
-        inside = Translation(ROOT).output(out)
-    except ValueError:
-        return ""
-    return inside if inside.startswith(f"{WORKSPACE / 'saves'}/") else ""
-
-
-def _inside(words: list[str], out: str) -> list[str]:
-    """Return the runner's words with the container's name of --out."""
-    return [f"--out={out}" if word.startswith("--out=") else word for word in words]
+def _words(runner: str, typed: Mapping[str, Value]) -> list[str]:
+    """Return the runner's words, of which the container has those that say where its files are itself."""
+    from tasks.lib.environments.lookup import rows_path
+    if runner == "docker":
+        return ["run", *as_words(in_container(typed, ROOT))]
+    return ["run", *as_words({**typed, "environments": str(rows_path()), "root": str(ROOT)})]
 
 
 def _folders(command: str, names: list[str] | None) -> list[Path]:
     return folders(names or [], ROOT)
 
 
-def _over_runs(c: Context,
-               command: str,
-               names: list[str] | None,
-               values: dict[str, str | bool],
-               least: int = 1) -> None:
+def _over_runs(c: Context, command: str, names: list[str] | None, typed: Mapping[str, Value], least: int = 1) -> None:
     found = _folders(command, names)
     if len(found) < least:
         raise UserError(f"needs at least {least} runs; name each with --run")
-    run_evaluation(c, "local", [command, *map(str, found), *flags(values)])
+    run_evaluation(c, "local", [command, *map(str, found), *as_words(typed)])
 
 
 @task(positional=[],
@@ -446,7 +349,7 @@ def conversations(c: Context, run: list[str] | None = None, out: str = "", all: 
     """Write what was said in runs, to train on."""
     found = _folders("conversations", run)
     out = out or str(found[0] / "conversations.jsonl")
-    run_evaluation(c, "local", ["conversations", *map(str, found), *flags({"out": out, "all": all})])
+    run_evaluation(c, "local", ["conversations", *map(str, found), *as_words({"out": out, "all": all})])
 
 
 @task(positional=[],
@@ -466,7 +369,7 @@ def export(c: Context,
     """Write runs as a table, a row an attempt or a turn."""
     found = _folders("export", run)
     out = out or str(found[0] / f"{rows}.{format}")
-    run_evaluation(c, "local", ["export", *map(str, found), *flags({"format": format, "rows": rows, "out": out})])
+    run_evaluation(c, "local", ["export", *map(str, found), *as_words({"format": format, "rows": rows, "out": out})])
 
 
 @task(name="list", positional=[], auto_shortflags=False, help={"folder": "Where to look (default: saves/eval)."})

@@ -10,6 +10,7 @@ from tasks import evaluate, merge
 from tasks.lib.engine import containers
 from tasks.lib.engine.client import remainder
 from tasks.lib.errors import UserError
+from tasks.lib.flags import as_words
 from tasks.lib.tables import print_table
 from tasks.lib.training import plotting, runs, showing, stopping
 from tasks.lib.training.follow import Rules
@@ -217,7 +218,7 @@ def watch(c: Context,
         endpoint_model=endpoint_model,
         merge_runner=merge.runner_for(runner),
         eval_runner=evaluate.runner_for(runner, "" if endpoint else evaluate.CHECKPOINT) if eval else "",
-        words=evaluate.flags({
+        words=as_words({
             "engine": engine,
             "concurrency": concurrency,
             "i_understand": i_understand

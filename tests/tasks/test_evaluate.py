@@ -1,16 +1,28 @@
 """`invoke eval` on this machine: the environment is started and stopped, flags reach the runner, misuse is one line."""
+import argparse
+import inspect
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
+from invoke.config import Config
+from invoke.context import Context
 
+from evaluation.cli import parser
+from tasks import evaluate, ns
 from tasks.lib.environments import lease
+from tasks.lib.environments.lookup import rows_path
 from tasks.lib.errors import UserError
 from tasks.lib.evaluation import plan as eval_plan
+from tasks.lib.evaluation.asked import SAID, Asked, Passed, in_container
+from tasks.lib.flags import as_words, dashed
+from tasks.lib.settings import ROOT as PROJECT
 from tests.fixtures.servers import ROOT
 from tests.fixtures.standins import completion, endpoint
 
@@ -174,7 +186,148 @@ def test_dry_shows_the_command_and_starts_nothing(clean):
 
 
 def test_flags_keep_values_that_begin_with_a_dash():
-    assert eval_plan.flags({"shuffle_seed": "-3", "fresh": True, "items": "", "upstream_compat": False}) == ["--shuffle-seed=-3", "--fresh"]
+    assert as_words({"shuffle_seed": "-3", "fresh": True, "items": "", "upstream_compat": False}) == ["--shuffle-seed=-3", "--fresh"]
+    assert as_words({"header": ("-a=B", "c=D"), "finish_reason": (), "limit": "0"}) == ["--header=-a=B", "--header=c=D", "--limit=0"]
+
+
+# --- the flags of the tasks are those of the program ---
+
+
+def program() -> dict[str, dict[str, argparse.Action]]:
+    """The program's commands, each with its flags by name."""
+    commands = next(action for action in parser()._actions if isinstance(action, argparse._SubParsersAction)).choices
+    return {command: {action.option_strings[0]: action for action in one._actions if action.option_strings and action.dest != "help"}
+            for command, one in commands.items()}
+
+
+def offered(task: str) -> dict[str, object]:
+    """The flags of a task, as typed, each with its default."""
+    _, *parameters = inspect.signature(ns.collections["eval"].tasks[task].body).parameters.values()
+    return {dashed(one.name): one.default for one in parameters}
+
+
+def test_every_command_of_the_program_is_a_task():
+    # `prompts` is for those who build an image.
+    assert set(program()) - set(ns.collections["eval"].tasks) == {"prompts"}
+
+
+@pytest.mark.parametrize("command", sorted(set(program()) - {"prompts"}))
+def test_a_task_offers_every_flag_of_the_program_and_none_that_it_has_not(command):
+    of_the_task = {"run": {dashed(one.name) for one in fields(Asked)} - {dashed(one.name) for one in fields(Passed)}, "list": {"--folder"}}
+    said = {dashed(name) for name in SAID} if command == "run" else set()
+    assert set(offered(command)) - of_the_task.get(command, {"--run"}) == set(program()[command]) - said
+
+
+def test_a_switch_is_a_switch_and_what_may_be_repeated_may_be():
+    flags, may = offered("run"), program()["run"]
+    for name in {dashed(one.name) for one in fields(Passed)}:
+        assert isinstance(flags[name], bool) == isinstance(may[name], argparse._StoreTrueAction), name
+        assert (flags[name] is None) == isinstance(may[name], argparse._AppendAction), name
+    assert {dashed(name) for name in evaluate.run.iterable} == {name for name, one in may.items() if isinstance(one, argparse._AppendAction)}
+
+
+def dry() -> Context:
+    return Context(Config(overrides={"run": {"dry": True}}))
+
+
+def typed(name: str, action: argparse.Action) -> object:
+    """Something to type after a flag, which is not its default."""
+    if isinstance(action, argparse._StoreTrueAction):
+        return True
+    if isinstance(action, argparse._AppendAction):
+        return ["x=Y", "v=W"]
+    return {"--env": "demo", "--base-url": "http://127.0.0.1:9/v1", "--server": "http://127.0.0.1:8", "--max-error-rate": "0.5",
+            "--top-p": "0.5"}.get(name, "7")
+
+
+@pytest.mark.parametrize("flag", sorted(set(program()["run"]) - {dashed(name) for name in SAID}))
+def test_what_is_typed_reaches_the_program(flag, monkeypatch):
+    action = program()["run"][flag]
+    words: list[str] = []
+    monkeypatch.setattr(evaluate, "run_module", lambda c, module, given, env: words.extend(given))
+    value = typed(flag, action)
+    evaluate.run(dry(), **{"env": "demo", "server": "http://127.0.0.1:9", "runner": "local", action.dest: value})
+    got = getattr(parser().parse_args(words), action.dest)
+    assert got == (action.type(value) if action.type else value) != action.default
+    there = parser().parse_args(words)
+    assert (there.environments, there.root) == (str(rows_path()), str(PROJECT))
+
+
+@pytest.mark.parametrize("name, value, told", [
+    ("out", str(PROJECT / "saves" / "x" / "eval" / "y"), "/workspace/saves/x/eval/y"),
+    ("out", "/tmp/x", "--out /tmp/x is out of its reach"),
+    ("out", str(PROJECT / "saves"), "is out of its reach"),
+    ("out", str(PROJECT / "models" / "x"), "is out of its reach"),
+    ("items", "0-99", "0-99"),
+    ("items", __file__, "--items .* is out of its reach; for other files and folders use --runner local"),
+    ("prompt", __file__, "--prompt .* is out of its reach"),
+    ("prices", __file__, "--prices .* is out of its reach"),
+    ("agentgym", str(Path(__file__).parent), "--agentgym .* is out of its reach"),
+    ("server", "http://localhost:1", "localhost, the host of --server, would be the container itself"),
+    ("header", ("api-key=AZURE_KEY",), "--header sends what a variable of this machine holds"),
+    ("finish_reason", ("done", "-x"), ("done", "-x")),
+    ("keep_think", True, True),
+    ("max_answer", "7", "7"),
+], ids=lambda value: str(value).rsplit("/", 1)[-1][:40])
+def test_what_a_container_is_told(name, value, told):
+    typed = {"env": "demo", name: value}
+    refused = isinstance(told, str) and " " in told
+    if refused:
+        with pytest.raises(UserError, match=told):
+            in_container(typed, PROJECT)
+    else:
+        assert in_container(typed, PROJECT) == {"env": "demo", name: told}
+
+
+def test_a_container_gets_its_own_names_and_what_was_typed(monkeypatch):
+    from tasks.lib.engine import containers
+    words: list[str] = []
+    monkeypatch.setattr(containers, "run", lambda c, service, given, variables: words.extend(given))
+    monkeypatch.delenv("MAX_ROUND", raising=False)
+    evaluate.run(dry(), env="demo", model="expert", server="http://env:1", runner="docker", keep_think=True, finish_reason=["done", "over"],
+                 out=str(PROJECT / "saves" / "z"))
+    assert words[:-1] == ["run", "--env=demo", "--model=expert", "--server=http://env:1", words[4], "--keep-think", "--finish-reason=done",
+                          "--finish-reason=over"]
+    assert words[4].startswith("--max-round=") and words[-1] == "--out=/workspace/saves/z"
+
+
+def test_what_a_header_sends_may_be_in_dotenv_and_is_in_no_word(monkeypatch):
+    seen: dict[str, str] = {}
+    words: list[str] = []
+    monkeypatch.setattr("tasks.lib.settings.read_dotenv", lambda: {"AZURE_KEY": "sk-of-the-file", "OTHER": "not asked for"})
+    monkeypatch.setattr(evaluate, "run_module", lambda c, module, given, env: (words.extend(given), seen.update(env)))
+    evaluate.run(dry(), env="demo", server="http://127.0.0.1:9", runner="local", header=["api-key=AZURE_KEY", "no-variable"])
+    assert seen["AZURE_KEY"] == "sk-of-the-file" and "OTHER" not in seen
+    assert words.count("--header=api-key=AZURE_KEY") == 1 and "sk-of-the-file" not in " ".join(words)
+
+
+def test_headers_and_finish_reasons_of_an_endpoint_of_another_kind(clean, tmp_path):
+    sys.path.insert(0, str(ROOT / "demo"))
+    from agentenv_demo.players import expert
+
+    def say(messages, body):
+        answer = completion("I will do this:\n" + expert(messages[-1]["content"]))
+        answer["choices"][0]["finish_reason"] = ("done", "over")[len(messages) // 2 % 2]
+        return answer
+
+    with endpoint(say) as model:
+        done = invoke("eval", "--env", "demo", "--runner", "local", "--base-url", model.base_url, "--model", "stand-in", "--limit", "2",
+                      "--header", "api-key=AZURE_KEY", "--header", "x-team=TEAM", "--finish-reason", "done", "--finish-reason", "over", "--quiet",
+                      "--out", str(tmp_path / "out"), env={**clean, "AZURE_KEY": "sk-of-the-test", "TEAM": "agents"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {(headers["api-key"], headers["x-team"]) for headers, *_ in model.requests} == {("sk-of-the-test", "agents")}
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["errors"] == 0
+    assert "sk-of-the-test" not in done.stdout + done.stderr and "report:" not in done.stdout
+
+
+def test_a_check_plays_and_starts_nothing(clean, tmp_path):
+    out = tmp_path / "out"
+    right = invoke("eval", "--check", "--env", "demo", "--model", "expert", "--runner", "local", "--out", str(out), env=clean)
+    assert right.returncode == 0 and right.stdout == "eval: nothing is wrong with these words; without --check they play\n", right.stderr
+    wrong = invoke("eval", "--check", "--env", "demo", "--model", "expert", "--runner", "local", "--max-answer", "0", env=clean)
+    assert wrong.returncode == 2 and "0 is not above 0" in wrong.stderr and wrong.stderr.count("\n") == 1 and not wrong.stdout
+    none = invoke("eval", "--check", "--env", "demo", "--model", "expert", "--runner", "local", "--resume", "--out", str(out), env=clean)
+    assert none.returncode == 2 and "--resume: no run in" in none.stderr and not out.exists()
 
 
 def test_runs_are_found_by_name_by_path_and_the_latest_by_itself(tmp_path):

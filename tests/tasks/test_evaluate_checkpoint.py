@@ -24,6 +24,7 @@ from tasks import evaluate
 from tasks.lib import checkpoints
 from tasks.lib.errors import DockerError, UserError
 from tasks.lib.evaluation import plan as eval_plan
+from tasks.lib.evaluation.asked import Asked
 from tasks.lib.serving import docker as serve_docker
 from tasks.lib.serving import local as serving
 from tasks.lib.settings import ROOT
@@ -167,9 +168,19 @@ def test_the_runner_gets_what_the_engine_lacks():
     assert eval_plan.endpoint_flags(slow, {}) == {
         "model": "x", "base_url": slow.url, "base_url_as": "transformers, started for the run", "context_length": "32768", "concurrency": "1"
     }
+    assert eval_plan.endpoint_flags(slow, {"context_length": "99"})["context_length"] == "99"
     fast = eval_plan.Endpoint("x", "http://127.0.0.1:1/v1", "vllm", 2048)
     assert eval_plan.endpoint_flags(fast, {})["max_tokens"] == "1024"
     assert not {"max_tokens", "context_length", "concurrency"} & set(eval_plan.endpoint_flags(fast, {"max_tokens": "9"}))
+
+
+def test_a_check_merges_nothing(tmp_path, monkeypatch, capsys):
+    actor = shards(tmp_path / "global_step_3" / "actor")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(serving, "choose_engine", lambda engine: ("transformers", "a test says so"))
+    prepared = evaluate.prepare_checkpoint(Context(), Asked(checkpoint=str(actor), check=True), "local")
+    assert (prepared.model, prepared.context) == (actor / "huggingface", 0) and sorted(tmp_path.rglob("*")) == before
+    assert capsys.readouterr().out == f"invoke: {actor} would be merged, and served by transformers (a test says so)\n"
 
 
 def test_temperature_counts_and_the_models_own_settings_stay(tmp_path):
@@ -337,6 +348,10 @@ def test_ctrl_c_stops_the_server_and_a_killed_run_leaves_it_to_the_next(merged, 
     (["--checkpoint", "tests"], "neither shards"),
     (["--checkpoint", "saves", "--model", "x"], "leave out --model"),
     (["--checkpoint", "saves", "--base-url", "http://127.0.0.1:1"], "leave out --base-url"),
+    (["--checkpoint", "saves", "--header", "api-key=AZURE_KEY"], "leave out --header"),
+    (["--checkpoint", "saves", "--api-version", "2024-10-21"], "leave out --api-version"),
+    (["--checkpoint", "saves", "--base-url-as", "x"], "leave out --base-url-as"),
+    (["--checkpoint", "nowhere", "--check"], "--checkpoint nowhere: no such folder"),
     (["--model", "x", "--engine", "vllm"], "are about the server of a --checkpoint"),
     (["--checkpoint", "saves", "--engine", "sglang"], "unknown engine 'sglang'"),
     (["--checkpoint", "saves", "--serve-wait", "soon"], "--serve-wait soon"),

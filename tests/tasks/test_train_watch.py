@@ -15,7 +15,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tasks import evaluate
 from tasks.lib.errors import UserError
 from tasks.lib.training import follow, hands, runs
 from tasks.lib.training.hands import InvokeHands, gpu_clash
@@ -146,12 +145,6 @@ def test_the_command_lines():
     assert docker.environment() == dict(os.environ)
     given = InvokeHands("run1", "local", "docker", endpoint="http://h/v1")
     assert given.eval_words(Path("/t"), 4, plan, Path("/o"))[-2:] == ["--model=run1-global_step_4", "--base-url=http://h/v1"]
-
-
-def test_an_evaluation_in_a_container_writes_below_saves():
-    assert evaluate.inside_saves(str(evaluate.ROOT / "saves" / "x" / "eval" / "y")) == "/workspace/saves/x/eval/y"
-    assert [evaluate.inside_saves(str(path)) for path in ("/tmp/x", evaluate.ROOT / "saves", evaluate.ROOT / "models" / "x")] == ["", "", ""]
-    assert evaluate._inside(["run", "--out=/s/x", "--limit=2"], "/workspace/saves/x") == ["run", "--out=/workspace/saves/x", "--limit=2"]
 
 
 def test_why_a_program_failed_is_its_own_line(tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from tasks.lib.errors import UserError
+from tasks.lib.flags import Value
 
 RUNS = Path("saves") / "eval"
 NEEDED = ("aiohttp", "openai", "psutil", "pydantic", "rich", "jinja2", "numpy", "tenacity", "matplotlib")
@@ -28,13 +29,13 @@ class Endpoint:
     context: int = 0
 
 
-def endpoint_flags(endpoint: Endpoint, values: Mapping[str, str | bool]) -> dict[str, str | bool]:
+def endpoint_flags(endpoint: Endpoint, values: Mapping[str, Value]) -> dict[str, Value]:
     """Return the runner's flags for a server that was started, beside the user's `values`.
 
     vLLM refuses a request whose prompt and max_tokens exceed the context, so a small context gets smaller completions.
     transformers' server never looks at the context, and answers one request at a time.
     """
-    found: dict[str, str | bool] = {
+    found: dict[str, Value] = {
         "model": endpoint.name,
         "base_url": endpoint.url,
         "base_url_as": f"{endpoint.engine}, started for the run",
@@ -42,7 +43,7 @@ def endpoint_flags(endpoint: Endpoint, values: Mapping[str, str | bool]) -> dict
     if endpoint.context and endpoint.context < 2 * MAX_TOKENS and not values.get("max_tokens"):
         found["max_tokens"] = str(endpoint.context // 2)
     if endpoint.engine == "transformers":
-        found["context_length"] = str(endpoint.context or "")
+        found["context_length"] = values.get("context_length") or str(endpoint.context or "")
         found["concurrency"] = values.get("concurrency") or "1"
     return found
 
@@ -54,16 +55,6 @@ def loopback_host(url: str) -> str:
         return host if host == "localhost" or ip_address(host).is_loopback else ""
     except ValueError:
         return ""
-
-
-def flags(values: Mapping[str, str | bool]) -> list[str]:
-    """Return the flags that are set, as the runner's command line has them."""
-    found = []
-    for name, value in values.items():
-        if value:
-            flag = "--" + name.replace("_", "-")
-            found += [flag] if value is True else [f"{flag}={value}"]  # with =, so that a value may begin with a dash
-    return found
 
 
 def run_folder(name: str, root: Path) -> Path:
