@@ -221,7 +221,7 @@ def run(c: Context, asked: Asked) -> None:
             "model": CHECKPOINT,
             "resume": asked.resume and bool(asked.out)
         } if asked.checkpoint else {}
-        run_evaluation(c, chosen, _words(chosen, {**typed, **known, "check": True}), variables)
+        run_evaluation(c, chosen, program_words(chosen, {**typed, **known, "check": True}), variables)
     prepared = prepare_checkpoint(c, asked, chosen) if asked.checkpoint else None
     if asked.check:
         if not c.config.run.dry:
@@ -231,10 +231,10 @@ def run(c: Context, asked: Asked) -> None:
         typed["server"] = asked.server or stack.enter_context(served(c, row, chosen, asked.i_understand, seconds))
         if prepared:  # after the environment, which is sooner ready, and sooner known to lack something
             typed.update(endpoint_flags(stack.enter_context(served_checkpoint(c, prepared)), typed))
-        run_evaluation(c, chosen, _words(chosen, typed), variables)
+        run_evaluation(c, chosen, program_words(chosen, typed), variables)
 
 
-def _words(runner: str, typed: Mapping[str, Value]) -> list[str]:
+def program_words(runner: str, typed: Mapping[str, Value]) -> list[str]:
     """Return the runner's words, of which the container has those that say where its files are itself."""
     from tasks.lib.environments.lookup import rows_path
     if runner == "docker":

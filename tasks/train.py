@@ -1,6 +1,7 @@
 """Work in the training image."""
 import re
 import sys
+from collections.abc import Sequence
 from json import dumps
 
 from invoke.context import Context
@@ -10,10 +11,10 @@ from tasks import evaluate, merge
 from tasks.lib.engine import containers
 from tasks.lib.engine.client import remainder
 from tasks.lib.errors import UserError
-from tasks.lib.flags import as_words
+from tasks.lib.flags import as_words, whole_number
 from tasks.lib.tables import print_table
 from tasks.lib.training import plotting, runs, showing, stopping
-from tasks.lib.training.follow import Rules
+from tasks.lib.training.follow import Plan, Rules
 from tasks.train_start import check, resume, start
 
 __all__ = ["check", "resume", "start"]
@@ -86,7 +87,7 @@ def list_runs(c: Context, json: bool = False) -> None:
     if json:
         print(dumps([one.json() for one in found]))
     elif not found:
-        print(f"train: no run in {runs.saves()}; `invoke train.start` makes one")
+        print(f"train.list: no run in {runs.saves()}; `invoke train.start` makes one")
     print_table(showing.HEAD, [] if json else [showing.row(one) for one in found])
 
 
@@ -97,9 +98,10 @@ def list_runs(c: Context, json: bool = False) -> None:
           "lines": "How many of the last lines; 0 for all (default: 200).",
           "attempt": "Which attempt's log (default: the last).",
       })
-def logs(c: Context, name: str = "", follow: bool = False, lines: int = 200, attempt: int = 0) -> None:
+def logs(c: Context, name: str = "", follow: bool = False, lines: str = "200", attempt: str = "") -> None:
     """Show what the trainer of a run printed."""
-    showing.logs(runs.find(name), max(0, lines), follow, attempt or None)
+    count, number = whole_number("lines", lines, 0), whole_number("attempt", attempt, 1) if attempt else None
+    showing.logs(runs.find(name), count, follow, number)
 
 
 @task(positional=[],
@@ -223,10 +225,31 @@ def watch(c: Context,
             "concurrency": concurrency,
             "i_understand": i_understand
         }))
-    follow.watch(c.config.run.dry, asked, once)
+    made = follow.watcher(asked)
+    check_evaluations(c, made.plans, asked.eval_runner, engine, concurrency)
+    follow.watch(c.config.run.dry, made, once)
 
 
-def check_watch_words(words: list[str]) -> Rules | None:
+def check_evaluations(c: Context, plans: Sequence[Plan], runner: str, engine: str, concurrency: str) -> None:
+    """Have the evaluation's own program look at its flags, now and not when the first checkpoint is there.
+
+    Raises:
+        UserError: one is wrong.
+    """
+    from tasks.lib.serving.local import ENGINES
+    if engine and engine not in ENGINES:
+        raise UserError(f"unknown engine {engine!r}; choose one of {', '.join(ENGINES)}")
+    for plan in plans if not c.config.run.dry else ():
+        words = evaluate.program_words(runner, {
+            **plan.flags, "check": True,
+            "env": plan.environment,
+            "model": evaluate.CHECKPOINT,
+            "concurrency": concurrency
+        })
+        evaluate.run_evaluation(c, runner, words, {"OPENAI_API_KEY": "none"})
+
+
+def check_watch_words(c: Context, words: list[str]) -> Rules | None:
     """Refuse flags that `train.watch` would refuse, before there is a run; return what it keeps, None for everything.
 
     Raises:
@@ -254,6 +277,11 @@ def check_watch_words(words: list[str]) -> Rules | None:
     plans = follow.plans_of(given["eval"], tuple(all_rows()), {name: given[name] for name in follow.DECISIVE})
     follow.servers_of(given["server"], [plan.environment for plan in plans])
     follow.check_endpoint(given["endpoint"], given["endpoint_model"], "run")
+    follow.check_merge(given["dtype"], plans, given["gpus"], given["endpoint"])
+    merge.runner_for(given["runner"])
+    if plans:
+        runner = evaluate.runner_for(given["runner"], "" if given["endpoint"] else evaluate.CHECKPOINT)
+        check_evaluations(c, plans, runner, given["engine"], given["concurrency"])
     return None if given["keep_all"] else rules
 
 

@@ -43,7 +43,8 @@ WHAT = {
     "preset": "fixed, scaling, or a TOML file of the trainer's keys. Repeatable; the last wins.",
     "script": "Take the overrides of one of AgentGym-RL's training scripts, or of a copy of yours.",
     "server": "Address of the environment server, for the trainer (default: the one that is up, else one is started).",
-    "replicas": "Servers behind the one address, where one is started (default: 1).",
+    "replicas":
+    "Servers behind the one address, where one is started; with --server, those that are there (default: 1).",
     "runner": "auto (default: docker where there is one, else local), docker, or local (a Python of this machine).",
     "python": "With --runner local, the Python with AgentGym-RL's packages (default: $TRAIN_PYTHON, then this one).",
     "skip": "Checks to leave out, by their ids: gpus,disk. They are written down in run.json.",
@@ -58,6 +59,9 @@ HOW = {
     "watch_flags": "Flags of `train.watch` for that, in one word: '--eval=babyai --limit=50 --keep-last=2'.",
     "wait": "Seconds until an environment server that is started must be ready (default: 120).",
 }
+
+# What a run.json must have to go on from it.
+NEEDED = ("environment", "overrides", "command", "folder", "runner", "presets", "variables", "algorithm", "options")
 
 
 @dataclass
@@ -157,13 +161,11 @@ def start(c: Context,
           watch_flags: str = "",
           wait: str = "120") -> None:
     """Start a training run, after checking it."""
-    from tasks.train import check_watch_words
-    beside = watch_words(watch, watch_flags)
+    beside, retention = watch_words(c, watch, watch_flags)
     from tasks.lib.training import launch
     from tasks.lib.training.plan import whole
     asked = Asked(env, model, name, algorithm, rounds, scaling_inter, every, steps, gpus, shm_size, tuple(preset or ()),
-                  script, server, replicas, runner, python, skip, i_understand, _typed(c),
-                  check_watch_words(beside) if beside is not None else None)
+                  script, server, replicas, runner, python, skip, i_understand, _typed(c), retention)
     if on_env_loss not in ("stop", "continue"):
         raise UserError(f"--on-env-loss {on_env_loss} is no choice; use stop or continue")
     options = {
@@ -180,6 +182,7 @@ def start(c: Context,
             serve(c, prepared, seconds)
         launch.show(run)
         launch.start(c, run)
+        show_watcher(run.name, beside)
         return
     if (run.folder / "run.json").exists():
         again(c, prepared, attach, seconds, beside)
@@ -198,7 +201,7 @@ def start(c: Context,
 @task(positional=[],
       auto_shortflags=False,
       help={
-          "name": "Name of the run in saves/, or its folder.",
+          "name": "The run's name.",
           "skip": WHAT["skip"],
           "attach": HOW["attach"],
           "watch": HOW["watch"],
@@ -214,15 +217,15 @@ def resume(c: Context,
            wait: str = "120") -> None:
     """Go on with a run from its newest whole checkpoint."""
     from tasks.lib.training.plan import whole
-    beside = watch_words(watch, watch_flags)
+    beside, _ = watch_words(c, watch, watch_flags)
     if not name:
         raise UserError("which run? name it with --name; `invoke train.list` shows them")
     seconds = whole("wait", wait)
     _resume(c, name, skip, attach, seconds, beside)
 
 
-def watch_words(watch: bool, flags: str) -> list[str] | None:
-    """Return the flags for the run's watcher; None where none is wanted.
+def watch_words(c: Context, watch: bool, flags: str) -> tuple[list[str] | None, Rules | None]:
+    """Return the flags for the run's watcher, None where none is wanted; and what it keeps, None for everything.
 
     Raises:
         UserError: they are none of `train.watch`, or say what cannot be.
@@ -231,13 +234,12 @@ def watch_words(watch: bool, flags: str) -> list[str] | None:
     if not watch:
         if flags:
             raise UserError("--watch-flags is about the watcher; add --watch")
-        return None
+        return None, None
     try:
         words = shlex.split(flags)
     except ValueError as error:
         raise UserError(f"--watch-flags {flags!r}: {error}") from None
-    check_watch_words(words)
-    return words
+    return words, check_watch_words(c, words)
 
 
 def start_watcher(run: Decided, words: list[str] | None) -> None:
@@ -250,6 +252,13 @@ def start_watcher(run: Decided, words: list[str] | None) -> None:
     from training.folder import RunFolder
     if words is not None:
         tell(launch_beside(RunFolder(run.folder), words))
+
+
+def show_watcher(name: str, words: list[str] | None) -> None:
+    """Print the command of the run's watcher, where one is wanted."""
+    from tasks.lib.training.follow import command
+    if words is not None:
+        print(shlex.join(command(name, words)), flush=True)
 
 
 def _typed(c: Context) -> tuple[str, ...]:
@@ -327,6 +336,9 @@ def prepare(c: Context, asked: Asked, quiet: bool = False) -> Prepared:
     inside = str(place.translation.path(SAVES) if place.translation else SAVES.resolve()) + f"/{name}"
     server = find_server(c, row, place, asked.server or _typed_value(chosen, plan.ADDRESS), replicas,
                          asked.i_understand)
+    if asked.replicas and server.replicas != replicas:
+        say(f"{row.name} is up with {server.replicas} replica{'s' if server.replicas > 1 else ''}, so --replicas {replicas} "
+            f"does not count; `invoke env.down --env {row.name}` first, and as many are started")
     model, items = model_of(asked, chosen), items_of(asked, chosen)
     typed_model = str(_typed_value(chosen, plan.MODEL))
     slash = (typed_model
@@ -490,11 +502,15 @@ def find_server(c: Context, row: Environment, place: Place, address: str, replic
                           state=f"{host} in {address} would be the container itself",
                           remedy=f"`invoke env.up --env {row.name}` and leave --server out",
                           url=url + prefix,
+                          replicas=replicas,
+                          given=True,
                           **limits)
         state, remedy = ("ready", "") if c.config.run.dry else ready(url)
+        if state != "ready":
+            remedy = f"see what serves there, or `invoke env.up --env {row.name}` and leave --server out"
         if state != "ready" and place.runner == "docker":
             state, remedy = "unknown", ""  # a name of the containers' network, or of another machine: not to be told from here
-        return Server(row.name, state=state, remedy=remedy, url=url + prefix, **limits)
+        return Server(row.name, state=state, remedy=remedy, url=url + prefix, replicas=replicas, given=True, **limits)
     up = servers_up().get(row.name)
     if up:
         if place.runner == "docker" and up.runner == "local":
@@ -602,17 +618,23 @@ def again(c: Context, prepared: Prepared, attach: bool, wait: int, beside: list[
     """
     from tasks.lib.training.plan import differences
     from training.folder import RunFolder
+    from training.status import status
     run = prepared.decided
     try:
-        stored = RunFolder(run.folder).read()
+        stored, now = RunFolder(run.folder).read(), status(run.folder)
     except (OSError, ValueError) as error:
         raise UserError(f"{error}; choose another --name") from None
-    differing = differences(stored["overrides"], list(map(str, run.overrides)))
+    differing = differences(stored.get("overrides") or [], list(map(str, run.overrides)))
     if differing:
         shown = "; ".join(differing[:8]) + (f"; and {len(differing) - 8} more" if len(differing) > 8 else "")
+        other = {
+            "finished": "",
+            "running": f", or see it: `invoke train.status --name {run.name}`"
+        }.get("running" if now.supervised else now.state,
+              f", or go on with it as it was: `invoke train.resume --name {run.name}`")
         raise UserError(
-            f"{run.name} is there with another configuration ({shown}); choose another --name, or go on with it: "
-            f"`invoke train.resume --name {run.name}`")
+            f"{run.name} is there{', finished,' if not other else ''} with another configuration ({shown}); "
+            f"choose another --name{other}")
     tell(f"{run.name} is there with this configuration")
     _resume(c, run.name, ",".join(run.options["skip"]), attach, wait, beside)
 
@@ -621,21 +643,18 @@ def _resume(c: Context, name: str, skip: str, attach: bool, wait: int, beside: l
     """Go on with a run; see `resume`."""
     from tasks.lib.environments.lookup import find_row
     from tasks.lib.environments.running import servers_up
-    from tasks.lib.training import launch
+    from tasks.lib.training import launch, runs
     from tasks.lib.training import place as places
     from tasks.lib.training.launch import Decided
     from tasks.lib.training.overrides import layer, make, parse
     from tasks.lib.training.plan import ADDRESS, ITEMS, MODEL
     from training import resume as resuming
-    from training.folder import RunFolder
-    from training.status import status
-    folder = RunFolder(run_folder(name))
-    try:
-        stored, now = folder.read(), status(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"no run {name}: {getattr(error, 'strerror', None) or error}; `invoke train.list` shows them") from None
-    if now.state == "running":
+    folder = runs.find(name)
+    now, stored = runs.read(folder)
+    lacking = [key for key in NEEDED if key not in stored]
+    if lacking:
+        raise UserError(f"{folder.run_json} has no {', '.join(lacking)}; start the run under another name")
+    if now.supervised:
         tell(f"{folder.name} runs already: `invoke train.status --name {folder.name}`")
         return
     if now.state == "finished":
@@ -699,6 +718,7 @@ def _resume(c: Context, name: str, skip: str, attach: bool, wait: int, beside: l
         tell("there is no whole checkpoint; it begins at step 1")
     if c.config.run.dry:
         launch.launch(c, place, run.name, run.folder, run.inside)
+        show_watcher(run.name, beside)
         return
 
     def change(found: dict[str, Any]) -> None:
@@ -712,10 +732,3 @@ def _resume(c: Context, name: str, skip: str, attach: bool, wait: int, beside: l
     start_watcher(run, beside)
     if attach:
         follow(c, run.name)
-
-
-def run_folder(name: str) -> Path:
-    """Return the folder of a run: saves/NAME, or the folder that `name` is."""
-    from tasks.lib.training.launch import SAVES
-    path = Path(os.path.expanduser(name))
-    return path if (path / "run.json").is_file() else SAVES / name

@@ -21,24 +21,31 @@ REMEDIES = {
     HOST_OOM:
     "give the container more memory, or offload less to it",
     NCCL:
-    "look at the GPUs and their links (nvidia-smi, dmesg); `invoke train.resume` goes on",
+    "look at the GPUs and their links (nvidia-smi, dmesg); `invoke train.resume --name {name}` goes on",
     ENVIRONMENT:
-    "see that the environment's server answers (`invoke env.check`), then `invoke train.resume`",
+    "see that the environment's server answers (`invoke env.check --env {environment}`), then `invoke train.resume --name {name}`",
     DISK:
-    "free some disk (`invoke train.watch` keeps fewer checkpoints), then `invoke train.resume`",
+    "free some disk (`invoke train.watch --name {name}` keeps fewer checkpoints), then `invoke train.resume --name {name}`",
     RAY:
-    "`invoke train.resume` goes on; the worker's own words are in the log's folder",
+    "`invoke train.resume --name {name}` goes on; the worker's own words are in the log's folder",
     NAN:
     "lower the learning rate, or look at the rewards; a resume from the same checkpoint is likely to end alike",
     KILLED:
-    "`invoke train.resume` goes on",
+    "`invoke train.resume --name {name}` goes on",
     MISUSE:
     "mend what the reason names; `invoke train.check` looks for such before a start",
     HANG:
-    "look at the last lines and at the GPUs; `invoke train.resume` goes on",
+    "look at the last lines and at the GPUs; `invoke train.resume --name {name}` goes on",
     UNKNOWN:
-    "the last lines may tell; `invoke train.resume` goes on",
+    "the last lines may tell; `invoke train.resume --name {name}` goes on",
 }
+
+
+def remedy(cause: str, name: str, environment: str = "") -> str:
+    """Return what to do about a death of the run `name`, as it can be typed."""
+    told = REMEDIES.get(cause, REMEDIES[UNKNOWN])
+    return told.format(name=name, environment=environment or "…")
+
 
 # The order within a line: the first that matches says what the line is about.
 _PATTERNS = (

@@ -14,14 +14,29 @@ import errno
 import fcntl
 import json
 import os
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
+NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,63}", re.ASCII)  # of a run: it names a folder, a container and a label
 FULL = (errno.ENOSPC, errno.EDQUOT)
+# run.json's kinds of value; a key may be absent, or null where that means that nobody knows.
+TABLES = ("environment", "gpus", "options", "variables", "secrets", "commits", "versions", "volumes")
+LISTS = {"attempts": dict, "overrides": str, "command": str, "presets": str, "poisoned": int, "nan_steps": int}
+NUMBERS, TEXTS = ("world_size", "steps", "save_freq"), ("name", "folder", "runner")
+ATTEMPT: dict[str, tuple[type, ...]] = {
+    "number": (int, ),
+    "started": (int, float),
+    "ended": (int, float),
+    "resumed_from": (int, ),
+    "last_step": (int, ),
+    "state": (str, ),
+}
+KINDS = {dict: "table", list: "list", str: "text", int: "number"}
 # Given up when the disk is full, so that what ended the run can still be written down.
 RESERVE_BYTES = 1 << 20
 
@@ -61,6 +76,28 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds no JSON object")
     return found
+
+
+def shape_fault(run: dict[str, Any]) -> str:
+    """Return what in a run.json is of another kind than its readers take it for; empty where all is right."""
+    kinds_of: tuple[tuple[Iterable[str], type], ...] = ((TABLES, dict), (LISTS, list), (NUMBERS, int), (TEXTS, str))
+    for keys, kind in kinds_of:
+        for key in keys:
+            if run.get(key) is not None and (not isinstance(run[key], kind) or isinstance(run[key], bool)):
+                return f"{key} is no {KINDS[kind]}"
+    for key, kind in LISTS.items():
+        if not all(isinstance(one, kind) and not isinstance(one, bool) for one in run.get(key) or ()):
+            return f"{key} is no list of {KINDS[kind]}s"
+    place = run.get("environment") or {}
+    for key in ("name", "url"):
+        if place.get(key) is not None and not isinstance(place[key], str):
+            return f"{key} of environment is no text"
+    for attempt in run.get("attempts") or ():
+        for key, kinds in ATTEMPT.items():
+            value = attempt.get(key)
+            if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
+                return f"{key} of an attempt is no {KINDS[kinds[0]]}"
+    return ""
 
 
 def read_lines(path: Path, last_bytes: int | None = None) -> list[dict[str, Any]]:
@@ -203,6 +240,9 @@ class RunFolder:
         run = read_object(self.run_json)
         if run.get("schema") != SCHEMA:
             raise ValueError(f"{self.run_json} has the schema {run.get('schema')!r}, and this version reads {SCHEMA}")
+        fault = shape_fault(run)
+        if fault:
+            raise ValueError(f"{self.run_json}: {fault}")
         return run
 
     @contextmanager

@@ -9,6 +9,7 @@ import ast
 import http.client
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -194,10 +195,24 @@ def gpus() -> int | None:
         listed = subprocess.run([program, "-L"], capture_output=True, text=True, timeout=20, check=False).stdout
     except (OSError, subprocess.TimeoutExpired):
         return None
-    there = sum(line.startswith("GPU ") for line in listed.splitlines())
-    if visible is not None:
-        there = min(there, len([one for one in visible.split(",") if one.strip() and one.strip() != "-1"]))
-    return there
+    there = re.findall(r"^GPU \d+:(?:.*\(UUID: (GPU-[\w-]+)\))?", listed, re.MULTILINE)
+    return len(there) if visible is None else visible_gpus(visible, there)
+
+
+def visible_gpus(visible: str, there: Sequence[str]) -> int:
+    """Return how many GPUs CUDA shows by CUDA_VISIBLE_DEVICES: those before the first one that is not there.
+
+    Args:
+        there: the UUIDs of the machine's, by index. Parts of one (MIG) are not listed, and taken to be there.
+    """
+    count = 0
+    for one in map(str.strip, visible.split(",")):
+        known = int(one) < len(there) if one.isdecimal() else one.startswith("MIG-") or (one.startswith("GPU-") and any(
+            uuid.startswith(one) for uuid in there))
+        if not known:
+            break
+        count += 1
+    return count
 
 
 def cpus() -> int:

@@ -16,6 +16,7 @@ from training import checkpoints, diagnosis, machine, resume
 from training.folder import RunFolder
 
 FRESH = 20.0  # seconds; the supervisor writes each second, and a busy disk may keep it
+BEGIN_SECONDS = 300.0  # from run.json to the first heartbeat, at most: a container starts in between
 BEAT = 1.5  # in which a supervisor that is there writes
 TAIL = 256 << 10  # bytes of a log that are looked at
 METRICS_BYTES = 8 << 20  # of metrics.jsonl: about 4000 steps
@@ -32,6 +33,7 @@ class Status:
 
     Attributes:
         state: starting, running, finished, stopped, died, vanished.
+        supervised: whether a supervisor is there, which runs it, starts it or waits for another attempt.
         step, steps: the last finished one, of how many.
         best: step and value of the highest reward; None where the run is too long to tell at once.
         trend: the rewards of the last steps.
@@ -47,6 +49,7 @@ class Status:
     name: str
     folder: str
     state: str
+    supervised: bool = False
     attempt: int | None = None
     attempts: int = 0
     step: int = 0
@@ -102,14 +105,15 @@ def status(folder: RunFolder | str | Path, now: float | None = None, patient: bo
     state = folder.read_state() or {}
     attempts = [found for found in run.get("attempts") or [] if isinstance(found, dict)]
     last = attempts[-1] if attempts else {}
-    if patient and state_of(last, state, now) == "vanished" and state and machine.lives(state) is None:
+    created = run.get("created")
+    if patient and state_of(last, state, now, created) == "vanished" and state and machine.lives(state) is None:
         time.sleep(BEAT)
         later = folder.read_state() or {}
         if later.get("updated") != state.get("updated"):
             state, now = later, float(later.get("updated") or now)
     found = Status(name=folder.name,
                    folder=str(folder.path),
-                   state=state_of(last, state, now),
+                   state=state_of(last, state, now, created),
                    attempt=last.get("number"),
                    attempts=len(attempts),
                    steps=run.get("steps"),
@@ -121,6 +125,7 @@ def status(folder: RunFolder | str | Path, now: float | None = None, patient: bo
                    updated=state.get("updated"),
                    started=last.get("started"),
                    ended=last.get("ended"))
+    found.supervised = found.state == "running"
     is_now = found.state in ("starting", "running")
     _add_figures(found, folder, last, state if is_now else {})
     if found.state == "running" and last.get("ended") is None and state.get("step") is None:
@@ -149,7 +154,7 @@ def status(folder: RunFolder | str | Path, now: float | None = None, patient: bo
     if found.state == "died":
         found.cause = str(last.get("cause") or diagnosis.UNKNOWN)
         found.reason = str(last.get("reason") or "")
-        found.remedy = diagnosis.REMEDIES.get(found.cause, diagnosis.REMEDIES[diagnosis.UNKNOWN])
+        found.remedy = diagnosis.remedy(found.cause, found.name, str(place.get("name") or ""))
     elif found.state == "vanished":
         found.cause = diagnosis.KILLED
         found.reason = _why_vanished(state, now)
@@ -163,17 +168,21 @@ def status(folder: RunFolder | str | Path, now: float | None = None, patient: bo
     return found
 
 
-def state_of(attempt: Mapping[str, Any], state: Mapping[str, Any], now: float) -> str:
+def state_of(attempt: Mapping[str, Any], state: Mapping[str, Any], now: float, created: Any = None) -> str:
     """Return a run's state from its last attempt and the heartbeat.
 
     It runs only where the heartbeat is fresh, or the very process that wrote it lives.
+
+    Args:
+        created: when the run was made, seconds since 1970: one without an attempt starts for a while, not for ever.
     """
     updated = state.get("updated")
     alive = machine.lives(dict(state))
     fresh = isinstance(updated, (int, float)) and abs(now - updated) < FRESH
     runs = alive is not False and (bool(alive) or fresh) and state.get("state") == "running"
     if not attempt:
-        return "running" if runs else "starting"
+        never = isinstance(created, (int, float)) and now - created > BEGIN_SECONDS
+        return "running" if runs else "vanished" if never else "starting"
     if attempt.get("ended") is None:
         return "running" if runs else "vanished"
     if runs and state.get("note"):  # it waits for the next attempt
@@ -183,7 +192,7 @@ def state_of(attempt: Mapping[str, Any], state: Mapping[str, Any], now: float) -
 
 def _why_vanished(state: Mapping[str, Any], now: float) -> str:
     if not state:
-        return "it left no heartbeat"
+        return "it never began: there is no heartbeat of a supervisor"
     since = f"its last sign of life is {seconds_text(max(0.0, now - float(state.get('updated') or 0)))} old"
     if state.get("host") == machine.host() and state.get("boot_id") != machine.boot_id():
         return f"the machine was restarted; {since}"

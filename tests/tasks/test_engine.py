@@ -55,8 +55,13 @@ def test_gpus(flag: str, setting: str, nvidia: bool, expected: GpuChoice) -> Non
     ("-1", "all", True, "'-1' is no choice"),
     ("", "some", True, "'some' is no choice"),
     ("all", "all", False, "--gpus all: the engine has no NVIDIA runtime"),
+    ("0,1,0", "all", True, "--gpus 0,1,0 names 0 twice"),
+    ("", "3,3", True, "GPUS=3,3 names 3 twice"),
 ],
-                         ids=["a word", "a gap", "a negative index", "a wrong setting", "a flag that cannot be met"])
+                         ids=[
+                             "a word", "a gap", "a negative index", "a wrong setting", "a flag that cannot be met",
+                             "one twice", "one twice in the setting"
+                         ])
 def test_gpus_that_cannot_be(flag: str, setting: str, nvidia: bool, said: str) -> None:
     with pytest.raises(UserError, match=re.escape(said)):
         choose_gpus(flag, setting, nvidia)
@@ -72,8 +77,8 @@ def test_an_environment_that_needs_a_gpu_gets_one_or_is_refused(setting: str, nv
 @pytest.mark.parametrize("name, replicas, reserved", [("searchqa", 1, True), ("searchqa", 2, True), ("demo", 1, False)])
 def test_every_server_that_needs_a_gpu_reserves_what_the_setting_says(name: str, replicas: int, reserved: bool) -> None:
     options = Options(port=1, replicas=replicas)
-    services = compose_model(environment(name), options, f"env-{name}:t", "env-proxy:t", Path("/home"), Path("/nowhere"),
-                             {})["services"]
+    services = compose_model(environment(name), options, f"env-{name}:t", "env-proxy:t", Path("/home"),
+                             Path("/nowhere"), {})["services"]
     servers = [one for one in services.values() if one["labels"]["org.agentgym-rl.env.role"] == "server"]
     assert len(servers) == replicas and all(("deploy" in one) == reserved for one in servers)
     if reserved:
@@ -400,8 +405,8 @@ def test_caches_are_found_outside_what_is_kept(tmp_path: Path) -> None:
             for path in bytecode_folders(tmp_path)] == [".mypy_cache", "tasks/__pycache__", "tasks/deep/__pycache__"]
 
 
-@pytest.mark.parametrize("size, expected", [(0, "0B"), (999, "999B"), (7_690_000_000, "7.69GB"),
-                                            (378_000_000, "378MB"), (999_900, "1MB")])
+@pytest.mark.parametrize("size, expected", [(0, "0B"), (999, "999B"), (7_690_000_000, "7.69GB"), (378_000_000, "378MB"),
+                                            (999_900, "1MB")])
 def test_human_size(size: int, expected: str) -> None:
     assert human_size(size) == expected
 

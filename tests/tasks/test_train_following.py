@@ -1,8 +1,10 @@
 """train.status, .list, .logs, .stop and .plot, as a user types them, on runs of a trainer that trains nothing."""
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -10,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from tasks.lib.errors import UserError
 from tasks.lib.training import runs, showing
 from tests.fixtures.project import ROOT, copy_project
 from tests.training.runs import checkpoint, write_run
 from tests.training.test_supervisor import begin, make, supervise, until
-from training import machine
+from training import diagnosis, machine
 from training.folder import RunFolder
 from training.status import Status
 
@@ -184,6 +187,79 @@ def test_a_run_json_that_is_broken_is_one_line_and_hides_no_other_run(project, s
     assert "unreadable" in listed and "good" in listed
 
 
+@pytest.mark.parametrize("text",
+                         ['{"schema": 1, "na', "7", '{"schema": 1, "attempts": 5, "gpus": 3, "environment": []}'])
+def test_a_run_json_of_any_kind_is_one_line_of_each_task(project, saves, text):
+    write_run(saves / "good", attempts=[{"number": 1, "ended": 2.0, "state": "stopped"}])
+    checkpoint(saves / "bad", 4)
+    (saves / "bad" / "run.json").write_text(text)
+    for words in (["train.status"], ["train.logs"], ["train.stop"], ["train.plot"], ["train.resume"], ["train.sync"],
+                  ["train.watch", "--once"]):
+        said = invoke(project, *words, "--name", "bad")
+        assert said.returncode == 2 and said.stderr.count("\n") == 1 and not said.stdout, (words, said.stderr)
+        assert said.stderr.startswith(f"{words[0]}: {saves}/bad/run.json"), said.stderr
+    listed = invoke(project, "train.list")
+    assert listed.returncode == 0 and "unreadable" in listed.stdout and "good" in listed.stdout
+    assert (saves / "bad" / "global_step_4").is_dir()
+
+
+def test_a_run_is_named_by_its_folder_too_by_every_task(project, saves):
+    """As a shell completes it."""
+    supervise(make(saves / "run1"))
+    names = itertools.cycle(("saves/run1", "saves/run1/", str(saves / "run1")))
+    for words in (["train.status"], ["train.logs"], ["train.stop"], ["train.plot"], ["train.resume"],
+                  ["train.watch", "--stop"], ["train.sync"]):
+        said = invoke(project, *words, "--name", next(names))
+        assert said.returncode == 0 and "no run" not in said.stdout + said.stderr, (words, said.stderr)
+    for name in ("../run1", "../saves/run1", "saves/run2"):
+        with pytest.raises(UserError, match="no run"):
+            runs.find(name)
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--attempt", "7"], "run1 has no log of attempt 7; its attempts are 1 to 1"),
+    (["--attempt", "7", "-f"], "run1 has no log of attempt 7; its attempts are 1 to 1"),
+    (["--attempt", "0"], "--attempt 0 is no whole number of at least 1"),
+    (["--lines", "abc"], "--lines abc is no whole number of at least 0"),
+    (["--lines", "-5"], "--lines -5 is no whole number of at least 0"),
+])
+def test_a_log_that_is_not_there_is_said(project, saves, words, said):
+    (make(saves / "run1", attempts=[{"number": 1, "ended": 2.0, "state": "stopped"}]).path / "log").mkdir()
+    (saves / "run1" / "log" / "attempt-1.log").write_text("x\n")
+    done = invoke(project, "train.logs", *words)
+    assert done.returncode == 2 and done.stderr == f"train.logs: {said}\n"
+
+
+def test_a_run_without_an_attempt_has_no_log(project, saves):
+    make(saves / "run1")
+    for words in ((), ("-f", )):
+        said = invoke(project, "train.logs", *words)
+        assert said.returncode == 0 and "has printed nothing: it has no attempt yet" in said.stderr
+
+
+def test_a_run_that_never_began_does_not_start_for_ever(project, saves):
+    make(saves / "run1", created=time.time())
+    assert invoke(project, "train.status").stdout.startswith("run1: starting")
+    write_run(saves / "run1", created=time.time() - 3600)
+    said = invoke(project, "train.status").stdout
+    assert said.startswith("run1: vanished") and "it never began" in said
+    assert "`invoke train.resume --name run1` goes on from the beginning" in said
+
+
+@pytest.mark.parametrize("cause", diagnosis.CAUSES)
+def test_a_remedy_can_be_typed_as_it_stands(project, saves, cause):
+    write_run(saves / "run1", attempts=[{"number": 1, "ended": 2.0, "state": "died", "cause": cause}])
+    told = runs.status(saves / "run1").remedy
+    for command in re.findall("`invoke ([^`]*)`", told):
+        task, *flags = command.split()
+        needs = {
+            "train.resume": ["--name", "run1"],
+            "train.watch": ["--name", "run1"],
+            "env.check": ["--env", "babyai"]
+        }
+        assert flags == needs.get(task, []), command
+
+
 def test_a_run_that_vanished_is_named_as_stopped_with_what_to_do(project, saves):
     write_run(saves / "run1", attempts=[{"number": 1, "started": 1.0, "ended": None, "state": "running"}])
     checkpoint(saves / "run1", 4)
@@ -210,7 +286,11 @@ def test_a_plot_goes_where_it_is_told(project, saves, tmp_path):
     said = invoke(project, "train.plot", "--output", str(tmp_path / "x.html"))
     assert said.returncode == 0 and str(tmp_path / "x.html") in said.stdout
     assert "<figcaption>Reward</figcaption>" in (tmp_path / "x.html").read_text()
-    assert invoke(project, "train.plot", "--output", str(tmp_path / "no" / "x.html")).returncode == 2
+    for place, why in ((tmp_path / "no" / "x.html",
+                        f"there is no folder {tmp_path}/no; make it first, or choose another"),
+                       (tmp_path, f"it is a folder; write {tmp_path}/plot.html")):
+        said = invoke(project, "train.plot", "--output", str(place))
+        assert said.returncode == 2 and said.stderr == f"train.plot: --output {place}: {why}\n"
 
 
 def state(**changes) -> Status:

@@ -115,8 +115,8 @@ def test_a_good_run_is_checked_started_and_told_when_it_is_done(bench: Bench) ->
     assert "is finished after 4 steps" in bench.invoke("train.resume", "--name", "run1").stdout
     other = bench.train("train.start", "--rounds", "5", typed=("data.seed=7", ))
     assert other.returncode == 2 and lines(other) == [
-        "train.start: run1 is there with another configuration (algorithm.rounds_ctrl.rounds: 3, now 5; data.seed: not set, now 7); "
-        "choose another --name, or go on with it: `invoke train.resume --name run1`"
+        "train.start: run1 is there, finished, with another configuration (algorithm.rounds_ctrl.rounds: 3, now 5; data.seed: not "
+        "set, now 7); choose another --name"
     ]
     assert len(bench.run_json("run1")["attempts"]) == 1
 
@@ -207,7 +207,7 @@ def test_misuse_is_one_line_with_exit_code_2(bench: Bench, words: tuple[str, ...
 
 @pytest.mark.parametrize(("words", "line"), [
     (("train.resume", ), "which run?"),
-    (("train.resume", "--name", "nowhere"), "no run nowhere"),
+    (("train.resume", "--name", "nowhere"), "no run 'nowhere'"),
     (("train.resume", "--name", "x", "--wait", "soon"), "--wait soon is no whole number"),
     (("train.start", "--env", "babyai", "--retries", "-1"), "--retries -1 is no whole number"),
     (("train.start", "--env", "babyai", "--on-env-loss", "pray"), "--on-env-loss pray is no choice"),
@@ -218,6 +218,33 @@ def test_misuse_of_start_and_resume(bench: Bench, words: tuple[str, ...], line: 
     assert done.returncode == 2 and len(lines(done)) == 1 and line in done.stderr, done.stderr
 
 
+def test_a_run_that_loads_its_model_is_left_alone(bench: Bench) -> None:
+    """Minutes go by before the first step: it is started, and neither a second start nor a resume touches it."""
+    started = bench.train("train.start", "--name", "loads", typed=("+fake.seconds=30", ))
+    assert started.returncode == 0, started.stderr
+    try:
+        assert json.loads(bench.invoke("train.status", "--name", "loads", "--json").stdout)["state"] == "starting"
+        again = bench.train("train.start", "--name", "loads", typed=("+fake.seconds=30", ))
+        assert again.returncode == 0 and "loads runs already" in again.stdout, again.stderr
+        resumed = bench.invoke("train.resume", "--name", "loads")
+        assert resumed.returncode == 0 and "loads runs already" in resumed.stdout, resumed.stderr
+        other = bench.train("train.start", "--name", "loads", typed=("+fake.seconds=31", ))
+        assert other.returncode == 2 and "or see it: `invoke train.status --name loads`" in other.stderr
+        assert len(bench.run_json("loads")["attempts"]) == 1
+    finally:
+        assert bench.invoke("train.stop", "--name", "loads", "--now").returncode == 0
+
+
+def test_replicas_count_as_the_user_says_where_the_user_gives_the_address(bench: Bench) -> None:
+    """The remedy of the rule about sessions works when it is typed."""
+    words = [{"babyai": "sciworld"}.get(word, word) for word in bench.words]
+    sizes = [word for word in FAST if "batch_size=4" not in word] + ["data.train_batch_size=20"]
+    short = bench.invoke("train.check", *words, "--", *sizes)
+    assert "sessions: 16 with 1 replica; expected room for 41 sessions" in short.stderr
+    assert "use --replicas 3, where so many are behind --server" in short.stderr
+    assert "sessions:" not in bench.invoke("train.check", *words, "--replicas", "3", "--", *sizes).stderr
+
+
 def test_dry_prints_what_would_run_and_writes_nothing(bench: Bench) -> None:
     before = sorted((bench.root / "saves").iterdir())
     done = bench.invoke("--dry", "train.start", *bench.words[:-1], "dry", "--", *FAST)
@@ -226,6 +253,10 @@ def test_dry_prints_what_would_run_and_writes_nothing(bench: Bench) -> None:
         f"{sys.executable} -u -m verl.agent_trainer.main_ppo algorithm.adv_estimator=grpo ")
     assert "'trainer.logger=[console]'" in trainer and f"trainer.default_local_dir={bench.root}/saves/dry" in trainer
     assert supervisor == f"{sys.executable} -m training run {bench.root}/saves/dry"
+    watched = bench.invoke("--dry", "train.start", *bench.words[:-1], "dry", "--watch", "--watch-flags=--keep-last=3",
+                           "--", *FAST)
+    assert watched.stdout.splitlines()[:2] == [trainer, supervisor]
+    assert watched.stdout.splitlines()[2:] == [f"{sys.executable} -m invoke train.watch --name=dry --keep-last=3"]
     assert sorted((bench.root / "saves").iterdir()) == before
 
 
@@ -262,7 +293,9 @@ def test_a_watcher_beside_a_run(bench: Bench) -> None:
     words = ["train.start", *bench.words[:-1], "watched", "--watch"]
     for flags, said in (("--keep-last=0", "--keep-last 0 is no whole number of at least 1"), ("--evil", "No idea what '--evil' is!"),
                         ("--once", "--once has no place beside a run that is started"), ("--eval=chess", "--eval chess: no such environment"),
-                        ("--eval='x", "No closing quotation")):  # yapf: disable
+                        ("--eval='x", "No closing quotation"), ("--dtype=int3", "--dtype int3 is none; choose one of bfloat16"),
+                        ("--eval=demo --limit=abc", "--limit: abc is no whole number"), ("--gpus=0", "--gpus is about evaluations"),
+                        ("--eval=demo --engine=foo", "unknown engine 'foo'"), ("--runner=nope", "unknown runner 'nope'")):  # yapf: disable
         refused = bench.invoke(*words, f"--watch-flags={flags}", "--", *FAST)
         assert refused.returncode == 2 and len(lines(refused)) == 1 and said in refused.stderr
     assert not (bench.root / "saves" / "watched").exists()

@@ -63,15 +63,19 @@ def test_whole_checkpoints_are_merged_evaluated_drawn_and_pruned(run):
     hands, said = Hands(score=lambda step: {2: 0.1, 4: 0.9}.get(step, 0.5)), []
     made = watcher(run, hands, Rules(2, 0, 1, 1), [DEMO, Plan("maze")], said=said)
     assert made.once()
-    assert hands.done == ["merge 2", "merge 4", "merge 6", "merge 8", *(f"{env} {step}" for step in (2, 4, 6, 8) for env in ("demo", "maze"))]
+    assert hands.done == [
+        "merge 2", "merge 4", "merge 6", "merge 8",
+        *(f"{env} {step}" for step in (2, 4, 6, 8) for env in ("demo", "maze"))
+    ]
     assert raw(run) == [4, 6, 8] and merged(run) == [2, 4, 6, 8]
     assert [len(list((run.checkpoint(step) / "actor").glob("optim*"))) for step in (4, 6, 8)] == [0, 0, 2]
     points = json.loads((run.eval / "curve.json").read_text())["points"]
-    assert [(point["environment"], point["step"], point["success"]["mean"]) for point in points][:4] == [("demo", 2, 0.1), ("demo", 4, 0.9), ("demo", 6, 0.5),
-                                                                                                        ("demo", 8, 0.5)]
+    assert [(point["environment"], point["step"], point["success"]["mean"])
+            for point in points][:4] == [("demo", 2, 0.1), ("demo", 4, 0.9), ("demo", 6, 0.5), ("demo", 8, 0.5)]
     assert len((run.eval / "report.html").read_text().splitlines()) == 8
     assert [event["step"] for event in said_of(run, "merged")] == [2, 4, 6, 8] and len(said_of(run, "evaluated")) == 8
-    assert [(event["step"], event["what"]) for event in said_of(run, "pruned")] == [(2, "optimizer"), (4, "optimizer"), (6, "optimizer"), (2, "checkpoint")]
+    assert [(event["step"], event["what"]) for event in said_of(run, "pruned")] == [(2, "optimizer"), (4, "optimizer"),
+                                                                                    (6, "optimizer"), (2, "checkpoint")]
     assert "step 4: demo: success 90.0%, reward 0.500 in 0 s" in said
     hands.done.clear()
     (run.eval / "curve.json").write_text("of a watcher that was killed before it drew the last point")
@@ -92,9 +96,8 @@ def test_a_half_one_waits_and_is_named_once_a_later_one_is_whole(run):
     made.once()
     made.once()
     assert hands.done == ["merge 2", "merge 6"] and raw(run) == [2, 4, 6]
-    assert [line for line in said if "not whole" in line] == [
-        "step 4: not whole, so it is kept and passed over: actor: the model file of rank 0 is missing"
-    ]
+    assert [line for line in said if "not whole" in line
+            ] == ["step 4: not whole, so it is kept and passed over: actor: the model file of rank 0 is missing"]
 
 
 def test_one_that_fails_is_named_kept_tried_again_and_stops_nobody(run):
@@ -106,12 +109,18 @@ def test_one_that_fails_is_named_kept_tried_again_and_stops_nobody(run):
     assert not made.once()
     assert hands.done == ["merge 2", "merge 6", "merge 8", "merge 10"] and raw(run) == [4, 10]
     assert said.count("step 4: not merged, so it is kept: merge: x.weight has 3 NaN (exit code 2; log)") == 1
-    assert json.loads(run.watch_json.read_text())["failures"] == {"merge 4": {"reason": hands.fails["merge 4"], "tries": 1}}
+    assert json.loads(run.watch_json.read_text())["failures"] == {
+        "merge 4": {
+            "reason": hands.fails["merge 4"],
+            "tries": 1
+        }
+    }
     assert not made.once() and len(said_of(run, "failed")) == 1  # not yet
     made.failures["merge 4"].again = 0
     assert not made.once() and made.failures["merge 4"].tries == 2 and len(said_of(run, "failed")) == 1
     del hands.fails["merge 4"]
-    archive(run.checkpoint(4) / "actor" / "model_world_size_2_rank_0.pt", "other weights" * 9)  # at once: it was written again
+    archive(run.checkpoint(4) / "actor" / "model_world_size_2_rank_0.pt",
+            "other weights" * 9)  # at once: it was written again
     archive(run.checkpoint(4) / "data.pt")
     assert made.once() and raw(run) == [10] and made.failures == {}
 
@@ -137,7 +146,8 @@ def test_an_evaluation_that_fails_waits_behind_the_others_and_holds_the_step_for
         made.once()
     assert made.failures["demo 2"].tries == watching.EVALUATION_TRIES and "given up after 6 tries" in said[-2] + said[-1]
     assert raw(run) == [8] and merged(run) == [2, 4, 6, 8]
-    assert watcher_again(run, made, Hands(), Rules(1, 0, 1, 1), [DEMO]).once()  # a new one tries again, the model is still there
+    assert watcher_again(run, made, Hands(), Rules(1, 0, 1, 1),
+                         [DEMO]).once()  # a new one tries again, the model is still there
     assert {point.step for point in curve.points(run.eval)} == {2, 4, 6, 8}
 
 
@@ -150,8 +160,10 @@ def watcher_again(run: RunFolder, before: watching.Watcher, *words: object) -> w
 def test_an_evaluation_without_its_numbers_is_a_failure(run, changes, monkeypatch):
     checkpoint(run.path, 2)
     hands = Hands()
-    monkeypatch.setattr(hands, "evaluate", lambda model, step, plan, out, log: (
-        (out / "run.json").write_text('{"config": {"model": "m"}}'), (out / "summary.json").write_text(summary(0.5, **changes))))
+    monkeypatch.setattr(
+        hands, "evaluate", lambda model, step, plan, out, log:
+        ((out / "run.json").write_text('{"config": {"model": "m"}}'),
+         (out / "summary.json").write_text(summary(0.5, **changes))))
     made = watcher(run, hands, plans=[DEMO])
     assert not made.once() and "has no numbers, or too many attempts failed" in made.failures["demo 2"].reason
     assert not (run.eval / "curve.json").exists()
@@ -178,7 +190,10 @@ def test_other_items_are_another_evaluation_and_the_best_is_chosen_among_like(ru
     second = watcher_again(run, first, Hands(score=lambda step: {4: 0.9}.get(step, 0.1)), Rules(1, 0, 1, 1), [few])
     assert second.once() and raw(run) == [4, 6]
     assert [few.digest in line for line in (run.eval / "report.html").read_text().splitlines()] == [True] * 3
-    assert {(point.plan, point.step) for point in curve.points(run.eval)} == {(plan.digest, step) for plan in (DEMO, few) for step in (2, 4, 6)}
+    assert {(point.plan, point.step)
+            for point in curve.points(run.eval)} == {(plan.digest, step)
+                                                     for plan in (DEMO, few)
+                                                     for step in (2, 4, 6)}
 
 
 def test_what_a_resume_needs_and_what_the_run_writes_next_stays(run):
@@ -221,7 +236,8 @@ def test_a_checkpoint_that_changes_just_before_it_goes_stays(run, monkeypatch):
     steps = watching.look(run, [])
     archive(run.checkpoint(2) / "actor" / "model_world_size_2_rank_0.pt", "a trainer writes here" * 3)
     made._prune(steps)
-    assert raw(run) == [2, 6] and any(line.startswith("step 2: its checkpoint stays: ") and "written again" in line for line in said)
+    assert raw(run) == [2, 6] and any(
+        line.startswith("step 2: its checkpoint stays: ") and "written again" in line for line in said)
 
 
 def test_another_watcher_that_took_over_ends_this_one_before_it_touches_anything(run):
@@ -273,7 +289,8 @@ def test_a_damaged_record_verifies_nothing(run, text):
 
 
 def test_it_follows_until_the_run_has_ended(run):
-    states = iter([Going(False, "running", 1, ())] * 3 + [Going(True, "died", None, ())] + [Going(False, "running", 1, ())] * 4)
+    states = iter([Going(False, "running", 1, ())] * 3 + [Going(True, "died", None, ())] +
+                  [Going(False, "running", 1, ())] * 4)
 
     def state(folder: RunFolder) -> Going:
         found = next(states, None)
@@ -304,7 +321,12 @@ def test_checkpoints_of_a_run_that_nobody_here_started(tmp_path):
     for step in (25, 50, 75):
         checkpoint(run.path, step)
     assert watching.going(run) == Going(None, "unknown", None, (75, 75))
-    assert watcher(run, Hands(), Rules(1, 0, 0, 1)).once() and raw(run) == [75]
+    run.run_json.write_text("{")  # which steps were poisoned cannot be told, so none goes
+    assert watching.going(run) == Going(None, "unreadable", None, tuple(checkpoints.numbers(run.path)))
+    follower = watcher(run, Hands(), Rules(1, 0, 0, 1))
+    assert follower.once() and raw(run) == [25, 50, 75]
+    run.run_json.unlink()
+    assert follower.once() and raw(run) == [75]
 
 
 # --- killed at any moment ---
@@ -389,7 +411,12 @@ def test_killed_at_thirty_moments(run, seed):
 def test_two_watchers_at_once_one_works(run):
     checkpoint(run.path, 2)
     first = start(run, 0.2)
-    second = subprocess.run([sys.executable, "-m", "tests.fixtures.watching", str(run.path), "0"], cwd=ROOT, capture_output=True, timeout=60, check=False)
+    second = subprocess.run([sys.executable, "-m", "tests.fixtures.watching",
+                             str(run.path), "0"],
+                            cwd=ROOT,
+                            capture_output=True,
+                            timeout=60,
+                            check=False)
     assert second.returncode == 1 and b"Taken" in second.stderr
     ended(run)
     assert first.wait(timeout=60) == 0

@@ -28,6 +28,35 @@ def test_a_write_that_fails_leaves_the_old_text_and_nothing_else(tmp_path, monke
     assert place.read_text() == "old" and os.listdir(tmp_path) == ["x.json"]
 
 
+@pytest.mark.parametrize("changes, fault", [
+    ({"attempts": 5}, "attempts is no list"),
+    ({"attempts": [3]}, "attempts is no list of tables"),
+    ({"attempts": [{"number": 1, "ended": "soon"}]}, "ended of an attempt is no number"),
+    ({"attempts": [{"number": True}]}, "number of an attempt is no number"),
+    ({"overrides": "x"}, "overrides is no list"),
+    ({"overrides": [1]}, "overrides is no list of texts"),
+    ({"environment": []}, "environment is no table"),
+    ({"gpus": 3}, "gpus is no table"),
+    ({"options": "none"}, "options is no table"),
+    ({"steps": "9"}, "steps is no number"),
+    ({"poisoned": ["3"]}, "poisoned is no list of numbers"),
+    ({"folder": 3}, "folder is no text"),
+    ({"environment": {"url": 3}}, "url of environment is no text"),
+])  # yapf: disable
+def test_a_run_json_of_other_kinds_is_refused_where_it_is_read(tmp_path, changes, fault):
+    """Everybody reads it there, so nobody meets a number where it takes a table for granted."""
+    write_run(tmp_path, **changes)
+    with pytest.raises(ValueError, match=f"^{tmp_path}/run.json: {fault}$"):
+        RunFolder(tmp_path).read()
+
+
+def test_what_nobody_knows_may_be_absent_or_null(tmp_path):
+    write_run(tmp_path, steps=None, resolved=None, attempts=[{"number": 1, "ended": None, "resumed_from": None}])
+    assert RunFolder(tmp_path).read()["steps"] is None
+    (tmp_path / "run.json").write_text('{"schema": 1}')
+    assert RunFolder(tmp_path).read() == {"schema": 1}
+
+
 def test_update_changes_in_place_or_takes_what_is_returned(tmp_path):
     write_run(tmp_path / "r")
     run = RunFolder(tmp_path / "r")
@@ -38,7 +67,7 @@ def test_update_changes_in_place_or_takes_what_is_returned(tmp_path):
 
 def add_attempts(path: Path, times: int) -> None:
     for _ in range(times):
-        RunFolder(path).update(lambda run: run["attempts"].append(os.getpid()))
+        RunFolder(path).update(lambda run: run["attempts"].append({"number": os.getpid()}))
 
 
 def test_updates_of_several_programs_lose_nothing(tmp_path):

@@ -1,6 +1,8 @@
 """Where a run trains: the place of one that is there is found again."""
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from invoke.context import Context
 
@@ -28,3 +30,28 @@ def test_a_run_that_went_without_gpus_goes_on_without() -> None:
 def test_indices_are_asked_for_again() -> None:
     with pytest.raises(UserError, match="--gpus 0,1: the engine has no NVIDIA runtime"):
         place.again(Context(), {"runner": "docker", "gpus": {"choice": "0,1", "count": 2}})
+
+
+def test_gpus_of_the_setting_count_on_this_machine_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(place, "resolve", lambda name: {"GPUS": "2,3"}.get(name, ""))
+    assert place.choose(Context(), "local", "", "", "").chosen == ("2", "3")
+    assert place.choose(Context(), "local", "", "0", "").chosen == ("0", )
+    assert place.choose(Context(), "local", "", "all", "").chosen == ()
+    monkeypatch.setattr(place, "resolve", lambda name: {"GPUS": "none"}.get(name, ""))
+    with pytest.raises(UserError, match="GPUS=none: training needs GPUs"):
+        place.choose(Context(), "local", "", "", "")
+
+
+def test_a_local_place_is_looked_at_with_the_gpus_that_the_trainer_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an index that is not there CUDA shows nothing, and the trainer would wait for ever."""
+    seen = []
+
+    def run(words: list[str], **kwargs: Any) -> None:
+        seen.append(kwargs["env"].get("CUDA_VISIBLE_DEVICES"))
+        raise OSError("stop here")
+
+    monkeypatch.setattr(place.subprocess, "run", run)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for chosen in (("7", ), ("0", "1"), ()):
+        place.look(Context(), place.Place("local", python="python3", chosen=chosen), {})
+    assert seen == ["7", "0,1", None]

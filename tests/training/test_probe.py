@@ -80,6 +80,30 @@ def test_an_address_is_reached_or_not() -> None:
     assert probe.unreachable("http://nowhere.invalid:1") and probe.unreachable("babyai:36003") and probe.unreachable("")
 
 
+@pytest.mark.parametrize(("visible", "count"), [("0", 1), ("0,1", 2), ("7", 0), ("0,7,1", 1), ("", 0), ("-1", 0),
+                                                ("0,-1", 1), ("GPU-aa", 1), ("GPU-cc", 0), ("MIG-x", 1), ("x", 0),
+                                                (" 1 ", 1)])
+def test_the_gpus_that_cuda_shows_are_those_before_the_first_that_is_not_there(visible: str, count: int) -> None:
+    """https://docs.nvidia.com/cuda/cuda-c-programming-guide/ (CUDA_VISIBLE_DEVICES)."""
+    assert probe.visible_gpus(visible, ["GPU-aa-1", "GPU-bb-2"]) == count
+
+
+def test_gpus_are_counted_as_nvidia_smi_lists_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text(
+        "#!/bin/sh\necho 'GPU 0: NVIDIA H200 (UUID: GPU-aa-1)'\necho '  MIG 1g.18gb Device 0: (UUID: MIG-x)'\n"
+        "echo 'GPU 1: NVIDIA H200 (UUID: GPU-bb-2)'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.delenv("RAY_OVERRIDE_RESOURCES", raising=False)
+    for visible, count in ((None, 2), ("1", 1), ("7", 0)):
+        if visible is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert probe.gpus() == count
+
+
 def test_classes_are_those_that_both_vllm_and_verl_know(tmp_path: Path) -> None:
     registry = tmp_path / "vllm" / "model_executor" / "models"
     loaders = tmp_path / "verl" / "third_party" / "vllm" / "vllm_v_0_6_3"

@@ -56,6 +56,11 @@ def test_the_state_of_a_run(attempt, state, expected):
     assert state_of(attempt, state, 1005.0) == expected
 
 
+@pytest.mark.parametrize("created, expected", [(None, "starting"), (900.0, "starting"), (100.0, "vanished")])
+def test_a_run_without_an_attempt_starts_for_a_while(created, expected):
+    assert state_of({}, {}, 1005.0, created) == expected
+
+
 def test_a_machine_whose_clock_is_wrong_still_runs(tmp_path):
     write_run(tmp_path, attempts=[OPEN])
     run = RunFolder(tmp_path)
@@ -121,7 +126,7 @@ def test_a_log_of_any_size_is_read_at_its_end(tmp_path):
 
 
 def test_nothing_that_is_there_is_no_traceback(tmp_path):
-    write_run(tmp_path, steps=None, environment=None, gpus=None, options=None, attempts=[None, 3])
+    write_run(tmp_path, steps=None, environment=None, gpus=None, options=None, attempts=None, created=None)
     (tmp_path / "state.json").write_text("[]")
     (tmp_path /
      "metrics.jsonl").write_text('{"step": 1, "metrics": {"critic/task_score/mean": null}}\nx\n{"step": true}')

@@ -50,6 +50,10 @@ def choose_gpus(flag: str, setting: str, nvidia: bool) -> GpuChoice:
         return GpuChoice(cpu=True, variables={})
     if wanted != "all" and not re.fullmatch(r"(\d+|GPU-[\w-]+)(,(\d+|GPU-[\w-]+))*", wanted):
         raise UserError(f"--gpus {wanted!r} is no choice; use all, none, or indices such as 0,1")
+    named = wanted.split(",")
+    twice = [one for one in named if named.count(one) > 1]
+    if twice:
+        raise UserError(f"{'--gpus ' if flag else 'GPUS='}{wanted} names {twice[0]} twice; once is enough")
     if nvidia:
         return GpuChoice(cpu=False, variables={"GPUS": wanted} if flag else {})
     if flag:

@@ -176,10 +176,11 @@ class Server:
         state: ready, absent (it can be started), or why it is not to be had.
         remedy: what to do about the last.
         url: for the trainer; empty where it is not known yet.
-        replicas: servers behind the address.
+        replicas: servers behind the address; of one that was given, as the user says.
         max_sessions: at once, of one server; None: no limit is known.
         live: sessions that are open now; None: it does not tell.
         port_taken: the port that it is to be started on, where another program has it.
+        given: whether the user gave the address.
     """
     name: str
     first: int = 0
@@ -192,6 +193,7 @@ class Server:
     max_sessions: int | None = None
     live: int | None = None
     port_taken: int | None = None
+    given: bool = False
 
 
 @dataclass(frozen=True)

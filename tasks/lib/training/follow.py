@@ -24,6 +24,7 @@ from training import checkpoints, lease, machine
 from training.folder import RunFolder
 from training.retention import Rules
 
+DTYPES = ("bfloat16", "float16", "float32", "keep")  # the merger's
 LOCK = "watch.lock"
 LOG = "watch.log"
 # Flags of `invoke eval` that the numbers depend on: evaluations that differ in one are not compared.
@@ -36,10 +37,12 @@ def run_folder(name: str) -> RunFolder:
     Raises:
         UserError: there is none.
     """
-    folder = RunFolder(runs.saves() / name)
-    if name and runs.NAME.fullmatch(name) and not folder.exists() and checkpoints.numbers(folder.path):
+    folder = runs.folder_of(name) if name else None
+    if folder and not folder.exists() and checkpoints.numbers(folder.path):
         return folder
-    return runs.find(name)
+    found = runs.find(name)
+    runs.now(found)  # one that cannot be read is told here
+    return found
 
 
 def _number(flag: str, text: str, least: int, default: int) -> int:
@@ -166,7 +169,19 @@ class Asked:
     words: Sequence[str]
 
 
-def watcher(asked: Asked, held: lease.Lease) -> Watcher:
+def check_merge(dtype: str, plans: Sequence[Plan], gpus: str, endpoint: str) -> None:
+    """Refuse an element type that the merger does not write, and flags of evaluations without one.
+
+    Raises:
+        UserError: naming it.
+    """
+    if dtype and dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype} is none; choose one of {', '.join(DTYPES)}")
+    if not plans and (gpus or endpoint):
+        raise UserError(f"--{'gpus' if gpus else 'endpoint'} is about evaluations; say of what with --eval")
+
+
+def watcher(asked: Asked) -> Watcher:
     """Return the watcher that was asked for.
 
     Raises:
@@ -176,13 +191,12 @@ def watcher(asked: Asked, held: lease.Lease) -> Watcher:
     plans = plans_of(asked.environments, asked.known, asked.flags)
     servers = servers_of(asked.server, [plan.environment for plan in plans])
     check_endpoint(asked.endpoint, asked.endpoint_model, run.name)
+    check_merge(asked.dtype, plans, asked.gpus, asked.endpoint)
     if plans:
         used, here = used_gpus(run)
         clash = gpu_clash(asked.gpus, asked.endpoint, used, going(run), here, has_nvidia())
         if clash:
             raise UserError(clash)
-    elif asked.gpus or asked.endpoint:
-        raise UserError(f"--{'gpus' if asked.gpus else 'endpoint'} is about evaluations; say of what with --eval")
     hands = InvokeHands(run=run.name,
                         merge_runner=asked.merge_runner,
                         eval_runner=asked.eval_runner,
@@ -192,7 +206,7 @@ def watcher(asked: Asked, held: lease.Lease) -> Watcher:
                         servers=servers,
                         words=tuple(asked.words),
                         dtype=asked.dtype)
-    return Watcher(run, asked.rules if asked.prune else None, plans, hands, held, going,
+    return Watcher(run, asked.rules if asked.prune else None, plans, hands, lease.Lease(run.path / LOCK), going,
                    lambda line: print(f"train.watch: {line}", flush=True))
 
 
@@ -208,14 +222,13 @@ def used_gpus(run: RunFolder) -> tuple[str, bool]:
                or ""), host is None or host == socket.gethostname() or bool(re.fullmatch(r"[0-9a-f]{12}", str(host)))
 
 
-def watch(dry: bool, asked: Asked, once: bool) -> None:
-    """Follow the run that was asked for.
+def watch(dry: bool, made: Watcher, once: bool) -> None:
+    """Follow a run.
 
     Raises:
         UserError: another watcher follows it, or something failed to the end.
     """
-    held = lease.Lease(asked.run.path / LOCK)
-    made = watcher(asked, held)
+    held, name = made.lease, made.run.name
     if dry:
         show(made)
         return
@@ -223,16 +236,16 @@ def watch(dry: bool, asked: Asked, once: bool) -> None:
         try:
             held.take(made.say)
         except lease.Taken as owner:
-            raise UserError(f"{asked.run.name} is followed already, by {owner}; `invoke train.watch --name "
-                            f"{asked.run.name} --stop` stops that one") from None
+            raise UserError(f"{name} is followed already, by {owner}; `invoke train.watch --name "
+                            f"{name} --stop` stops that one") from None
         try:
             good = made.once() if once else made.follow()
         except lease.Lost as owner:
-            raise UserError(f"{owner} follows {asked.run.name} by now; this watcher ends", code=1) from None
+            raise UserError(f"{owner} follows {name} by now; this watcher ends", code=1) from None
         finally:
             held.release()
     if not good:
-        raise UserError("; ".join(f"{key}: {failure.reason}" for key, failure in sorted(made.failures.items())), code=1)
+        raise UserError("; ".join(f"{key}: {failure.reason}" for key, failure in made.failures.items()), code=1)
 
 
 def show(made: Watcher) -> None:
@@ -255,6 +268,11 @@ def show(made: Watcher) -> None:
         print(f"step {number}: keep ({', '.join(why)})")
 
 
+def command(name: str, words: Sequence[str]) -> list[str]:
+    """Return the command line of a run's watcher."""
+    return [sys.executable, "-m", "invoke", "train.watch", f"--name={name}", *words]
+
+
 def launch(run: RunFolder, words: Sequence[str]) -> tuple[int, Path]:
     """Start a watcher of the run that goes on when this process and its terminal are gone; return its id and its log.
 
@@ -265,8 +283,7 @@ def launch(run: RunFolder, words: Sequence[str]) -> tuple[int, Path]:
     log = run.logs / LOG
     with suppress(FileNotFoundError):
         log.replace(log.with_name(LOG + ".1"))
-    argv = [sys.executable, "-m", "invoke", "train.watch", f"--name={run.name}", *words]
-    process = processes.launch(argv, log, os.environ, ROOT)
+    process = processes.launch(command(run.name, words), log, os.environ, ROOT)
     return process.pid, log
 
 

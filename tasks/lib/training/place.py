@@ -103,14 +103,13 @@ def choose(c: Context, runner: str, python: str, gpus: str, shm_size: str) -> Pl
     if runner == "local":
         if shm_size:
             raise UserError("--shm-size is for --runner docker; on this machine it is the size of /dev/shm")
-        chosen = _indices(gpus)
-        return Place("local", python=_python(python), chosen=chosen)
+        return Place("local", python=_python(python), chosen=_indices(gpus))
     if python:
         raise UserError("--python is for --runner local; the training image has its own")
     place = Place("docker", translation=Translation(ROOT), shm_size=shm_size)
     try:
         place.gpus = containers.gpus_for(c, "train", gpus)
-        place.chosen = _indices(gpus or resolve("GPUS"))
+        place.chosen = _indices(gpus)
         docker.require_engine(c)
     except UserError as error:
         if getattr(error, "code", 1) == 2:
@@ -123,15 +122,16 @@ def choose(c: Context, runner: str, python: str, gpus: str, shm_size: str) -> Pl
     return place
 
 
-def _indices(gpus: str) -> tuple[str, ...]:
+def _indices(flag: str) -> tuple[str, ...]:
+    """Return the GPUs that --gpus, or GPUS without it, names; () for all."""
     from tasks.lib.engine.gpus import choose_gpus
-    try:
-        choose_gpus(gpus, "all", nvidia=True)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    if gpus == "none":
-        raise UserError("--gpus none: training needs GPUs; use all, or indices such as 0,1")
-    return tuple(gpus.split(",")) if gpus not in ("", "all") else ()
+    setting = resolve("GPUS")
+    choose_gpus(flag, setting, nvidia=True)
+    wanted = flag or setting
+    if wanted == "none":
+        raise UserError(
+            f"{'--gpus ' if flag else 'GPUS='}none: training needs GPUs; use --gpus all, or indices such as 0,1")
+    return () if wanted == "all" else tuple(wanted.split(","))
 
 
 def _python(flag: str) -> str:
@@ -182,7 +182,7 @@ def look(c: Context, place: Place, asked: Mapping[str, Any]) -> None:
     asked = {**asked, "path": sources() if place.runner == "local" else []}
     words = ["-m", "training.probe", json.dumps(asked)]
     if not place.missing[0]:
-        said = _ask_container(place, words) if place.runner == "docker" else _ask_python(place.python, words)
+        said = _ask_container(place, words) if place.runner == "docker" else _ask_python(place, words)
         line = next((one for one in reversed(said.splitlines()) if one.startswith(probe.MARK)), None)
         if line:
             place.told = json.loads(line.removeprefix(probe.MARK))
@@ -197,10 +197,14 @@ def look(c: Context, place: Place, asked: Mapping[str, Any]) -> None:
     place.told = {key: told[key] for key in ELSEWHERE}
 
 
-def _ask_python(python: str, words: Sequence[str]) -> str:
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+def _ask_python(place: Place, words: Sequence[str]) -> str:
+    seen = {"CUDA_VISIBLE_DEVICES": ",".join(place.chosen)} if place.chosen else {}
+    environ = {
+        **os.environ,
+        **seen, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    }
     try:
-        done = subprocess.run([python, *words],
+        done = subprocess.run([place.python, *words],
                               capture_output=True,
                               text=True,
                               timeout=PROBE_SECONDS,

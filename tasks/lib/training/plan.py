@@ -11,8 +11,8 @@ from tasks.lib.errors import UserError
 from tasks.lib.training import presets, scripts
 from tasks.lib.training.overrides import Override, layer, make, parse
 from tasks.lib.training.rules import DEFAULTS, MODEL, RESERVED, TASK
+from training.folder import NAME
 
-NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,63}", re.ASCII)
 # What users type, and what the trainer calls it; those that do not train are refused by a rule, with the reason.
 ALGORITHMS = {
     "grpo": "grpo",

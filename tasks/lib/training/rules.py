@@ -713,7 +713,8 @@ def sessions(case: Case) -> Iterator[Finding]:
             "sessions", f"room for {needed} sessions (batch x n x TP + 1)",
             f"{room} with {server.replicas} replica{'s' if server.replicas > 1 else ''}" +
             (f", {used} of them open" if used else ""), f"use --replicas {wanted}" +
-            (f" after `invoke env.down --env {server.name}`" if server.state == "ready" else ""))
+            (", where so many are behind --server"
+             if server.given else f" after `invoke env.down --env {server.name}`" if server.state == "ready" else ""))
 
 
 @rule

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,11 +12,9 @@ from tasks.lib.engine import client as docker
 from tasks.lib.errors import UserError
 from tasks.lib.settings import ROOT
 from training import diagnosis
-from training.folder import RunFolder
+from training.folder import NAME, RunFolder
 from training.status import Status, seconds_text, status
 from training.text import shown
-
-NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,63}", re.ASCII)
 
 
 def saves() -> Path:
@@ -50,15 +47,16 @@ def _recorded(run: RunFolder) -> list[float]:
 
 
 def find(name: str = "") -> RunFolder:
-    """Return the run with that name; without one the run that runs, where it is the only one, else the last made.
+    """Return the run with that name, or whose folder that is; without one the run that runs, of several the one made
+    last, else the last made.
 
     Raises:
         UserError: there is none.
     """
     runs = all_runs()
     if name:
-        run = RunFolder(saves() / name)
-        if NAME.fullmatch(name) and run.exists():
+        run = folder_of(name)
+        if run and run.exists():
             return run
         known = ", ".join(run.name for run in runs[-5:])
         raise UserError(f"no run {shown(name)!r} in {saves()}" +
@@ -71,6 +69,26 @@ def find(name: str = "") -> RunFolder:
             if status(run).state in ("running", "starting"):
                 going.append(run)
     return going[-1] if going else runs[-1]
+
+
+def folder_of(name: str) -> RunFolder | None:
+    """Return the folder in saves/ that a run's name means, or the folder's own path as a shell completes it; None for others."""
+    path = Path(os.path.abspath(os.path.expanduser(name)))
+    if not NAME.fullmatch(name) and os.path.realpath(path.parent) == os.path.realpath(saves()):
+        name = path.name
+    return RunFolder(saves() / name) if NAME.fullmatch(name) else None
+
+
+def now(run: RunFolder) -> Status:
+    """Return what its folder tells of a run.
+
+    Raises:
+        UserError: its run.json cannot be read.
+    """
+    try:
+        return status(run)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{error}; move the folder away, or put its run.json right") from None
 
 
 def read(run: RunFolder) -> tuple[Status, dict[str, Any]]:
@@ -134,18 +152,21 @@ def with_container(found: Status, state: ContainerState | None) -> Status:
     if state is None:
         return found
     if state.running:
-        if found.state == "vanished" and found.updated is not None:
+        found.supervised = True
+        if found.state == "vanished" and found.updated is None:
+            found.state, found.cause, found.reason, found.remedy = "starting", None, "", ""
+        elif found.state == "vanished":
             found.state, found.cause, found.remedy = "running", None, ""
             found.note, found.reason = f"its container runs; {found.reason}", ""
         return found
     if state.oom_killed:
         found.cause = diagnosis.HOST_OOM
         found.reason = "the kernel killed in its container for want of memory (Docker: OOMKilled)"
-        found.remedy = diagnosis.REMEDIES[diagnosis.HOST_OOM]
-    elif found.state == "vanished":
+        found.remedy = diagnosis.remedy(diagnosis.HOST_OOM, found.name)
+    elif found.state == "vanished" and (found.updated is not None or not state.there):
         found.reason = ("its container is gone" if not state.there else f"its container ended with exit code "
                         f"{state.exit_code}") + f"; {found.reason}"
-    elif found.state == "starting" and state.there:
+    elif found.state in ("starting", "vanished") and state.there:
         found.state, found.cause = "died", diagnosis.UNKNOWN
         found.reason = f"its container ended with exit code {state.exit_code} before the supervisor began" + (
             f" ({state.error})" if state.error else "")

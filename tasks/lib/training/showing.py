@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from tasks.lib.errors import UserError
+from tasks.lib.notices import say
 from tasks.lib.training import runs
 from training.folder import RunFolder
 from training.status import Status, bytes_text, seconds_text, sparkline
-from training.status import status as read_status
 from training.text import clipped, shown
 
 EVERY = 2.0  # seconds
@@ -160,14 +161,23 @@ def print_line(line: bytes) -> None:
 
 
 def logs(run: RunFolder, count: int, follow: bool, attempt: int | None = None) -> None:
-    """Print the last `count` lines of a run's log (0: all); then, with `follow`, what comes, until the run has ended."""
-    number = attempt or read_status(run).attempt
+    """Print the last `count` lines of a run's log (0: all); then, with `follow`, what comes, until the run has ended.
+
+    Raises:
+        UserError: there is no such attempt, or no run.json that can be read.
+    """
+    last = runs.now(run).attempt
+    if attempt is not None and not run.log(attempt).is_file() and not (follow and attempt == last):
+        there = f"its attempts are 1 to {last}" if last else "it has no attempt yet"
+        raise UserError(f"{run.name} has no log of attempt {attempt}; {there}")
+    number = attempt or last
     while follow and number is None:
-        if read_status(run).state not in ("running", "starting"):
-            return
+        if runs.now(run).state not in ("running", "starting"):
+            break
         time.sleep(0.3)
-        number = read_status(run).attempt
+        number = runs.now(run).attempt
     if number is None:
+        say(f"{run.name} has printed nothing: it has no attempt yet")
         return
     place, rest = run.log(number), b""
     if place.is_file():
@@ -181,7 +191,7 @@ def logs(run: RunFolder, count: int, follow: bool, attempt: int | None = None) -
         return
     read = place.stat().st_size if place.is_file() else 0
     while True:
-        found = read_status(run)
+        found = runs.now(run)
         rest, read = _more(run.log(number), read, rest)
         if found.attempt is not None and found.attempt != number and attempt is None:
             if rest:

@@ -14,7 +14,7 @@ from tasks.lib.errors import UserError
 from tasks.lib.training import runs
 from training import machine
 from training.folder import RunFolder
-from training.status import Status, status
+from training.status import Status
 from training.supervisor import ORPHAN_SECONDS, Options
 
 SPARE_SECONDS = ORPHAN_SECONDS + 10  # for what the trainer leaves behind, and the records
@@ -70,7 +70,7 @@ def _end(state: dict[str, Any], seconds: float, now: bool) -> None:
 
 def told(run: RunFolder) -> str:
     """Return what is left of a run that was stopped."""
-    found = status(run)
+    found = runs.now(run)
     return f"{run.name}: {_ended(found)}"
 
 

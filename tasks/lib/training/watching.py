@@ -49,6 +49,12 @@ class Plan:
     words: tuple[str, ...] = ()
 
     @property
+    def flags(self) -> dict[str, str]:
+        """Its flags by name, as a task has them."""
+        pairs = (word.removeprefix("--").partition("=") for word in self.words)
+        return {name.replace("-", "_"): value for name, _, value in pairs}
+
+    @property
     def digest(self) -> str:
         """What tells it from another plan for the same environment."""
         return hashlib.sha256(json.dumps(sorted(self.words)).encode()).hexdigest()[:6]
@@ -499,12 +505,14 @@ def going(run: RunFolder) -> Going:
     """Return what the run in a folder is doing, as far as its files tell."""
     try:
         told = run.read()
-    except (OSError, ValueError):  # checkpoints of a run that nobody here started
+    except FileNotFoundError:  # checkpoints of a run that nobody here started
         return Going(None, "unknown", None, _resumable(run, None))
+    except (OSError, ValueError):  # which steps were poisoned, nobody can tell: a resume may need any of them
+        return Going(None, "unreadable", None, tuple(checkpoints.numbers(run.path)))
     state = run.read_state() or {}
     attempts = [attempt for attempt in told.get("attempts") or [] if isinstance(attempt, dict)]
     last = attempts[-1] if attempts else {}
-    word = state_of(last, state, time.time())
+    word = state_of(last, state, time.time(), told.get("created"))
     running = word in ("starting", "running")
     begun, step = last.get("resumed_from"), state.get("step")
     resumed = _resumable(run, resume.limit(told)) + ((begun, ) if running and isinstance(begun, int) else ())
