@@ -17,7 +17,8 @@ FROM python:3.11-slim AS rows
 ARG ENVIRONMENTS=environments.toml
 COPY environment_rows /opt/environment_rows
 COPY ${ENVIRONMENTS} /opt/environments.toml
-RUN cd /opt && python -m environment_rows json environments.toml /rows
+WORKDIR /opt
+RUN python -m environment_rows json environments.toml /rows
 
 # One service of many sessions: what --replicas puts before the servers. Debian's HAProxy, nothing of ours in it.
 FROM debian:bookworm-slim AS proxy

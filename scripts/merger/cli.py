@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 MISUSE, INTERRUPTED, TERMINATED = 2, 130, 143
 NOTHING = "nothing was changed"
-SMALLEST = 10_000  # bytes that somebody means who names no unit
+SMALLEST = 1000  # bytes that somebody means who names no unit
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 

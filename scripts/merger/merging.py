@@ -13,6 +13,7 @@ from merger.copying import THREADS, HostConverter, Tally, write_files
 from merger.discover import RankFiles, find_checkpoint
 from merger.filenames import CONFIG, MODEL_STEM, RECORD, TRACKER, weight_index
 from merger.files import atomic_write
+from merger.foreign.files import Seen
 from merger.gpu import TorchConverter
 from merger.job import (
     Job,
@@ -100,7 +101,7 @@ def carry_out(job: Job, options: Options, began: float) -> dict[str, Any]:
         for name, text in job.texts.items():
             atomic_write(staging.folder / name, text.encode())
         if options.verify:
-            _verify(job, options, staging.folder, threads)
+            _verify(job, options, staging.folder, threads, Seen())  # it goes with the staging folder
         record = make_record(job, options, tally, threads, time.monotonic() - began)
         atomic_write(staging.folder / RECORD, dump_json(record).encode())
         if options.hf_upload_path:
@@ -123,9 +124,12 @@ def _check_finite(options: Options, tally: Tally) -> None:
                      f"{'' if options.dtype == 'keep' else ' as ' + options.dtype}; {remedy} --allow nonfinite")
 
 
-def _verify(job: Job, options: Options, folder: Path, threads: int) -> None:
-    """Compare the sources with their checksums, the output in `folder` with the sources, and its keys with the model."""
-    seen = job.checkpoint.files.seen
+def _verify(job: Job, options: Options, folder: Path, threads: int, seen: Seen) -> None:
+    """Compare the sources with their checksums, the output in `folder` with the sources, and its keys with the model.
+
+    Args:
+        seen: notes what the files in `folder` were.
+    """
     stored = verify.read_folder(folder, job.stem, seen)
     with show.progress("checking the shards", sum(job.checkpoint.sizes.values()), options.quiet) as step:
         verify.check_sources(job.checkpoint, threads, step)
@@ -152,7 +156,7 @@ def verify_only(options: Options) -> dict[str, Any]:
     target = merged_folder(options, files)
     again = as_requested(options, read_record(target))
     job = lay_out(again, files, target, config_folder(options, files, target))
-    _verify(job, again, target, options.threads or THREADS)
+    _verify(job, again, target, options.threads or THREADS, files.seen)
     files.seen.check()
     return {
         "folder": str(target),

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -450,7 +451,7 @@ def test_target_modules_are_as_short_as_can_be(modules: list[str], names: list[s
 def test_other_kinds_of_adapters_are_refused(name: str) -> None:
     tensors: Any = {name: None}
     with pytest.raises(MergeError, match="merge it with PEFT"):
-        lora.read_lora(tensors, None, None)  # type: ignore[arg-type]
+        lora.read_lora(tensors, SimpleNamespace(find=lambda name: None), None)  # type: ignore[arg-type]
 
 
 def test_two_adapters_are_refused(spoil: Callable[..., Any]) -> None:
