@@ -154,8 +154,14 @@ def test_an_interrupt_without_a_terminal_stops_the_container_too(built: Workbenc
     other = built.docker("run", "-d", "--label", f"com.docker.compose.project={built.name}", "--label",
                          "com.docker.compose.service=train", built.image("agentgym-rl/train"), "sleep", "300")
     words = [sys.executable, "-m", "invoke", "train.run", "--", "python", "-c", tidies]
-    with subprocess.Popen(words, cwd=built.root, env=built.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          stdin=subprocess.DEVNULL, text=True, start_new_session=True) as running:
+    with subprocess.Popen(words,
+                          cwd=built.root,
+                          env=built.environment(),
+                          stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE,
+                          stdin=subprocess.DEVNULL,
+                          text=True,
+                          start_new_session=True) as running:
         assert running.stdout and running.stdout.readline() == "started\n"
         if pressed == signal.SIGINT:
             os.killpg(running.pid, pressed)  # as a terminal does
@@ -171,7 +177,8 @@ def test_what_lies_in_the_checkout_beside_the_code_is_not_in_the_image(built: Wo
     assert (built.sources / "AgentGym-RL/.env").is_file()
     listed = built.docker("run", "--rm", built.image("agentgym-rl/train"), "ls", "-A", "/workspace/AgentGym-RL").split()
     assert "verl" in listed and "pyproject.toml" in listed and ".env" not in listed
-    assert built.docker("run", "--rm", built.image("agentgym-rl/train"), "readlink", "/workspace/AgentGym-RL/saves") == "../saves"
+    assert built.docker("run", "--rm", built.image("agentgym-rl/train"), "readlink",
+                        "/workspace/AgentGym-RL/saves") == "../saves"
 
 
 def test_shm_size_reaches_the_container(built: Workbench) -> None:
@@ -276,7 +283,8 @@ def test_env_bind_publishes_elsewhere(built: Workbench, environment_image: str, 
 
 def test_format_checks_then_formats_in_the_checkout_s_own_style(built: Workbench) -> None:
     messy = built.sources / "AgentGym-RL" / "verl" / "messy.py"
-    messy.write_text("value = dict(first=1,second=2,third=3,fourth=4,fifth=5,sixth=6,seventh=7,eighth=8,ninth=9,tenth=10)\n")
+    messy.write_text(
+        "value = dict(first=1,second=2,third=3,fourth=4,fifth=5,sixth=6,seventh=7,eighth=8,ninth=9,tenth=10)\n")
     try:
         check = built.invoke("format", "--check")
         assert check.returncode == 1, check.stderr
@@ -390,7 +398,8 @@ def test_doctor_reports_every_check(built: Workbench) -> None:
     done = built.invoke("doctor", "--json")
     checks = {one["name"]: one for one in json.loads(done.stdout)["checks"]}
     assert set(checks) == {
-        "engine", "environments", "compose", "buildx", "nvidia", "disk", "settings", ".env", "AGENTGYM_RL_SRC", "AGENTGYM_SRC", "files"
+        "engine", "environments", "compose", "buildx", "nvidia", "disk", "settings", ".env", "AGENTGYM_RL_SRC",
+        "AGENTGYM_SRC", "files"
     }
     assert checks["engine"]["found"] == built.docker("version", "--format", "{{.Server.Version}}")
     assert checks["AGENTGYM_RL_SRC"]["found"] == str(built.sources)
@@ -461,7 +470,9 @@ def test_engine_too_old_is_one_line(built: Workbench, tmp_path: Path) -> None:
                          ids=["shell", "run", "merge shell", "format", "build on no base"])
 def test_no_image_yet_names_the_task_that_builds_it(built: Workbench, task: list[str], image: str, remedy: str) -> None:
     done = built.invoke(*task, env={"IMAGE_TAG": "absent"})
-    fault(done, 1, rf"docker: no image {image}:absent yet; build it with `invoke {remedy}`\n\Z")
+    fault(
+        done, 1, rf"docker: no image {image}:absent yet; build it with `invoke {remedy}` "
+        r"\(IMAGE_TAG and REGISTRY choose the name\)\n\Z")
 
 
 def test_no_gpu_is_one_line(built: Workbench) -> None:
