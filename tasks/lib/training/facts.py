@@ -163,7 +163,9 @@ def unwritable(folder: Path) -> Path | None:
     place = Path(os.path.abspath(folder))
     while not place.exists():
         place = place.parent
-    return None if place.is_dir() and os.access(place, os.W_OK | os.X_OK) else place
+    # As this process may, whose capabilities count; by itself the call asks for the user who started it.
+    open_to_us = os.access(place, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)
+    return None if place.is_dir() and open_to_us else place
 
 
 @dataclass(frozen=True)
