@@ -29,7 +29,7 @@ from evaluation.answers import (
 from evaluation.breaker import Breaker
 from evaluation.model import Completion, Message, Sampling
 from evaluation.problems import ContextOverflow, Misuse, ModelFault, Unreachable
-from evaluation.secrets import hide
+from evaluation.secrets import hide, hide_in
 from evaluation.text import one_line, short
 
 if TYPE_CHECKING:
@@ -370,10 +370,8 @@ def cure(status: int, base_url: str) -> str:
 
 def _without_secrets(found: Completion, cut: int) -> Completion:
     """Return a completion in which no secret of ours is, should the endpoint have put one there."""
-    import json
-    extras = json.loads(hide(json.dumps(found.extras))) if found.extras else {}
     return Completion(hide(found.text), hide(found.reasoning), hide(found.finish), found.usage, found.seconds,
-                      found.retries, hide(found.refusal), extras, cut)
+                      found.retries, hide(found.refusal), hide_in(found.extras), cut)
 
 
 def _status_error(status: int, body: Any) -> "openai.APIStatusError":

@@ -1,7 +1,8 @@
 """What others wrote: the one gate that files, JSON, TOML and the bodies of HTTP answers pass before they are used.
 
 JSON that is refused: deeper than DEPTH, a key that comes twice, NaN and infinite numbers, integers of more digits than
-DIGITS. A lone surrogate (`"\\ud83d"`), which no UTF-8 and so no request and no file can hold, becomes U+FFFD.
+DIGITS, more values than VALUES. A lone surrogate (`"\\ud83d"`), which no UTF-8 and so no request and no file can
+hold, becomes U+FFFD.
 """
 import json
 import math
@@ -19,6 +20,7 @@ LARGEST_FILE = 256 * MEGABYTE  # of configurations and lists
 LARGEST_BODY = 64 * MEGABYTE
 DEPTH = 100
 DIGITS = 400  # of an integer; Python's own limit is ten times that
+VALUES = 2_000_000  # in one document, by its marks; a value of three bytes may take 200 in memory
 LONE = re.compile("[\ud800-\udfff]")  # json joins pairs, so what is left of them is alone
 
 
@@ -83,6 +85,8 @@ def loads(data: bytes | str, depth: int = DEPTH) -> Any:
         ValueError: it is no JSON, or JSON that is refused.
     """
     text = data if isinstance(data, str) else data.decode("utf-8-sig", "surrogatepass")
+    if len(text) > VALUES and sum(map(text.count, "[{,:")) > VALUES:
+        raise ValueError(f"it has more than {VALUES} values")
     try:
         value = _DECODER.decode(text)
     except RecursionError:

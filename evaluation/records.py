@@ -26,7 +26,7 @@ from evaluation import foreign
 from evaluation.attempts import ERRORS, Attempt, Key, Try, key_of, read_attempt
 from evaluation.output import complain
 from evaluation.problems import Misuse, Stopped, reason
-from evaluation.secrets import hide
+from evaluation.secrets import hide, hide_in
 from evaluation.text import json_line, short
 
 T = TypeVar("T")
@@ -261,7 +261,7 @@ class Lines:
         Raises:
             Stopped: it cannot be written; what was written of it is taken back.
         """
-        text = hide(json_line(value))
+        text = json_line(hide_in(value))
         line = text.encode("utf-8", "backslashreplace") + b"\n"
         size = os.fstat(self.file.fileno()).st_size
         try:

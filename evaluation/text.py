@@ -7,9 +7,12 @@ import json
 import re
 from typing import Any
 
+from evaluation.secrets import hide
+
 _BLANK = re.compile(r"\s+")
 _ENDS = re.compile("[\u0085\u2028\u2029]")
 _KEPT = "\n\t"
+_BEHIND = 1 << 14  # characters behind a cut, of which a secret may need some
 # Joiners of scripts and emoji, variation selectors and the blanks of typography: no terminal obeys them.
 _HARMLESS = frozenset("\u200c\u200d\ufeff\u00a0\u202f\u2009\u3000\u00ad")
 
@@ -41,4 +44,5 @@ def json_line(value: Any) -> str:
 def short(value: Any, width: int = 200) -> str:
     """Return `value` as JSON, cut to `width` characters."""
     text = value if isinstance(value, str) else json.dumps(value)
+    text = hide(text[:width + _BEHIND])  # before it is cut: half a secret is one too
     return text if len(text) <= width else text[:width - 1] + "…"

@@ -11,6 +11,7 @@ from typing import Any, Dict, List, Tuple
 
 DEPTH = 100  # levels of lists and tables; the deepest answer of AgentGym's servers has three
 DIGITS = 400  # of an integer; a float has at most 309 before its point
+VALUES = 2_000_000  # in one document, by its marks; a value of three bytes may take 200 in memory
 _STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 
 
@@ -80,6 +81,8 @@ def loads(body: bytes) -> Any:
         Refused: it is not read, whether or not it is JSON.
         ValueError: it is no JSON.
     """
+    if len(body) > VALUES and sum(map(body.count, (b"[", b"{", b",", b":"))) > VALUES:
+        raise Refused(f"more than {VALUES} values")
     if depth(body) > DEPTH:
         raise Refused(f"more than {DEPTH} levels deep")
     # As json.loads reads bytes, which is how the applications read theirs: one reading, not two.

@@ -7,13 +7,14 @@ end, so one that was cut off has none.
 """
 from __future__ import annotations
 
-import json
 import os
 import re
 import zipfile
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+
+from training.foreign import open_file, read_bytes, read_object
 
 FOLDER = re.compile(r"global_step_(0|[1-9]\d*)")
 RANK_FILE = re.compile(r"(model|optim|extra_state)_world_size_(\d+)_rank_(\d+)\.pt")
@@ -60,8 +61,8 @@ def numbers(folder: str | Path) -> list[int]:
 def tracked(folder: str | Path) -> int | None:
     """Return the number in the trainer's tracker file; None where there is none."""
     try:
-        text = (Path(folder) / TRACKER).read_text(errors="replace").strip()
-    except OSError:
+        text = read_bytes(Path(folder) / TRACKER, 1 << 10).decode(errors="replace").strip()
+    except (OSError, ValueError):
         return None
     return int(text) if re.fullmatch(r"\d{1,18}", text, re.ASCII) else None
 
@@ -69,7 +70,7 @@ def tracked(folder: str | Path) -> int | None:
 def archive_fault(path: Path) -> str | None:
     """Return what is wrong with a file of torch.save, as far as its table of contents tells; None where nothing is."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open(open_file(path), "rb") as file, zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
             if not entries:
                 return "is empty"
@@ -191,9 +192,10 @@ def _rank_faults(path: Path, part: str, found: dict[tuple[str, int, int], Path],
 
 def _is_config(path: Path) -> bool:
     try:
-        return isinstance(json.loads(path.read_bytes()), dict)
-    except (OSError, ValueError, RecursionError):
+        read_object(path, nonfinite=True)
+    except (OSError, ValueError):
         return False
+    return True
 
 
 def _modified(path: Path) -> float:

@@ -19,10 +19,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from training.foreign import is_count, is_number, is_text, misfit, read_object
 from training.retention import Score
 
 SCHEMA = 1
 FOLDER = re.compile(r"(?P<environment>[\w.]+(?:-[\w.]+)*?)-global_step_(?P<step>\d+)-(?P<plan>[0-9a-f]{6})")
+FIGURE = {"mean": is_number, "low": is_number, "high": is_number}
+SUMMARY = {
+    "attempts": is_count,
+    "expected": is_count,
+    "errors": is_count,
+    "error_rate": is_number,
+    "success": FIGURE,
+    "reward": FIGURE
+}
 MOST_ERRORS = 0.02  # share of attempts that the infrastructure may spoil, as the evaluation's runner has it
 
 
@@ -56,8 +66,9 @@ def read_point(folder: Path) -> Point | None:
         return None
     path = folder / "summary.json"
     try:
-        summary = json.loads(path.read_text())
-        model = json.loads((folder / "run.json").read_text())["config"]["model"]
+        summary, model = read_object(path), read_object(folder / "run.json")["config"]["model"]
+        if misfit(summary, SUMMARY) or not is_text(model):
+            return None
         if summary["attempts"] < summary["expected"] or summary["error_rate"] > MOST_ERRORS:
             return None
         success, reward = ({

@@ -6,7 +6,6 @@ whether they answer.
 from __future__ import annotations
 
 import http.client
-import json
 import threading
 import time
 import urllib.error
@@ -14,10 +13,19 @@ import urllib.request
 from dataclasses import dataclass, replace
 from typing import Any
 
+from training.foreign import is_count, loads
 from training.rollouts import Window
 
+
+class Stays(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect: another server's answer says nothing of this one."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """Return None, so that the redirect is an error like any other status."""
+
+
 # The servers are on this machine or on a container's network: a proxy for the internet would only be in the way.
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}), Stays())
 EVERY = 1.0  # seconds
 ANSWER_SECONDS = 5.0
 # A busy server may not answer for so long and lose nothing; a refused connection tells at once.
@@ -45,7 +53,7 @@ def ask(url: str, replicas: int = 1, timeout: float = ANSWER_SECONDS) -> Answer:
     for replica in range(max(1, replicas)):
         try:
             with _OPENER.open(f"{root}/_sessions?replica={replica}", timeout=timeout) as response:
-                told = json.loads(response.read(1 << 16))
+                told = loads(response.read(1 << 16))
         except urllib.error.HTTPError as error:
             error.close()
             return Answer("refused") if error.code in (502, 503, 504) else Answer("")  # a proxy without its server
@@ -55,9 +63,9 @@ def ask(url: str, replicas: int = 1, timeout: float = ANSWER_SECONDS) -> Answer:
             return Answer("unanswered" if isinstance(error.reason, TimeoutError) else "refused")
         except (OSError, http.client.HTTPException):
             return Answer("refused")
-        except (ValueError, RecursionError):
+        except ValueError:
             return Answer("")  # no JSON: a server of another kind
-        if not isinstance(told, dict) or not isinstance(told.get("live"), int) or not isinstance(told.get("pid"), int):
+        if not isinstance(told, dict) or not is_count(told.get("live")) or not is_count(told.get("pid")):
             return Answer("")
         sessions += told["live"]
         processes.append((told["pid"], told.get("started")))

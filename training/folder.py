@@ -16,29 +16,107 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from training.foreign import (
+    LARGEST_LINES,
+    is_count,
+    is_every,
+    is_number,
+    is_table,
+    is_text,
+    misfit,
+    read_lines,
+    read_object,
+)
+
 SCHEMA = 1
 NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,63}", re.ASCII)  # of a run: it names a folder, a container and a label
 FULL = (errno.ENOSPC, errno.EDQUOT)
-# run.json's kinds of value; a key may be absent, or null where that means that nobody knows.
-TABLES = ("environment", "gpus", "options", "variables", "secrets", "commits", "versions", "volumes")
-LISTS = {"attempts": dict, "overrides": str, "command": str, "presets": str, "poisoned": int, "nan_steps": int}
-NUMBERS, TEXTS = ("world_size", "steps", "save_freq"), ("name", "folder", "runner")
-ATTEMPT: dict[str, tuple[type, ...]] = {
-    "number": (int, ),
-    "started": (int, float),
-    "ended": (int, float),
-    "resumed_from": (int, ),
-    "last_step": (int, ),
-    "state": (str, ),
-}
-KINDS = {dict: "table", list: "list", str: "text", int: "number"}
 # Given up when the disk is full, so that what ended the run can still be written down.
 RESERVE_BYTES = 1 << 20
+# What the fields are, where they are there; what is not named here is looked at by whoever uses it.
+RUN = {
+    "name":
+    is_text,
+    "created":
+    is_number,
+    "environment": {
+        "name": is_text,
+        "url": is_text,
+        "replicas": is_count
+    },
+    "algorithm":
+    is_text,
+    "runner":
+    is_text,
+    "container":
+    is_text,
+    "folder":
+    is_text,
+    "cwd":
+    is_text,
+    "shm_size":
+    is_text,
+    "gpus": {
+        "choice": is_text,
+        "count": is_count
+    },
+    "presets": [is_text],
+    "overrides": [is_text],
+    "command": [is_text],
+    "secrets":
+    is_table,
+    "commits":
+    is_table,
+    "versions":
+    is_table,
+    "volumes":
+    is_table,
+    "variables":
+    is_table,
+    "world_size":
+    is_count,
+    "steps":
+    is_count,
+    "save_freq":
+    is_every,
+    "options":
+    is_table,
+    "poisoned": [is_count],
+    "nan_steps": [is_count],
+    "attempts": [{
+        "number": is_count,
+        "started": is_number,
+        "ended": is_number,
+        "resumed_from": is_count,
+        "last_step": is_count,
+        "state": is_text,
+        "cause": is_text,
+        "reason": is_text
+    }]
+}
+STATE = {
+    "pid": is_count,
+    "host": is_text,
+    "boot_id": is_text,
+    "state": is_text,
+    "note": is_text,
+    "updated": is_number,
+    "started": is_number,
+    "silent_seconds": is_number,
+    "step": is_count,
+    "resumed_from": is_count,
+    "environment": {
+        "since": is_number,
+        "sessions": is_count,
+        "why": is_text
+    },
+    "gpus": [is_table]
+}
 
 
 def atomic_write(path: Path, text: str, durable: bool = True) -> None:
@@ -60,71 +138,6 @@ def atomic_write(path: Path, text: str, durable: bool = True) -> None:
         with suppress(OSError):
             staged.unlink()
         raise
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in `path`.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is no JSON object, in one line.
-    """
-    try:
-        found = json.loads(Path(path).read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return found
-
-
-def shape_fault(run: dict[str, Any]) -> str:
-    """Return what in a run.json is of another kind than its readers take it for; empty where all is right."""
-    kinds_of: tuple[tuple[Iterable[str], type], ...] = ((TABLES, dict), (LISTS, list), (NUMBERS, int), (TEXTS, str))
-    for keys, kind in kinds_of:
-        for key in keys:
-            if run.get(key) is not None and (not isinstance(run[key], kind) or isinstance(run[key], bool)):
-                return f"{key} is no {KINDS[kind]}"
-    for key, kind in LISTS.items():
-        if not all(isinstance(one, kind) and not isinstance(one, bool) for one in run.get(key) or ()):
-            return f"{key} is no list of {KINDS[kind]}s"
-    place = run.get("environment") or {}
-    for key in ("name", "url"):
-        if place.get(key) is not None and not isinstance(place[key], str):
-            return f"{key} of environment is no text"
-    for attempt in run.get("attempts") or ():
-        for key, kinds in ATTEMPT.items():
-            value = attempt.get(key)
-            if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
-                return f"{key} of an attempt is no {KINDS[kinds[0]]}"
-    return ""
-
-
-def read_lines(path: Path, last_bytes: int | None = None) -> list[dict[str, Any]]:
-    """Return the JSON objects of a file with one a line; [] where there is no file.
-
-    A line that is no object is left out: the last one may be half written, and a crash leaves others.
-
-    Args:
-        last_bytes: look at the end of the file only.
-    """
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            start = 0 if last_bytes is None else max(0, size - last_bytes)
-            file.seek(start)
-            lines = file.read().split(b"\n")
-    except FileNotFoundError:
-        return []
-    if start:
-        del lines[0]  # it began before
-    found = []
-    for line in lines:
-        with suppress(ValueError, RecursionError):
-            value = json.loads(line)
-            if isinstance(value, dict):
-                found.append(value)
-    return found
 
 
 def append_line(path: Path, fields: dict[str, Any]) -> None:
@@ -237,11 +250,11 @@ class RunFolder:
             FileNotFoundError: it is not there.
             ValueError: it is none that this version reads, in one line.
         """
-        run = read_object(self.run_json)
+        run = read_object(self.run_json, nonfinite=True)
         if run.get("schema") != SCHEMA:
-            raise ValueError(f"{self.run_json} has the schema {run.get('schema')!r}, and this version reads {SCHEMA}")
-        fault = shape_fault(run)
-        if fault:
+            raise ValueError(
+                f"{self.run_json} has the schema {repr(run.get('schema'))[:40]}, and this version reads {SCHEMA}")
+        if fault := misfit(run, RUN):
             raise ValueError(f"{self.run_json}: {fault}")
         return run
 
@@ -295,16 +308,17 @@ class RunFolder:
         """Append a line to events.jsonl: the time (seconds since 1970), what happened, and more."""
         append_line(self.events, {"time": round(time.time(), 3), "event": event, **fields})
 
-    def read_events(self, last_bytes: int | None = None) -> list[dict[str, Any]]:
+    def read_events(self, last_bytes: int = LARGEST_LINES) -> list[dict[str, Any]]:
         """Return the events, the first one first."""
-        return [event for event in read_lines(self.events, last_bytes) if isinstance(event.get("event"), str)]
+        kinds = {"event": is_text, "time": is_number, "step": is_count}
+        return [event for event in read_lines(self.events, last_bytes) if "event" in event and not misfit(event, kinds)]
 
     def append_metrics(self, step: int, attempt: int, metrics: dict[str, float]) -> None:
         """Append a step's figures to metrics.jsonl."""
         line = {"step": step, "attempt": attempt, "time": round(time.time(), 3), "metrics": metrics}
         append_line(self.metrics, line)
 
-    def read_metrics(self, last_bytes: int | None = None) -> dict[int, dict[str, Any]]:
+    def read_metrics(self, last_bytes: int = LARGEST_LINES) -> dict[int, dict[str, Any]]:
         """Return the lines of metrics.jsonl by step, in order of the steps; of a step seen again the last counts.
 
         What a resume left behind it is left out: after a line of step N no higher step from before it counts.
@@ -312,7 +326,7 @@ class RunFolder:
         found: dict[int, dict[str, Any]] = {}
         for line in read_lines(self.metrics, last_bytes):
             step = line.get("step")
-            if isinstance(step, int) and not isinstance(step, bool) and isinstance(line.get("metrics"), dict):
+            if isinstance(step, int) and is_count(step) and is_table(line.get("metrics")):
                 while found and next(reversed(found)) >= step:
                     found.popitem()
                 found[step] = line
@@ -326,9 +340,10 @@ class RunFolder:
     def read_state(self) -> dict[str, Any] | None:
         """Return state.json; None where there is none that can be read."""
         try:
-            return read_object(self.state_json)
+            state = read_object(self.state_json, nonfinite=True)
         except (OSError, ValueError):
             return None
+        return None if misfit(state, STATE) else state
 
     def reserve(self) -> None:
         """Put a little of the disk by: what ended a run that filled it must go into run.json."""

@@ -20,6 +20,7 @@ from typing import Any
 from uuid import uuid4
 
 from training import machine
+from training.foreign import read_json
 
 BEAT = 5.0  # seconds between two counts
 SILENCE = 60.0  # seconds without a count after which an owner that cannot be asked about is dead
@@ -44,7 +45,7 @@ def described(owner: dict[str, Any]) -> str:
 
 
 def _told(path: Path) -> dict[str, Any]:
-    found = json.loads(path.read_text())
+    found = read_json(path)
     return found if isinstance(found, dict) else {}
 
 

@@ -64,11 +64,15 @@ CHARTS: Sequence[tuple[str, str, bool, Sequence[tuple[str, str]]]] = (
                                                                                "checkpoint"))),
 )
 
+LARGEST = 1e100  # sums of larger figures have none
+
 
 def value_of(line: Mapping[str, Any], key: str) -> float | None:
-    """Return a figure of a line of metrics.jsonl; None where it has none."""
+    """Return a figure of a line of metrics.jsonl, infinite beyond LARGEST; None where it has none."""
     value = line["metrics"].get(key)
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return None
+    return math.copysign(math.inf, value) if abs(value) > LARGEST else float(value)
 
 
 def moving_mean(points: Sequence[Point], span: int = SMOOTH) -> list[Point]:
@@ -158,8 +162,9 @@ def svg(chart: Chart, marks: Sequence[tuple[float, str]] = (), poisoned: Sequenc
     low, high = min(values), max(values)
     if chart.from_zero:
         low = min(0.0, low)
-    if high - low < 1e-9 * max(1.0, abs(high)):
-        low, high = low - (0.0 if chart.from_zero else 0.5), high + 0.5
+    size = max(1.0, abs(high), abs(low))
+    if high - low < 1e-9 * size:
+        low, high = low - (0.0 if chart.from_zero else 0.5 * size), high + 0.5 * size
     first, last = min(steps), max(steps)
     if first == last:
         first, last = first - 1, last + 1
@@ -271,7 +276,7 @@ def page(status: Status,
         evaluations: as for `charts`.
     """
     attempts = [found for found in run.get("attempts") or [] if isinstance(found, dict)]
-    marks = [(float(found["resumed_from"] or 0) + 0.5, f"attempt {found.get('number')}") for found in attempts[1:]
+    marks = [(float(found.get("resumed_from") or 0) + 0.5, f"attempt {found.get('number')}") for found in attempts[1:]
              if isinstance(found.get("resumed_from"), (int, type(None)))]
     figures = [
         f'<figure role="img" aria-label="{escape(chart.title)}: {escape(words(chart))}">'

@@ -6,13 +6,14 @@ answered, its words are last. (verl/workers/rollout/agent_vllm_rollout/vllm_roll
 """
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from training.foreign import LARGEST_LIST, read_json
 
 FOLDER, RANK_FILE = re.compile(r"step(\d+)"), re.compile(r"\d+\.json")
 # The trainer prints this for each trajectory whose step failed, and this where a reset took too long.
@@ -57,13 +58,13 @@ def read(folder: Path, step: int) -> Played | None:
     try:
         places = [place for place in (folder / f"step{step}").iterdir() if RANK_FILE.fullmatch(place.name)]
         for place in places:
-            found = json.loads(place.read_bytes())
+            found = read_json(place, LARGEST_LIST)
             if not isinstance(found, list):
                 return None
             files += 1
             trajectories += len(found)
             cut += sum(is_cut(trajectory) for trajectory in found)
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return None
     return Played(trajectories, cut, files) if files else None
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from training import checkpoints, diagnosis, machine, resume
 from training.folder import RunFolder
+from training.foreign import open_file
 
 FRESH = 20.0  # seconds; the supervisor writes each second, and a busy disk may keep it
 BEGIN_SECONDS = 300.0  # from run.json to the first heartbeat, at most: a container starts in between
@@ -22,6 +23,7 @@ TAIL = 256 << 10  # bytes of a log that are looked at
 METRICS_BYTES = 8 << 20  # of metrics.jsonl: about 4000 steps
 LAST_LINES = 20
 TREND = 40  # steps
+LARGEST = 1e9  # of a reward, and of a step's seconds: no more is one
 REWARDS = ("critic/task_score/mean", "critic/score/mean", "critic/rewards/mean")
 SECONDS = ("timing_s/step", "perf/time_per_step")
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -230,7 +232,7 @@ def _add_figures(found: Status, folder: RunFolder, attempt: Mapping[str, Any], s
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def _add_checkpoints(found: Status, folder: RunFolder, run: Mapping[str, Any]) -> None:
@@ -251,11 +253,11 @@ def _add_checkpoints(found: Status, folder: RunFolder, run: Mapping[str, Any]) -
 def last_lines(folder: RunFolder, attempt: int, count: int = LAST_LINES) -> list[str]:
     """Return the last lines of an attempt's log that are not empty."""
     try:
-        with open(folder.log(attempt), "rb") as file:
+        with open(open_file(folder.log(attempt)), "rb") as file:
             size = os.fstat(file.fileno()).st_size
             file.seek(max(0, size - TAIL))
-            lines = file.read().decode("utf-8", "backslashreplace").split("\n")
-    except OSError:
+            lines = file.read(TAIL).decode("utf-8", "backslashreplace").split("\n")
+    except (OSError, ValueError):
         return []
     return [line[:2000] for line in lines if line.strip()][-count:]
 

@@ -1,12 +1,12 @@
 """What a folder with a checkpoint holds: where its merged model is or will be, and what the evaluation calls it."""
 import hashlib
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tasks.lib.errors import UserError
+from training import foreign
 
 RANK_FILE = re.compile(r"model_world_size_\d+_rank_\d+\.pt")
 MERGED = "huggingface"
@@ -79,7 +79,7 @@ def has_weights(folder: Path) -> bool:
 def is_current(model: Path, shards: Path) -> bool:
     """Tell whether `model` was merged, in whatever way, from the files that `shards` holds now."""
     try:
-        sources = json.loads((model / RECORD).read_text())["sources"]
+        sources = foreign.read_object(model / RECORD)["sources"]
         merged = sorted((file["file"], file["bytes"], file["modified"]) for file in sources)
     except (ValueError, KeyError, TypeError):
         return False
@@ -115,12 +115,9 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: it cannot be read, or is none.
     """
     try:
-        found = json.loads(path.read_text())
+        return foreign.read_object(path, nonfinite=True)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is no JSON object")
-    return found
 
 
 def check(model: Path) -> int:
@@ -130,6 +127,9 @@ def check(model: Path) -> int:
         UserError: the model cannot hold a conversation; with the remedy.
     """
     config = read_json(model / "config.json")
+    positions = {"max_position_embeddings": foreign.is_count}
+    if fault := foreign.misfit(config, {"architectures": [foreign.is_text], "text_config": positions, **positions}):
+        raise UserError(f"{model / 'config.json'}: {fault}")
     kind = ", ".join(config.get("architectures") or ["model of no architecture"])
     if not re.search("CausalLM|ConditionalGeneration|LMHead", kind):
         raise UserError(f"{model} is a {kind}, which writes no text; name the actor's folder")

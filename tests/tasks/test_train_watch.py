@@ -176,6 +176,8 @@ def test_a_program_dies_with_its_watcher(tmp_path):
     ({"data": [{"id": "base"}]}, "serves base and no run1-global_step_4; serve the merged model under that name"),
     ({"data": []}, "serves nothing and no run1-global_step_4"),
     ({}, "/models cannot be read"),
+    (b"[" * 200_000, "/models cannot be read"),
+    ({"data": [{"id": "a\x1b[2J\n"}]}, r"serves a\\x1b\[2J\\n and no"),
     (b"no JSON", "/models cannot be read"),
 ])
 def test_an_endpoint_that_has_not_the_model_evaluates_nothing(body, said):
@@ -183,6 +185,21 @@ def test_an_endpoint_that_has_not_the_model_evaluates_nothing(body, said):
         hands.check_served(url + "/v1", "run1-global_step_4")
     with serving(lambda method, path, headers, sent: Answer({"data": [{"id": "run1-global_step_4"}]})) as url:
         hands.check_served(url + "/v1/", "run1-global_step_4")
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_the_key_goes_to_no_host_that_an_endpoint_names(status, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-0123456789")
+    asked: list[str] = []
+
+    def elsewhere(method, path, headers, sent):
+        asked.append(path)
+        return Answer({"data": [{"id": "run1-global_step_4"}]})
+
+    there = lambda *_: Answer({}, status, {"location": f"{other}/models"})  # noqa: E731
+    with serving(elsewhere) as other, serving(there) as url, pytest.raises(Failed, match="cannot be read"):
+        hands.check_served(url + "/v1", "run1-global_step_4")
+    assert not asked
 
 
 def test_a_watcher_that_follows_the_run_already_goes_on(tmp_path, monkeypatch):

@@ -285,7 +285,7 @@ def test_two_supervisors_do_not_share_a_folder(run):
     ('{"schema": 9}', "schema 9"),
     ('{"schema": 1}', "command"),
     ('{"schema": 1, "command": "python"}', "command is no list"),
-    ('{"schema": 1, "command": ["x", 3]}', "command is no list of texts"),
+    ('{"schema": 1, "command": ["x", 3]}', "command[1] is 3, no text"),
     ('{"schema": 1, "command": ["x"], "attempts": null}', "attempts is no list"),
     ('{"schema": 1, "command": ["x"], "folder": "/elsewhere"}', "is of the folder /elsewhere"),
 ])

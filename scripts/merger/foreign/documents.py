@@ -13,6 +13,7 @@ from merger.foreign.text import printable
 
 MAX_BYTES = 16 << 20  # of a config or a record
 MAX_DEPTH = 64
+MAX_VALUES = 2_000_000  # in one document, by its marks; a value of three bytes may take 200 in memory
 MAX_DIGITS = 64  # tokenizers write 1e30 as an integer
 
 
@@ -78,6 +79,8 @@ def parse(data: bytes, nonfinite: bool = False) -> Any:
 
     try:
         text = data.decode("utf-8-sig")
+        if len(text) > MAX_VALUES and sum(map(text.count, "[{,:")) > MAX_VALUES:
+            raise ValueError(f"more than {MAX_VALUES} values")
         document = json.loads(text,
                               object_pairs_hook=unique,
                               parse_int=whole,

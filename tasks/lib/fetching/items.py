@@ -16,6 +16,7 @@ from typing import Any
 
 from tasks.lib import hub
 from tasks.lib.errors import UserError
+from training import foreign
 
 DATA_SET = "AgentGym/AgentGym-RL-Data-ID"
 TRAIN, EVAL = "AgentItemId", "AgentEval"
@@ -120,10 +121,10 @@ def as_list(text: str, name: str) -> tuple[str, int]:
         UserError: it is none, or has no entry.
     """
     try:
-        entries = json.loads(text) if text.lstrip().startswith("[") else [
-            json.loads(line) for line in text.splitlines() if line.strip()
+        entries = foreign.loads(text) if text.lstrip().startswith("[") else [
+            foreign.loads(line) for line in text.splitlines() if line.strip()
         ]
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{name} of the data set is neither a JSON list nor JSON lines: {error}", code=1) from None
     made: dict[object, dict[str, Any]] = {}
     for entry in entries:
@@ -192,6 +193,6 @@ def _read(path: Path, name: str) -> str:
 def _holds(path: Path, text: str) -> bool:
     """Tell whether a list is there with these items, in whatever spacing."""
     try:
-        return bool(json.loads(path.read_text(encoding="utf-8")) == json.loads(text))
+        return bool(foreign.read_json(path, foreign.LARGEST_LIST) == foreign.loads(text))
     except (OSError, ValueError):
         return False

@@ -15,6 +15,7 @@ from typing import Any
 
 from tasks.lib import hub
 from tasks.lib.errors import UserError
+from training import foreign
 
 RECORD = ".fetched.json"
 # The same weights in other forms, which nothing here reads where there are safetensors.
@@ -116,7 +117,7 @@ def fetch(name: str, folder: Path, revision: str, everything: bool, dry: bool, s
 def read_record(folder: Path) -> dict[str, Any]:
     """Return what an earlier fetch noted in `folder`; {} where there is no note."""
     try:
-        found = json.loads((folder / RECORD).read_text())
+        found = foreign.read_json(folder / RECORD)
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -1,7 +1,6 @@
 """What a run would meet: the model's files, the item list, the disk. Read from files alone, nothing is loaded."""
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -12,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from training.folder import read_object
+from training.foreign import LARGEST_LIST, loads, open_file, read_bytes, read_object
 from training.retention import Rules
 
 HEADER_BYTES = 100_000_000  # safetensors' own limit of a file's header
@@ -44,7 +43,7 @@ def read_model(path: Path) -> Model:
     if not path.is_dir():
         return Model(path, "there is no such folder" if not path.exists() else "it is no folder")
     try:
-        config = read_object(path / "config.json")
+        config = read_object(path / "config.json", nonfinite=True)
     except FileNotFoundError:
         hint = "; the model in it is " + str(path / "huggingface") if (path / "huggingface" /
                                                                        "config.json").is_file() else ""
@@ -81,13 +80,13 @@ def count_parameters(file: Path) -> int:
     Raises:
         ValueError: it is cut off, or none; in one line.
     """
-    with file.open("rb") as opened:
+    with open(open_file(file), "rb") as opened:
         start = opened.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else HEADER_BYTES + 1
         if length > HEADER_BYTES:
             raise ValueError(f"{file.name} is no safetensors file")
         try:
-            header = json.loads(opened.read(length))
+            header = loads(opened.read(length))
             tensors = [entry for name, entry in header.items() if name != "__metadata__"]
             count = sum(math.prod(entry["shape"]) for entry in tensors)
             end = max((entry["data_offsets"][1] for entry in tensors), default=0)
@@ -100,10 +99,10 @@ def count_parameters(file: Path) -> int:
 
 def chat_template(path: Path) -> str:
     """Return the tokenizer's chat template, of its own file or of tokenizer_config.json; empty where there is none."""
-    with suppress(OSError, UnicodeDecodeError):
-        return (path / "chat_template.jinja").read_text()
     with suppress(OSError, ValueError):
-        found = read_object(path / "tokenizer_config.json").get("chat_template")
+        return read_bytes(path / "chat_template.jinja").decode()
+    with suppress(OSError, ValueError):
+        found = read_object(path / "tokenizer_config.json", nonfinite=True).get("chat_template")
         if isinstance(found, str):
             return found
         if isinstance(found, list):
@@ -128,20 +127,22 @@ class Items:
 def read_items(path: Path, key: str = "item_id") -> Items:
     """Return the item list at `path`; `key` is where an object has its id."""
     try:
-        text = path.read_text()
+        text = read_bytes(path, LARGEST_LIST).decode("utf-8-sig")
     except UnicodeDecodeError:
         return Items(path, "it is no text")
     except OSError as error:
         return Items(path, "there is no such file" if isinstance(error, FileNotFoundError) else str(error.strerror))
+    except ValueError as error:
+        return Items(path, str(error))
     try:
-        found = json.loads(text)
+        found = loads(text)
         rows = found if isinstance(found, list) else [found]
     except ValueError:
         rows = []
         for number, line in enumerate(text.splitlines(), 1):
             if line.strip():
                 try:
-                    rows.append(json.loads(line))
+                    rows.append(loads(line))
                 except ValueError:
                     return Items(path, f"line {number} is no JSON")
     for number, row in enumerate(rows, 1):

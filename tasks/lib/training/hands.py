@@ -1,7 +1,6 @@
 """What the watcher has done by others: `invoke merge` and `invoke eval`, each a process that dies with the watcher."""
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -14,6 +13,9 @@ from pathlib import Path
 
 from tasks.lib.settings import ROOT, resolve
 from tasks.lib.training.watching import Failed, Going, Plan
+from training.environment import Stays
+from training.foreign import LARGEST_FILE, loads
+from training.text import shown
 
 NICE = 10  # of a merge: the trainer on the same machine comes first
 # The child gets SIGTERM when the watcher is gone, however it went, and tidies up; a function between fork and exec could
@@ -156,11 +158,12 @@ def check_served(endpoint: str, model: str) -> None:
     if key:
         request.add_header("Authorization", f"Bearer {key}")
     try:
-        with urllib.request.urlopen(request, timeout=30) as reply:
-            names = [str(one["id"]) for one in json.load(reply)["data"]]
+        # The key goes to the endpoint and to nobody that it names.
+        with urllib.request.build_opener(Stays()).open(request, timeout=30) as reply:
+            names = [shown(str(one["id"])) for one in loads(reply.read(LARGEST_FILE))["data"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Failed(
-            f"{endpoint}/models cannot be read ({getattr(error, 'reason', error)}); start the server, or leave "
+            f"{endpoint}/models cannot be read ({shown(str(getattr(error, 'reason', error)))}); start the server, or leave "
             "--endpoint out") from None
     if model not in names:
         raise Failed(

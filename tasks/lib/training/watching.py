@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from tasks.lib.checkpoints import RECORD, is_current, rank_files
 from training import checkpoints, curve, pruning, resume, retention
 from training.folder import RunFolder, atomic_write
+from training.foreign import read_object
 from training.lease import Lease, described
 from training.status import state_of
 
@@ -128,10 +129,9 @@ class Failure:
 def read_record(model: Path) -> dict[str, Any]:
     """Return the merge.json of a merged model; {} where there is none that can be read."""
     try:
-        found = json.loads((model / RECORD).read_text())
+        return read_object(model / RECORD)
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def is_whole(model: Path, record: Mapping[str, Any]) -> bool:
@@ -159,15 +159,16 @@ def identity(shards: Path) -> str:
 
 def merge_digest(model: Path) -> str:
     """Return what tells the merge in `model` from one of other shards."""
+    named = read_record(model).get("sources")
     sources = [[file.get("file"), file.get("bytes"), file.get("modified")]
-               for file in read_record(model).get("sources", [])]
+               for file in (named if isinstance(named, list) else ()) if isinstance(file, dict)]
     return hashlib.sha256(json.dumps(sources).encode()).hexdigest()
 
 
 def evaluated_merge(folder: Path) -> str:
     """Return the digest of the merge that the evaluation in `folder` is of; empty where that is not told."""
     try:
-        return str(json.loads((folder / MARK).read_text())["merge"])
+        return str(read_object(folder / MARK)["merge"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 
