@@ -249,8 +249,11 @@ def check_evaluations(c: Context, plans: Sequence[Plan], runner: str, engine: st
         evaluate.run_evaluation(c, runner, words, {"OPENAI_API_KEY": "none"})
 
 
-def check_watch_words(c: Context, words: list[str]) -> Rules | None:
+def check_watch_words(c: Context, words: list[str], used: str) -> Rules | None:
     """Refuse flags that `train.watch` would refuse, before there is a run; return what it keeps, None for everything.
+
+    Args:
+        used: the run's own GPUs: all, indices, or empty where they are not known yet.
 
     Raises:
         UserError: in one line.
@@ -260,6 +263,8 @@ def check_watch_words(c: Context, words: list[str]) -> Rules | None:
 
     from tasks.lib.environments.lookup import all_rows
     from tasks.lib.training import follow
+    from tasks.lib.training.hands import gpu_clash, has_nvidia
+    from tasks.lib.training.watching import Going
     parser = Parser([ParserContext(name="train.watch", args=watch.get_arguments())])
     try:
         parsed, *more = parser.parse_argv(["train.watch", *words])
@@ -280,6 +285,10 @@ def check_watch_words(c: Context, words: list[str]) -> Rules | None:
     follow.check_merge(given["dtype"], plans, given["gpus"], given["endpoint"])
     merge.runner_for(given["runner"])
     if plans:
+        clash = gpu_clash(given["gpus"], given["endpoint"], used, Going(False, "starting", None, ()), True,
+                          has_nvidia())
+        if clash:
+            raise UserError(f"--watch-flags: {clash}")
         runner = evaluate.runner_for(given["runner"], "" if given["endpoint"] else evaluate.CHECKPOINT)
         check_evaluations(c, plans, runner, given["engine"], given["concurrency"])
     return None if given["keep_all"] else rules

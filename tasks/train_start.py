@@ -161,7 +161,7 @@ def start(c: Context,
           watch_flags: str = "",
           wait: str = "120") -> None:
     """Start a training run, after checking it."""
-    beside, retention = watch_words(c, watch, watch_flags)
+    beside, retention = watch_words(c, watch, watch_flags, gpus or resolve("GPUS"))
     from tasks.lib.training import launch
     from tasks.lib.training.plan import whole
     asked = Asked(env, model, name, algorithm, rounds, scaling_inter, every, steps, gpus, shm_size, tuple(preset or ()),
@@ -195,7 +195,7 @@ def start(c: Context,
     say_started(run)
     start_watcher(run, beside)
     if attach:
-        follow(c, run.name)
+        follow(run.name)
 
 
 @task(positional=[],
@@ -224,7 +224,7 @@ def resume(c: Context,
     _resume(c, name, skip, attach, seconds, beside)
 
 
-def watch_words(c: Context, watch: bool, flags: str) -> tuple[list[str] | None, Rules | None]:
+def watch_words(c: Context, watch: bool, flags: str, used: str = "") -> tuple[list[str] | None, Rules | None]:
     """Return the flags for the run's watcher, None where none is wanted; and what it keeps, None for everything.
 
     Raises:
@@ -239,7 +239,7 @@ def watch_words(c: Context, watch: bool, flags: str) -> tuple[list[str] | None, 
         words = shlex.split(flags)
     except ValueError as error:
         raise UserError(f"--watch-flags {flags!r}: {error}") from None
-    return words, check_watch_words(c, words)
+    return words, check_watch_words(c, words, used)
 
 
 def start_watcher(run: Decided, words: list[str] | None) -> None:
@@ -604,10 +604,26 @@ def say_started(run: Decided) -> None:
          f"folder {run.folder}")
 
 
-def follow(c: Context, name: str) -> None:
-    """Follow the run's log until it ends; Ctrl-C leaves it going."""
+def follow(name: str) -> None:
+    """Follow the run's log until it ends, and tell how; Ctrl-C leaves it going.
+
+    Raises:
+        UserError: it did not finish.
+    """
     from tasks.lib.training import runs, showing
-    showing.logs(runs.find(name), 200, True, None)
+    from training.text import shown
+    run = runs.find(name)
+    try:
+        showing.logs(run, 200, True, None)
+    except KeyboardInterrupt:
+        say(f"{name} goes on; `invoke train.stop --name {name}` ends it")
+        raise
+    found, _ = runs.read(run)
+    if found.state == "finished":
+        tell(f"{name} is finished after {found.step} steps")
+        return
+    why = f" of {found.cause}" if found.state == "died" else ""
+    raise UserError("; ".join(filter(None, (f"{name}: {found.state}{why}", shown(found.reason), found.remedy))), code=1)
 
 
 def again(c: Context, prepared: Prepared, attach: bool, wait: int, beside: list[str] | None = None) -> None:
@@ -731,4 +747,4 @@ def _resume(c: Context, name: str, skip: str, attach: bool, wait: int, beside: l
     say_started(run)
     start_watcher(run, beside)
     if attach:
-        follow(c, run.name)
+        follow(run.name)

@@ -134,9 +134,11 @@ def atomic_write(path: Path, text: str, durable: bool = True) -> None:
             if durable:
                 os.fsync(file.fileno())
         os.replace(staged, path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             staged.unlink()
+        if isinstance(error, OSError) and error.filename == str(staged):
+            error.filename, error.filename2 = str(path), None  # the file that the user knows
         raise
 
 

@@ -11,13 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
+from invoke.context import Context
 
 from tasks.lib.errors import UserError
-from tasks.lib.training import runs, showing
+from tasks.lib.training import follow, runs, showing, stopping
 from tests.fixtures.project import ROOT, copy_project
 from tests.training.runs import checkpoint, write_run
 from tests.training.test_supervisor import begin, make, supervise, until
-from training import diagnosis, machine
+from training import diagnosis, lease, machine
 from training.folder import RunFolder
 from training.status import Status
 
@@ -279,6 +280,24 @@ def test_a_local_run_of_another_machine_is_stopped_there(project, saves):
                                           state="running")
     said = invoke(project, "train.stop")
     assert said.returncode == 2 and "runs on gpu-box; stop it there" in said.stderr
+
+
+def test_what_runs_as_another_user_is_theirs_to_stop(project, saves, monkeypatch):
+    run = make(saves / "run1", attempts=[{"number": 1, "started": 1.0, "ended": None, "state": "running"}])
+    run.write_state(**machine.identity(os.getpid()), state="running")
+    (saves / "run1" / "watch.lock").write_text(json.dumps({**machine.identity(os.getpid()), "count": 1}))
+
+    def kill(pid: int, number: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "kill", kill)
+    with pytest.raises(
+            UserError,
+            match=rf"^run1 runs as another user \(process {os.getpid()}\); only they, or root, can stop it$"):
+        stopping.stop(Context(), run)
+    monkeypatch.setattr(lease, "lives", lambda owner: True)
+    with pytest.raises(UserError, match=r"^the watcher is another user's, .*; only they, or root, can stop it$"):
+        follow.stop(run)
 
 
 def test_a_plot_goes_where_it_is_told(project, saves, tmp_path):

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -144,6 +145,35 @@ def test_a_run_that_died_goes_on_from_its_newest_checkpoint(bench: Bench) -> Non
 def test_attached_it_shows_the_log_until_the_end(bench: Bench) -> None:
     done = bench.invoke("train.start", *bench.words[:-1], "attached", "--attach", "--", *FAST)
     assert done.returncode == 0 and "step:4 - " in done.stdout, done.stdout + done.stderr
+    assert done.stdout.endswith("train.start: attached is finished after 4 steps\n")
+
+
+def test_attached_it_tells_that_the_run_died(bench: Bench) -> None:
+    done = bench.invoke("train.start", *bench.words[:-1], "falls", "--attach", "--", *FAST, "+fake.do=unknown",
+                        "+fake.at=3")
+    assert done.returncode == 1 and "step:2 - " in done.stdout, done.stdout + done.stderr
+    assert lines(done) == [
+        "train.start: falls: died of unknown; exit code 3: RuntimeError: something nobody has seen before; the last lines may "
+        "tell; `invoke train.resume --name falls` goes on"
+    ]
+
+
+def test_whoever_stops_following_is_told_that_the_run_goes_on(bench: Bench) -> None:
+    words = ["train.start", *bench.words[:-1], "goes-on", "--attach", "--", *FAST, "+fake.seconds=1"]
+    follower = subprocess.Popen([sys.executable, "-m", "invoke", *words],
+                                cwd=bench.root,
+                                env=bench.env,
+                                stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE,
+                                text=True)
+    assert follower.stdout is not None
+    assert any("Training from scratch" in line for line in follower.stdout)
+    follower.send_signal(signal.SIGINT)
+    _, said = follower.communicate(timeout=60)
+    assert follower.returncode == 130 and said.splitlines()[-2:] == [
+        "train.start: goes-on goes on; `invoke train.stop --name goes-on` ends it", "train.start: interrupted"
+    ]
+    assert bench.wait("goes-on")["attempts"][0]["state"] == "finished"
 
 
 TWELVE = {
@@ -298,6 +328,18 @@ def test_a_watcher_beside_a_run(bench: Bench) -> None:
                         ("--eval=demo --engine=foo", "unknown engine 'foo'"), ("--runner=nope", "unknown runner 'nope'")):  # yapf: disable
         refused = bench.invoke(*words, f"--watch-flags={flags}", "--", *FAST)
         assert refused.returncode == 2 and len(lines(refused)) == 1 and said in refused.stderr
+    beside = bench.root / "bin" / "nvidia-smi"  # a machine with GPUs
+    beside.parent.mkdir()
+    beside.write_text("#!/bin/sh\n")
+    beside.chmod(0o755)
+    for gpus, said in (("", "the run trains on the GPUs all"), (" --gpus=0",
+                                                                "--gpus 0: the run trains on the GPUs all")):
+        refused = bench.invoke(*words,
+                               f"--watch-flags=--eval=demo{gpus}",
+                               "--",
+                               *FAST,
+                               PATH=f"{beside.parent}:{bench.env['PATH']}")
+        assert refused.returncode == 2 and f"--watch-flags: {said}" in refused.stderr and len(lines(refused)) == 1
     assert not (bench.root / "saves" / "watched").exists()
     started = bench.invoke(*words, "--watch-flags=--runner=local --keep-all", "--", *FAST)
     assert started.returncode == 0 and "its checkpoints are watched" in started.stdout, started.stderr

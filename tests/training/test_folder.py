@@ -29,6 +29,14 @@ def test_a_write_that_fails_leaves_the_old_text_and_nothing_else(tmp_path, monke
     assert place.read_text() == "old" and os.listdir(tmp_path) == ["x.json"]
 
 
+def test_a_write_that_fails_names_the_file_that_was_asked_for(tmp_path):
+    (tmp_path / "folder").mkdir()
+    for place in (tmp_path / "none" / "x.json", tmp_path / "folder"):
+        with pytest.raises(OSError) as raised:
+            atomic_write(place, "new")
+        assert (raised.value.filename, raised.value.filename2) == (str(place), None)
+
+
 @pytest.mark.parametrize("changes, fault", [
     ({"attempts": 5}, "attempts is no list"),
     ({"attempts": [3]}, r"attempts\[0\] is no table"),

@@ -28,7 +28,8 @@ def test_a_run_that_went_without_gpus_goes_on_without() -> None:
 
 
 def test_indices_are_asked_for_again() -> None:
-    with pytest.raises(UserError, match="--gpus 0,1: the engine has no NVIDIA runtime"):
+    with pytest.raises(UserError,
+                       match=r"--gpus 0,1: the engine has no NVIDIA runtime; install nvidia-container-toolkit$"):
         place.again(Context(), {"runner": "docker", "gpus": {"choice": "0,1", "count": 2}})
 
 

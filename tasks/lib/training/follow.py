@@ -324,5 +324,9 @@ def stop(run: RunFolder) -> str:
         return "no watcher runs"
     if alive is None:
         raise UserError(f"the watcher is {lease.described(owner)}, out of reach from here; stop it there")
-    os.kill(owner["pid"], signal.SIGTERM)
+    try:
+        os.kill(owner["pid"], signal.SIGTERM)
+    except PermissionError:
+        raise UserError(
+            f"the watcher is another user's, {lease.described(owner)}; only they, or root, can stop it") from None
     return f"told {lease.described(owner)} to stop; it goes on where it was when it is started again"

@@ -19,7 +19,7 @@ from tasks.lib.engine.gpus import GpuChoice
 from tasks.lib.engine.images import image_exists, image_name, image_of
 from tasks.lib.engine.mounts import WORKSPACE, Translation, ensure_folders
 from tasks.lib.engine.sources import GYM, RL, choose_sources, is_url
-from tasks.lib.errors import UserError
+from tasks.lib.errors import MISUSE, UserError
 from tasks.lib.settings import ROOT, SETTINGS, effective_environment, resolve
 from training import probe
 
@@ -112,8 +112,8 @@ def choose(c: Context, runner: str, python: str, gpus: str, shm_size: str) -> Pl
         place.chosen = _indices(gpus)
         docker.require_engine(c)
     except UserError as error:
-        if getattr(error, "code", 1) == 2:
-            raise
+        if error.code == MISUSE:  # going without GPUs is no way out here
+            raise UserError(error.message.removesuffix(", or pass --gpus none")) from None
         place.missing = message(error)
         return place
     name = image_name(image_of("train").name)

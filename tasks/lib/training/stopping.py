@@ -50,7 +50,12 @@ def stop(c: Context, run: RunFolder, now: bool = False) -> str:
         if c.config.run.dry:
             return f"{run.name}: would send SIGTERM to process {state['pid']}"
         if alive:
-            _end(state, seconds, now)
+            try:
+                _end(state, seconds, now)
+            except PermissionError:
+                raise UserError(
+                    f"{run.name} runs as another user (process {state['pid']}); only they, or root, can stop it"
+                ) from None
     return told(run)
 
 

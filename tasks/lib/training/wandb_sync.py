@@ -109,11 +109,11 @@ def sync(c: Context, run: RunFolder, runner: str, key_file: str, project: str, e
     Raises:
         UserError: there is no key or no wandb, or something did not arrive.
     """
+    key, wandb = read_key(key_file), program(os.environ)
+    chosen = choose_program_runner(runner, bool(wandb))
     folders, said = to_upload(run)
     if not folders:
         return [*said, f"nothing to upload in {run.wandb}"]
-    key, wandb = read_key(key_file), program(os.environ)
-    chosen = choose_program_runner(runner, bool(wandb))
     address = os.environ.get("WANDB_BASE_URL", "").strip().rstrip("/") or PUBLIC
     if chosen == "local" and not wandb:
         raise UserError(
