@@ -8,7 +8,7 @@ from typing import Any
 from invoke.collection import Collection
 from invoke.exceptions import Exit
 
-from tasks.lib.errors import INTERRUPTED, MISUSE, PIPE_CLOSED, BadSetting, UserError
+from tasks.lib.errors import INTERRUPTED, MISUSE, PIPE_CLOSED, BadSetting, UserError, printable
 from tasks.lib.notices import TASK
 
 REMEDIES = {
@@ -48,7 +48,7 @@ def guarded(name: str, body: Callable[..., Any]) -> Callable[..., Any]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             raise Exit(code=PIPE_CLOSED) from None
         except OSError as error:
-            raise Exit(f"{name}: {line(error)}", code=MISUSE) from None
+            raise Exit(printable(f"{name}: {line(error)}"), code=MISUSE) from None
         except ModuleNotFoundError as error:
             raise Exit(f"{name}: this Python has no {error.name}; `pip install -r requirements-dev.txt`",
                        code=MISUSE) from None

@@ -1,8 +1,15 @@
 """What a user can mend: raised anywhere below the tasks, said once at their edge."""
 
+from training.text import shown
+
 MISUSE = 2
 INTERRUPTED = 130
 PIPE_CLOSED = 141  # as a shell says it of SIGPIPE
+
+
+def printable(text: str) -> str:
+    """Return lines that a terminal shows as they are: names of files and words of servers are others'."""
+    return text if text.isprintable() else "\n".join(map(shown, text.split("\n")))
 
 
 class UserError(Exception):
@@ -23,7 +30,8 @@ class UserError(Exception):
     def said(self, name: str = "") -> str:
         """Return the message with whoever says it before it: `name`, unless it is somebody else; empty without one."""
         speaker = self.speaker or name
-        return f"{speaker}: {self.message}" if self.message and speaker else self.message
+        said = f"{speaker}: {self.message}" if self.message and speaker else self.message
+        return printable(said)
 
 
 class BadSetting(UserError):
