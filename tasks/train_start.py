@@ -379,6 +379,7 @@ def prepare(c: Context, asked: Asked, quiet: bool = False) -> Prepared:
                       place, {
                           "name": row.name,
                           "url": server.url,
+                          "prefix": row.protocol.prefix,
                           "replicas": server.replicas,
                           "started_by_run": False
                       },
@@ -711,7 +712,8 @@ def _resume(c: Context, name: str, skip: str, attach: bool, wait: int, beside: l
                   folder.path.resolve(),
                   stored["folder"],
                   place, {
-                      **stored["environment"], "url": server.url or stored["environment"]["url"]
+                      **stored["environment"], "url": server.url or stored["environment"]["url"],
+                      "prefix": row.protocol.prefix
                   },
                   overrides,
                   place.told.get("resolved"),

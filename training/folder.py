@@ -47,6 +47,7 @@ RUN = {
     "environment": {
         "name": is_text,
         "url": is_text,
+        "prefix": is_text,
         "replicas": is_count
     },
     "algorithm":

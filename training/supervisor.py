@@ -271,9 +271,10 @@ class Supervisor:
         except (OSError, ValueError) as error:
             return self._over(attempt, 127, Death(diagnosis.MISUSE, f"the trainer cannot be started: {error}"))
         say(f"attempt {number} began: log in {self.folder.log(number)}")
-        url = (run.get("environment") or {}).get("url")
-        if url:
-            self.monitor = Monitor(url, int((run.get("environment") or {}).get("replicas") or 1))
+        place = run.get("environment") or {}
+        if place.get("url"):  # the server's own routes lie at its root, not where the environment's begin
+            root = place["url"].rstrip("/").removesuffix(place.get("prefix") or "")
+            self.monitor = Monitor(root, int(place.get("replicas") or 1))
             self.monitor.start()
         self._heartbeat("running", force=True)
         try:

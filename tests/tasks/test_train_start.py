@@ -107,7 +107,13 @@ def test_a_good_run_is_checked_started_and_told_when_it_is_done(bench: Bench) ->
         f"actor_rollout_ref.agentgym.env_addr={bench.url}"
     } <= set(run["overrides"])
     assert (run["world_size"], run["steps"], run["save_freq"], run["algorithm"]) == (2, 4, 2, "grpo")
-    assert run["environment"] == {"name": "babyai", "url": bench.url, "replicas": 1, "started_by_run": False}
+    assert run["environment"] == {
+        "name": "babyai",
+        "url": bench.url,
+        "prefix": "",
+        "replicas": 1,
+        "started_by_run": False
+    }
     assert run["resolved"]["trainer"]["n_gpus_per_node"] == 2 and run["resolved"]["actor_rollout_ref"]["rollout"][
         "prompt_length"] == 1024
     assert run["presets"] == ["babyai.fixed"] and run["variables"]["WANDB_DIR"] == folder and not run["secrets"]

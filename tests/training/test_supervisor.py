@@ -479,6 +479,22 @@ def played_against(run: Path, server: Server, *overrides: str, **changes: Any) -
                 **changes)
 
 
+def test_a_server_whose_routes_lie_below_a_prefix_is_asked_at_its_root(run):
+    """maze and wordle: of the address that the trainer gets, nobody would tell sessions, nor a restart."""
+    server = Server()
+    folder = played_against(run, server)
+    place = {**folder.read()["environment"], "url": f"{server.url}/maze", "prefix": "/maze"}
+    folder.update(lambda now: {**now, "environment": place})
+    supervisor = begin(folder)
+    try:
+        assert until(lambda: folder.read()["attempts"] and status(run).environment["sessions"]) == 4
+        assert status(run).environment["url"] == f"{server.url}/maze"
+    finally:
+        supervisor.terminate()
+        supervisor.wait(30)
+        server.go()
+
+
 @pytest.mark.parametrize("ours", [True, False], ids=["the project's server", "a server that counts nothing"])
 def test_an_environment_that_goes_ends_the_run_before_more_is_learnt(run, ours):
     server = Server(ours=ours)
