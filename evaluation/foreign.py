@@ -13,7 +13,7 @@ import tomllib
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 MEGABYTE = 1 << 20
 LARGEST_FILE = 256 * MEGABYTE  # of configurations and lists
@@ -171,7 +171,7 @@ class Body:
         self._zlib = None if encoding in ("", "identity") else zlib.decompressobj(47)
         self._head = b"" if encoding == "deflate" else None  # which some send without zlib's header of two bytes
         self._pieces: list[bytes] = []
-        self._size, self.limit = 0, limit
+        self._size, self._packed, self.limit = 0, 0, limit
 
     def feed(self, piece: bytes) -> None:
         """Take the next piece.
@@ -182,6 +182,11 @@ class Body:
         """
         if self._zlib is None:
             self._add(piece)
+            return
+        self._packed += len(piece)
+        if self._packed > self.limit + self.limit // 1000 + 1024:  # what cannot be packed is a little longer
+            self._refuse()
+        if self._zlib.eof:  # what follows is no part of it, and zlib would keep it
             return
         if self._head is not None:
             piece = self._head + piece
@@ -200,10 +205,13 @@ class Body:
     def _add(self, piece: bytes) -> None:
         self._size += len(piece)
         if self._size > self.limit:
-            self._pieces.clear()
-            raise TooLarge(f"the answer has more than {self.limit // MEGABYTE} MB" if self.limit >=
-                           MEGABYTE else f"the answer has more than {self.limit} bytes")
+            self._refuse()
         self._pieces.append(piece)
+
+    def _refuse(self) -> NoReturn:
+        self._pieces.clear()
+        size = f"{self.limit // MEGABYTE} MB" if self.limit >= MEGABYTE else f"{self.limit} bytes"
+        raise TooLarge(f"the answer has more than {size}")
 
     def whole(self) -> bytes:
         """Return the body.

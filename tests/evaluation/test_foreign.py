@@ -96,3 +96,11 @@ def test_a_body_that_cannot_be_unpacked_is_a_value_error(data, encoding):
 
 def test_numbers_of_python_stay_numbers():
     assert foreign.loads(json.dumps([1, -0.0, 1e308, 10**399])) == [1, -0.0, 1e308, 10**399] and math.isfinite(foreign.loads("1e308"))
+
+
+def test_what_follows_a_packed_bodys_end_is_counted_too():
+    body = foreign.Body("gzip", 1 << 20)
+    body.feed(gzip.compress(b"{}"))
+    with pytest.raises(foreign.TooLarge):
+        for _ in range(32):
+            body.feed(bytes(1 << 16))
