@@ -59,6 +59,8 @@ class Options:
         # A step's requests wait up to 2400 s for the environment (verl/utils/agentgym/client.py).
         self.hang_seconds = number("hang_seconds", 3600)
         self.env_lost_seconds = number("env_lost_seconds", 10)
+        # Between steps nothing is lost at once: the trainer asks for sessions a while, and a restart takes seconds.
+        self.env_gone_seconds = number("env_gone_seconds", 20)
         self.env_wait_seconds = number("env_wait_seconds", 600)
         self.env_start_seconds = number("env_start_seconds", 60)
         self.retry_seconds = number("retry_seconds", 10)
@@ -405,10 +407,10 @@ class Supervisor:
             if time.monotonic() - looked > LOOK or attempt.errors.away:
                 looked = time.monotonic()
                 self._progress(attempt)
-                poison = self._judge(attempt)
-                if poison:
+                lost = self._judge(attempt) or self._gone(attempt)
+                if lost:
                     self._end(attempt, min(5.0, self.options.stop_seconds))
-                    return process.returncode, Death(diagnosis.ENVIRONMENT, poison)
+                    return process.returncode, Death(diagnosis.ENVIRONMENT, lost)
             silent = time.monotonic() - attempt.heard
             # A cluster may get the machines that Ray waits for; this one gets no more GPUs.
             hopeless = attempt.evidence.waits and not self._variables(attempt.run).get("RAY_ADDRESS")
@@ -502,6 +504,14 @@ class Supervisor:
                 attempt.judged = step
                 return self._poison(attempt, step, f"the environment's server {how} while its trajectories were open")
         return ""
+
+    def _gone(self, attempt: Attempt) -> str:
+        """Return why no step can begin: the server is gone, and not for a moment; "" where one can, or is to wait."""
+        if self.options.keeps_on or self.monitor is None or not attempt.begun:
+            return ""
+        seen = self.monitor.seen
+        gone = seen.reachable is False and seen.why == "refused"
+        return self.monitor.told() if gone and time.time() - seen.since > self.options.env_gone_seconds else ""
 
     def _windows(self) -> list[Window]:
         return list(self.monitor.windows) if self.monitor is not None else []

@@ -288,3 +288,24 @@ def test_an_injected_death_is_named_within_30_seconds(runs: Runs, cause: str) ->
     assert (found["state"], found["cause"]) == ("died", cause), found
     assert found["reason"] and found["remedy"], found
     assert found["step"] <= 5
+
+
+@pytest.mark.slow
+def test_an_environment_that_goes_is_named_within_30_seconds_and_nothing_more_is_learnt(runs: Runs) -> None:
+    runs.start("gone", "+standin.step_seconds=2", steps=40)
+    trained = runs.reached("gone", 3)["step"]
+    servers = runs.bench.docker("ps", "-q", "--filter", "label=org.agentgym-rl.env=textcraft", "--filter",
+                                f"label=com.docker.compose.project={runs.bench.name}").split()
+    assert len(servers) == 1
+    runs.bench.docker("kill", servers[0])
+    try:
+        found = runs.ended("gone", seconds=30)
+    finally:
+        runs.bench.docker("start", servers[0])
+    assert (found["state"], found["cause"]) == ("died", "environment"), found
+    assert found["reason"] and found["remedy"], found
+    run = runs.run("gone")
+    assert found["step"] <= trained + 2
+    assert all(found["checkpoint"] < bad for bad in run["poisoned"]), run
+    rewards = {path.parent.name: path for path in (runs.folder("gone") / "rollouts").glob("step*/0.json")}
+    assert f"step{trained + 4}" not in rewards
