@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import IO, Annotated, Any, Generic, NamedTuple, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from evaluation import foreign
 from evaluation.attempts import ERRORS, Attempt, Key, Try, key_of, read_attempt
@@ -152,11 +152,19 @@ class Config(TypedDict):
 
 
 @with_config(ConfigDict(strict=True, extra="allow"))
+class Words(TypedDict):
+    """What is told of the prompt, beside its words: whose it is, where it was read, at which revision."""
+    source: str
+    place: NotRequired[str]
+    revision: NotRequired[str]
+
+
+@with_config(ConfigDict(strict=True, extra="allow"))
 class Manifest(TypedDict):
     """run.json."""
     config: Config
     row: dict[str, Any]
-    prompt: dict[str, Any]
+    prompt: Words
     revision: str
     work: list[Work]
 

@@ -57,10 +57,7 @@ def _constant(name: str) -> Any:
 
 # Made once: making one costs as much as reading a step. What is short has no number of too many digits.
 _SHORT = json.JSONDecoder(object_pairs_hook=_table, parse_float=_float, parse_constant=_constant)
-_LONG = json.JSONDecoder(object_pairs_hook=_table,
-                         parse_int=_integer,
-                         parse_float=_float,
-                         parse_constant=_constant)
+_LONG = json.JSONDecoder(object_pairs_hook=_table, parse_int=_integer, parse_float=_float, parse_constant=_constant)
 
 
 def depth(body: bytes) -> int:

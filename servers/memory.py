@@ -55,8 +55,8 @@ def charged(root: str = CGROUP) -> Optional[int]:
     Without the files that the kernel keeps only as long as nobody needs the room, as `docker stats` counts. None where
     no control group says so.
     """
-    for folder, current, cached in (("", "memory.current", "inactive_file"),
-                                    ("memory", "memory.usage_in_bytes", "total_inactive_file")):
+    for folder, current, cached in (("", "memory.current", "inactive_file"), ("memory", "memory.usage_in_bytes",
+                                                                              "total_inactive_file")):
         try:
             with open(os.path.join(root, folder, current)) as file:
                 bytes_now = int(file.read())

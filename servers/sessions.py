@@ -100,13 +100,14 @@ class Sessions:
             return await self.app(scope, receive, send)
         path, posted = scope["path"], scope["method"] == "POST"
         if path == "/_sessions":
-            return await answer(send, 200, {
-                "live": len(self.live),
-                "pooled": len(self.pool),
-                "memory_mb": memory_mb(),
-                "pid": os.getpid(),
-                "started": self.begun
-            })
+            return await answer(
+                send, 200, {
+                    "live": len(self.live),
+                    "pooled": len(self.pool),
+                    "memory_mb": memory_mb(),
+                    "pid": os.getpid(),
+                    "started": self.begun
+                })
         if len(scope["query_string"]) > QUERY_BYTES:
             return await answer(send, 414, {"error": f"the query has more than {QUERY_BYTES} bytes"})
         request: Any = None
@@ -119,8 +120,10 @@ class Sessions:
             except asyncio.TimeoutError:
                 return await answer(send, 408, {"error": f"the request's body did not come within {BODY_SECONDS} s"})
             except TooLong:
-                return await answer(send, 413, {"error": f"the request has more than {self.body_bytes} bytes "
-                                                         "(REQUEST_BYTES sets the limit)"})
+                return await answer(
+                    send, 413,
+                    {"error": f"the request has more than {self.body_bytes} bytes "
+                     "(REQUEST_BYTES sets the limit)"})
             except gates.Refused as refused:
                 return await answer(send, 400, {"error": f"the request's JSON is not read: {refused}"})
             except ValueError:

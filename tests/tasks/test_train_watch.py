@@ -322,7 +322,7 @@ def test_a_killed_merge_leaves_nothing_half_and_goes_on(project, run, sample):
         process.kill()
         process.communicate()
         assert not target.exists() or (target / "merge.json").exists()
-        end = time.monotonic() + 30  # the merger hears of it, and tidies up
+        end = time.monotonic() + 90  # the merger hears of it, and tidies up
         while list(run.merged.glob(".global_step_2.merging-*")):
             assert time.monotonic() < end
             time.sleep(0.05)
