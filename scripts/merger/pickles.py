@@ -204,8 +204,11 @@ def _rebuild_wrapper_subclass(cls: Any, dtype: Any, shape: Any, stride: Any, off
     if cls not in (RECORDS["DTensor"],
                    RECORDS["ShardedTensor"]) or layout is not LAYOUT or device is not DEVICE or type(offset) is not int:
         raise pickle.UnpicklingError("a wrapper tensor of no known class")
-    if not _is_dtype(dtype) or len(as_shape(shape)) != len(as_list(stride, "strides")):
+    strides = as_list(stride, "strides")
+    if not _is_dtype(dtype) or len(as_shape(shape)) != len(strides):
         raise pickle.UnpicklingError("a wrapper tensor of no type or shape")
+    if not all(type(number) is int and 0 <= number < 2**63 for number in (*strides, offset)):
+        raise pickle.UnpicklingError("a wrapper tensor whose strides are no numbers")
     _check_extras(dtype, grad, None)
     record: Record = cls(str(dtype), as_shape(shape))
     return record
