@@ -349,8 +349,8 @@ def test_compose_and_the_table_agree() -> None:
     internal = {"REVISION", "SOURCE_URL", "AGENTGYM_RL_REVISION", "AGENTGYM_REVISION"}
     defaults = [(name, default) for name, default in re.findall(r"\$\{(\w+):?-([^}]*)\}", text) if name not in internal]
     for name, default in defaults:
-        # The formatter mounts a folder, which a URL is not.
-        assert default == SETTINGS[name].default or (name, default) == (RL, "./AgentGym-RL")
+        # The formatter mounts a folder, which a URL is not; a label says who started a container, where that is told.
+        assert default == SETTINGS[name].default or (name, default) in ((RL, "./AgentGym-RL"), ("HOST_UID", ""))
     by_name = set(re.findall(r"^ +(\w+):$", text, re.M)) & set(SETTINGS)
     by_environment = set(re.findall(r"environment: (\w+)$", text, re.M))
     # GPUS=none and the upload of a local merge are decided by the tasks; COMPOSE_PROJECT_NAME is Compose's own, and
