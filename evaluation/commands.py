@@ -177,7 +177,7 @@ def rescore_command(options: argparse.Namespace) -> int:
                            len(config["items"]) * config["samples"], price_of(options.prices, config["model"]),
                            manifest["work"])
         show_numbers(console, {config["model"]: summary}, folder, options.upstream_compat,
-                     [manifest["prompt"]["source"]])
+                     [str(manifest["prompt"].get("source", ""))])
         report.write(folder / REPORT, [compared.Run(config["model"], manifest, records, summary)],
                      options.upstream_compat)
         print(f"report: {folder / REPORT}")
@@ -210,7 +210,7 @@ def compare_command(options: argparse.Namespace) -> int:
     console = show.console()
     show_numbers(console, {run.name: run.summary
                            for run in runs}, None, options.upstream_compat,
-                 [run.manifest["prompt"]["source"] for run in runs])
+                 [str(run.manifest["prompt"].get("source", "")) for run in runs])
     table = Table("difference, item by item", "items", "success rate", "mean reward", "newly solved", "no longer")
     for line in compared.difference_lines(runs):
         show.add_row(table, line["name"], line["items"], line["success"], line["reward"], str(len(line["gained"])),

@@ -154,7 +154,7 @@ class Config(TypedDict):
 @with_config(ConfigDict(strict=True, extra="allow"))
 class Words(TypedDict):
     """What is told of the prompt, beside its words: whose it is, where it was read, at which revision."""
-    source: str
+    source: NotRequired[str]
     place: NotRequired[str]
     revision: NotRequired[str]
 
