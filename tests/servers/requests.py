@@ -5,7 +5,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 from hypothesis import strategies as st
@@ -132,7 +132,17 @@ def play(drawn: list[Request]) -> None:
 
 def whole(answer: bytes) -> Callable[[socket.socket], None]:
     """Return what sends `answer` and no more."""
-    return lambda connection: connection.sendall(answer)
+
+    def send(connection: socket.socket) -> None:
+        connection.sendall(answer)
+        # Closed with something unread, a connection is reset, and the answer may be lost with it.
+        with suppress(OSError):
+            connection.shutdown(socket.SHUT_WR)
+            connection.settimeout(10)
+            while connection.recv(1 << 16):
+                pass
+
+    return send
 
 
 def endless(header: bytes) -> Callable[[socket.socket], None]:
