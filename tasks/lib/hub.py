@@ -61,6 +61,8 @@ def look(name: str, kind: str, revision: str = "") -> Repository:
     """
     try:
         info = hub_client().repo_info(name, repo_type=kind, revision=revision or None, files_metadata=True)
+    except ModuleNotFoundError:  # the tasks' edge says what to install
+        raise
     except Exception as error:  # of the hub, of HTTP and of the network: no common class across releases
         raise UserError(refusal(name, kind, revision, error), code=1) from None
     files = {}

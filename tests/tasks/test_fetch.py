@@ -14,6 +14,7 @@ import pytest
 from evaluation.items import category_of, list_files, read_list
 from tasks.lib.errors import UserError
 from tasks.lib.fetching import items, models
+from tasks.lib.hub import look
 from tests.fixtures.hub import COMMIT, Hub, hub
 from tests.fixtures.project import copy_project
 
@@ -260,3 +261,10 @@ def test_where_a_list_goes(file, environment, place):
 def test_two_lists_that_would_be_one_are_refused():
     with pytest.raises(UserError, match=r"train/babyai_train.json and train/babyai_train.jsonl of the data set would both be AgentItemId/babyai_train.json"):
         items.choose(["train/babyai_train.jsonl", "train/babyai_train.json"], KNOWN, [])
+
+
+def test_a_python_without_the_hubs_client_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no fault of the network."""
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ModuleNotFoundError, match="huggingface_hub"):
+        look("nope/none", "model")
