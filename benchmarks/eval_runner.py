@@ -172,8 +172,8 @@ def beside_agentgym(url: str, items: int, rounds: int, latency: float, checkout:
     }
 
 
-def large_report(attempts: int, rounds: int) -> dict[str, float]:
-    """Return what a report of so many attempts takes, each of `rounds` rounds with its own words."""
+def recorded(attempts: int, rounds: int) -> list[Attempt]:
+    """Return so many attempts, each of `rounds` rounds with its own words."""
     usage = UsageCounts(prompt=900, completion=60, cached=0, reasoning=0, unknown=0)
     records: list[Attempt] = []
     for number in range(attempts):
@@ -209,7 +209,13 @@ def large_report(attempts: int, rounds: int) -> dict[str, float]:
             "first": OBSERVATION,
             "turns": list(turns)
         })
-    told = {
+    return records
+
+
+def large_run(attempts: int, rounds: int) -> compared.Run:
+    """Return a run of so many attempts, as a report takes it."""
+    records = recorded(attempts, rounds)
+    manifest: dict[str, Any] = {
         "config": {
             "env": "textcraft",
             "model": "m",
@@ -226,16 +232,22 @@ def large_report(attempts: int, rounds: int) -> dict[str, float]:
             "user": ""
         }
     }
+    return compared.Run("m", manifest, records, summarize(records, 1))
+
+
+def large_report(attempts: int, rounds: int) -> dict[str, float]:
+    """Return what a report of so many attempts takes."""
+    run = large_run(attempts, rounds)
     begun = time.perf_counter()
-    summary = summarize(records, 1)
+    summarize(run.records, 1)
     summed = time.perf_counter() - begun
-    page = report.render([compared.Run("m", told, records, summary)])
+    page = report.render([run])
     return {
         "attempts": attempts,
         "numbers_s": summed,
         "seconds": time.perf_counter() - begun,
         "megabytes": len(page.encode()) / 1e6,
-        "trajectories_megabytes": len(json.dumps(records)) / 1e6
+        "trajectories_megabytes": len(json.dumps(run.records)) / 1e6
     }
 
 

@@ -3,7 +3,7 @@ import base64
 import hashlib
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,14 +17,59 @@ if TYPE_CHECKING:
     import jinja2
 
 PAGE = Path(__file__).parent / "page"
+WORDS = ("completion", "action", "observation", "reasoning", "refusal")  # of a turn; the page has them in this order
 SHOWN = {"first", "turns", "error", "tries_before", "reward", "seed", "task", "started"}  # by the viewer alone
-CHUNK = 64  # attempts whose turns are packed together: unpacking one takes a few milliseconds
+# Attempts whose turns are packed together, and characters that end a chunk early: unpacking one takes milliseconds.
+CHUNK = 64
+CHUNK_CHARACTERS = 1 << 20
 
 
-def pack(value: Any) -> str:
-    """Return `value` as JSON, deflated, in base 64: a browser unpacks it with DecompressionStream."""
-    return base64.b64encode(zlib.compress(json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace"),
-                                          6)).decode()
+def pack(text: str) -> str:
+    """Return a text deflated, in base 64: a browser unpacks it with DecompressionStream."""
+    return base64.b64encode(zlib.compress(text.encode(), 6)).decode()
+
+
+def apart(detail: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """Return an attempt with the length of each of its words (UTF-16 units) in their place, and the words.
+
+    A browser searches the words as they are and reads no JSON for it. Each is followed by a line break, so that nothing
+    is found that begins in one and ends in the next.
+    """
+    words: list[str] = []
+
+    def take(text: str) -> int:
+        # As the page will have them: half a character, which UTF-8 has no form for, is written out.
+        words.append(text.encode("utf-8", "backslashreplace").decode())
+        return len(words[-1]) + sum(letter > "\uffff" for letter in words[-1] if not words[-1].isascii())
+
+    skeleton = {**detail, **{key: take(detail[key]) for key in ("first", "error")}}
+    skeleton["turns"] = [{
+        **turn,
+        **{key: take(turn[key]) for key in WORDS if isinstance(turn.get(key), str)},
+        **({"extras": take(json.dumps(turn["extras"], ensure_ascii=False, indent=1))} if turn.get("extras") else {}),
+    } for turn in detail["turns"]]  # yapf: disable
+    return skeleton, "".join(word + "\n" for word in words)
+
+
+def packed_chunks(details: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[str]]:
+    """Return what the viewer shows of each attempt, packed in chunks, and the number of each chunk's first attempt.
+
+    A chunk is a line of JSON, the attempts without their words, and the words of all of them.
+    """
+    firsts: list[int] = []
+    chunks: list[str] = []
+    waiting: list[tuple[dict[str, Any], str]] = []
+    size = 0
+    for number, one in enumerate(details):
+        if not waiting:
+            firsts.append(number)
+        waiting.append(apart(one))
+        size += len(waiting[-1][1])
+        if len(waiting) == CHUNK or size > CHUNK_CHARACTERS or number + 1 == len(details):
+            skeletons = json.dumps([skeleton for skeleton, _ in waiting], ensure_ascii=True)
+            chunks.append(pack(skeletons + "\n" + "".join(words for _, words in waiting)))
+            waiting, size = [], 0
+    return firsts, chunks
 
 
 def inert(value: Any) -> str:
@@ -97,6 +142,7 @@ def template() -> "jinja2.Environment":
 def render(runs: Sequence[Run], compat: bool = False) -> str:
     """Return the page."""
     lines, details = table_lines(runs)
+    firsts, chunks = packed_chunks(details)
     script = (PAGE / "report.js").read_text(encoding="utf-8")
     configs = [{
         key: value
@@ -118,11 +164,11 @@ def render(runs: Sequence[Run], compat: bool = False) -> str:
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         data=inert({
             "runs": [run.name for run in runs],
-            "chunk": CHUNK,
+            "chunks": firsts,
             "fields": Line._fields,
             "rows": lines
         }),
-        chunks=[pack(details[begin:begin + CHUNK]) for begin in range(0, len(details), CHUNK)])
+        chunks=chunks)
 
 
 def write(path: Path, runs: Sequence[Run], compat: bool = False) -> None:

@@ -59,7 +59,7 @@ class Page:
     """A report in the browser, without a network; console errors and requests are kept."""
 
     def __init__(self, browser, path: Path, fragment: str = "", **options) -> None:
-        self.context = browser.new_context(offline=True, viewport={"width": 1200, "height": 900}, **options)
+        self.context = browser.new_context(**{"offline": True, "viewport": {"width": 1200, "height": 900}, **options})
         self.page = self.context.new_page()
         self.errors: list[str] = []
         self.requests: list[str] = []
@@ -119,6 +119,175 @@ def test_click_filter_and_read_a_trajectory(page):
     assert "Invalid action: refused, not sent" in text and "take count 3" in text and "refused" in text
     assert inner.evaluate("document.activeElement.id") == "viewer-title"  # a screen reader is taken along
     assert "item=demo_2" in inner.url
+
+
+def turn(action, observation="seen", **more):
+    return {"completion": f"Action: {action}", "action": action, "observation": observation, "reward": 0.0, **more}
+
+
+def test_words_are_found_wherever_they_were_said(page):
+    places = [{"first": "a Needle in the first observation"}, {"error": "needle torn"}, {"turns": [turn("go", reasoning="some NEEDLE")]},
+              {"turns": [turn("take needle")]}, {"turns": [turn("go", "the\nneedle\"s eye")]}, {"turns": [{"completion": "x", "action": None, "refusal": "no needle"}]},
+              {"turns": [turn("go", extras={"tool_calls": ["needle"]})]}, {"turns": [turn("go")]}]
+    shown = page([run([record(n, **{"text": "nothing", **more}) for n, more in enumerate(places)])])
+    inner = shown.page
+    inner.fill("#said", "needle")
+    inner.wait_for_selector("#shown:text-is('7 of 8 attempts')")
+    inner.fill("#said", 'e\nneedle"S')
+    inner.fill("#said", 'needle"S E')
+    inner.wait_for_selector("#shown:text-is('1 of 8 attempts')")
+    assert shown.rows() == ["demo_4"]
+    inner.fill("#said", "(.*")  # words, no pattern
+    inner.wait_for_selector("#shown:text-is('0 of 8 attempts')")
+    inner.fill("#said", "nothingneedle")  # the end of one and the beginning of another
+    inner.wait_for_selector("#shown:text-is('0 of 8 attempts')")
+    inner.fill("#said", "needle torn")
+    inner.wait_for_selector("#shown:text-is('1 of 8 attempts')")
+    inner.fill("#said", "completion")  # a name of the page's own, which nobody said
+    inner.wait_for_selector("#shown:text-is('0 of 8 attempts')")
+    inner.fill("#said", "NEEDLE")
+    inner.select_option("#outcome", "success")
+    inner.fill("#text", "_2")
+    inner.wait_for_selector("#shown:text-is('1 of 8 attempts')")
+    inner.click("#table tbody button")
+    inner.wait_for_selector("#columns .match details[open] pre:text-is('some NEEDLE')")  # unfolded, since it was looked for
+
+
+def test_attempts_are_counted_by_item(page):
+    first = [record(0), record(0, "failure", 0.5, sample=1), record(0, "env_error", sample=2), record(1, "failure", 0.25)]
+    second = [record(0, sample=0), record(1), record(2, "timeout")]
+    shown = page([run(first, "one"), run(second, "two")])
+    inner = shown.page
+    inner.select_option("#view", "items")
+    cells = [row.locator("td").all_inner_texts() for row in inner.locator("#table tbody tr").all()]
+    assert inner.locator("#table th").all_inner_texts() == ["item", "solved by one", "solved by two", "reward"]
+    assert cells == [["demo_0", "1 of 2, 1 without a score", "1 of 1", "0.83"], ["demo_1", "0 of 1", "1 of 1", "0.63"],
+                     ["demo_2", "", "0 of 0, 1 without a score", "–"]]
+    assert inner.inner_text("#shown") == "3 of 3 items, 7 of 7 attempts"
+    inner.click("#table th button:text-is('solved by one')")
+    assert shown.rows() == ["demo_1", "demo_0", "demo_2"]  # an item that was not played comes last
+    inner.select_option("#run", "1")
+    assert inner.inner_text("#shown") == "3 of 3 items, 3 of 7 attempts"
+
+
+def test_numbers_are_filtered_and_what_cannot_be_read_is_said(page):
+    shown = page([run(MIXED)])
+    inner = shown.page
+    for where, kept in (("reward < 0.5", [3]), ("reward>=0.5, rounds = 3", [0, 1]), ("Reward != 1 and seconds > 1", [1, 3]), ("tokens > 1e3", []),
+                        ("reward >= -1", [0, 1, 3]), ("", [0, 1, 2, 3])):
+        inner.fill("#where", where)
+        assert shown.rows() == [f"demo_{n}" for n in kept] and inner.is_hidden("#where-note"), where
+    for where in ("reward <", "outcome = 3", "reward < x", "constructor = 1", "reward < 0.5; rounds = 3"):
+        inner.fill("#where", where)
+        assert inner.inner_text("#where-note").startswith(f'"{where}" is left out: ') and len(shown.rows()) == 4
+        assert inner.get_attribute("#where", "aria-invalid") == "true"
+    inner.fill("#where", "rounds = 3")
+    assert inner.is_hidden("#where-note") and inner.get_attribute("#where", "aria-invalid") is None
+
+
+def in_sight(inner, number: int) -> bool:
+    """Return True once the top of a turn is the top of the window."""
+    place = f"document.querySelector('[data-turn=\"{number}\"]').getBoundingClientRect().top"
+    return any(abs(inner.evaluate(place)) < 5 or inner.wait_for_timeout(100) for _ in range(100))
+
+
+def test_a_link_leads_to_a_turn_and_says_what_it_cost(page):
+    turns = [turn(f"go {n}", "room " * 200, tokens=[1234, 56], seconds=2.34) for n in range(8)]
+    shown = page([run([record(0, turns=turns)])], "#run=0&item=demo_0&sample=0&turn=4")
+    inner = shown.page
+    inner.wait_for_selector("#columns article")
+    assert in_sight(inner, 4)
+    assert "56 tokens after 1,234 · 2.3 s" in inner.inner_text("[data-turn='4']")
+    inner.click("[data-turn='2'] h3 a")
+    assert in_sight(inner, 2)
+    assert inner.url.endswith("#run=0&item=demo_0&sample=0&turn=2")
+
+
+def test_long_words_are_folded_and_come_whole(page):
+    parts = ["".join(f"{kind} {n} of a long line that goes on\n" for n in range(6_000)) for kind in ("wall", "door")] + ["x" * 200_000]
+    shown = page([run([record(0, turns=[turn("look", text, reasoning="why not" * 9) for text in parts]), record(1)])])
+    inner = shown.page
+    inner.click("#table tbody button >> nth=0")
+    inner.wait_for_selector("#columns article")
+    assert len(inner.inner_text("#columns")) < 20_000 and not inner.is_visible("#columns details pre")
+    inner.click("#columns details summary >> nth=0")
+    assert inner.is_visible("#columns details pre >> nth=0")
+    for number, text in enumerate(parts):
+        place = inner.locator(f"[data-turn='{number + 1}']")
+        place.locator("button").click()
+        blocks = place.locator("pre .block").evaluate_all("(all) => all.map((one) => one.textContent)")
+        assert len(blocks) >= 4 and ("\n" if "\n" in text else "").join(blocks) == text
+
+
+def test_words_of_every_script_come_whole(page):
+    texts = ["Grüße 世界 😀", "half \ud83d a pair", "İstanbul ﬁ", "😀" * 30_000, "a\u2028b\x00c", ""]
+    records = [record(n, text=text, turns=[turn("go", text, reasoning=text or None, extras={"k": text}), turn("stop " + text)]) for n, text in enumerate(texts)]
+    shown = page([run(records)], "#run=0&item=demo_5&sample=0")
+    shown.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    inner = shown.page
+    for number, text in enumerate(texts):
+        inner.evaluate(f"() => {{ location.hash = 'run=0&item=demo_{number}&sample=0'; }}")
+        inner.wait_for_selector(f"#viewer-title:text-is('demo_{number}')")
+        inner.click("#copy")
+        inner.wait_for_selector("#copied:has-text('copied')")
+        copied = json.loads(inner.evaluate("navigator.clipboard.readText()"))
+        as_written = text.encode("utf-8", "backslashreplace").decode()
+        assert (copied["first"], copied["turns"][0]["observation"], copied["turns"][1]["action"]) == (as_written, as_written, "stop " + as_written)
+        assert copied["turns"][0]["extras"] == {"k": text}
+    for words, found in (("世界", 1), ("i̇STANBUL", 0), ("İSTANBUL", 1), ("😀😀", 1), ("GRÜSSE", 0), ("grüße", 1)):
+        inner.fill("#said", words)
+        inner.wait_for_selector(f"#shown:text-is('{found} of 6 attempts')")
+
+
+def test_an_attempt_is_copied_as_json(page):
+    shown = page([run(MIXED)], "#run=0&item=demo_1&sample=0")
+    shown.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    inner = shown.page
+    inner.wait_for_selector("#columns article")
+    inner.click("#copy")
+    inner.wait_for_selector("#copied:has-text('copied')")
+    copied = json.loads(inner.evaluate("navigator.clipboard.readText()"))
+    assert {key: copied[key] for key in ("run", "item", "sample", "outcome", "reward", "category", "turns", "first")} == {
+        "run": "m", **{key: MIXED[1][key] for key in ("item", "sample", "outcome", "reward", "category", "turns", "first")}}
+
+
+def test_a_tree_shows_where_attempts_at_an_item_part(page):
+    north, south = ["open door", "go north", "take key", "win"], ["open door", "go south"]
+    attempts = [(north, "success", 1.0), (south, "failure", 0.0), (north, "success", 1.0), (["open door"], "max_rounds", 0.0)]
+    records = [record(0, how, won, sample=n, turns=[turn(one) for one in actions]) for n, (actions, how, won) in enumerate(attempts)]
+    records.append(record(0, "failure", 0.0, sample=4, turns=[{"completion": HOSTILE, "action": None, "invalid": True}]))
+    inner = page([run([*records, record(1)])], "#item=demo_0").page
+    inner.wait_for_selector("#columns article")
+    # [numbers of attempts, actions, what ends there, branches]
+    shape = """(place) => [place.querySelector(':scope > p').textContent,
+        [...place.querySelectorAll(':scope > .steps > li, :scope > details > .steps > li')].map((one) => one.textContent),
+        [...place.querySelectorAll(':scope > .tree > li')].map((one) => one.querySelector(':scope > p') ? grow(one) : one.textContent)]"""
+    grown = inner.evaluate("() => { const grow = " + shape + "; return grow(document.querySelector('#columns .tree > li')); }")
+    assert grown == ["5 attempts, solved 2 of 5", [], [
+        ["4 attempts, solved 2 of 4", ["open door"], [
+            "ends here: m, sample 3 max_rounds 0.00",
+            ["2 attempts, solved 2 of 2", ["go north", "take key", "win"], ["ends here: m, sample 0 success 1.00", "ends here: m, sample 2 success 1.00"]],
+            ["1 attempt, solved 0 of 1", ["go south"], ["ends here: m, sample 1 failure 0.00"]]]],
+        ["1 attempt, solved 0 of 1", ["(no valid action)"], ["ends here: m, sample 4 failure 0.00"]]]]
+    inner.click("#columns a:text-is('m, sample 2')")
+    inner.wait_for_selector("#columns h3:has-text('sample 2')")
+    inner.click("#whole-item")
+    inner.wait_for_selector("#columns .tree")
+    assert inner.inner_text("#viewer-title") == "demo_0" and inner.is_hidden("#copy")
+
+
+def test_on_a_telephone_an_id_stays_in_one_piece(page):
+    names = ["sciworld_1502", "a-b-c_42 with words", "x" * 300]
+    records = [{**record(n), "item": name} for n, name in enumerate(names)]
+    inner = page([run(records, "Qwen/Qwen2.5-7B-Instruct-with-a-long-name"), run(records, "b")], viewport={"width": 390, "height": 800}).page
+    heights = inner.evaluate("[...document.querySelectorAll('#table td.item button')].map((one) => one.getBoundingClientRect().height)")
+    assert len(heights) == 6 and max(heights) < 30  # one line of text each
+    assert inner.evaluate("document.documentElement.scrollWidth") <= 390
+    inner.select_option("#view", "items")
+    assert inner.evaluate("document.documentElement.scrollWidth") <= 390
+    inner.click("#table tbody button >> nth=0")
+    inner.wait_for_selector("#columns article")
+    assert inner.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 def test_columns_sort(page):
@@ -227,7 +396,13 @@ def test_ten_thousand_attempts_open_and_filter(chromium, tmp_path):
     report.write(tmp_path / "large.html", [run(records)])
     shown = Page(chromium, tmp_path / "large.html")
     assert shown.page.inner_text("#shown") == "10000 of 10000 attempts"
+    shown.page.fill("#said", "ACTION: GO 3")
+    shown.page.wait_for_selector("#shown:text-is('10000 of 10000 attempts')")
+    shown.page.fill("#said", "no such words")
+    shown.page.wait_for_selector("#shown:text-is('0 of 10000 attempts')")
+    shown.page.fill("#said", "")
     shown.page.fill("#text", "_9999")
+    shown.page.wait_for_selector("#shown:text-is('1 of 10000 attempts')")
     assert shown.rows() == ["demo_9999"]
     shown.page.click("#table tbody button")
     shown.page.wait_for_selector("#columns article")
