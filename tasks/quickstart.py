@@ -90,14 +90,14 @@ def demo_server(c: Context) -> Iterator[str]:
     from tasks.lib.environments.plan import Options
     from tasks.lib.environments.rows import environment
     from tasks.lib.environments.running import local_url
-    from tasks.lib.host.ports import choose_port
+    from tasks.lib.host.ports import choose_port, port_is_free, take_port
     row = environment("demo")
     if c.config.run.dry:
-        yield local_url(row) or env_local.url(Options(choose_port(row.port, env_local.port_is_free)))
+        yield local_url(row) or env_local.url(Options(choose_port(row.port, port_is_free)))
         return
 
     def start() -> str:
-        options = Options(choose_port(row.port, env_local.port_is_free))
+        options = Options(choose_port(row.port, take_port))
         # This Python has what the demo needs: no virtual environment is made, which would take a network.
         return env_local.up(row,
                             options,

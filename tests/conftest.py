@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub reads it: no test needs a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -26,6 +27,41 @@ from tests.fixtures.project import copy_project  # noqa: E402
 from tests.fixtures.story import Story  # noqa: E402
 from tests.merger.fsdp_samples import SAMPLES, laid_out, write_samples  # noqa: E402
 from tests.merger.merging import Sample  # noqa: E402
+
+# They start servers from this checkout, whose state is one.
+DEMO_OF_THIS_CHECKOUT = ("tests/tasks/test_evaluate.py", "tests/tasks/test_evaluate_checkpoint.py")
+DOCKER = Path(__file__).parent / "docker"
+MOST_WORKERS = 4
+
+
+class ByFile(LoadScopeScheduling):
+    """Give each worker whole files: their fixtures are made once, and their tests meet only each other."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::")[0]
+        return "demo of this checkout" if file in DEMO_OF_THIS_CHECKOUT else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> ByFile:
+    return ByFile(config, log)  # type: ignore[arg-type]
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Return one worker for each core; none, so that tests run in this process, where a worker's start is not worth it.
+
+    That is for one file, a part by `-k` or `--lf`, and output that is to be seen (`-s`); with `--pdb` it is xdist's own rule.
+    """
+    option = config.option
+    asked = {argument.split("::")[0] for argument in config.args}
+    one_file = len(asked) == 1 and asked.pop().endswith(".py")
+    if one_file or option.keyword or option.lf or option.capture == "no":
+        return 0
+    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, MOST_WORKERS)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest starts first, so that no worker is left alone with it."""
+    items.sort(key=lambda item: not item.path.is_relative_to(DOCKER))
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,7 @@ from tasks.lib.environments.rows import Data, Environment, environments
 from tasks.lib.environments.start_stop import recall_options
 from tasks.lib.errors import UserError
 from tasks.lib.host import processes
-from tasks.lib.host.ports import free_port, port_is_free
+from tasks.lib.host.ports import choose_port, free_port, port_is_free, take_port
 from tasks.lib.host.venvs import ensure_venv, reason_in
 from tests.fixtures.servers import FIXTURE_ROWS, ROOT, rows
 
@@ -192,7 +192,7 @@ def test_what_runs_before_the_server_has_its_python(tmp_path):
     python.chmod(0o755)
     before = (("sh", "-c", f"command -v python > {seen}"), )
     row = rows()["form-textcraft"].replaced(before=before)
-    options = env_local.Options(port=env_local.choose_port(26500, env_local.port_is_free))
+    options = env_local.Options(port=choose_port(26500, take_port))
     env_local.up(row, options, ROOT, tmp_path, dict(os.environ), 60, tmp_path / "run", python)
     assert env_local.down(row.name, tmp_path / "run") and seen.read_text() == f"{python}\n"
 

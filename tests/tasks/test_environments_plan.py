@@ -3,6 +3,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from tasks.lib.environments.plan import Options, server_variables
 from tasks.lib.environments.rows import environment, environments
 from tasks.lib.errors import DockerError, UserError
 from tasks.lib.flags import port_number
-from tasks.lib.host.ports import choose_port, port_is_free
+from tasks.lib.host.ports import choose_port, free_port, port_is_free, take_port
 from tests.fixtures.servers import rows
 
 
@@ -40,6 +41,15 @@ def test_the_port_is_the_first_free_one():
     assert choose_port(100, lambda port: port >= 103) == 103
     with pytest.raises(UserError, match="no port from 100 to 199"):
         choose_port(100, lambda port: False)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ports are kept on Linux alone")
+def test_two_tasks_that_look_at_once_choose_different_ports():
+    port = free_port()
+    other = "import sys\nfrom tasks.lib.host.ports import choose_port, take_port\nprint(choose_port(int(sys.argv[1]), take_port))"
+    assert take_port(port) and take_port(port)  # one's own is no obstacle
+    chosen = subprocess.run([sys.executable, "-c", other, str(port)], capture_output=True, text=True, check=True).stdout
+    assert port < int(chosen) < port + 100
 
 
 @pytest.fixture

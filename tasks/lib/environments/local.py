@@ -22,7 +22,7 @@ from tasks.lib.environments.plan import Options, server_variables
 from tasks.lib.environments.rows import Environment
 from tasks.lib.errors import UserError
 from tasks.lib.host import processes
-from tasks.lib.host.ports import choose_port, port_is_free
+from tasks.lib.host.ports import choose_port, take_port
 from tasks.lib.host.processes import identity, is_running, last_line
 from tasks.lib.host.venvs import ensure_venv, run_quietly
 from tasks.lib.settings import ROOT
@@ -129,7 +129,7 @@ def up(row: Environment,
     if options.replicas > 1:
         ports = []
         for _ in range(options.replicas):
-            ports.append(choose_port((ports[-1] if ports else options.port) + 1, port_is_free))
+            ports.append(choose_port((ports[-1] if ports else options.port) + 1, take_port))
     proxy = shutil.which("haproxy", path=environ.get("PATH", "") + ":/usr/sbin")
     if options.replicas > 1 and not proxy:
         raise UserError("--replicas needs haproxy on PATH (Debian: apt install haproxy), or --runner docker", code=1)

@@ -29,7 +29,7 @@ from tasks.lib.environments.rows import Environment
 from tasks.lib.environments.running import log_files, running_servers
 from tasks.lib.errors import DockerError, NoEngine, UserError
 from tasks.lib.flags import port_number
-from tasks.lib.host.ports import choose_port, port_is_free
+from tasks.lib.host.ports import choose_port, port_is_free, take_port
 from tasks.lib.host.programs import RUNNERS
 from tasks.lib.notices import tell
 from tasks.lib.settings import ROOT, effective_environment, resolve
@@ -80,7 +80,7 @@ def pick_port(row: Environment, flag: str, bind: str) -> int:
             raise UserError(f"port {port} is taken; leave --port out, or choose another", code=1)
         return port
     wanted = effective_environment().get("ENV_PORT") or str(row.port)
-    port = choose_port(port_number("ENV_PORT", wanted), lambda port: port_is_free(port, bind))
+    port = choose_port(port_number("ENV_PORT", wanted), lambda port: take_port(port, bind))
     if port != int(wanted):
         tell(f"port {wanted} is taken; {row.name} gets {port}")
     return port
