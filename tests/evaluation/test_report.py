@@ -13,6 +13,7 @@ from evaluation.items import category_of
 from evaluation.numbers import summarize
 from evaluation.output import Output
 from tests.evaluation.samples import attempt
+from tests.fixtures.needs import missing
 
 HOSTILE = "<script>window.stolen = 1</script><img src=x onerror='window.stolen = 2'></script><!--"
 
@@ -45,9 +46,7 @@ def run(records, model="m", **options):
 def chromium():
     path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if path is None:
-        if os.environ.get("CI"):
-            pytest.fail("no Chromium, which CI must have (Debian: apt install chromium)")
-        pytest.skip("no Chromium on this machine (Debian: apt install chromium)")
+        missing("chromium", "no Chromium (Debian: apt install chromium)")
     from playwright.sync_api import sync_playwright
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])

@@ -7,9 +7,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-import pytest
-
-from tests.merger.merging import SAMPLE_PROGRAMS, UNDER_CI, Sample
+from tests.merger.merging import SAMPLE_PROGRAMS, Sample
 
 # What `samples/sample_checkpoint.py` is asked for: the vocabulary of 1003 divides by no world size here.
 SAMPLES = {
@@ -73,10 +71,3 @@ def write_samples(folder: Path, wanted: dict[str, str], python: str = sys.execut
                           timeout=600)
     assert done.returncode == 0, done.stderr
     return samples
-
-
-def skip_or_fail(reason: str) -> None:
-    """Skip on a laptop what CI must be able to do."""
-    if UNDER_CI:
-        pytest.fail(f"under CI: {reason}")
-    pytest.skip(reason)

@@ -25,7 +25,6 @@ ROOT = TESTS.parents[1]
 SCRIPTS = ROOT / "scripts"
 SAMPLE_PROGRAMS = ROOT / "samples"
 PROGRAM = SCRIPTS / "model_merger.py"
-UNDER_CI = os.environ.get("CI", "").lower() not in ("", "0", "false")
 
 
 @dataclasses.dataclass(frozen=True)

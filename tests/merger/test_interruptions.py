@@ -19,7 +19,7 @@ import psutil
 import pytest
 import torch
 
-from tests.merger.fsdp_samples import skip_or_fail
+from tests.fixtures.needs import missing
 from tests.merger.merging import (
     PROGRAM,
     Sample,
@@ -405,14 +405,14 @@ def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]
     mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)]
     if request.param == "ext4":
         if not shutil.which("mkfs.ext4"):
-            skip_or_fail("mkfs.ext4 is not here")
+            missing("mkfs.ext4", "mkfs.ext4 is not here")
         with image.open("wb") as file:
             file.truncate(24 << 20)
         subprocess.run(["mkfs.ext4", "-q", "-m", "0", image], check=True)
         mount = ["mount", "-o", "loop", str(image), str(folder)]
     done = subprocess.run(mount, capture_output=True, text=True)
     if done.returncode:
-        skip_or_fail(f"a small {request.param} cannot be mounted here (it takes root): {done.stderr.strip()}")
+        missing("mount", f"a small {request.param} cannot be mounted here (it takes root): {done.stderr.strip()}")
     if request.param == "ext4":
         (folder / "lost+found").rmdir()
     try:
@@ -492,7 +492,7 @@ def bound(tmp_path: Path) -> Iterator[Callable[[Path, int], None]]:
                            capture_output=True, text=True, preexec_fn=obey_permissions)  # yapf: disable
     (tmp_path / "probe").unlink()
     if "PermissionError" not in probe.stderr:
-        skip_or_fail("file modes bind no one here")
+        missing("file modes", "file modes bind no one here")
     yield set_mode
     for path, mode in reversed(changed):
         path.chmod(mode)

@@ -9,7 +9,7 @@ import pytest
 from merger import MergeError, publish
 from merger.companions import keep_companions
 
-from tests.merger.fsdp_samples import skip_or_fail
+from tests.fixtures.needs import missing
 from tests.merger.merging import folder, listing, untouched
 
 
@@ -267,7 +267,7 @@ def test_a_target_with_a_mount_point_is_refused(below: str, tmp_path: Path) -> N
     folder(tmp_path / "elsewhere", x="")
     bind = subprocess.run(["mount", "--bind", tmp_path / "elsewhere", point], capture_output=True, text=True)
     if bind.returncode:
-        skip_or_fail(f"nothing can be mounted here (it takes root): {bind.stderr.strip()}")
+        missing("mount", f"nothing can be mounted here (it takes root): {bind.stderr.strip()}")
     try:
         (tmp_path / "link").symlink_to(out)
         for target in (out, tmp_path / "link"):

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.fixtures.needs import UNDER_CI
 from tests.merger.fsdp_samples import write_samples
 from tests.merger.merging import (
     ROOT,
     SCRIPTS,
     TESTS,
-    UNDER_CI,
     Run,
     Sample,
     cast,

@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import resource
-import shutil
 import socket
 import subprocess
 import time
@@ -20,6 +19,7 @@ from servers import gates
 from servers.protocol import Client, ServerError, reason
 from servers.sessions import QUERY_BYTES, REQUEST_BYTES, Sessions
 from tasks.lib.environments.haproxy import proxy_config
+from tests.fixtures import needs
 from tests.fixtures.servers import free_port, rows, running
 from tests.servers import requests
 
@@ -152,11 +152,7 @@ def test_half_sent_requests_by_the_thousand_keep_nobody_out(tmp_path):
 
 @pytest.mark.slow
 def test_half_sent_requests_by_the_thousand_keep_nobody_out_of_the_proxy(tmp_path):
-    haproxy = shutil.which("haproxy", path=os.environ["PATH"] + ":/usr/sbin")
-    if haproxy is None:
-        if os.environ.get("CI"):
-            pytest.fail("no haproxy, which CI must have")
-        pytest.skip("no haproxy on this machine")
+    haproxy = needs.haproxy()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard < 20000:
         pytest.skip(f"this machine lets a process open {hard} files")

@@ -16,6 +16,7 @@ from tasks.lib.environments.compose_model import compose_model
 from tasks.lib.environments.plan import Options
 from tasks.lib.environments.rows import ROWS, environment, environments
 from tasks.lib.errors import UserError
+from tests.fixtures.needs import missing
 from tests.fixtures.servers import FIXTURE_ROWS, ROOT, rows
 
 AGENTGYM = {
@@ -218,7 +219,7 @@ def oldest_python() -> str:
                                                                Path.home().glob(".pyenv/versions/3.8*/bin/python")))
                   if path and subprocess.run([path, "-c", ""], capture_output=True).returncode == 0), None)
     if found is None:
-        pytest.skip("no Python 3.8 on this machine")
+        missing("python3.8", "no Python 3.8")
     return found
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fixtures import needs
 from tests.fixtures.project import ROOT, copy_project
 
 # Answers what the tasks ask an engine and notes every command line; ANSWERS has a file for some of the questions.
@@ -176,8 +177,7 @@ def test_what_a_command_in_a_container_says_gets_no_remedy(project: Project) -> 
 
 @pytest.mark.docker
 def test_doctor_shows_what_compose_refuses(project: Project, tmp_path: Path) -> None:
-    if not shutil.which("docker"):
-        pytest.skip("no docker command")
+    needs.docker()
     project.write(".env", "A KEY=1\n")
     (project.answers / "docker").unlink()
     assert re.search(r"^missing +settings +.*(space|\.env)", project.invoke("doctor").stdout, re.M)
@@ -273,8 +273,7 @@ def test_nothing_is_up_where_there_is_no_docker(project: Project) -> None:
 
 @pytest.mark.parametrize("host", ["unix:///nowhere.sock", "tcp://127.0.0.1:1", "ftp://x"])
 def test_an_engine_elsewhere_that_does_not_answer_is_named(project: Project, host: str) -> None:
-    if shutil.which("docker") is None:
-        pytest.skip("no docker command")
+    needs.docker()
     (project.answers / "docker").unlink()
     fault(project.invoke("status", DOCKER_HOST=host), 1, f"docker: no Docker engine answers at DOCKER_HOST={host}; ")
 

@@ -34,6 +34,7 @@ from tasks.lib.errors import UserError
 from tasks.lib.host import processes
 from tasks.lib.host.ports import choose_port, free_port, port_is_free, take_port
 from tasks.lib.host.venvs import ensure_venv, reason_in
+from tests.fixtures import needs
 from tests.fixtures.servers import FIXTURE_ROWS, ROOT, rows
 
 STATES = ROOT / ".run" / "env"
@@ -444,15 +445,9 @@ def test_data_is_linked_into_the_copy_and_never_through_a_link_out_of_it(linked,
         assert not raw.is_symlink() and (raw / "mine.pkl").read_text() == "precious"
 
 
-HAPROXY = shutil.which("haproxy", path=os.environ["PATH"] + ":/usr/sbin")
-
-
 @pytest.fixture
-def haproxy() -> None:
-    if HAPROXY is None:
-        if os.environ.get("CI"):
-            pytest.fail("no haproxy, which CI must have")
-        pytest.skip("no haproxy on this machine")
+def haproxy() -> str:
+    return needs.haproxy()
 
 
 def test_a_busy_replica_is_not_down(haproxy, tmp_path):
@@ -559,7 +554,7 @@ def test_a_proxy_comes_up_where_few_files_may_be_open(haproxy, tmp_path):
     config = tmp_path / "haproxy.cfg"
     port = free_port()
     config.write_text(proxy_config(rows()["form-textcraft"], port, ["127.0.0.1:1"]))
-    process = subprocess.Popen([HAPROXY, "-db", "-f", config],
+    process = subprocess.Popen([haproxy, "-db", "-f", config],
                                stderr=subprocess.PIPE,
                                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024)))
     try:

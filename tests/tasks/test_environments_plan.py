@@ -1,6 +1,4 @@
 """What is decided from a row before anything is started: ports, variables, services, the proxy's rules, builds of all."""
-import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -20,6 +18,7 @@ from tasks.lib.environments.rows import environment, environments
 from tasks.lib.errors import DockerError, UserError
 from tasks.lib.flags import port_number
 from tasks.lib.host.ports import choose_port, free_port, port_is_free, take_port
+from tests.fixtures import needs
 from tests.fixtures.servers import rows
 
 
@@ -139,16 +138,9 @@ def test_every_replica_knows_its_number_and_the_hash_seed_is_fixed():
     }
 
 
-HAPROXY = shutil.which("haproxy", path=os.environ["PATH"] + ":/usr/sbin")
-
-
 @pytest.mark.parametrize("name", sorted(environments()))
 def test_haproxy_takes_the_configuration(name, tmp_path):
-    if HAPROXY is None:
-        if os.environ.get("CI"):
-            pytest.fail("no haproxy, which CI must have")
-        pytest.skip("no haproxy on this machine")
     config = tmp_path / "haproxy.cfg"
     config.write_text(proxy_config(environment(name), 4000, ["127.0.0.1:1", "127.0.0.1:2"]))
-    checked = subprocess.run([HAPROXY, "-c", "-f", config], capture_output=True, text=True)
+    checked = subprocess.run([needs.haproxy(), "-c", "-f", config], capture_output=True, text=True)
     assert checked.returncode == 0 and "warning" not in checked.stderr.lower(), checked.stderr

@@ -14,6 +14,7 @@ from tasks.lib.environments import lease, local
 from tasks.lib.environments.compose_model import Variable, escaped
 from tasks.lib.environments.plan import Options
 from tasks.lib.host import processes
+from tests.fixtures import needs
 from tests.fixtures.servers import ROOT, free_port, rows
 
 ODD = "a$USER-${HF_TOKEN}-$$b-${X:?no}"
@@ -72,9 +73,9 @@ def test_only_a_variable_is_one():
     assert escaped(value) == {"a": ["$$x", "${X:-1}"], "b": {"c": "$$$$", "d": 1, "e": None}}
 
 
-@pytest.mark.skipif(not shutil.which("docker"), reason="no docker command on this machine")
 def test_a_dollar_in_a_path_or_a_source_is_no_variable(run):
     """Compose itself reads the file: a folder's and a source's name come out as they went in."""
+    needs.docker()
     row = rows()["form-textcraft"]
     home, data = run / ODD, run / "data" / ODD
     data.mkdir(parents=True)
