@@ -313,6 +313,7 @@ def readers() -> dict[str, tuple[Any, Callable[[Path], object]]]:
     requested: dict[str, Any] = {
         "dtype": "bfloat16",
         "lora": None,
+        "model_key": None,
         "lora_alpha": None,
         "tied_weights": None,
         "allow": []

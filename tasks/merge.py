@@ -25,6 +25,7 @@ SAVE_DIR_HELP = ("Folder for the merged model (default: $SAVE_DIR, then LOCAL_DI
 VERIFY_DIR_HELP = (
     "Folder of the merged model (default: $SAVE_DIR, then LOCAL_DIR/huggingface, or LOCAL_DIR/lora_adapter "
     "where that alone was merged).")
+MODEL_KEY_HELP = "Part of a distributed checkpoint of torch's that is the model, such as app.model (default: the one called so)."
 RUNNER_HELP = "local (this Python), docker (the scripts image) or auto: local where its packages are installed."
 GPUS_HELP = "With --runner docker: all, none, or indices such as 0,1 (default: $GPUS, then all)."
 
@@ -152,6 +153,8 @@ def run_in_container(c: Context, folders: list[str], save_dir: str, gpus: str, f
         "Plan and check only; write nothing.",
         "json":
         "Print the summary as one JSON object.",
+        "model_key":
+        MODEL_KEY_HELP,
         "trust_remote_code":
         "Let transformers run the checkpoint's own code when checking the keys.",
         "runner":
@@ -178,6 +181,7 @@ def run(c: Context,
         dry_run: bool = False,
         json: bool = False,
         trust_remote_code: bool = False,
+        model_key: str = "",
         runner: str = "auto",
         gpus: str = "") -> None:
     """Merge a sharded checkpoint into safetensors."""
@@ -201,7 +205,8 @@ def run(c: Context,
                force=force,
                dry_run=dry_run,
                json=json,
-               trust_remote_code=trust_remote_code)
+               trust_remote_code=trust_remote_code,
+               model_key=model_key)
 
 
 @task(positional=[],
@@ -209,12 +214,17 @@ def run(c: Context,
       iterable=["local_dir"],
       help={
           "local_dir": LOCAL_DIR_HELP,
+          "model_key": MODEL_KEY_HELP,
           "json": "Print one JSON object in place of the tables.",
           "runner": RUNNER_HELP
       })
-def inspect(c: Context, local_dir: list[str] | None = None, json: bool = False, runner: str = "auto") -> None:
+def inspect(c: Context,
+            local_dir: list[str] | None = None,
+            model_key: str = "",
+            json: bool = False,
+            runner: str = "auto") -> None:
     """Show a checkpoint's mesh, ranks, tensors and faults."""
-    run_merger(c, runner, local_dir, inspect=True, json=json)
+    run_merger(c, runner, local_dir, inspect=True, model_key=model_key, json=json)
 
 
 @task(positional=[],

@@ -14,8 +14,11 @@ from typing import Any
 import numpy as np
 
 from merger import MergeError
+from merger.chunks import Chunks, read_chunks
 from merger.discover import RankFiles, earlier_whole
 from merger.dtypes import itemsize
+from merger.filenames import DCP, RANKS, SHARD_FILE, SHARDED
+from merger.foreign.archives import Record
 from merger.foreign.limits import each
 from merger.layout import Box, tiling_fault
 from merger.shardfile import read_shard_file
@@ -83,25 +86,87 @@ class Checkpoint:
         self.taken: dict[str, int] = {}
         self._offsets = offsets
 
-    def offset(self, rank: int, tensor: Tensor) -> int:
-        """Return the byte of `rank`'s file at which its block of `tensor` begins."""
-        return int(self._offsets[rank][tensor.index])
+    def places(self, tensor: Tensor, every: bool = False) -> Iterator[tuple[int, Box, int]]:
+        """Yield (rank, block, byte of the rank's file) of the blocks that are read, or with `every` of all holders."""
+        for rank, box in tensor.layout.holders if every else tensor.layout.pieces:
+            yield rank, box, int(self._offsets[rank][tensor.index])
+
+    def records(self, rank: int) -> Mapping[str, Record]:
+        """Return the places of `rank`'s file of which it names a CRC32, by key."""
+        return read_shard_file(self.path(rank), pickled=False, seen=self.files.seen).records
 
     def path(self, rank: int) -> Path:
         """Return the file of `rank`."""
         return self.files.paths[rank]
 
 
-def read_checkpoint(files: RankFiles, allow_buffers: bool = False) -> Checkpoint:
+class ChunkCheckpoint(Checkpoint):
+    """A distributed checkpoint of torch's: its files, by number, take the ranks' place, and one may hold several blocks.
+
+    Attributes:
+        parts: how many tensors each part of the training's state has, by the part's name.
+        guessed: whether only a model's config can tell that no file is missing at the tensors' ends.
+    """
+
+    def __init__(self, files: RankFiles, chunks: Chunks) -> None:
+        tensors, offsets = {}, {}
+        self._records: dict[int, dict[str, Record]] = {}
+        layouts: dict[Any, Layout] = {}
+        for index, (name, (dtype, shape, pieces)) in enumerate(chunks.tensors.items()):
+            holders = tuple((piece.file, piece.box) for piece in pieces)
+            if (shape, holders) not in layouts:
+                fault = tiling_fault(shape, (box for _, box in holders))
+                if fault:
+                    lost = "a file may be missing" if files.form == SHARDED else "the checkpoint is damaged"
+                    raise MergeError(
+                        f"{name} of shape {list(shape)} cannot be put together from {len(files.paths)} files in "
+                        f"{files.folders[0]}: {fault}; {lost}{_gap(files)}")
+                layouts[shape, holders] = Layout(holders, holders, ())
+            offsets[index] = np.array([piece.offset for piece in pieces], dtype=np.int64)
+            for piece in pieces:
+                self._records.setdefault(piece.file, {})[str(piece.offset)] = piece.record
+            description = f"{dtype} {list(shape)} in {len(pieces)} piece{'s' if len(pieces) != 1 else ''}"
+            tensors[name] = Tensor(name, dtype, shape, layouts[shape, holders], index, description)
+        sizes = {number: files.seen.identity(path).size for number, path in files.paths.items()}
+        super().__init__(files, tensors, offsets, sizes, [])
+        self.notes += chunks.notes
+        self.parts, self.guessed = chunks.parts, chunks.guessed
+
+    def places(self, tensor: Tensor, every: bool = False) -> Iterator[tuple[int, Box, int]]:
+        """See `Checkpoint`."""
+        for (number, box), offset in zip(tensor.layout.pieces, self._offsets[tensor.index], strict=True):
+            yield number, box, int(offset)
+
+    def records(self, rank: int) -> Mapping[str, Record]:
+        """See `Checkpoint`."""
+        return self._records.get(rank, {})
+
+
+def _gap(files: RankFiles) -> str:
+    """Return which of the numbered files is not there, as a part of a sentence."""
+    found = {int(match[1]) for path in files.paths.values() if (match := SHARD_FILE.fullmatch(path.name))}
+    absent = next((number for number in range(1, max(found, default=0)) if number not in found), None)
+    return f": none begins with shard-{absent:05d}" if absent else ""
+
+
+def read_checkpoint(files: RankFiles, allow_buffers: bool = False, model_key: str | None = None) -> Checkpoint:
     """Read the ranks' files as `_read` does, and name an earlier step that is whole where this one is not.
+
+    Args:
+        allow_buffers: take the lowest rank's of buffers that differ.
+        model_key: of torch's own forms the part that is the model, such as `app.model`; None to choose it.
 
     Raises:
         MergeError: see `_read`.
     """
+    if model_key is not None and files.form != DCP:
+        raise MergeError(f"--model-key is for torch's distributed checkpoints; {files.folders[0]} holds {files.form}")
     try:
-        return _read(files, allow_buffers)
+        return _read(files, allow_buffers) if files.form == RANKS else ChunkCheckpoint(
+            files, read_chunks(files, model_key))
     except MergeError as error:
-        whole = earlier_whole(files.folders[0]) if "missing: rank" in str(error) or "truncated" in str(error) else None
+        whole = earlier_whole(files.folders[0]) if any(fault in str(error) for fault in ("missing: ", "truncated",
+                                                                                         "no .metadata")) else None
         if whole is None:
             raise
         raise MergeError(f"{error}; the step in {whole} is whole") from error
@@ -244,7 +309,7 @@ def _differing(checkpoint: Checkpoint, tensor: Tensor, ranks: Sequence[int], che
     known = {rank: int(checksums[rank][tensor.index]) for rank in ranks}
     if size > SMALL and all(known.values()):
         return [rank for rank in others if known[rank] != known[first]]
-    starts = {rank: checkpoint.offset(rank, tensor) for rank in ranks}
+    starts = {rank: offset for rank, _, offset in checkpoint.places(tensor, every=True) if rank in ranks}
     differing: set[int] = set()
     for done in range(0, size, COMPARED):
         count = min(COMPARED, size - done)

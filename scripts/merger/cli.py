@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from merger import DTYPES, MergeError, __version__
-from merger.filenames import TRACKER
+from merger.filenames import RANKS, TRACKER
 from merger.foreign.text import printable
 
 if TYPE_CHECKING:
@@ -88,12 +88,11 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    p = _Parser(
-        prog="model_merger.py",
-        allow_abbrev=False,
-        description="Merge a sharded FSDP checkpoint (model_world_size_*_rank_*.pt, as verl writes it) into "
-        "Hugging Face safetensors. Exit codes: 0 done, 2 misuse or a faulty checkpoint, 130 interrupted, 143 terminated."
-    )
+    p = _Parser(prog="model_merger.py",
+                allow_abbrev=False,
+                description="Merge a sharded FSDP checkpoint (model_world_size_*_rank_*.pt, as verl writes it) into "
+                "Hugging Face safetensors; or a distributed checkpoint of torch's (.metadata and .distcp, or sharded "
+                "safetensors). Exit codes: 0 done, 2 misuse or a faulty checkpoint, 130 interrupted, 143 terminated.")
     p.add_argument(
         "--local-dir",
         type=folder_name,
@@ -144,6 +143,11 @@ def parser() -> argparse.ArgumentParser:
         help=
         "accept keys that do not fit the config, NaN and infinite elements, or buffers that differ between ranks, of "
         "which the lowest rank's are taken; repeatable")
+    p.add_argument(
+        "--model-key",
+        metavar="NAME",
+        help="part of a distributed checkpoint that is the model, such as app.model (default: the one that is "
+        "called so)")
     p.add_argument("--trust-remote-code",
                    action="store_true",
                    help="let transformers run the checkpoint's own code to check the keys")
@@ -277,6 +281,7 @@ def _run(args: argparse.Namespace) -> int:
                       force=args.force,
                       allow=frozenset(args.allow),
                       trust_remote_code=args.trust_remote_code,
+                      model_key=args.model_key,
                       hf_upload_path=args.hf_upload_path,
                       private=args.private,
                       quiet=args.json)
@@ -317,7 +322,9 @@ def _inspect_rows(facts: dict[str, Any]) -> "Rows":
     ranks = facts["ranks"]
     return [
         ("folders", list(facts["folders"])),
-        ("ranks", f"{len(ranks)} of {facts['world_size']}"),
+        ("form", facts["form"]),
+        ("ranks", f"{len(ranks)} of {facts['world_size']}") if facts["form"] == RANKS else
+        ("files", f"{len(ranks)} of {facts['world_size']} ranks"),
         ("mesh", show.mesh_text(facts["meshes"])),
         ("tensors", f"{facts['tensors']:,}, {show.count_text(facts['parameters'])} elements"),
         ("size", show.size_text(facts["bytes"])),
@@ -329,6 +336,9 @@ def _inspect_rows(facts: dict[str, Any]) -> "Rows":
 
 def _resume_text(resume: dict[str, Any], world_size: int) -> str:
     """Return in a line whether a training could go on from the checkpoint."""
+    if "parts" in resume:
+        held = ", ".join(f"{part or 'the top'} ({count} tensors)" for part, count in resume["parts"].items())
+        return ("yes" if resume["possible"] else "no optimizer's state is there") + f"; it holds {held or 'nothing'}"
     lacking = [f"{kind} of {world_size - resume[kind]} ranks" for kind in ("model", "optim", "extra_state")
                if resume[kind] < world_size]  # yapf: disable
     lacking += [what for key, what in (("data", "data.pt"), ("tracker", TRACKER)) if not resume[key]]

@@ -9,12 +9,20 @@ from pathlib import Path
 from merger import MergeError
 from merger.filenames import (
     CONFIG,
+    DCP,
+    DCP_FILE,
+    DCP_SUFFIX,
     FSDP_CONFIG,
     LORA_FOLDER,
+    MEGATRON,
+    METADATA,
     MODEL_FOLDER,
     RANK_FILE,
     RANK_PATTERN,
+    RANKS,
     ROLES,
+    SHARD_FILE,
+    SHARDED,
     STEP_FOLDER,
     TRACKER,
 )
@@ -23,6 +31,9 @@ from merger.foreign.files import Seen, check_regular
 from merger.foreign.values import shown
 
 MOST_RANKS = 1 << 20
+# Where the ranks' files lie below a step: SkyRL's, accelerate's, and what trainers of torch's own forms call the model.
+PLACES = ("policy", "actor/policy", "pytorch_model_fsdp_0", "pytorch_model_fsdp", "sharded", "model", "trainer", "dcp")
+FILES = (RANK_PATTERN, ".metadata", "shard-*.safetensors")
 END_BYTES = 22  # of a zip archive without a comment, as torch writes it
 LISTED = 8  # of the ranks that are missing: a name may claim a world of any size
 
@@ -34,10 +45,11 @@ class RankFiles:
     Attributes:
         folders: where they lie; the first is where the merged model goes by default.
         world_size: the number of ranks that wrote it.
-        paths: the file of each rank that was found.
+        paths: the file of each rank that was found; in torch's own forms the files by number, in the order of names.
         notes: what was chosen on the user's behalf.
         seen: what they and all that lies beside them were when they were found.
         configs: folders that were named too, and hold a config and no ranks.
+        form: of the checkpoint.
     """
     folders: tuple[Path, ...]
     world_size: int
@@ -45,10 +57,13 @@ class RankFiles:
     notes: list[str] = field(default_factory=list)
     seen: Seen = field(default_factory=Seen, compare=False)
     configs: tuple[Path, ...] = ()
+    form: str = RANKS
 
     @property
     def missing(self) -> list[int]:
         """The ranks without a file, the first `LISTED` of them."""
+        if self.form != RANKS:  # what is missing of them, their own metadata tells
+            return []
         return list(islice((rank for rank in range(self.world_size) if rank not in self.paths), LISTED))
 
     @property
@@ -82,6 +97,12 @@ def find_checkpoint(local_dirs: Sequence[str]) -> RankFiles:
     for folder in folders:  # before any file is read, so that none of another step is taken for one of this
         seen.survey(path for place in (folder, folder / MODEL_FOLDER, folder / LORA_FOLDER) for path in _paths(place))
     seen.survey(path for folder in configs for path in _paths(folder))
+    forms = {folder: form_of(_names(folder)) for folder in folders}
+    if len(set(forms.values())) > 1:
+        one, other = folders[0], next(folder for folder in folders if forms[folder] != forms[folders[0]])
+        raise MergeError(f"{one} holds {forms[one]}, {other} {forms[other]}; name the folders of one checkpoint")
+    if (form := forms[folders[0]]) != RANKS:
+        return _chunk_files(folders, form, notes, seen, tuple(configs))
     files = [(folder / name, int(match[1]), int(match[2])) for folder in folders for name in _names(folder)
              if (match := RANK_FILE.fullmatch(name))]
     world_size = _world_size(folders, {world for _, world, _ in files}, seen)
@@ -101,6 +122,38 @@ def find_checkpoint(local_dirs: Sequence[str]) -> RankFiles:
         raise MergeError(f"no model_world_size_{world_size}_rank_*.pt in {folders[0]}, though {FSDP_CONFIG} names "
                          f"world size {world_size}; copy the ranks' files there")
     return RankFiles(tuple(folders), world_size, paths, notes, seen, tuple(configs))
+
+
+def _chunk_files(folders: Sequence[Path], form: str, notes: list[str], seen: Seen, configs: tuple[Path,
+                                                                                                  ...]) -> RankFiles:
+    """Return the files of one of torch's own checkpoints, by number."""
+    found: dict[str, Path] = {}
+    for folder in folders:
+        for name in _names(folder):
+            if not (name.endswith(DCP_SUFFIX) if form == DCP else SHARD_FILE.fullmatch(name)):
+                continue
+            if os.path.realpath(found.setdefault(name, folder / name)) != os.path.realpath(folder / name):
+                raise MergeError(f"{name} is there twice, as {found[name]} and {folder / name}; remove one of them")
+    pattern = DCP_FILE if form == DCP else SHARD_FILE
+    ranks = {match[1] for name in found if (match := pattern.fullmatch(name))}
+    paths = dict(enumerate(path for _, path in sorted(found.items())))
+    return RankFiles(tuple(folders), max(len(ranks), 1), paths, notes, seen, configs, form)
+
+
+def form_of(names: Iterable[str]) -> str:
+    """Return the form of the checkpoint whose files a folder of `names` holds; empty where it holds none.
+
+    >>> form_of([".metadata", "__0_0.distcp"]), form_of(["model.safetensors"])
+    ('torch DCP', '')
+    """
+    names = set(names)
+    if any(RANK_FILE.fullmatch(name) for name in names):
+        return RANKS
+    if any(SHARD_FILE.fullmatch(name) for name in names):
+        return SHARDED
+    if MEGATRON not in names and any(METADATA.fullmatch(name) or name.endswith(DCP_SUFFIX) for name in names):
+        return DCP
+    return ""
 
 
 def _check_same(folders: Sequence[Path]) -> None:
@@ -156,16 +209,16 @@ def _checkpoint_folder(folder: Path, notes: list[str], alone: bool = True) -> Pa
     if "://" in str(folder) or re.match(r"(s3|gs|hdfs|az|https?):/", str(folder)):
         raise MergeError(f"--local-dir {folder} is an address, not a folder; copy the checkpoint to this machine first")
     names = _names(folder)
-    if any(RANK_FILE.fullmatch(name) for name in names):
+    if form_of(names):
         return folder
     if folder.name == MODEL_FOLDER and not any(STEP_FOLDER.fullmatch(name) for name in names):
         if _has_ranks(folder.parent):
             raise MergeError(f"--local-dir {folder} is a folder for merged weights; did you mean {folder.parent}?")
         raise MergeError(_explain(folder, names))
-    policy = next((name for name in ("policy", "actor/policy") if _has_ranks(folder / name)), None)
-    if policy:  # SkyRL's
-        notes.append(f"took {folder / policy}")
-        return folder / policy
+    place = next((folder / name for name in PLACES if _has_ranks(folder / name)), None)
+    if place:
+        notes.append(f"took {place}")
+        return place
     roles = [role for role in ROLES if _has_ranks(folder / role)]
     if roles:
         other = f"; for the {roles[1]} pass {folder / roles[1]}" if len(roles) > 1 else ""
@@ -212,6 +265,9 @@ def earlier_whole(folder: Path) -> Path | None:
 
 def _fault(folder: Path) -> str:
     """Return what is seen at a glance to be missing of the ranks in `folder`, or empty."""
+    if (form := form_of(_names(folder))) != RANKS:
+        finished = form != DCP or any(METADATA.fullmatch(name) for name in _names(folder))
+        return "" if finished else "has no .metadata, which is written last"
     found = {int(match[2]): int(match[1]) for name in _names(folder) if (match := RANK_FILE.fullmatch(name))}
     worlds = set(found.values())
     if len(worlds) != 1:
@@ -257,10 +313,14 @@ def by_numbers(path: Path) -> list[tuple[int, str]]:
 
 def _explain(folder: Path, names: Sequence[str]) -> str:
     """Return why `folder` holds no checkpoint, and where one may be."""
-    below = [
-        path.parent for pattern in ("*/*", "*")
-        for path in sorted(folder.glob(f"{pattern}/{RANK_PATTERN}"), key=by_numbers)
-    ]
+    below = sorted(
+        {
+            path.parent
+            for depth in ("*", "*/*")
+            for pattern in FILES
+            for path in folder.glob(f"{depth}/{pattern}") if not path.parent.name.startswith("optim")
+        },
+        key=by_numbers)
     if below:
         return f"no {RANK_PATTERN} in {folder}; did you mean {below[-1]}?"
     kind = _other_kind(folder, names)
@@ -286,9 +346,10 @@ def _other_kind(folder: Path, names: Sequence[str]) -> str:
                     f"{place} --target_dir OUT` merges it")  # yapf: disable
         if "zero_to_fp32.py" in inside or any(name.startswith("zero_pp_rank_") for name in inside):
             return f"{place} is DeepSpeed ZeRO's: `python {place / 'zero_to_fp32.py'} {place} OUT` merges it"
-        if any(name.endswith(".distcp") for name in inside) or ".metadata" in inside:
-            return (f"{place} is a distributed checkpoint of torch's: `python -m torch.distributed.checkpoint.format_utils "
-                    f"dcp_to_torch {place} OUT.pt` puts it together")  # yapf: disable
+        if MEGATRON in inside:
+            return (
+                f"{place} is Megatron's distributed checkpoint: convert it with the tool of the framework that wrote it, "
+                "which knows its names")
         packed = next((name for name in inside if name.startswith("model_world_size_") and not name.endswith(".pt")),
                       None)
         if packed:
@@ -297,7 +358,7 @@ def _other_kind(folder: Path, names: Sequence[str]) -> str:
 
 
 def _has_ranks(folder: Path) -> bool:
-    return folder.is_dir() and any(RANK_FILE.fullmatch(name) for name in _names(folder))
+    return folder.is_dir() and bool(form_of(_names(folder)))
 
 
 def _paths(folder: Path) -> list[Path]:

@@ -12,6 +12,14 @@ LORA_META = "lora_train_meta.json"
 LORA_FOLDER = "lora_adapter"  # also where a merged adapter goes
 MODEL_FOLDER = "huggingface"  # also where a merged model goes
 
+# What torch's own distributed checkpoints are made of; without collectives each rank writes its own metadata.
+METADATA = re.compile(r"(?:__(\d+))?\.metadata")
+DCP_FILE = re.compile(r"__(\d+)_\d+\.distcp")
+DCP_SUFFIX = ".distcp"
+SHARD_FILE = re.compile(r"shard-(\d{5,})-model-\d{5,}-of-\d{5,}\.safetensors")
+MEGATRON = "common.pt"  # beside `.metadata`, of Megatron's own names and shapes
+RANKS, DCP, SHARDED = "FSDP ranks", "torch DCP", "sharded safetensors"  # the forms of a checkpoint
+
 # A model's folder.
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"

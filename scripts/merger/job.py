@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from merger import MergeError, lora, model_check, publish
-from merger.checkpoint import Checkpoint, Tensor, read_checkpoint
+from merger.checkpoint import Checkpoint, ChunkCheckpoint, Tensor, read_checkpoint
 from merger.companions import check_free, companions
 from merger.discover import RankFiles, find_checkpoint
 from merger.dtypes import CONVERTED, output_dtype
-from merger.filenames import ADAPTER_CONFIG, ADAPTER_STEM, CONFIG, LORA_FOLDER, MODEL_FOLDER, MODEL_STEM, RECORD
+from merger.filenames import ADAPTER_CONFIG, ADAPTER_STEM, CONFIG, LORA_FOLDER, MODEL_FOLDER, MODEL_STEM, RANKS, RECORD
 from merger.gpu import check_device
 from merger.model_check import Verdict, complaint, naming_note
 from merger.modelconfig import (
@@ -50,6 +50,7 @@ class Options:
     force: bool = False
     allow: frozenset[str] = frozenset()
     trust_remote_code: bool = False
+    model_key: str | None = None
     hf_upload_path: str | None = None
     private: bool = False
     quiet: bool = False
@@ -136,11 +137,13 @@ def lay_out(options: Options,
     """
     device, allow_buffers = check_device(options.device), "buffers" in options.allow
     if options.lora == "adapter":
-        return _lay_out_adapter(options, checkpoint or read_checkpoint(files, allow_buffers), target, device)
-    if checkpoint is None and files.missing and not (config_dir / CONFIG).is_file():
-        checkpoint = read_checkpoint(files, allow_buffers)  # of two faults, the ranks that are not there come first
+        return _lay_out_adapter(options, checkpoint or read_checkpoint(files, allow_buffers, options.model_key), target,
+                                device)
+    if checkpoint is None and (files.missing or files.form != RANKS) and not (config_dir / CONFIG).is_file():
+        checkpoint = read_checkpoint(files, allow_buffers,
+                                     options.model_key)  # of two faults, files that are not there come first
     config = read_config(config_dir, files.seen)
-    checkpoint = checkpoint or read_checkpoint(files, allow_buffers)
+    checkpoint = checkpoint or read_checkpoint(files, allow_buffers, options.model_key)
     named = _plain_weights(options, checkpoint)
     config, changed = for_critic(config, named)
     config, cleaned = without_quantization(config, {name: tensor.dtype for name, (tensor, _) in named.items()})
@@ -151,6 +154,7 @@ def lay_out(options: Options,
     notes = [*checkpoint.notes, *changed, *cleaned, *naming_note(verdict)]
     if verdict.silent:
         notes.append(f"keys were not checked against a model: {verdict.silent}")
+        _check_extents(checkpoint, options)
     if "keys" not in options.allow and (fault := complaint(verdict, config, config_dir / CONFIG)):
         raise MergeError(fault)
     tied = config
@@ -173,7 +177,20 @@ def lay_out(options: Options,
                config.get("_name_or_path") or None, notes)
 
 
+def _check_extents(checkpoint: Checkpoint, options: Options) -> None:
+    """Refuse pieces that nothing but the config says to be all, where that says nothing.
+
+    Raises:
+        MergeError: only `--allow keys` lets them pass.
+    """
+    if isinstance(checkpoint, ChunkCheckpoint) and checkpoint.guessed and "keys" not in options.allow:
+        raise MergeError(
+            f"{checkpoint.files.folders[0]} does not say how large its tensors are, so only a config that transformers knows "
+            "tells whether the last rank's file is there; give it with --config-dir, or pass --allow keys")
+
+
 def _lay_out_adapter(options: Options, checkpoint: Checkpoint, target: Path, device: str) -> Job:
+    _check_extents(checkpoint, options)
     if not lora.has_lora(checkpoint.tensors):
         raise MergeError("--lora adapter: the checkpoint holds no LoRA weights; leave the flag out")
     found = lora.read_lora(checkpoint.tensors, checkpoint.files, options.lora_alpha)
@@ -313,7 +330,8 @@ def config_folder(options: Options, files: RankFiles, *others: Path) -> Path:
             raise MergeError(f"--config-dir {folder} has no {CONFIG}; name the base model's folder")
         return folder
     candidates = [
-        *(path for folder in files.folders for path in (folder / MODEL_FOLDER, folder)), *files.configs, *others
+        *(path for folder in files.folders for path in (folder / MODEL_FOLDER, folder)), *files.configs, *others,
+        *(folder.parent for folder in files.folders if files.form != RANKS)
     ]
     return next((path for path in candidates if (path / CONFIG).is_file()), candidates[0])
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from merger import MergeError, hub, lora, model_check, publish, show, verify
-from merger.checkpoint import read_checkpoint, read_ranks
+from merger.checkpoint import ChunkCheckpoint, read_checkpoint, read_ranks
 from merger.companions import check_free, check_tree, copy_companions, holds, keep_companions
 from merger.copying import THREADS, HostConverter, Tally, write_files
 from merger.discover import RankFiles, find_checkpoint
-from merger.filenames import CONFIG, MODEL_STEM, RECORD, TRACKER, weight_index
+from merger.filenames import CONFIG, MODEL_STEM, RANKS, RECORD, TRACKER, weight_index
 from merger.files import atomic_write
 from merger.foreign.files import Seen
 from merger.gpu import TorchConverter
@@ -199,7 +199,7 @@ def inspect(options: Options) -> tuple[list[Kind], dict[str, Any]]:
     """
     files = find_checkpoint(options.local_dirs)
     try:
-        checkpoint = read_checkpoint(files)
+        checkpoint = read_checkpoint(files, model_key=options.model_key)
     except MergeError as error:
         return _inspect_first(files, str(error))
     problems, notes = [], list(checkpoint.notes)
@@ -211,14 +211,15 @@ def inspect(options: Options) -> tuple[list[Kind], dict[str, Any]]:
     except MergeError as error:
         problems.append(str(error))
     kinds = [Kind(tensor.description, tensor.shape, tensor.dtype) for tensor in checkpoint.tensors.values()]
-    return kinds, _facts(files, checkpoint.meshes, kinds, notes, problems)
+    parts = checkpoint.parts if isinstance(checkpoint, ChunkCheckpoint) else {}
+    return kinds, _facts(files, checkpoint.meshes, kinds, notes, problems, parts)
 
 
 def _inspect_first(files: RankFiles, problem: str) -> tuple[list[Kind], dict[str, Any]]:
     kinds: list[Kind] = []
     meshes: list[dict[str, int]] = []
     notes = list(files.notes)
-    for rank, path in sorted(files.paths.items()):
+    for rank, path in sorted(files.paths.items()) if files.form == RANKS else ():
         with contextlib.suppress(MergeError):
             _, _, entries = next(read_ranks(replace(files, paths={rank: path})))
             kinds = [Kind(str(entry), entry.shape, entry.dtype) for entry in entries.values()]
@@ -228,9 +229,14 @@ def _inspect_first(files: RankFiles, problem: str) -> tuple[list[Kind], dict[str
     return kinds, _facts(files, meshes, kinds, notes, [problem])
 
 
-def _facts(files: RankFiles, meshes: list[dict[str, int]], kinds: list[Kind], notes: list[str],
-           problems: list[str]) -> dict[str, Any]:
+def _facts(files: RankFiles,
+           meshes: list[dict[str, int]],
+           kinds: list[Kind],
+           notes: list[str],
+           problems: list[str],
+           parts: dict[str, int] | None = None) -> dict[str, Any]:
     return {
+        "form": files.form,
         "folders": [str(folder) for folder in files.folders],
         "world_size": files.world_size,
         "ranks": sorted(files.paths),
@@ -238,10 +244,17 @@ def _facts(files: RankFiles, meshes: list[dict[str, int]], kinds: list[Kind], no
         "tensors": len(kinds),
         "parameters": sum(kind.numel for kind in kinds),
         "bytes": sum(path.stat().st_size for path in files.paths.values()),
-        "resume": _resumable(files),
+        "resume": _resumable(files) if files.form == RANKS else _parts(files, parts or {}),
         "notes": notes,
         "problems": problems,
     }
+
+
+def _parts(files: RankFiles, parts: dict[str, int]) -> dict[str, Any]:
+    """Return whether a training could go on from torch's own checkpoint: an optimizer's state is in it, or beside it."""
+    beside = any(
+        path.name.startswith("optim") for folder in files.folders for path in folder.absolute().parent.iterdir())
+    return {"possible": beside or any("optim" in part for part in parts), "parts": parts}
 
 
 def _resumable(files: RankFiles) -> dict[str, Any]:

@@ -26,6 +26,13 @@ DISTRIBUTED_NAMES = frozenset({
     "TensorProperties", "MEM_FORMAT_ENCODING", "EnumerableShardingSpec", "ChunkShardingSpec", "ProcessGroupState",
     "_remote_device", "ReduceOp", "RedOpType"
 })
+# Those that the `.metadata` of a distributed checkpoint mentions beside them; its save's own path is one of pathlib's.
+METADATA_NAMES = frozenset({
+    "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "MetadataIndex", "StorageMeta",
+    "_MEM_FORMAT_ENCODING", "_StorageInfo"
+})
+PATHS = frozenset(f"{module}.{kind}" for module in ("pathlib", "pathlib._local")
+                  for kind in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"))
 STORAGE_DTYPES = {
     "FloatStorage": "float32",
     "DoubleStorage": "float64",
@@ -232,7 +239,8 @@ def _getattr(owner: Any, name: Any) -> Any:
     """
     if owner is RECORDS["ShardedTensor"] and name == "ProcessGroupState":
         return RECORDS[name]
-    if owner in (RECORDS["MEM_FORMAT_ENCODING"], RECORDS[NPU_FORMAT]) and isinstance(name, str):
+    enumerations = (RECORDS["MEM_FORMAT_ENCODING"], RECORDS[NPU_FORMAT], METADATA["_MEM_FORMAT_ENCODING"])
+    if owner in enumerations and isinstance(name, str):
         return owner(name)
     raise MergeError(f"looks up {shown(name)}, which no checkpoint needs; it may run code, so it was not read")
 
@@ -279,6 +287,8 @@ RECORDS = {
     "torch.nn.parameter.Parameter": _Sealed("Parameter", (Record, ), {"__slots__": ()}),
 }
 
+METADATA = {name: _Sealed(name.rpartition(".")[2], (Record, ), {"__slots__": ()}) for name in METADATA_NAMES | PATHS}
+
 
 class _Unpickler(pickle.Unpickler):
 
@@ -313,14 +323,26 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"an unknown kind of storage: {shown(pid)}")
 
 
-def load(data: bytes) -> Any:
+class _MetadataUnpickler(_Unpickler):
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = f"{module}.{name}" if f"{module}.{name}" in PATHS else name
+        if known in PATHS or (known in METADATA_NAMES and module.startswith(DISTRIBUTED + ".checkpoint.")):
+            return METADATA[known]
+        return super().find_class(module, name)
+
+
+def load(data: bytes, metadata: bool = False) -> Any:
     """Return what `data` pickles, with `TensorRef`, `Record` and plain containers in place of torch's classes.
+
+    Args:
+        metadata: it is a distributed checkpoint's `.metadata`.
 
     Raises:
         MergeError: the pickle names something that is not on the allow-list, or is damaged.
     """
     try:
-        return _Unpickler(io.BytesIO(data)).load()
+        return (_MetadataUnpickler if metadata else _Unpickler)(io.BytesIO(data)).load()
     except MergeError:
         raise
     except Exception as error:  # a damaged pickle raises nearly anything, from KeyError to MemoryError

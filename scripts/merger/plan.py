@@ -15,8 +15,8 @@ from merger.checkpoint import Checkpoint, Tensor
 from merger.dtypes import SAFETENSORS, itemsize
 from merger.filenames import MODEL_STEM
 from merger.layout import Run, cut_dimension, runs_of
+from merger.safetensorsfile import MAX_HEADER
 
-MAX_HEADER = 100_000_000  # bytes; safetensors reads no longer one
 BLOCK_BYTES = 8 << 20  # of source data; two buffers of this size a thread
 
 
@@ -183,8 +183,7 @@ def tensor_blocks(checkpoint: Checkpoint,
     limit = max(block_bytes // size, 1)
     shape, layout = tensor.shape, tensor.layout
     cut = cut_dimension(shape, (box for _, box in layout.pieces))
-    runs = [(rank, checkpoint.offset(rank, tensor), run) for rank, box in layout.pieces
-            for run in runs_of(shape, box, cut)]
+    runs = [(rank, offset, run) for rank, box, offset in checkpoint.places(tensor) for run in runs_of(shape, box, cut)]
     raster = math.prod(shape[cut:]) if cut else 0
     if 0 < raster <= limit:
         rows = math.prod(shape[:cut])

@@ -40,6 +40,7 @@ def requested(options: Options) -> dict[str, Any]:
     return {
         "dtype": options.dtype,
         "lora": options.lora,
+        "model_key": options.model_key,
         "lora_alpha": options.lora_alpha,
         "tied_weights": options.tied_weights,
         "allow": sorted(options.allow),
@@ -121,9 +122,9 @@ def _is_request(value: Any) -> bool:
     """Return True if `value` is what `requested` returns for some options."""
     return (isinstance(value, dict) and set(value) == set(requested(Options(
         ()))) and value["dtype"] in DTYPES and value["lora"] in (None, "adapter", "fuse")
-            and value["tied_weights"] in (None, "keep", "drop") and isinstance(value["lora_alpha"],
-                                                                               (int, float, NoneType))
-            and isinstance(value["allow"], list) and all(isinstance(name, str) for name in value["allow"]))
+            and isinstance(value["model_key"], (str, NoneType)) and value["tied_weights"] in (None, "keep", "drop")
+            and isinstance(value["lora_alpha"], (int, float, NoneType)) and isinstance(value["allow"], list)
+            and all(isinstance(name, str) for name in value["allow"]))
 
 
 def _is_record(record: dict[str, Any]) -> bool:

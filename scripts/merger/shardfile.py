@@ -126,7 +126,7 @@ def read_shard_file(path: Path, pickled: bool = True, seen: Seen | None = None) 
             if kind := _told_apart(os.pread(fd, 64, 0)):
                 raise MergeError(f"{path}: {kind}")
             try:
-                return _read_archive(path, fd, size, pickled, seen)
+                return read_archive(path, fd, size, pickled, seen)
             except struct.error as error:
                 raise MergeError(
                     f"{path}: not a whole .pt archive, truncated or damaged ({error}); it has {size} bytes; "
@@ -147,9 +147,15 @@ def _told_apart(head: bytes) -> str:
     return ""
 
 
-def _read_archive(path: Path, fd: int, size: int, pickled: bool, seen: Seen) -> ShardFile:
+def read_archive(path: Path, fd: int, size: int, pickled: bool, seen: Seen, base: int = 0) -> ShardFile:
+    """Read an archive of `size` bytes that begins at byte `base` of the open file `fd`; see `read_shard_file`.
+
+    Raises:
+        MergeError: see `read_shard_file`.
+        struct.error: it ends in the middle of its directory.
+    """
     try:
-        records = read_directory(fd, size)
+        records = read_directory(fd, size, base)
     except MergeError as error:
         raise MergeError(f"not a whole .pt archive, truncated or damaged ({error}); it has {size} bytes; copy it "
                          "again") from error
@@ -179,13 +185,14 @@ def _content(fd: int, record: Record) -> bytes:
     return os.pread(fd, min(record.size, 64), record.offset)
 
 
-def damaged_records(shard: ShardFile, progress: Callable[[int], None]) -> Iterator[str]:
-    """Yield the keys of those records whose bytes do not have the CRC32 that the archive names, if it does.
+def damaged_records(path: Path, records: Mapping[str, Record], seen: Seen, progress: Callable[[int],
+                                                                                              None]) -> Iterator[str]:
+    """Yield the keys of those records of a file whose bytes do not have the CRC32 that its archive names, if it does.
 
     What `progress` raises, after each `CRC_CHUNK` bytes at the latest, ends it.
     """
-    with shard.seen.descriptor(shard.path) as fd:
-        for key, record in shard.records.items():
+    with seen.descriptor(path) as fd:
+        for key, record in records.items():
             crc = 0
             for start in range(0, record.size, CRC_CHUNK):
                 chunk = os.pread(fd, min(CRC_CHUNK, record.size - start), record.offset + start)

@@ -99,10 +99,28 @@ def read_entries(shard: ShardFile, rank: int) -> dict[str, Entry]:
                              f"({type(error).__name__}: {printable(str(error), 100)})") from error
     if not entries:
         raise MergeError(f"{shard.path}: holds no tensor at all")
+    return dict(zip(without_outer(list(entries)), entries.values(), strict=True))
+
+
+def without_outer(names: list[str]) -> list[str]:
+    """Return names without what wraps the whole model, where all have it."""
     for outer in OUTER:
-        if all(name.startswith(outer) for name in entries):
-            entries = {name.removeprefix(outer): entry for name, entry in entries.items()}
-    return entries
+        if all(name.startswith(outer) for name in names):
+            names = [name.removeprefix(outer) for name in names]
+    return names
+
+
+def without_wrappers(names: list[str]) -> list[str]:
+    """Return all names of a state dict without those of wrapping modules.
+
+    Raises:
+        MergeError: one cannot be a tensor's, or two are the same.
+    """
+    plain = without_outer([as_name(plain_name(name)) for name in names])
+    if len(set(plain)) < len(plain):
+        twice = next(name for index, name in enumerate(plain) if name in plain[:index])
+        raise MergeError(f"{twice} is there twice")
+    return plain
 
 
 def plain_name(key: str) -> str:
@@ -119,7 +137,7 @@ def plain_name(key: str) -> str:
 def _entry(shard: ShardFile, rank: int, value: Any, meshes: dict[int, Mesh]) -> Entry:
     if isinstance(value, TensorRef):
         box = Box((0, ) * len(value.shape), value.shape)
-        return Entry(_known(value.dtype), value.shape, (), ((), ()), box, shard.byte_offset(value),
+        return Entry(known_dtype(value.dtype), value.shape, (), ((), ()), box, shard.byte_offset(value),
                      shard.checksum(value))
     kind = value.kind if isinstance(value, Record) else type(value).__name__
     if kind == "DTensor":
@@ -156,7 +174,7 @@ def _dtensor(shard: ShardFile, rank: int, value: Record, meshes: dict[int, Mesh]
         raise MergeError(f"rank {rank} should hold a piece of shape {list(box.shape)} of {list(shape)}, but holds "
                          f"{list(local.shape)}")
     offset, crc = (shard.byte_offset(local), shard.checksum(local)) if box.numel else (0, 0)
-    return Entry(_known(local.dtype), shape, placements, (mesh.names, mesh.shape), box, offset, crc)
+    return Entry(known_dtype(local.dtype), shape, placements, (mesh.names, mesh.shape), box, offset, crc)
 
 
 def _sharded_tensor(shard: ShardFile, rank: int, value: Record) -> Entry:
@@ -167,7 +185,7 @@ def _sharded_tensor(shard: ShardFile, rank: int, value: Record) -> Entry:
     local_shards, metadata = value.state[0], value.state[1]
     fields = metadata.state
     shape = as_shape(fields["size"])
-    dtype = _known(fields["tensor_properties"].state[0])
+    dtype = known_dtype(fields["tensor_properties"].state[0])
     if type(fields["shards_metadata"]) is not list or type(local_shards) is not list:
         raise MergeError("its shards are no list")
     spec = (("sharded", ), (len(fields["shards_metadata"]), ))
@@ -186,7 +204,12 @@ def _sharded_tensor(shard: ShardFile, rank: int, value: Record) -> Entry:
     return Entry(dtype, shape, (), spec, box, shard.byte_offset(tensor))
 
 
-def _known(dtype: str) -> str:
+def known_dtype(dtype: str) -> str:
+    """Return an element type's name.
+
+    Raises:
+        MergeError: it is none that is supported.
+    """
     if type(dtype) not in (str, Dtype) or dtype not in NUMPY:
         raise MergeError(f"has elements of type {shown(dtype)}, which is not supported")
     return str(dtype)

@@ -5,13 +5,11 @@ of the plan does not hide itself.
 """
 import math
 import mmap
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -20,17 +18,16 @@ from merger.checkpoint import Checkpoint
 from merger.companions import is_weight
 from merger.copying import Sources, factors
 from merger.direct import page_buffer
-from merger.dtypes import NUMPY, SAFETENSORS, itemsize
+from merger.dtypes import NUMPY, itemsize
 from merger.filenames import MODEL_STEM, weight_index
-from merger.foreign.documents import parse, read_object
+from merger.foreign.documents import read_object
 from merger.foreign.files import Seen
 from merger.foreign.text import printable
-from merger.foreign.values import as_name, as_shape, shown
+from merger.foreign.values import shown
 from merger.layout import Box
-from merger.plan import BLOCK_BYTES, MAX_HEADER, Output
-from merger.shardfile import damaged_records, read_shard_file
-
-TORCH_DTYPES = {code: dtype for dtype, code in SAFETENSORS.items()}
+from merger.plan import BLOCK_BYTES, Output
+from merger.safetensorsfile import MAX_HEADER, read_tensors
+from merger.shardfile import damaged_records
 
 
 @dataclass(frozen=True)
@@ -86,24 +83,8 @@ def read_header(path: Path, seen: Seen | None = None) -> dict[str, Stored]:
     """
     seen = seen or Seen()
     with seen.descriptor(path) as fd:
-        length, size = int.from_bytes(os.pread(fd, 8, 0), "little"), seen.identity(path).size
-        if length > min(size, MAX_HEADER):
-            raise MergeError(f"{path} is not a whole safetensors file; merge again with --force")
-        header: dict[str, Any] = parse(os.pread(fd, length, 8))
-    header.pop("__metadata__", None)
-    stored, end = {}, 0
-    for name, entry in header.items():
-        dtype, shape = TORCH_DTYPES[entry["dtype"]], as_shape(entry["shape"])
-        first, last = as_shape(entry["data_offsets"], "offsets")
-        if last - first != math.prod(shape) * itemsize(dtype):
-            raise MergeError(
-                f"{path} places {name} of shape {list(shape)} at bytes {first} to {last}; merge again with "
-                "--force")
-        stored[as_name(name)] = Stored(path, dtype, shape, 8 + length + first, seen)
-        end = max(end, last)
-    if 8 + length + end != size:
-        raise MergeError(f"{path} is not a whole safetensors file; merge again with --force")
-    return stored
+        found, _ = read_tensors(path, fd, seen.identity(path).size, "merge again with --force")
+    return {name: Stored(path, *place, seen) for name, place in found.items()}
 
 
 def check_sources(checkpoint: Checkpoint, threads: int, progress: Callable[[int], None]) -> None:
@@ -121,13 +102,13 @@ def check_sources(checkpoint: Checkpoint, threads: int, progress: Callable[[int]
             progress(count)
 
     def check(rank: int) -> None:
-        shard = read_shard_file(checkpoint.path(rank), pickled=False, seen=checkpoint.files.seen)
-        for key in damaged_records(shard, step):
-            begin, end = shard.records[key].offset, shard.records[key].offset + shard.records[key].size
-            name = next(
-                (name for name, tensor in checkpoint.tensors.items() if begin <= checkpoint.offset(rank, tensor) < end),
-                f"record {key}")
-            raise MergeError(f"{shard.path}: {name} has not the CRC32 that was stored with it; "
+        path, records = checkpoint.path(rank), checkpoint.records(rank)
+        for key in damaged_records(path, records, checkpoint.files.seen, step):
+            begin, end = records[key].offset, records[key].offset + records[key].size
+            name = next((name for name, tensor in checkpoint.tensors.items()
+                         for holder, _, offset in checkpoint.places(tensor, every=True)
+                         if holder == rank and begin <= offset < end), f"record {key}")
+            raise MergeError(f"{path}: {name} has not the CRC32 that was stored with it; "
                              "its bytes changed after it was saved; copy it again")
 
     with ThreadPoolExecutor(threads) as pool:
@@ -159,9 +140,9 @@ def check_output(checkpoint: Checkpoint, outputs: Sequence[Output], stored: Mapp
             if (there.dtype, there.shape) != (output.dtype, source.shape):
                 raise MergeError(f"{output.name} should be {output.dtype} {list(source.shape)}, but {there.path} has "
                                  f"{there.dtype} {list(there.shape)}; merge again with --force")
-            for rank, box in source.layout.holders:
+            for rank, box, begin in checkpoint.places(source, every=True):
                 if box.numel:
-                    _compare(sources, output, there, maps, rank, box, buffer)
+                    _compare(sources, output, there, maps, rank, box, begin, buffer)
             maps.forget(there.path)
             progress(output.nbytes)
 
@@ -194,10 +175,9 @@ class _Maps:
             self._maps[path].madvise(mmap.MADV_DONTNEED)
 
 
-def _compare(sources: Sources, output: Output, stored: Stored, maps: _Maps, rank: int, box: Box,
+def _compare(sources: Sources, output: Output, stored: Stored, maps: _Maps, rank: int, box: Box, begin: int,
              buffer: np.ndarray) -> None:
     source = output.source
-    begin = sources.checkpoint.offset(rank, source)
     whole = maps.view(stored)
     size = itemsize(source.dtype)
     for position, part in slabs(box, BLOCK_BYTES // size):

@@ -40,15 +40,18 @@ class _Entry(NamedTuple):
     header: int
 
 
-def read_directory(fd: int, size: int) -> dict[str, Record]:
+def read_directory(fd: int, size: int, base: int = 0) -> dict[str, Record]:
     """Return the records of an archive of `size` bytes by their names below its one folder.
+
+    Args:
+        base: the byte of the file at which the archive begins; the records' places are those in the file.
 
     Raises:
         MergeError: it is none that `torch.save` writes, or is not whole.
         struct.error: it ends in the middle of its directory.
     """
-    start, length, count = _find(fd, size)
-    entries = _entries(_bytes(fd, start, length), count)
+    start, length, count = _find(fd, size, base)
+    entries = _entries(_bytes(fd, base + start, length), count)
     roots = {entry.name.partition("/")[0] for entry in entries}
     if len(roots) > 1 or any("/" not in entry.name for entry in entries):
         raise MergeError(
@@ -63,8 +66,8 @@ def read_directory(fd: int, size: int) -> dict[str, Record]:
         names.add(name.lower())
         if entry.header < end:
             raise MergeError(f"record {name} overlaps another")
-        record = _locate(fd, size, entry)
-        end = record.offset + record.size
+        record = _locate(fd, size, base, entry)
+        end = record.offset + record.size - base
         records[name] = record
     if entries and min(entry.header for entry in entries) > 0:
         raise MergeError("something stands before its first record")
@@ -80,19 +83,19 @@ def _bytes(fd: int, offset: int, length: int) -> bytes:
     return data
 
 
-def _find(fd: int, size: int) -> tuple[int, int, int]:
+def _find(fd: int, size: int, base: int) -> tuple[int, int, int]:
     """Return the directory's first byte, its bytes, and how many records it has."""
     place = size - END.size
     if place < 0:
         raise MergeError("too short for an archive")
-    signature, disk, disk2, here, count, length, start, comment = END.unpack(_bytes(fd, place, END.size))
+    signature, disk, disk2, here, count, length, start, comment = END.unpack(_bytes(fd, base + place, END.size))
     if signature != b"PK\x05\x06" or comment:
         raise MergeError("no archive's directory at its end")
     if place >= LOCATOR64.size:
-        mark, disk64, start64, disks = LOCATOR64.unpack(_bytes(fd, place - LOCATOR64.size, LOCATOR64.size))
+        mark, disk64, start64, disks = LOCATOR64.unpack(_bytes(fd, base + place - LOCATOR64.size, LOCATOR64.size))
         if mark == b"PK\x06\x07":
             place -= LOCATOR64.size
-            fields = END64.unpack(_bytes(fd, start64, END64.size))
+            fields = END64.unpack(_bytes(fd, base + start64, END64.size))
             plain = ((disk, fields[4]), (disk2, fields[5]), (here, fields[6]), (count, fields[7]), (length, fields[8]),
                      (start, fields[9]))
             if fields[0] != b"PK\x06\x06" or disk64 or disks > 1 or start64 + fields[1] + 12 != place or any(
@@ -147,10 +150,10 @@ def _wide(extra: bytes, *values: int) -> tuple[int, ...]:
     return tuple(wide)
 
 
-def _locate(fd: int, size: int, entry: _Entry) -> Record:
+def _locate(fd: int, size: int, base: int, entry: _Entry) -> Record:
     """Return where a record's bytes are, if its own header says of it what the directory says."""
     raw = entry.name.encode()
-    header = _bytes(fd, entry.header, LOCAL.size + len(raw))
+    header = _bytes(fd, base + entry.header, LOCAL.size + len(raw))
     signature, _, flags, method, _, _, crc, packed, full, name_length, extra_length = LOCAL.unpack_from(header)
     open_ended = (0, FULL32) if flags & DESCRIPTOR else (FULL32, )
     same = all(here == there or here in open_ended
@@ -162,7 +165,7 @@ def _locate(fd: int, size: int, entry: _Entry) -> Record:
     offset = entry.header + LOCAL.size + name_length + extra_length
     if offset + entry.size > size:
         raise MergeError(f"record {entry.name} ends at byte {offset + entry.size}, the file at {size}; it is truncated")
-    return Record(offset, entry.size, entry.crc)
+    return Record(base + offset, entry.size, entry.crc)
 
 
 def check_version(data: bytes | None) -> None:
