@@ -156,6 +156,8 @@ def plot(c: Context, name: str = "", output: str = "") -> None:
           "endpoint": "Address of a server that has the merged models (default: each is served for its evaluation).",
           "endpoint_model": "What it calls them (default: {run}-global_step_{step}).",
           "runner": "local, docker, or auto, as for `merge` and `eval`.",
+          "wandb":
+          "When the run has ended, do what `train.sync --figures` does (default: nothing leaves this machine).",
           "once": "Do what is to do now, and end.",
           "stop": "Stop the run's watcher.",
           "i_understand": "Agree to what an environment does to real accounts.",
@@ -184,6 +186,7 @@ def watch(c: Context,
           endpoint: str = "",
           endpoint_model: str = "",
           runner: str = "auto",
+          wandb: bool = False,
           once: bool = False,
           stop: bool = False,
           i_understand: bool = False) -> None:
@@ -220,6 +223,8 @@ def watch(c: Context,
         endpoint_model=endpoint_model,
         merge_runner=merge.runner_for(runner),
         eval_runner=evaluate.runner_for(runner, "" if endpoint else evaluate.CHECKPOINT) if eval else "",
+        wandb=wandb,
+        runner=runner,
         words=as_words({
             "engine": engine,
             "concurrency": concurrency,
@@ -284,6 +289,8 @@ def check_watch_words(c: Context, words: list[str], used: str) -> Rules | None:
     follow.check_endpoint(given["endpoint"], given["endpoint_model"], "run")
     follow.check_merge(given["dtype"], plans, given["gpus"], given["endpoint"])
     merge.runner_for(given["runner"])
+    if given["wandb"]:
+        follow.check_wandb(None, given["runner"])
     if plans:
         clash = gpu_clash(given["gpus"], given["endpoint"], used, Going(False, "starting", None, ()), True,
                           has_nvidia())
@@ -294,22 +301,31 @@ def check_watch_words(c: Context, words: list[str], used: str) -> Rules | None:
     return None if given["keep_all"] else rules
 
 
-@task(positional=[],
-      auto_shortflags=False,
-      help={
-          "name": "The run's name (default: the one that runs, or the last one made).",
-          "key_file": "File with wandb's key (default: $WANDB_API_KEY, then what `wandb login` left here).",
-          "project": "wandb project (default: the run's own).",
-          "entity": "wandb user or team (default: the key's own).",
-          "runner": "local (this machine's wandb), docker (the training image's), or auto: local where there is one.",
-      })
+@task(
+    positional=[],
+    auto_shortflags=False,
+    help={
+        "name":
+        "The run's name (default: the one that runs, or the last one made).",
+        "key_file":
+        "File with wandb's key (default: $WANDB_API_KEY, then what `wandb login` left here).",
+        "project":
+        "wandb project (default: the run's own).",
+        "entity":
+        "wandb user or team (default: the key's own).",
+        "runner":
+        "local (this machine's wandb), docker (the training image's), or auto: local where there is one.",
+        "figures":
+        "Also what merges and evaluations came to, and the status, to the wandb run of the last attempt that has ended.",
+    })
 def sync(c: Context,
          name: str = "",
          key_file: str = "",
          project: str = "",
          entity: str = "",
-         runner: str = "auto") -> None:
+         runner: str = "auto",
+         figures: bool = False) -> None:
     """Upload a run's offline wandb data."""
     from tasks.lib.training import follow, wandb_sync
-    for line in wandb_sync.sync(c, follow.run_folder(name), runner, key_file, project, entity):
+    for line in wandb_sync.sync(c, follow.run_folder(name), runner, key_file, project, entity, figures):
         print(f"train.sync: {line}")

@@ -18,6 +18,12 @@ What always holds, for a checkpoint and for its optimizer's files:
     pending           a step whose evaluation is still to come stays: with keep_best its checkpoint, for it may be the
                       best; its merged model in any case; its optimizer's files go
 
+What a resume moved out of the trainer's way (aside/attempt-N/global_step_M: half or poisoned, see `training/resume.py`) is
+counted by no rule above. It goes with the run's own, but for
+    newest aside      the whole one that was moved last, of the highest step
+    unverified        a whole one whose model was not merged and compared with its very files
+    no other          all of it, while the run has no verified checkpoint of its own
+
 keep_last counts verified steps only. Counting all of them, two new ones that are damaged would cost every good one.
 A step without an evaluation that is no longer to come has no score: it is never among the best, and no other rule minds.
 """
@@ -77,6 +83,38 @@ class Decision:
     checkpoints: tuple[int, ...] = ()
     merged: tuple[int, ...] = ()
     kept: dict[int, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Aside:
+    """A checkpoint that a resume moved away.
+
+    Attributes:
+        attempt: the one that moved it.
+        number: of its step.
+        whole: nothing is missing that the model needs.
+        verified: a merged model was compared with its files.
+    """
+    attempt: int
+    number: int
+    whole: bool
+    verified: bool
+
+
+def decide_aside(found: Sequence[Aside], candidates: Iterable[Candidate]) -> dict[Aside, str]:
+    """Return what of the checkpoints aside stays, each with its rule; the others go.
+
+    Args:
+        candidates: every step of the run.
+    """
+    if not any(one.raw and one.whole and one.verified for one in candidates):
+        return {one: "no other" for one in found}
+    whole = [one for one in found if one.whole]
+    newest = max(whole, key=lambda one: (one.attempt, one.number), default=None)
+    return {
+        one: "newest aside" if one is newest else "unverified"
+        for one in whole if one is newest or not one.verified
+    }
 
 
 def best(candidates: Iterable[Candidate], count: int) -> list[int]:

@@ -24,11 +24,10 @@ KEY = "k" * 40
 WANDB = """#!{python}
 import json, os, sys
 from pathlib import Path
-folders = [Path(word) for word in sys.argv[2:] if word.startswith("/")]
-Path(os.environ["NOTES"]).write_text(json.dumps([sys.argv[1:], {{k: v for k, v in os.environ.items() if "WANDB" in k or "OPENAI" in k}}]))
-for folder in folders[:int(os.environ.get("ARRIVE", "99"))]:
-    for data in folder.glob("run-*.wandb"):
-        data.with_name(data.name + ".synced").touch()
+with Path(os.environ["NOTES"]).open("a") as notes:
+    notes.write(json.dumps([sys.argv[1:], {{k: v for k, v in os.environ.items() if "WANDB" in k or "OPENAI" in k}}]) + "\\n")
+if "ARRIVE" not in os.environ or os.environ["ARRIVE"] in sys.argv[-1]:
+    print("Syncing: http://there/me/p/runs/x ... done.")
 sys.exit(int(os.environ.get("CODE", "0")))
 """
 
@@ -69,10 +68,11 @@ def sync(project, tmp_path) -> Callable[..., subprocess.CompletedProcess[str]]:
 def test_what_was_not_uploaded_is_and_the_key_is_in_no_argument(run, sync, tmp_path):
     done = sync(WANDB_API_KEY=KEY, WANDB_MODE="offline", OPENAI_API_KEY="sk")
     assert done.returncode == 0, done.stderr
-    argv, environ = json.loads((tmp_path / "notes").read_text())
-    assert argv == ["sync", *(str(path) for path in sorted(run.wandb.iterdir()))]
-    assert environ == {"WANDB_API_KEY": KEY}
-    assert done.stdout == ("train.sync: 2 of wandb's runs go to https://api.wandb.ai\ntrain.sync: 2 uploaded to https://api.wandb.ai\n")
+    calls = [json.loads(line) for line in (tmp_path / "notes").read_text().splitlines()]
+    assert [argv for argv, _ in calls] == [["sync", str(path)] for path in sorted(run.wandb.iterdir())]
+    assert all(environ == {"WANDB_API_KEY": KEY} for _, environ in calls)
+    assert done.stdout.splitlines()[0] == "train.sync: 2 of wandb's runs go to https://api.wandb.ai"
+    assert done.stdout.splitlines()[-1] == "train.sync: 2 uploaded to https://api.wandb.ai"
     again = sync(WANDB_API_KEY=KEY)
     assert again.returncode == 0 and "offline-run-20260101_000000-aaaaaaaa was uploaded before" in again.stdout and "nothing to upload" in again.stdout
     time.sleep(0.05)
@@ -83,7 +83,7 @@ def test_what_was_not_uploaded_is_and_the_key_is_in_no_argument(run, sync, tmp_p
 def test_a_key_in_a_file_and_names(run, sync, tmp_path):
     (tmp_path / "key").write_text(KEY + "\n")
     done = sync(f"--key-file={tmp_path / 'key'}", "--project=p", "--entity=team", WANDB_BASE_URL="http://wandb.example/")
-    argv, environ = json.loads((tmp_path / "notes").read_text())
+    argv, environ = json.loads((tmp_path / "notes").read_text().splitlines()[0])
     assert done.returncode == 0 and argv[:5] == ["sync", "--project", "p", "--entity", "team"] and environ["WANDB_API_KEY"] == KEY
     assert "go to http://wandb.example\n" in done.stdout
 
@@ -93,8 +93,9 @@ def test_a_key_in_a_file_and_names(run, sync, tmp_path):
     (["--key-file=/none"], {}, 2, "--key-file /none cannot be read: No such file"),
     (["--key-file=/dev/null"], {}, 2, "--key-file /dev/null holds no key"),
     (["--runner=here"], {"WANDB_API_KEY": KEY}, 2, "unknown runner 'here'"),
+    (["--figures"], {}, 2, "no key for https://api.wandb.ai: set WANDB_API_KEY"),
     ([], {"WANDB_API_KEY": KEY, "CODE": "3"}, 1, "wandb ended with the exit code 3"),
-    ([], {"WANDB_API_KEY": KEY, "ARRIVE": "1"}, 1, "offline-run-20260102_000000-bbbbbbbb did not arrive at https://api.wandb.ai"),
+    ([], {"WANDB_API_KEY": KEY, "ARRIVE": "aaaaaaaa"}, 1, "offline-run-20260102_000000-bbbbbbbb did not arrive at https://api.wandb.ai"),
 ])
 def test_what_does_not_arrive_is_one_line(flags, variables, code, said, run, sync):
     done = sync(*flags, **variables)
@@ -122,13 +123,26 @@ def test_in_the_container_the_key_comes_as_a_file(words, run, sync, project):
     (project / "key").write_text(KEY)
     done = sync(*words, dry=True, WANDB_API_KEY=KEY)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"run .*train wandb sync /workspace/saves/run1/wandb/offline-run-\S+aaaaaaaa /workspace/saves/run1/wandb/", done.stdout)
+    assert re.search(r"run .*train python -m training upload /workspace/saves/run1/wandb/offline-run-\S+aaaaaaaa /workspace/saves/run1/wandb/", done.stdout)
     assert KEY not in done.stdout + done.stderr
 
 
 def test_without_runs_it_says_so(run, sync):
     shutil.rmtree(run.wandb)
     assert "nothing to upload in" in sync(WANDB_API_KEY=KEY).stdout
+    figures = sync("--figures", WANDB_API_KEY=KEY)
+    assert figures.returncode == 2 and "holds no wandb run to send figures to" in figures.stderr and figures.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("words, told", [
+    ([], r"python\S* -m training upload --wandb \S+/wandb /\S+aaaaaaaa /\S+bbbbbbbb\n.*python\S* -m training figures /\S+/saves/run1\n"),
+    (["--project=q"], r"upload --project q .*\n.*figures --project q /"),
+    (["--runner=docker"], r"run .*train python -m training upload /workspace/.*\n(.*\n)*.*run .*train python -m training figures /workspace/saves/run1"),
+])
+def test_figures_follow_the_trainers_own_data(words, told, run, sync):
+    done = sync("--figures", *words, dry=True, WANDB_API_KEY=KEY)
+    assert done.returncode == 0 and re.search(told, done.stdout), done.stdout + done.stderr
+    assert KEY not in done.stdout + done.stderr
 
 
 def test_wandbs_own_command_reaches_the_address_with_the_key_in_a_header_alone(run, sync, tmp_path):

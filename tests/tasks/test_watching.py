@@ -421,3 +421,39 @@ def test_two_watchers_at_once_one_works(run):
     ended(run)
     assert first.wait(timeout=60) == 0
     assert merged(run) == [2]
+
+
+def test_what_a_resume_moved_away_goes_but_for_what_may_be_needed(run):
+    checkpoint(run.path, 2)
+    hands, said = Hands(), []
+    made = watcher(run, hands, KEEP_TWO, said=said)
+    assert made.once()
+    checkpoint(run.path, 4)
+    assert made.once()
+    away = run.aside / "attempt-2"
+    away.mkdir(parents=True)
+    run.checkpoint(4).rename(away / "global_step_4")  # compared with its merged model, and the newest that is whole
+    checkpoint(away, 3, track=False)  # never merged
+    (checkpoint(away, 6, track=False) / "data.pt").unlink()
+    (away / "rollouts" / "step5").mkdir(parents=True)
+    assert made.once()
+    assert sorted(path.name for path in away.iterdir()) == ["global_step_3", "global_step_4", "rollouts"]
+    assert any(line.startswith("step 6: pruned its checkpoint aside") for line in said)
+    assert len([line for line in said if f"{away}/global_step_3 was never merged and compared, so it stays" in line]) == 1
+    again = run.aside / "attempt-3"
+    checkpoint(again, 1, track=False)
+    assert made.once()
+    assert sorted(path.name for path in away.iterdir()) == ["global_step_3", "rollouts"] and (again / "global_step_1").is_dir()
+    assert raw(run) == [2]
+
+
+def test_the_run_writes_no_more_before_its_figures_go_elsewhere(run):
+    checkpoint(run.path, 2)
+    for ended, done in ((False, ["merge 2"]), (True, ["publish"]), (None, ["publish"])):
+        hands = Hands()
+        made = watcher(run, hands, KEEP_TWO, state=lambda run, ended=ended: Going(ended, "finished", None, ()))
+        assert made.once() and made.publish() and hands.done == done
+        made.lease.release()
+    hands.fails["publish"] = "train.sync: no network (exit code 1; log)"
+    made.lease.take()
+    assert not made.publish() and made.failures["wandb"].reason == hands.fails["publish"]

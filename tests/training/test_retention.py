@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.retention import Candidate, Rules, best, decide
+from training.retention import Aside, Candidate, Rules, best, decide, decide_aside
 
 ALL = {"keep_last": 1, "keep_every": 0, "keep_best": 0, "keep_optimizer": 1}
 
@@ -135,3 +135,12 @@ def test_no_case_loses_what_must_stay(candidates, rules, resumed, reached):
     # Applied again to what is left, the rules take nothing more.
     left = [one for one in candidates if one.number not in gone]
     assert decide(left, rules, resumed, reached).checkpoints == ()
+
+
+def test_of_what_a_resume_moved_away_the_newest_whole_one_and_the_unverified_stay():
+    half, poisoned, compared, newest = Aside(2, 9, False, False), Aside(2, 6, True, False), Aside(2, 4, True, True), Aside(3, 4, True, True)
+    found = [half, poisoned, compared, newest]
+    assert decide_aside(found, steps(2, 4)) == {poisoned: "unverified", newest: "newest aside"}
+    assert decide_aside(found, steps(2, 4, verified=False)) == dict.fromkeys(found, "no other")
+    assert decide_aside(found, [Candidate(4, raw=False)]) == dict.fromkeys(found, "no other")
+    assert decide_aside([half], steps(2)) == {}

@@ -151,6 +151,7 @@ class Asked:
         flags: those of DECISIVE.
         rules: what stays; prune: whether anything goes.
         merge_runner, eval_runner: local or docker.
+        wandb: --wandb; runner: --runner, for it.
         words: further flags of `invoke eval`.
     """
     run: RunFolder
@@ -166,6 +167,8 @@ class Asked:
     endpoint_model: str
     merge_runner: str
     eval_runner: str
+    wandb: bool
+    runner: str
     words: Sequence[str]
 
 
@@ -181,6 +184,21 @@ def check_merge(dtype: str, plans: Sequence[Plan], gpus: str, endpoint: str) -> 
         raise UserError(f"--{'gpus' if gpus else 'endpoint'} is about evaluations; say of what with --eval")
 
 
+def check_wandb(run: RunFolder | None, runner: str) -> None:
+    """Refuse what could send nothing to wandb at the end of the run.
+
+    Args:
+        run: None where it is not there yet.
+
+    Raises:
+        UserError: no key, no wandb, or a run that does not log there.
+    """
+    from tasks.lib.training import wandb_sync
+    wandb_sync.way(runner, "")
+    if run and wandb_sync.logs_to_wandb(run) is False:
+        raise UserError(f"--wandb: {run.name} does not log to wandb, as its trainer.logger says; leave --wandb out")
+
+
 def watcher(asked: Asked) -> Watcher:
     """Return the watcher that was asked for.
 
@@ -192,6 +210,8 @@ def watcher(asked: Asked) -> Watcher:
     servers = servers_of(asked.server, [plan.environment for plan in plans])
     check_endpoint(asked.endpoint, asked.endpoint_model, run.name)
     check_merge(asked.dtype, plans, asked.gpus, asked.endpoint)
+    if asked.wandb:
+        check_wandb(run, asked.runner)
     if plans:
         used, here = used_gpus(run)
         clash = gpu_clash(asked.gpus, asked.endpoint, used, going(run), here, has_nvidia())
@@ -205,7 +225,8 @@ def watcher(asked: Asked) -> Watcher:
                         model_name=asked.endpoint_model or InvokeHands.model_name,
                         servers=servers,
                         words=tuple(asked.words),
-                        dtype=asked.dtype)
+                        dtype=asked.dtype,
+                        wandb_runner=asked.runner if asked.wandb else "")
     return Watcher(run, asked.rules if asked.prune else None, plans, hands, lease.Lease(run.path / LOCK), going,
                    lambda line: print(f"train.watch: {line}", flush=True))
 
@@ -240,6 +261,7 @@ def watch(dry: bool, made: Watcher, once: bool) -> None:
                             f"{name} --stop` stops that one") from None
         try:
             good = made.once() if once else made.follow()
+            good = (not once or made.publish()) and good
         except lease.Lost as owner:
             raise UserError(f"{owner} follows {name} by now; this watcher ends", code=1) from None
         finally:
@@ -266,6 +288,10 @@ def show(made: Watcher) -> None:
             print(f"step {number}: prune {what}")
     for number, why in decision.kept.items():
         print(f"step {number}: keep ({', '.join(why)})")
+    aside, kept = made.aside(steps)
+    for one, folder in aside.items():
+        print(f"step {one.number}: keep {folder} ({kept[one]})" if one in
+              kept else f"step {one.number}: prune {folder}")
 
 
 def command(name: str, words: Sequence[str]) -> list[str]:

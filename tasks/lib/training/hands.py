@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tasks.lib.host import processes
 from tasks.lib.settings import ROOT, resolve
 from tasks.lib.training.watching import Failed, Going, Plan
 from training.environment import Stays
@@ -29,7 +30,7 @@ if os.getppid() != int(sys.argv[1]):
 os.nice(int(sys.argv[2]))
 os.execv(sys.executable, [sys.executable, *sys.argv[3:]])
 """
-SPEAKERS = ("merge: ", "eval: ", "docker: ", "eval.report: ")
+SPEAKERS = ("merge: ", "eval: ", "docker: ", "eval.report: ", "training: ", "train.sync: ")
 
 
 def run_tethered(words: Sequence[str], log: Path, env: Mapping[str, str] | None = None, nice: int = 0) -> int:
@@ -73,6 +74,7 @@ class InvokeHands:
         servers: addresses of environments' servers, by environment.
         words: further flags of `invoke eval`, of which the numbers do not depend.
         dtype: element type of the merged model; empty for the merger's default.
+        wandb_runner: --runner of `train.sync`; empty where nothing goes to wandb.
     """
     run: str
     merge_runner: str
@@ -83,6 +85,7 @@ class InvokeHands:
     servers: Mapping[str, str] | None = None
     words: tuple[str, ...] = ()
     dtype: str = ""
+    wandb_runner: str = ""
 
     def merge_words(self, shards: Path, target: Path) -> list[str]:
         """Return the command line of a merge."""
@@ -140,6 +143,18 @@ class InvokeHands:
         """
         words = [word for folder in folders for word in ("--run", str(folder))]
         self._invoke(["eval.report", *words, f"--out={out}"], log, dict(os.environ))
+
+    def publish(self, log: Path) -> str:
+        """Send what the run came to to wandb; return the last line that was said, empty where nothing is to be sent.
+
+        Raises:
+            Failed: with the line that says why.
+        """
+        if not self.wandb_runner:
+            return ""
+        words = ["train.sync", f"--name={self.run}", f"--runner={self.wandb_runner}", "--figures"]
+        self._invoke(words, log, dict(os.environ))
+        return shown(processes.last_line(log))
 
     def _invoke(self, words: Sequence[str], log: Path, env: Mapping[str, str], nice: int = 0) -> None:
         code = run_tethered(["-m", "invoke", *words], log, env, nice)

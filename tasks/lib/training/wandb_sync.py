@@ -1,16 +1,18 @@
-"""Upload a run's offline wandb runs with wandb's own command; the key goes by the environment or as a file, never in argv.
+"""Upload a run's offline wandb runs, and what its checkpoints came to, by `training.uploading` and wandb's own programs.
 
-The trainer writes saves/NAME/wandb/offline-run-DATE-ID/run-ID.wandb, one folder an attempt; `wandb sync` puts
-run-ID.wandb.synced beside it. A folder that is still being written is left out: what came after an upload would never be
-sent.
+The key goes by the environment or as a file, never in argv. The trainer writes
+saves/NAME/wandb/offline-run-DATE-ID/run-ID.wandb, one folder an attempt. One that is still being written is left out:
+what came after an upload would never be sent.
 """
 from __future__ import annotations
 
 import netrc
 import os
+import shlex
 import shutil
 import subprocess
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ from tasks.lib.host.programs import choose_program_runner
 from tasks.lib.settings import ROOT, SETTINGS, resolve
 from training.folder import RunFolder
 from training.status import status
+from training.uploading import data_of, mark_of, wandb_id
 
 PUBLIC = "https://api.wandb.ai"
 
@@ -45,8 +48,9 @@ def offline_runs(run: RunFolder) -> list[Offline]:
     """Return the run's offline wandb runs, the first one first."""
     found = []
     for folder in sorted(run.wandb.glob("offline-run-*")):
-        for data in sorted(folder.glob("run-*.wandb")):
-            mark = data.with_name(data.name + ".synced")
+        data = data_of(folder)
+        if data:
+            mark = mark_of(data)
             found.append(Offline(folder, mark.exists() and mark.stat().st_mtime >= data.stat().st_mtime))
     return found
 
@@ -96,24 +100,54 @@ def logged_in(address: str) -> bool:
         return False
 
 
-def surroundings(environ: Mapping[str, str], key: str) -> dict[str, str]:
-    """Return the environment of wandb's command: with its key, without ours, and with no mode that keeps it offline."""
-    left_out = {"WANDB_MODE", *(name for name, setting in SETTINGS.items() if setting.secret)}
-    kept = {name: value for name, value in environ.items() if name not in left_out}
-    return {**kept, **({"WANDB_API_KEY": key} if key else {})}
-
-
-def sync(c: Context, run: RunFolder, runner: str, key_file: str, project: str, entity: str) -> list[str]:
-    """Upload what was not uploaded; return what to say.
+def python_of(wandb: str) -> str:
+    """Return the Python that has the package of the program `wandb`: the one that its first line names, or the one beside it.
 
     Raises:
-        UserError: there is no key or no wandb, or something did not arrive.
+        UserError: neither is there.
+    """
+    with suppress(OSError, UnicodeDecodeError), open(wandb, encoding="utf-8") as file:
+        named = file.readline(4096).removeprefix("#!").strip()
+        if Path(named).name.startswith("python") and os.access(named, os.X_OK):
+            return named
+    beside = Path(wandb).resolve().parent / "python"
+    if os.access(beside, os.X_OK):
+        return str(beside)
+    raise UserError(f"{wandb} tells no Python that has its package; name one with TRAIN_PYTHON, or use --runner docker")
+
+
+def surroundings(environ: Mapping[str, str], key: str) -> dict[str, str]:
+    """Return the environment of wandb's programs: with its key, without ours, and with no mode that keeps it offline."""
+    left_out = {"WANDB_MODE", *(name for name, setting in SETTINGS.items() if setting.secret)}
+    kept = {name: value for name, value in environ.items() if name not in left_out}
+    path = os.pathsep.join(filter(None, (str(ROOT), environ.get("PYTHONPATH"))))
+    return {**kept, **({"WANDB_API_KEY": key} if key else {}), "PYTHONPATH": path}
+
+
+@dataclass(frozen=True)
+class Way:
+    """How wandb is reached.
+
+    Attributes:
+        runner: local or docker.
+        wandb: its program; empty in the container.
+        key: empty where `wandb login` left one here.
+        address: of the service.
+    """
+    runner: str
+    wandb: str
+    key: str
+    address: str
+
+
+def way(runner: str, key_file: str) -> Way:
+    """Return how wandb is reached, without reaching for it.
+
+    Raises:
+        UserError: there is no key or no wandb.
     """
     key, wandb = read_key(key_file), program(os.environ)
     chosen = choose_program_runner(runner, bool(wandb))
-    folders, said = to_upload(run)
-    if not folders:
-        return [*said, f"nothing to upload in {run.wandb}"]
     address = os.environ.get("WANDB_BASE_URL", "").strip().rstrip("/") or PUBLIC
     if chosen == "local" and not wandb:
         raise UserError(
@@ -122,33 +156,92 @@ def sync(c: Context, run: RunFolder, runner: str, key_file: str, project: str, e
     if not key and not (chosen == "local" and logged_in(address)):
         raise UserError(f"no key for {address}: set WANDB_API_KEY, in the environment or in .env, or name a file with "
                         "--key-file")
+    return Way(chosen, wandb if chosen == "local" else "", key, address)
+
+
+def logs_to_wandb(run: RunFolder) -> bool | None:
+    """Tell whether the run's trainer logs to wandb; None where run.json does not tell."""
+    try:
+        told = run.read()
+    except (OSError, ValueError):
+        return None
+    trainer = (told.get("resolved") or {}).get("trainer")
+    logger = trainer.get("logger") if isinstance(trainer, dict) else None
+    return "wandb" in logger if isinstance(logger, (list, str)) else None
+
+
+def sync(c: Context,
+         run: RunFolder,
+         runner: str,
+         key_file: str,
+         project: str,
+         entity: str,
+         figures: bool = False) -> Iterator[str]:
+    """Upload what was not uploaded, and with `figures` what the checkpoints came to; give what to say as it comes.
+
+    Raises:
+        UserError: there is no key or no wandb, or something did not arrive.
+    """
+    folders, said = to_upload(run)
+    if not folders and not figures:
+        yield from said
+        yield f"nothing to upload in {run.wandb}"
+        return
+    if figures and not wandb_id(run):
+        raise UserError(f"{run.wandb} holds no wandb run to send figures to; a run writes one where its trainer.logger "
+                        "names wandb")
+    how = way(runner, key_file)
+    yield from said
     flags = [*(["--project", project] if project else []), *(["--entity", entity] if entity else [])]
-    print(f"train.sync: {len(folders)} of wandb's runs go to {address}", flush=True)
-    if chosen == "docker":
-        os.environ["WANDB_API_KEY"] = key  # where Compose reads it, and where it is known as a secret
+    if folders:
+        yield f"{len(folders)} of wandb's runs go to {how.address}"
+        program = ["--wandb", how.wandb] if how.wandb else []
+        code = _run(c, run, how, ["upload", *flags, *program], folders, sys.executable)
+        if not c.config.run.dry:
+            if code:
+                raise UserError(f"wandb ended with the exit code {code}; run it again to go on", code=1)
+            missing = [one.folder.name for one in offline_runs(run) if one.folder in folders and not one.synced]
+            if missing:  # its exit code is 0 all the same
+                raise UserError(
+                    f"{', '.join(missing)} did not arrive at {how.address}, as wandb said above; run it again to go on",
+                    code=1)
+            yield f"{len(folders)} uploaded to {how.address}"
+    if figures:
+        named = project or project_of(run)
+        flags = [*(["--project", named] if named else []), *(["--entity", entity] if entity else [])]
+        if _run(c, run, how, ["figures", *flags], [run.path], python_of(how.wandb) if how.wandb else ""):
+            raise UserError(code=1)
+
+
+def project_of(run: RunFolder) -> str:
+    """Return the wandb project that the trainer names; empty where run.json does not tell."""
+    with suppress(OSError, ValueError):
+        trainer = (run.read().get("resolved") or {}).get("trainer")
+        if isinstance(trainer, dict) and isinstance(trainer.get("project_name"), str):
+            return str(trainer["project_name"])
+    return ""
+
+
+def _run(c: Context, run: RunFolder, how: Way, words: list[str], folders: Sequence[Path], python: str) -> int:
+    """Run `python -m training …` here or in the training image; return its exit code."""
+    if how.runner == "docker":
+        os.environ["WANDB_API_KEY"] = how.key  # where Compose reads it, and where it is known as a secret
         inside = [Translation(ROOT).path(folder) for folder in folders]
-        where = ["env", f"WANDB_BASE_URL={address}"] if address != PUBLIC else []
+        where = ["env", f"WANDB_BASE_URL={how.address}"] if how.address != PUBLIC else []
         containers.run(c,
-                       "train", [*where, "wandb", "sync", *flags, *inside],
+                       "train", [*where, "python", "-m", "training", *words, *inside],
                        gpus="none",
                        variables={
-                           "WANDB_API_KEY": key,
+                           "WANDB_API_KEY": how.key,
                            "WANDB_MODE": "online"
                        })
-    elif c.config.run.dry:
-        print(" ".join([wandb, "sync", *flags, *map(str, folders)]))
-    else:
-        code = subprocess.run([wandb, "sync", *flags, *map(str, folders)],
-                              cwd=run.path,
-                              env=surroundings(os.environ, key),
-                              stdin=subprocess.DEVNULL,
-                              check=False).returncode
-        if code:
-            raise UserError(f"wandb ended with the exit code {code}; run it again to go on", code=1)
+        return 0
+    argv = [python, "-m", "training", *words, *map(str, folders)]
     if c.config.run.dry:
-        return said
-    missing = [one.folder.name for one in offline_runs(run) if one.folder in folders and not one.synced]
-    if missing:  # its exit code is 0 all the same
-        raise UserError(f"{', '.join(missing)} did not arrive at {address}, as wandb said above; run it again to go on",
-                        code=1)
-    return [*said, f"{len(folders)} uploaded to {address}"]
+        print(shlex.join(argv))
+        return 0
+    return subprocess.run(argv,
+                          cwd=run.path,
+                          env=surroundings(os.environ, how.key),
+                          stdin=subprocess.DEVNULL,
+                          check=False).returncode

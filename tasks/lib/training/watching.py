@@ -77,6 +77,9 @@ class Hands(Protocol):
     def report(self, folders: Sequence[Path], out: Path, log: Path) -> None:
         """Write a report of all evaluations; raises Failed."""
 
+    def publish(self, log: Path) -> str:
+        """Send what the run came to where the user wants it; return what to say, "" for nowhere; raises Failed."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -241,6 +244,17 @@ def candidates(steps: Sequence[Step], points: Sequence[curve.Point], plans: Sequ
     return found
 
 
+def look_aside(run: RunFolder) -> dict[retention.Aside, Path]:
+    """Return the checkpoints that resumes moved away, each with its folder, the first moved first."""
+    found = {}
+    for attempt in sorted(int(path.name[8:]) for path in run.aside.glob("attempt-*") if path.name[8:].isdecimal()):
+        folder = run.aside / f"attempt-{attempt}"
+        for step in checkpoints.steps(folder):
+            compared = step.model_whole and verified(run.merged / step.path.name, step.path / "actor")
+            found[retention.Aside(attempt, step.number, step.model_whole, compared)] = step.path
+    return found
+
+
 @dataclass(frozen=True)
 class Going:
     """What a run is doing.
@@ -316,12 +330,28 @@ class Watcher:
                 for failure in self.failures.values():  # once more, now that nothing else comes
                     failure.again = 0.0
                 good = self.once()
+                good = self.publish() and good
                 self._show("ended")
                 how = {"died": "has died", "vanished": "has vanished"}.get(going.state, f"is {going.state}")
                 self.say(f"the run {how}; nothing more will come" +
                          ("" if going.state == "finished" else f" until `invoke train.resume --name {self.run.name}`"))
                 return good
             time.sleep(self.poll)
+
+    def publish(self) -> bool:
+        """Send figures elsewhere where the run writes no more; return whether that did not fail."""
+        if self.going(self.run).ended is False:
+            return True
+        self.lease.check()
+        self.run.logs.mkdir(exist_ok=True)
+        try:
+            said = self.hands.publish(self.run.logs / "publish.log")
+        except Failed as error:
+            self.failures["wandb"] = Failure(str(error), 1, 0.0, "")
+            return False
+        if said:
+            self.say(said)
+        return True
 
     def _do(self, work: Work) -> None:
         self.lease.check()
@@ -447,6 +477,23 @@ class Watcher:
             step = by_number[number]
             if not step.folder.exists():  # its checkpoint may have stayed after all
                 self._remove(number, "merged", partial(pruning.remove, step.target, self.lease.check))
+        self._prune_aside(steps)
+
+    def aside(self, steps: Sequence[Step]) -> tuple[dict[retention.Aside, Path], dict[retention.Aside, str]]:
+        """Return what resumes moved away, and what of it stays, with the rule."""
+        if self.rules is None:
+            return {}, {}
+        found = look_aside(self.run)
+        return found, retention.decide_aside(list(found), candidates(steps, (), (), {})) if found else {}
+
+    def _prune_aside(self, steps: Sequence[Step]) -> None:
+        found, kept = self.aside(steps)
+        for one, folder in found.items():
+            if one not in kept:
+                self._remove(one.number, "aside", partial(pruning.remove, folder, self.lease.check))
+            elif kept[one] == "unverified":
+                self._say_once(f"step {one.number}: {folder} was never merged and compared, so it stays; remove it by "
+                               "hand where nobody needs it")
 
     def _check(self, step: Step) -> None:
         """Look once more, just before a checkpoint or a part of it goes.
@@ -466,12 +513,12 @@ class Watcher:
             self._say_once(f"step {number}: its {what} stays: {error.filename} {error.strerror}")
             return
         self.run.append_event("pruned", step=number, what=what, bytes=size)
-        words = {"optimizer": "optimizer's files", "merged": "merged model"}
+        words = {"optimizer": "optimizer's files", "merged": "merged model", "aside": "checkpoint aside"}
         self.say(f"step {number}: pruned its {words.get(what, what)}, {size / 1e9:.2f} GB")
 
     def _finish(self) -> None:
         """Finish what a watcher that was killed left half deleted."""
-        for folder in (self.run.path, self.run.merged, self.run.eval):
+        for folder in (self.run.path, self.run.merged, self.run.eval, *self.run.aside.glob("attempt-*")):
             for path in pruning.finish(folder):
                 self._say_once(f"left {path}, which cannot be removed; mend the permissions and remove it")
 
