@@ -63,7 +63,7 @@ def served(c: Context, row: "Environment", runner: str, understood: bool, second
 
     def leave(shared: bool) -> None:
         if shared:
-            tell(f"left {row.name} up, another evaluation uses it")
+            tell(f"left {row.name} up, another evaluation or a run uses it")
         else:
             stop_server(c, row.name)
             tell(f"stopped {row.name}")

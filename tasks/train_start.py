@@ -6,7 +6,6 @@ import os
 import shlex
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +14,13 @@ from invoke.context import Context
 from invoke.tasks import task
 
 from tasks.lib.errors import UserError
+from tasks.lib.flags import helps, repeatable, takes
 from tasks.lib.notices import TASK, say
 from tasks.lib.settings import ROOT, effective_environment, resolve
+from tasks.lib.training.asked import Asked, Beside, Checked, Resumed, Started
 
 if TYPE_CHECKING:
     from tasks.lib.environments.rows import Environment
-    from tasks.lib.environments.running import Running
     from tasks.lib.training.facts import Facts, Server
     from tasks.lib.training.follow import Rules
     from tasks.lib.training.launch import Decided
@@ -29,64 +29,8 @@ if TYPE_CHECKING:
     from tasks.lib.training.plan import Chosen
     from tasks.lib.training.rules import Case, Report
 
-WHAT = {
-    "env": "Environment that is played (default: the script's, then $ENV).",
-    "model": "Folder of the Hugging Face model, or its name in models/ (default: the script's or preset's).",
-    "name": "Name of the run and its folder, saves/NAME (default: ENV-ALGORITHM-fixed|scaling-DATE-TIME).",
-    "algorithm": "grpo or reinforce++ (default: the preset's or script's, grpo).",
-    "rounds": "Rounds of an episode, a fixed number (default: the preset's or script's).",
-    "scaling_inter": "ScalingInter: rounds of each stage, such as 6,13,20.",
-    "every": "With --scaling-inter, steps of a stage (default: the preset's or script's, 100).",
-    "steps": "Steps to train (default: all epochs of the preset or script, less one step).",
-    "gpus": "GPUs: all, or indices such as 0,1 (default: $GPUS, then all).",
-    "shm_size": "With --runner docker, shared memory of the container, such as 64g (default: $SHM_SIZE, then 32g).",
-    "preset": "fixed, scaling, or a TOML file of the trainer's keys. Repeatable; the last wins.",
-    "script": "Take the overrides of one of AgentGym-RL's training scripts, or of a copy of yours.",
-    "server": "Address of the environment server, for the trainer (default: the one that is up, else one is started).",
-    "replicas":
-    "Servers behind the one address, where one is started; with --server, those that are there (default: 1).",
-    "runner": "auto (default: docker where there is one, else local), docker, or local (a Python of this machine).",
-    "python": "With --runner local, the Python with AgentGym-RL's packages (default: $TRAIN_PYTHON, then this one).",
-    "skip": "Checks to leave out, by their ids: gpus,disk. They are written down in run.json.",
-    "i_understand": "Agree to what the environment does to real accounts; it says what when this is missing.",
-}
-HOW = {
-    "retries": "Deaths from which it resumes by itself: environment, Ray worker, NCCL (default: 0).",
-    "on_env_loss": "Where the environment was away in a step: stop (default) at the last good checkpoint, or continue.",
-    "stop_seconds": "Seconds that the trainer has to end before it is killed (default: 30).",
-    "attach": "Follow the log; Ctrl-C leaves the run going.",
-    "watch": "Merge, evaluate and prune its checkpoints as they come, as `train.watch` does.",
-    "watch_flags": "Flags of `train.watch` for that, in one word: '--eval=babyai --limit=50 --keep-last=2'.",
-    "wait": "Seconds until an environment server that is started must be ready (default: 120).",
-}
-
 # What a run.json must have to go on from it.
 NEEDED = ("environment", "overrides", "command", "folder", "runner", "presets", "variables", "algorithm", "options")
-
-
-@dataclass
-class Asked:
-    """The flags that `check` and `start` share, as typed."""
-    env: str = ""
-    model: str = ""
-    name: str = ""
-    algorithm: str = ""
-    rounds: str = ""
-    scaling_inter: str = ""
-    every: str = ""
-    steps: str = ""
-    gpus: str = ""
-    shm_size: str = ""
-    preset: tuple[str, ...] = ()
-    script: str = ""
-    server: str = ""
-    replicas: str = ""
-    runner: str = "auto"
-    python: str = ""
-    skip: str = ""
-    i_understand: bool = False
-    typed: tuple[str, ...] = ()
-    retention: Rules | None = None
 
 
 @dataclass
@@ -99,32 +43,12 @@ class Prepared:
     replicas: int
 
 
-@task(positional=[], auto_shortflags=False, iterable=["preset"], help={**WHAT, "json": "Print the findings as JSON."})
-def check(c: Context,
-          env: str = "",
-          model: str = "",
-          name: str = "",
-          algorithm: str = "",
-          rounds: str = "",
-          scaling_inter: str = "",
-          every: str = "",
-          steps: str = "",
-          gpus: str = "",
-          shm_size: str = "",
-          preset: list[str] | None = None,
-          script: str = "",
-          server: str = "",
-          replicas: str = "",
-          runner: str = "auto",
-          python: str = "",
-          skip: str = "",
-          i_understand: bool = False,
-          json: bool = False) -> None:
+@task(positional=[], auto_shortflags=False, iterable=repeatable(Checked), help=helps(Checked))
+@takes(Checked)
+def check(c: Context, asked: Checked) -> None:
     """Check a training run before it starts."""
-    asked = Asked(env, model, name, algorithm, rounds, scaling_inter, every, steps, gpus, shm_size, tuple(preset or ()),
-                  script, server, replicas, runner, python, skip, i_understand, _typed(c))
-    prepared = prepare(c, asked, quiet=json)
-    if json:
+    prepared = prepare(c, asked, _typed(c), quiet=asked.json)
+    if asked.json:
         print(_dumps(prepared.report.as_dict()))
         if prepared.report.findings:
             raise UserError()
@@ -133,95 +57,57 @@ def check(c: Context,
     tell(f"{len(prepared.report.passed)} checks passed; `invoke train.start` with the same words starts it")
 
 
-@task(positional=[], auto_shortflags=False, iterable=["preset"], help={**WHAT, **HOW})
-def start(c: Context,
-          env: str = "",
-          model: str = "",
-          name: str = "",
-          algorithm: str = "",
-          rounds: str = "",
-          scaling_inter: str = "",
-          every: str = "",
-          steps: str = "",
-          gpus: str = "",
-          shm_size: str = "",
-          preset: list[str] | None = None,
-          script: str = "",
-          server: str = "",
-          replicas: str = "",
-          runner: str = "auto",
-          python: str = "",
-          skip: str = "",
-          i_understand: bool = False,
-          retries: str = "0",
-          on_env_loss: str = "stop",
-          stop_seconds: str = "30",
-          attach: bool = False,
-          watch: bool = False,
-          watch_flags: str = "",
-          wait: str = "120") -> None:
+@task(positional=[], auto_shortflags=False, iterable=repeatable(Started), help=helps(Started))
+@takes(Started)
+def start(c: Context, asked: Started) -> None:
     """Start a training run, after checking it."""
-    beside, retention = watch_words(c, watch, watch_flags, gpus or resolve("GPUS"))
+    beside, retention = watch_words(c, asked.watch, asked.watch_flags, asked.gpus or resolve("GPUS"))
     from tasks.lib.training import launch
     from tasks.lib.training.plan import whole
-    asked = Asked(env, model, name, algorithm, rounds, scaling_inter, every, steps, gpus, shm_size, tuple(preset or ()),
-                  script, server, replicas, runner, python, skip, i_understand, _typed(c), retention)
-    if on_env_loss not in ("stop", "continue"):
-        raise UserError(f"--on-env-loss {on_env_loss} is no choice; use stop or continue")
+    from tasks.train_environment import served
+    if asked.on_env_loss not in ("stop", "continue"):
+        raise UserError(f"--on-env-loss {asked.on_env_loss} is no choice; use stop or continue")
     options = {
-        "retries": whole("retries", retries, 0),
-        "on_env_loss": on_env_loss,
-        "stop_seconds": whole("stop-seconds", stop_seconds)
+        "retries": whole("retries", asked.retries, 0),
+        "on_env_loss": asked.on_env_loss,
+        "stop_seconds": whole("stop-seconds", asked.stop_seconds),
+        "keep_env": asked.keep_env
     }
-    seconds = whole("wait", wait)
-    prepared = prepare(c, asked)
+    seconds = whole("wait", asked.wait)
+    prepared = prepare(c, asked, _typed(c), retention)
     run = prepared.decided
     run.options.update(options)
-    if c.config.run.dry:
-        if prepared.server.state == "absent":
-            serve(c, prepared, seconds)
-        launch.show(run)
+    if (run.folder / "run.json").exists() and not c.config.run.dry:
+        again(c, prepared, asked, seconds, beside)
+        return
+    if not c.config.run.dry:
+        show(prepared.report)
+    with served(c, run, prepared.server, prepared.row, prepared.replicas, seconds, asked.keep_env) as run:
+        if c.config.run.dry:
+            launch.show(run)
+        else:
+            launch.prepare_folder(run)
         launch.start(c, run)
+    if c.config.run.dry:
         show_watcher(run.name, beside)
         return
-    if (run.folder / "run.json").exists():
-        again(c, prepared, attach, seconds, beside)
-        return
-    show(prepared.report)
-    prepared = serve(c, prepared, seconds)
-    run = prepared.decided
-    launch.prepare_folder(run)
-    launch.start(c, run)
     say_started(run)
     start_watcher(run, beside)
-    if attach:
+    if asked.attach:
         follow(run.name)
 
 
-@task(positional=[],
-      auto_shortflags=False,
-      help={
-          "name": "The run's name.",
-          "skip": WHAT["skip"],
-          "attach": HOW["attach"],
-          "watch": HOW["watch"],
-          "watch_flags": HOW["watch_flags"],
-          "wait": HOW["wait"],
-      })
-def resume(c: Context,
-           name: str = "",
-           skip: str = "",
-           attach: bool = False,
-           watch: bool = False,
-           watch_flags: str = "",
-           wait: str = "120") -> None:
+@task(positional=[], auto_shortflags=False, help=helps(Resumed))
+@takes(Resumed)
+def resume(c: Context, asked: Resumed) -> None:
     """Go on with a run from its newest whole checkpoint."""
     from tasks.lib.training.plan import whole
-    beside, _ = watch_words(c, watch, watch_flags)
-    if not name:
+    beside, _ = watch_words(c, asked.watch, asked.watch_flags)
+    if not asked.name:
         raise UserError("which run? name it with --name; `invoke train.list` shows them")
-    seconds = whole("wait", wait)
-    _resume(c, name, skip, attach, seconds, beside)
+    seconds = whole("wait", asked.wait)
+    steps = whole("steps", asked.steps) if asked.steps else None
+    _resume(c, asked.name, asked.skip, asked, seconds, beside, steps)
 
 
 def watch_words(c: Context, watch: bool, flags: str, used: str = "") -> tuple[list[str] | None, Rules | None]:
@@ -306,8 +192,16 @@ def show(report: Report) -> None:
         raise UserError()
 
 
-def prepare(c: Context, asked: Asked, quiet: bool = False) -> Prepared:
+def prepare(c: Context,
+            asked: Asked,
+            typed: tuple[str, ...],
+            retention: Rules | None = None,
+            quiet: bool = False) -> Prepared:
     """Decide what a run would be, and look at every rule. Nothing is started or written.
+
+    Args:
+        typed: what follows --.
+        retention: what its watcher keeps; None for everything.
 
     Raises:
         UserError: what was typed makes no run.
@@ -317,6 +211,7 @@ def prepare(c: Context, asked: Asked, quiet: bool = False) -> Prepared:
     from tasks.lib.training import plan
     from tasks.lib.training.launch import SAVES, Decided, variables
     from tasks.lib.training.overrides import layer, settings
+    from tasks.train_environment import find_server
     skip = skipped(asked.skip)
     replicas = plan.whole("replicas", asked.replicas) if asked.replicas else 1
     named = effective_environment().get("ENV", "")
@@ -324,7 +219,7 @@ def prepare(c: Context, asked: Asked, quiet: bool = False) -> Prepared:
         find_row(asked.env)  # a mistyped name is told with near ones
     chosen = plan.choose(
         plan.Wanted(asked.env, asked.model, asked.algorithm, asked.rounds, asked.scaling_inter, asked.every,
-                    asked.steps, asked.preset, asked.script, asked.typed), os.environ, named)
+                    asked.steps, asked.preset, asked.script, typed), os.environ, named)
     for line in chosen.notices if not quiet else []:
         say(line)
     row = find_row(chosen.environment)
@@ -345,10 +240,8 @@ def prepare(c: Context, asked: Asked, quiet: bool = False) -> Prepared:
              or ("" if asked.model else str(before.get(plan.MODEL, "")))).endswith("/")  # which a rule refuses
     named_model = place.inside(model) + ("/" if slash else "") if model else ""
     facts = facts_of(place, folder, model, items, server, str(before.get("data.prompt_key", "item_id")))
-    facts = replace(facts, keep=asked.retention)
-    batches = len(facts.items.ids) // int(before["data.train_batch_size"]) if facts.items and _is_count(
-        before.get("data.train_batch_size")) else None
-    stepping = plan.stepping(chosen.steps, before.get(plan.EPOCHS), batches)
+    facts = replace(facts, keep=retention)
+    stepping = plan.stepping(chosen.steps, before.get(plan.EPOCHS), _batches(facts, before))
     gpus = None if _typed_value(chosen, plan.GPUS) != "" else len(place.chosen) or None
 
     def listed(gpus: int | None) -> list[Override]:
@@ -391,6 +284,12 @@ def prepare(c: Context, asked: Asked, quiet: bool = False) -> Prepared:
                       algorithm=str(case.get("algorithm.adv_estimator")),
                       options={"skip": skip})
     return Prepared(decided, report, server, row, replicas)
+
+
+def _batches(facts: Facts, values: Mapping[str, Any]) -> int | None:
+    """Return how many batches an epoch has; None where the item list or the batch is not known."""
+    batch = values.get("data.train_batch_size")
+    return len(facts.items.ids) // int(batch) if facts.items and _is_count(batch) else None  # type: ignore[arg-type]
 
 
 def _is_count(value: object) -> bool:
@@ -470,134 +369,6 @@ def facts_of(place: Place, folder: Path, model: Path | None, items: Path | None,
                        wandb_key=bool(resolve("WANDB_API_KEY")))
 
 
-def find_server(c: Context, row: Environment, place: Place, address: str, replicas: int, understood: bool) -> Server:
-    """Return what is known of the environment's server: the one at `address`, the one that is up, or one to be started."""
-    from servers.protocol import Client, ServerError, check_ready
-    from tasks.lib.environments.compose_model import service_name
-    from tasks.lib.environments.plan import Options
-    from tasks.lib.environments.running import container_url, servers_up, session_totals
-    from tasks.lib.environments.start_stop import require_startable
-    from tasks.lib.evaluation.plan import loopback_host
-    from tasks.lib.host.ports import port_is_free
-    from tasks.lib.training.facts import Server
-    limits: dict[str, Any] = {
-        "first": row.items.first,
-        "last": row.items.last,
-        "wraps": row.items.wraps,
-        "max_sessions": row.max_sessions
-    }
-    prefix = row.protocol.prefix
-
-    def ready(url: str) -> tuple[str, str]:
-        try:
-            check_ready(Client(url, row.protocol, timeout=4), row.check.items[0])
-        except ServerError as error:
-            return f"{url}: {error}", f"see `invoke env.logs --env {row.name}`, or start it anew: `invoke env.restart --env {row.name}`"
-        return "ready", ""
-
-    if address:
-        url = address.rstrip("/").removesuffix(prefix)
-        host = loopback_host(url) if place.runner == "docker" else ""
-        if host:
-            return Server(row.name,
-                          state=f"{host} in {address} would be the container itself",
-                          remedy=f"`invoke env.up --env {row.name}` and leave --server out",
-                          url=url + prefix,
-                          replicas=replicas,
-                          given=True,
-                          **limits)
-        state, remedy = ("ready", "") if c.config.run.dry else ready(url)
-        if state != "ready":
-            remedy = f"see what serves there, or `invoke env.up --env {row.name}` and leave --server out"
-        if state != "ready" and place.runner == "docker":
-            state, remedy = "unknown", ""  # a name of the containers' network, or of another machine: not to be told from here
-        return Server(row.name, state=state, remedy=remedy, url=url + prefix, replicas=replicas, given=True, **limits)
-    up = servers_up().get(row.name)
-    if up:
-        if place.runner == "docker" and up.runner == "local":
-            return Server(row.name,
-                          state="it is up as a process of this machine, which a container cannot reach",
-                          remedy=f"`invoke env.down --env {row.name}`, then start again",
-                          **limits)
-        url = container_url(up.service, up.port) if place.runner == "docker" else up.url
-        state, remedy = ("ready", "") if c.config.run.dry else ready(up.url)
-        told = None if c.config.run.dry or state != "ready" else session_totals(up)
-        return Server(row.name,
-                      state=state,
-                      remedy=remedy,
-                      url=url + prefix,
-                      replicas=up.replicas,
-                      live=told["live"] if told else None,
-                      **limits)
-    bind, settings = resolve("ENV_BIND"), effective_environment()
-    runner = _server_runner(place)
-    port = settings.get("ENV_PORT") or str(row.port)
-    options = Options(port=int(port) if port.isdecimal() else row.port,
-                      replicas=replicas,
-                      bind=bind,
-                      understood=understood)
-    try:
-        require_startable(c, row, options, runner)
-    except UserError as error:
-        said = str(error.message or "")
-        what, _, remedy = said.partition("; ") if "; " in said else said.partition(": ")
-        return Server(row.name,
-                      state=what,
-                      remedy=remedy or "see DOCKER.md, Environment servers",
-                      replicas=replicas,
-                      **limits)
-    taken = options.port if settings.get("ENV_PORT") and not port_is_free(options.port, bind) else None
-    url = container_url(service_name(row),
-                        options.port) if place.runner == "docker" else f"http://127.0.0.1:{options.port}"
-    return Server(row.name, state="absent", url=url + prefix, replicas=replicas, port_taken=taken, **limits)
-
-
-def _server_runner(place: Place) -> str:
-    from tasks.lib.environments.start_stop import choose_server_runner
-    return "docker" if place.runner == "docker" else choose_server_runner("auto")
-
-
-def serve(c: Context, prepared: Prepared, wait: int) -> Prepared:
-    """Start the environment where it is not up, and return the run with its address.
-
-    Raises:
-        UserError: it did not get ready.
-    """
-    from tasks.lib.environments import lease
-    from tasks.lib.environments.compose_model import service_name
-    from tasks.lib.environments.plan import Options
-    from tasks.lib.environments.running import container_url, servers_up
-    from tasks.lib.environments.start_stop import pick_port, start_server
-    from tasks.lib.training.overrides import layer, make
-    from tasks.lib.training.plan import ADDRESS
-    if prepared.server.state != "absent":
-        return prepared
-    row, run = prepared.row, prepared.decided
-    runner, bind = _server_runner(run.place), resolve("ENV_BIND")
-    with nullcontext() if c.config.run.dry else lease.exclusive_lock(row.name):
-        up: Mapping[str, Running] = {} if c.config.run.dry else servers_up()
-        if row.name in up:
-            port, url = up[row.name].port, up[row.name].url
-        else:
-            port = pick_port(row, "", bind)
-            options = Options(port=port,
-                              replicas=prepared.replicas,
-                              bind=bind,
-                              understood=bool(row.consent),
-                              aliases=not up)
-            url = start_server(c, row, options, runner, False, wait)
-            if not c.config.run.dry:
-                say(f"started {row.name} at {url}")
-    if run.place.runner == "docker":
-        url = container_url(service_name(row), port)
-    url += row.protocol.prefix
-    environment = {**run.environment, "url": url, "replicas": prepared.replicas, "started_by_run": True}
-    overrides = layer(run.overrides, [make(ADDRESS, url)])
-    if run.resolved:
-        run.resolved["actor_rollout_ref"]["agentgym"]["env_addr"] = url
-    return replace(prepared, decided=replace(run, environment=environment, overrides=overrides))
-
-
 def say_started(run: Decided) -> None:
     """Print what was started, and what to do next."""
     steps = f", {run.steps} steps" if run.steps else ""
@@ -627,13 +398,13 @@ def follow(name: str) -> None:
     raise UserError("; ".join(filter(None, (f"{name}: {found.state}{why}", shown(found.reason), found.remedy))), code=1)
 
 
-def again(c: Context, prepared: Prepared, attach: bool, wait: int, beside: list[str] | None = None) -> None:
+def again(c: Context, prepared: Prepared, asked: Started, wait: int, beside: list[str] | None) -> None:
     """Answer a start of a run that is there: go on with the same one, refuse another.
 
     Raises:
         UserError: its configuration differs, with the difference.
     """
-    from tasks.lib.training.plan import differences
+    from tasks.lib.training.plan import EPOCHS, TOTAL, differences
     from training.folder import RunFolder
     from training.status import status
     run = prepared.decided
@@ -643,6 +414,9 @@ def again(c: Context, prepared: Prepared, attach: bool, wait: int, beside: list[
         raise UserError(f"{error}; choose another --name") from None
     differing = differences(stored.get("overrides") or [], list(map(str, run.overrides)))
     if differing:
+        if all(one.startswith((f"{TOTAL}: ", f"{EPOCHS}: ")) for one in differing) and run.steps:
+            raise UserError(f"{run.name} is there with another number of steps ({'; '.join(differing)}); to go on to "
+                            f"{run.steps}, `invoke train.resume --name {run.name} --steps {run.steps}`")
         shown = "; ".join(differing[:8]) + (f"; and {len(differing) - 8} more" if len(differing) > 8 else "")
         other = {
             "finished": "",
@@ -653,10 +427,16 @@ def again(c: Context, prepared: Prepared, attach: bool, wait: int, beside: list[
             f"{run.name} is there{', finished,' if not other else ''} with another configuration ({shown}); "
             f"choose another --name{other}")
     tell(f"{run.name} is there with this configuration")
-    _resume(c, run.name, ",".join(run.options["skip"]), attach, wait, beside)
+    _resume(c, run.name, ",".join(run.options["skip"]), asked, wait, beside)
 
 
-def _resume(c: Context, name: str, skip: str, attach: bool, wait: int, beside: list[str] | None = None) -> None:
+def _resume(c: Context,
+            name: str,
+            skip: str,
+            asked: Beside,
+            wait: int,
+            beside: list[str] | None,
+            steps: int | None = None) -> None:
     """Go on with a run; see `resume`."""
     from tasks.lib.environments.lookup import find_row
     from tasks.lib.environments.running import servers_up
@@ -664,7 +444,8 @@ def _resume(c: Context, name: str, skip: str, attach: bool, wait: int, beside: l
     from tasks.lib.training import place as places
     from tasks.lib.training.launch import Decided
     from tasks.lib.training.overrides import layer, make, parse
-    from tasks.lib.training.plan import ADDRESS, ITEMS, MODEL
+    from tasks.lib.training.plan import ADDRESS, EPOCHS, ITEMS, MODEL, stepping
+    from tasks.train_environment import find_server, served
     from training import resume as resuming
     folder = runs.find(name)
     now, stored = runs.read(folder)
@@ -674,8 +455,12 @@ def _resume(c: Context, name: str, skip: str, attach: bool, wait: int, beside: l
     if now.supervised:
         tell(f"{folder.name} runs already: `invoke train.status --name {folder.name}`")
         return
-    if now.state == "finished":
-        tell(f"{folder.name} is finished after {now.step} steps; nothing is trained")
+    if steps is not None and steps <= now.step:
+        raise UserError(f"--steps {steps}: {folder.name} has trained {now.step} steps; name more")
+    if now.state == "finished" and steps is None:
+        tell(
+            f"{folder.name} is finished after {now.step} steps; nothing is trained. `--steps N` goes on to step N; other rounds "
+            f"or values are another run, from a model that `invoke train.watch --name {folder.name}` merges")
         return
     try:
         planned = resuming.plan(folder, stored)
@@ -693,10 +478,11 @@ def _resume(c: Context, name: str, skip: str, attach: bool, wait: int, beside: l
     model = Path(places.outside(place, str(values.get(MODEL, "")).rstrip("/")))
     items = Path(places.outside(place, str(values.get(ITEMS, ""))))
     facts = facts_of(place, folder.path.resolve(), model, items, server, str(values.get("data.prompt_key", "item_id")))
+    overrides = layer(overrides, stepping(steps, values.get(EPOCHS), _batches(facts, values)))
     if not c.config.run.dry:
         places.look(
             c, place, {
-                "overrides": stored["overrides"],
+                "overrides": list(map(str, overrides)),
                 "model": str(values.get(MODEL, "")).rstrip("/") if model.is_dir() else None,
                 "host_model": str(model) if model.is_dir() else None,
                 "prompt": [row.prompt.file, row.prompt.class_] if row.prompt and row.prompt.file else None,
@@ -722,10 +508,8 @@ def _resume(c: Context, name: str, skip: str, attach: bool, wait: int, beside: l
                   *counted(case),
                   algorithm=stored["algorithm"],
                   options=stored["options"])
-    prepared = Prepared(run, report, server, row, server.replicas)
     if not c.config.run.dry:
         show(report)
-    run = serve(c, prepared, wait).decided
     for line in planned.passed_over:
         tell(f"passed over {line}")
     if planned.step:
@@ -734,19 +518,23 @@ def _resume(c: Context, name: str, skip: str, attach: bool, wait: int, beside: l
             "address), and the epoch begins anew")
     else:
         tell("there is no whole checkpoint; it begins at step 1")
-    if c.config.run.dry:
+    keep = asked.keep_env or bool(run.options.get("keep_env"))
+    with served(c, run, server, row, server.replicas, wait, keep) as run:
+        if not c.config.run.dry:
+
+            def change(found: dict[str, Any]) -> None:
+                found["environment"] = run.environment
+                found["overrides"] = list(map(str, layer(run.overrides, [make(ADDRESS, run.environment["url"])])))
+                found["options"] |= {"skip": skipping, "keep_env": keep}
+                if steps is not None:
+                    found.update(steps=steps, resolved=run.resolved or found.get("resolved"))
+
+            folder.update(change)
         launch.launch(c, place, run.name, run.folder, run.inside)
+    if c.config.run.dry:
         show_watcher(run.name, beside)
         return
-
-    def change(found: dict[str, Any]) -> None:
-        found["environment"] = run.environment
-        found["overrides"] = list(map(str, layer(overrides, [make(ADDRESS, run.environment["url"])])))
-        found["options"]["skip"] = skipping
-
-    folder.update(change)
-    launch.launch(c, place, run.name, run.folder, run.inside)
     say_started(run)
     start_watcher(run, beside)
-    if attach:
+    if asked.attach:
         follow(run.name)

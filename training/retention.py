@@ -108,7 +108,7 @@ def decide_aside(found: Sequence[Aside], candidates: Iterable[Candidate]) -> dic
         candidates: every step of the run.
     """
     if not any(one.raw and one.whole and one.verified for one in candidates):
-        return {one: "no other" for one in found}
+        return dict.fromkeys(found, "no other")
     whole = [one for one in found if one.whole]
     newest = max(whole, key=lambda one: (one.attempt, one.number), default=None)
     return {

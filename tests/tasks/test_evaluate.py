@@ -75,7 +75,7 @@ def test_the_last_of_two_evaluations_stops_the_server(clean, tmp_path):
     with lease.exclusive_lock("demo"):
         other = lease.User("demo")
     done = invoke("eval", "--env", "demo", "--model", "expert", "--limit", "1", "--out", str(tmp_path / "third"), env=clean)
-    assert done.returncode == 0 and "left demo up, another evaluation uses it" in done.stdout and "stopped" not in done.stdout
+    assert done.returncode == 0 and "left demo up, another evaluation or a run uses it" in done.stdout and "stopped" not in done.stdout
     assert other.leave() == (True, False)
     # It is nobody's any more once the user asks for it.
     assert "is up already" in invoke("env.up", "--env", "demo", "--runner", "local", env=clean).stdout

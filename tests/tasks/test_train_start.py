@@ -128,6 +128,28 @@ def test_a_good_run_is_checked_started_and_told_when_it_is_done(bench: Bench) ->
     assert len(bench.run_json("run1")["attempts"]) == 1
 
 
+def test_a_finished_run_goes_on_to_more_steps(bench: Bench) -> None:
+    started = bench.train("train.start", "--name", "longer")
+    assert started.returncode == 0, started.stderr
+    bench.wait("longer")
+    again = bench.train("train.start", "--name", "longer", "--steps", "6")
+    assert again.returncode == 2 and lines(again) == [
+        "train.start: longer is there with another number of steps (trainer.total_training_steps: 5, now 7); to go on to 6, "
+        "`invoke train.resume --name longer --steps 6`"
+    ]
+    less = bench.invoke("train.resume", "--name", "longer", "--steps", "4")
+    assert less.returncode == 2 and lines(less) == ["train.resume: --steps 4: longer has trained 4 steps; name more"]
+    more = bench.invoke("train.resume", "--name", "longer", "--steps", "6")
+    assert more.returncode == 0 and "longer runs in the background, 6 steps" in more.stdout, more.stderr
+    end = time.monotonic() + 90
+    while len(bench.run_json("longer")["attempts"]) < 2 and time.monotonic() < end:
+        time.sleep(0.2)
+    run = bench.wait("longer")
+    assert [(one["state"], one["last_step"]) for one in run["attempts"]] == [("finished", 4), ("finished", 6)]
+    assert run["steps"] == 6 and "trainer.total_training_steps=7" in run["overrides"]
+    assert run["resolved"]["trainer"]["total_training_steps"] == 7
+
+
 def test_a_run_that_died_goes_on_from_its_newest_checkpoint(bench: Bench) -> None:
     once = bench.root / "once"
     started = bench.train("train.start",
@@ -245,6 +267,7 @@ def test_misuse_is_one_line_with_exit_code_2(bench: Bench, words: tuple[str, ...
     (("train.resume", ), "which run?"),
     (("train.resume", "--name", "nowhere"), "no run 'nowhere'"),
     (("train.resume", "--name", "x", "--wait", "soon"), "--wait soon is no whole number"),
+    (("train.resume", "--name", "x", "--steps", "0"), "--steps 0 is no whole number"),
     (("train.start", "--env", "babyai", "--retries", "-1"), "--retries -1 is no whole number"),
     (("train.start", "--env", "babyai", "--on-env-loss", "pray"), "--on-env-loss pray is no choice"),
     (("train.start", "--env", "babyai", "--stop-seconds", "0"), "--stop-seconds 0 is no whole number"),

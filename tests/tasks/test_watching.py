@@ -302,7 +302,7 @@ def test_it_follows_until_the_run_has_ended(run):
 
     hands, said = Hands(), []
     assert watcher(run, hands, KEEP_TWO, state=state, said=said).follow()
-    assert hands.done == ["merge 2", "merge 4", "merge 6"]
+    assert hands.done == ["merge 2", "merge 4", "merge 6", "publish"]
     assert said[-1] == "the run is stopped; nothing more will come until `invoke train.resume --name run1`"
     assert json.loads(run.watch_json.read_text())["doing"] == "ended"
 

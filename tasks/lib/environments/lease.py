@@ -1,6 +1,6 @@
 """Commands that start and stop one environment server take turns.
 
-Of the evaluations that use one, the first starts it, and the last to leave stops it.
+Of the evaluations and runs that use one, the first starts it, and the last to leave stops it.
 """
 import fcntl
 import os
