@@ -1,21 +1,23 @@
 """Work in the training image."""
+from __future__ import annotations
+
 import re
 import sys
 from collections.abc import Sequence
 from json import dumps
+from typing import TYPE_CHECKING
 
 from invoke.context import Context
 from invoke.tasks import task
 
 from tasks import evaluate, merge
-from tasks.lib.engine import containers
-from tasks.lib.engine.client import remainder
 from tasks.lib.errors import UserError
 from tasks.lib.flags import as_words, whole_number
-from tasks.lib.tables import print_table
-from tasks.lib.training import plotting, runs, showing, stopping
-from tasks.lib.training.follow import Plan, Rules
 from tasks.train_start import check, resume, start
+
+# What a task does is imported where it is done: each command would pay for all of them.
+if TYPE_CHECKING:
+    from tasks.lib.training.follow import Plan, Rules
 
 __all__ = ["check", "resume", "start"]
 
@@ -40,6 +42,7 @@ def container_variables(shm_size: str) -> dict[str, str]:
 @task(positional=[], auto_shortflags=False, help=FLAGS)
 def shell(c: Context, shm_size: str = "", gpus: str = "", user: str = "") -> None:
     """Open a shell in the training container."""
+    from tasks.lib.engine import containers
     variables = container_variables(shm_size)
     running = containers.running(c, "train")
     if running:
@@ -53,6 +56,8 @@ def shell(c: Context, shm_size: str = "", gpus: str = "", user: str = "") -> Non
 @task(positional=[], auto_shortflags=False, help=FLAGS)
 def run(c: Context, shm_size: str = "", gpus: str = "", user: str = "") -> None:
     """Run the command after -- in the training image."""
+    from tasks.lib.engine import containers
+    from tasks.lib.engine.client import remainder
     command = remainder(c)
     if not command:
         raise UserError("no command; write it after --: invoke train.run -- python -V")
@@ -68,6 +73,7 @@ def run(c: Context, shm_size: str = "", gpus: str = "", user: str = "") -> None:
       })
 def status(c: Context, name: str = "", watch: bool = False, json: bool = False) -> None:
     """Show a run: step, reward, time left, health."""
+    from tasks.lib.training import runs, showing
     run = runs.find(name)
 
     def told() -> list[str]:
@@ -83,6 +89,8 @@ def status(c: Context, name: str = "", watch: bool = False, json: bool = False) 
 @task(name="list", positional=[], auto_shortflags=False, help={"json": "Print JSON, for a program."})
 def list_runs(c: Context, json: bool = False) -> None:
     """List the training runs in saves/."""
+    from tasks.lib.tables import print_table
+    from tasks.lib.training import runs, showing
     found = runs.all_statuses()
     if json:
         print(dumps([one.json() for one in found]))
@@ -100,6 +108,7 @@ def list_runs(c: Context, json: bool = False) -> None:
       })
 def logs(c: Context, name: str = "", follow: bool = False, lines: str = "200", attempt: str = "") -> None:
     """Show what the trainer of a run printed."""
+    from tasks.lib.training import runs, showing
     count, number = whole_number("lines", lines, 0), whole_number("attempt", attempt, 1) if attempt else None
     showing.logs(runs.find(name), count, follow, number)
 
@@ -112,6 +121,7 @@ def logs(c: Context, name: str = "", follow: bool = False, lines: str = "200", a
       })
 def stop(c: Context, name: str = "", now: bool = False) -> None:
     """Stop a run and say what is left of it."""
+    from tasks.lib.training import runs, stopping
     said = stopping.stop(c, runs.find(name), now)
     if said:
         print(f"train.stop: {said}")
@@ -125,6 +135,7 @@ def stop(c: Context, name: str = "", now: bool = False) -> None:
       })
 def plot(c: Context, name: str = "", output: str = "") -> None:
     """Write a run's curves into one HTML file."""
+    from tasks.lib.training import plotting, runs
     print(f"train.plot: {plotting.write(runs.find(name), output)}")
 
 

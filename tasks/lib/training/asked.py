@@ -8,7 +8,7 @@ from tasks.lib.flags import flag
 SKIP = "Checks to leave out, by their ids: gpus,disk. They are written down in run.json."
 
 
-@dataclass(frozen=True)
+@dataclass
 class Asked:
     """What a run is to be; `check` and `start` share it."""
     env: str = flag("Environment that is played (default: the script's, then $ENV).")
@@ -38,13 +38,13 @@ class Asked:
                               False)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Checked(Asked):
     """What `check` takes besides."""
     json: bool = flag("Print the findings as JSON.", False)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Beside:
     """What goes on beside the trainer; `start` and `resume` share it."""
     attach: bool = flag("Follow the log; Ctrl-C leaves the run going.", False)
@@ -55,7 +55,7 @@ class Beside:
     wait: str = flag("Seconds until an environment server that is started must be ready (default: 120).", "120")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Started(Beside, Asked):
     """What `start` takes."""
     retries: str = flag("Deaths from which it resumes by itself: environment, Ray worker, NCCL (default: 0).", "0")
@@ -64,7 +64,7 @@ class Started(Beside, Asked):
     stop_seconds: str = flag("Seconds that the trainer has to end before it is killed (default: 30).", "30")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Resumed(Beside):
     """What `resume` takes."""
     name: str = flag("The run's name.")
