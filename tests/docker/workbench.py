@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.fixtures.invoking import invoke
 from tests.fixtures.project import ROOT, copy_project
 
 SOURCES = ROOT / "tests" / "fixtures" / "sources"
@@ -98,9 +99,14 @@ class Workbench:
                               group=user,
                               extra_groups=[SOCKET.stat().st_gid] if user else None)
 
-    def invoke(self, *words: str, **options) -> subprocess.CompletedProcess[str]:  # type: ignore[no-untyped-def]
+    def invoke(self,
+               *words: str,
+               env: Mapping[str, str] | None = None,
+               cwd: Path | None = None,
+               stdin: str = "",
+               timeout: float = 600) -> subprocess.CompletedProcess[str]:
         """Run `invoke`."""
-        return self.run(sys.executable, "-m", "invoke", *words, **options)
+        return invoke(*words, cwd=cwd or self.root, env=self.environment(env), input=stdin, timeout=timeout)
 
     def path_with_invoke(self) -> str:
         """Return a PATH on which this Python's `invoke` comes first."""

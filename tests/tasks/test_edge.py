@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.fixtures import needs
+from tests.fixtures.invoking import invoke as run_invoke
 from tests.fixtures.project import ROOT, copy_project
 
 # Answers what the tasks ask an engine and notes every command line; ANSWERS has a file for some of the questions.
@@ -43,13 +43,7 @@ class Project:
             "PATH": f"{self.answers}:{os.environ['PATH']}",
             **variables
         }
-        return subprocess.run([sys.executable, "-m", "invoke", *words],
-                              cwd=self.root,
-                              env=environ,
-                              capture_output=True,
-                              text=True,
-                              timeout=120,
-                              check=False)
+        return run_invoke(*words, cwd=self.root, env=environ)
 
     def asked(self) -> list[str]:
         """Return docker's command lines so far."""

@@ -35,21 +35,14 @@ from tasks.lib.host import processes
 from tasks.lib.host.ports import choose_port, free_port, port_is_free, take_port
 from tasks.lib.host.venvs import ensure_venv, reason_in
 from tests.fixtures import needs
+from tests.fixtures.invoking import invoke as run_invoke
 from tests.fixtures.servers import FIXTURE_ROWS, ROOT, rows
 
 STATES = ROOT / ".run" / "env"
 
 
 def invoke(*words: str, **variables: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "invoke", *words],
-                          cwd=ROOT,
-                          capture_output=True,
-                          text=True,
-                          timeout=240,
-                          env={
-                              **os.environ, "ENVIRONMENTS": str(FIXTURE_ROWS.relative_to(ROOT)),
-                              **variables
-                          })
+    return run_invoke(*words, cwd=ROOT, env={**os.environ, "ENVIRONMENTS": str(FIXTURE_ROWS.relative_to(ROOT)), **variables})
 
 
 def processes_of(name: str) -> list[psutil.Process]:

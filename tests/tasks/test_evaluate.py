@@ -23,6 +23,7 @@ from tasks.lib.evaluation import plan as eval_plan
 from tasks.lib.evaluation.asked import SAID, Asked, Passed, in_container
 from tasks.lib.flags import as_words, dashed
 from tasks.lib.settings import ROOT as PROJECT
+from tests.fixtures.invoking import invoke as run_invoke
 from tests.fixtures.servers import ROOT
 from tests.fixtures.standins import completion, endpoint
 
@@ -35,7 +36,7 @@ def clean():
 
 
 def invoke(*words: str, env: dict[str, str], timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "invoke", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout, check=False)
+    return run_invoke(*words, cwd=ROOT, env=env, timeout=timeout)
 
 
 def test_the_demo_is_started_played_and_stopped(clean, tmp_path):

@@ -28,6 +28,7 @@ from tasks.lib.evaluation.asked import Asked
 from tasks.lib.serving import docker as serve_docker
 from tasks.lib.serving import local as serving
 from tasks.lib.settings import ROOT
+from tests.fixtures.invoking import invoke as run_invoke
 from tests.fixtures.servers import FIXTURE_ROWS, rows, running
 from tests.fixtures.standins import completion, endpoint
 from tests.merger.fsdp_samples import write_samples
@@ -238,7 +239,7 @@ def argv(*words: str) -> list[str]:
 
 
 def invoke(*words: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(argv(*words), cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
+    return run_invoke(*words, cwd=ROOT, env=env, timeout=300)
 
 
 def servers(folder: Path) -> list[psutil.Process]:

@@ -16,6 +16,7 @@ from tasks.lib.errors import UserError
 from tasks.lib.fetching import items, models
 from tasks.lib.hub import look
 from tests.fixtures.hub import COMMIT, Hub, hub
+from tests.fixtures.invoking import invoke as run_invoke
 from tests.fixtures.project import copy_project
 
 KNOWN = ("babyai", "searchqa", "maze", "textcraft", "alfworld", "webshop", "sciworld", "search")
@@ -45,7 +46,7 @@ def project(tmp_path_factory) -> Path:
 def invoke(project: Path, server: Hub, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     env = {name: value for name, value in os.environ.items() if not name.startswith("HF_") and name != "ENVIRONMENTS"}
     env |= {"HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", **variables}
-    return subprocess.run([sys.executable, "-m", "invoke", *words], cwd=project, env=env, capture_output=True, text=True, timeout=120, check=False)
+    return run_invoke(*words, cwd=project, env=env)
 
 
 def files(folder: Path) -> list[str]:

@@ -2,16 +2,16 @@
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 
+from tests.fixtures.invoking import invoke as run_invoke
 from tests.fixtures.servers import FIXTURE_ROWS, ROOT, rows, running
 
 
 def invoke(*words: str) -> subprocess.CompletedProcess[str]:
     variables = {**os.environ, "ENVIRONMENTS": str(FIXTURE_ROWS.relative_to(ROOT))}
-    return subprocess.run([sys.executable, "-m", "invoke", *words], cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
+    return run_invoke(*words, cwd=ROOT, env=variables)
 
 
 def test_every_environment_is_in_the_object():

@@ -18,6 +18,7 @@ from invoke import MockContext
 from safetensors.torch import load_file, save_file
 
 from tasks.lib.errors import UserError
+from tests.fixtures.invoking import invoke
 from tests.fixtures.story import SAMPLING, Story, success
 from tests.merger.merging import SAMPLE_PROGRAMS, SCRIPTS
 
@@ -96,7 +97,7 @@ def test_a_wrong_merge_scores_like_no_training(story: Story, tmp_path: Path) -> 
 
 def test_rows_of_one_s_own_do_not_keep_it_from_its_environment() -> None:
     rows = {**os.environ, "ENVIRONMENTS": "tests/fixtures/environments.toml"}
-    done = subprocess.run([sys.executable, "-m", "invoke", "--dry", "quickstart"], cwd=SCRIPTS.parent, env=rows, capture_output=True, text=True)
+    done = invoke("--dry", "quickstart", cwd=SCRIPTS.parent, env=rows)
     assert done.returncode == 0 and "--env=demo" in done.stdout, done.stderr
 
 

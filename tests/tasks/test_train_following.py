@@ -15,6 +15,7 @@ from invoke.context import Context
 
 from tasks.lib.errors import UserError
 from tasks.lib.training import follow, runs, showing, stopping
+from tests.fixtures.invoking import invoke as run_invoke
 from tests.fixtures.project import ROOT, copy_project
 from tests.training.runs import checkpoint, write_run
 from tests.training.test_supervisor import begin, make, supervise, until
@@ -38,16 +39,7 @@ def saves(project: Path):
 
 
 def invoke(project: Path, *words: str, **variables: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "invoke", *words],
-                          cwd=project,
-                          capture_output=True,
-                          text=True,
-                          timeout=120,
-                          check=False,
-                          env={
-                              **os.environ, "DOCKER_HOST": "unix:///nowhere",
-                              **variables
-                          })
+    return run_invoke(*words, cwd=project, env={**os.environ, "DOCKER_HOST": "unix:///nowhere", **variables})
 
 
 def test_a_run_that_ended_well(project, saves):
@@ -349,10 +341,6 @@ def test_lines_fit_the_terminal():
 
 
 def test_this_project_has_the_tasks():
-    listed = subprocess.run([sys.executable, "-m", "invoke", "--list"],
-                            cwd=ROOT,
-                            capture_output=True,
-                            text=True,
-                            check=True)
+    listed = run_invoke("--list", cwd=ROOT)
     for name in ("train.status", "train.list", "train.logs", "train.stop", "train.plot"):
         assert name in listed.stdout

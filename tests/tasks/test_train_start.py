@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fixtures.invoking import invoke as run_invoke
 from tests.fixtures.project import copy_project
 from tests.fixtures.standins import serving
 from tests.training import places
@@ -33,16 +34,7 @@ class Bench:
 
     def invoke(self, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """Run `invoke`."""
-        return subprocess.run([sys.executable, "-m", "invoke", *words],
-                              cwd=self.root,
-                              env={
-                                  **self.env,
-                                  **variables
-                              },
-                              capture_output=True,
-                              text=True,
-                              timeout=120,
-                              check=False)
+        return run_invoke(*words, cwd=self.root, env={**self.env, **variables})
 
     def train(self, task: str, *words: str, typed: tuple[str, ...] = (),
               **variables: str) -> subprocess.CompletedProcess[str]:

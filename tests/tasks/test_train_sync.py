@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fixtures.invoking import invoke as run_invoke
 from tests.fixtures.project import copy_project
 from tests.fixtures.standins import Answer, serving
 from tests.training.runs import write_run
@@ -59,8 +60,7 @@ def sync(project, tmp_path) -> Callable[..., subprocess.CompletedProcess[str]]:
     def call(*words: str, dry: bool = False, **variables: str) -> subprocess.CompletedProcess[str]:
         env = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "TRAIN_"))}
         env |= {"PATH": f"{project.parent / 'bin'}:{env['PATH']}", "HOME": str(tmp_path), "NOTES": str(tmp_path / "notes"), **variables}
-        return subprocess.run([sys.executable, "-m", "invoke", *(["--dry"] if dry else []), "train.sync", "--name=run1", *words],
-                              cwd=project, env=env, capture_output=True, text=True, timeout=60, check=False)  # yapf: disable
+        return run_invoke(*(["--dry"] if dry else []), "train.sync", "--name=run1", *words, cwd=project, env=env)
 
     return call
 

@@ -19,6 +19,7 @@ from tasks.lib.errors import UserError
 from tasks.lib.training import follow, hands, runs
 from tasks.lib.training.hands import InvokeHands, gpu_clash
 from tasks.lib.training.watching import Failed, Going, Plan
+from tests.fixtures.invoking import invoke as run_invoke
 from tests.fixtures.project import copy_project
 from tests.fixtures.standins import Answer, completion, serving
 from tests.merger.fsdp_samples import write_samples
@@ -254,7 +255,7 @@ def run(project) -> Iterator[RunFolder]:
 def invoke(project: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     ours = ("ENV", "ENV_PORT", "MODEL", "MAX_ROUND", "OPENAI_BASE_URL", "ENVIRONMENTS", "AGENTGYM_SRC")
     env = {**{name: value for name, value in os.environ.items() if name not in ours}, "OPENAI_API_KEY": "sk-of-the-test", **variables}
-    return subprocess.run([sys.executable, "-m", "invoke", *words], cwd=project, env=env, capture_output=True, text=True, timeout=400, check=False)
+    return run_invoke(*words, cwd=project, env=env, timeout=400)
 
 
 @pytest.mark.slow
