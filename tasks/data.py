@@ -15,9 +15,11 @@ from tasks.lib.settings import ROOT
       })
 def fetch(c: Context, env: str = "", revision: str = "", data_set: str = "", force: bool = False) -> None:
     """Fetch AgentGym-RL's item lists from the Hub."""
-    from tasks.lib.environments.lookup import all_rows
+    from tasks.lib.environments.lookup import all_rows, find_row
     from tasks.lib.fetching import items
     from tasks.lib.tables import human_size
     asked = [name.strip() for name in env.split(",") if name.strip()]
+    for name in asked:
+        find_row(name)  # a mistyped name is told before anything is asked of the Hub
     items.fetch(ROOT, tuple(all_rows()), asked, revision, force, c.config.run.dry,
                 lambda line: print(f"data.fetch: {line}", flush=True), human_size, data_set or items.DATA_SET)

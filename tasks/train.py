@@ -1,7 +1,6 @@
 """Work in the training image."""
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
 from json import dumps
@@ -34,8 +33,8 @@ def container_variables(shm_size: str) -> dict[str, str]:
     Raises:
         UserError: no such size.
     """
-    if shm_size and not re.fullmatch(r"\d+(\.\d+)?[bkmg]b?", shm_size, re.IGNORECASE):
-        raise UserError(f"--shm-size {shm_size!r} is no size; write it as 512m or 32g")
+    from tasks.lib.training.place import check_size
+    check_size(shm_size)
     return {"SHM_SIZE": shm_size} if shm_size else {}
 
 

@@ -130,6 +130,9 @@ def test_in_the_container_the_key_comes_as_a_file(words, run, sync, project):
 def test_without_runs_it_says_so(run, sync):
     shutil.rmtree(run.wandb)
     assert "nothing to upload in" in sync(WANDB_API_KEY=KEY).stdout
+    for words in (["--key-file=/none"], ["--runner=moon"]):
+        wrong = sync(*words)
+        assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1, wrong.stdout
     figures = sync("--figures", WANDB_API_KEY=KEY)
     assert figures.returncode == 2 and "holds no wandb run to send figures to" in figures.stderr and figures.stderr.count("\n") == 1
 

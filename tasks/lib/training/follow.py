@@ -194,7 +194,7 @@ def check_wandb(run: RunFolder | None, runner: str) -> None:
         UserError: no key, no wandb, or a run that does not log there.
     """
     from tasks.lib.training import wandb_sync
-    wandb_sync.way(runner, "")
+    wandb_sync.way(runner, "", has_flag=False)
     if run and wandb_sync.logs_to_wandb(run) is False:
         raise UserError(f"--wandb: {run.name} does not log to wandb, as its trainer.logger says; leave --wandb out")
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -106,6 +107,7 @@ def choose(c: Context, runner: str, python: str, gpus: str, shm_size: str) -> Pl
         return Place("local", python=_python(python), chosen=_indices(gpus))
     if python:
         raise UserError("--python is for --runner local; the training image has its own")
+    check_size(shm_size)
     place = Place("docker", translation=Translation(ROOT), shm_size=shm_size)
     try:
         place.gpus = containers.gpus_for(c, "train", gpus)
@@ -244,6 +246,17 @@ def shared_memory(place: Place) -> int | None:
     if told is not None or place.runner == "local":
         return told
     return size_bytes(place.shm_size or resolve("SHM_SIZE"))
+
+
+def check_size(flag: str) -> None:
+    """Refuse a size of shared memory that Docker does not read, of --shm-size or else of SHM_SIZE.
+
+    Raises:
+        UserError: naming it.
+    """
+    size = flag or resolve("SHM_SIZE")
+    if not re.fullmatch(r"\d+(\.\d+)?[bkmg]b?", size, re.ASCII | re.IGNORECASE):
+        raise UserError(f"{'--shm-size ' if flag else 'SHM_SIZE='}{size!r} is no size; write it as 512m or 32g")
 
 
 def size_bytes(text: str) -> int | None:

@@ -32,6 +32,8 @@ PLACEHOLDERS = {"xxx", "test", "verl_examples", "gsm8k"}
 # What a run's identity does not hang on: another address of the same environment is the same run.
 NOT_COMPARED = (ADDRESS, )
 
+MOST = 10**9  # of what is counted
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -87,8 +89,10 @@ def whole(flag: str, value: str, least: int = 1) -> int:
     Raises:
         UserError: it is none.
     """
-    if not value.isdecimal() or not value.isascii() or not least <= int(value[:12]) <= 10**9:
+    if not value.isdecimal() or not value.isascii() or int(value[:12]) < least:
         raise UserError(f"--{flag} {value} is no whole number of at least {least}")
+    if len(value) > 12 or int(value) > MOST:
+        raise UserError(f"--{flag} {value} is more than {MOST}; give less")
     return int(value)
 
 

@@ -140,8 +140,11 @@ class Way:
     address: str
 
 
-def way(runner: str, key_file: str) -> Way:
+def way(runner: str, key_file: str, has_flag: bool = True) -> Way:
     """Return how wandb is reached, without reaching for it.
+
+    Args:
+        has_flag: whether the task takes --key-file.
 
     Raises:
         UserError: there is no key or no wandb.
@@ -154,8 +157,8 @@ def way(runner: str, key_file: str) -> Way:
             "no program wandb here; `pip install wandb`, name the trainer's Python with TRAIN_PYTHON, or use "
             "--runner docker")
     if not key and not (chosen == "local" and logged_in(address)):
-        raise UserError(f"no key for {address}: set WANDB_API_KEY, in the environment or in .env, or name a file with "
-                        "--key-file")
+        raise UserError(f"no key for {address}: set WANDB_API_KEY, in the environment or in .env" +
+                        (", or name a file with --key-file" if has_flag else ""))
     return Way(chosen, wandb if chosen == "local" else "", key, address)
 
 
@@ -182,6 +185,8 @@ def sync(c: Context,
     Raises:
         UserError: there is no key or no wandb, or something did not arrive.
     """
+    read_key(key_file)
+    choose_program_runner(runner, True)
     folders, said = to_upload(run)
     if not folders and not figures:
         yield from said
