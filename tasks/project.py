@@ -67,7 +67,7 @@ def down(c: Context) -> None:
 def doctor(c: Context, json: bool = False) -> None:
     """Check engine, plugins, GPUs, disk, settings, sources."""
     from tasks.lib.environments.lookup import key_names
-    found = list(checks.all_checks(key_names()))
+    found = list(checks.all_checks(key_names))
     if json:
         print(json_format.dumps({"checks": [check.as_dict() for check in found]}, indent=2))
     else:

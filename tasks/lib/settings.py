@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tasks.lib.env_file import parse
 from tasks.lib.errors import BadSetting
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -166,20 +167,18 @@ SETTINGS: dict[str, Setting] = {
 
 
 def read_dotenv(path: Path = ROOT / ".env") -> dict[str, str]:
-    """Return the variables of a `.env` file; an absent file has none.
+    """Return the variables of a `.env` file, as Docker Compose reads it; an absent file has none.
 
     Raises:
-        BadSetting: it is no text.
-
-    `dotenv_values` and not `load_dotenv`: the latter would change the environment that Docker Compose sees.
+        BadSetting: it is no text, or a line of it is refused.
     """
     if not path.is_file():
         return {}
-    from dotenv import dotenv_values
+    contents = path.read_bytes()
     try:
-        return {name: value for name, value in dotenv_values(path).items() if value is not None}
+        return parse(contents.decode(), os.environ, str(path))
     except UnicodeDecodeError:
-        kind = "is UTF-16" if path.read_bytes()[:2] in (b"\xff\xfe", b"\xfe\xff") else "is not UTF-8"
+        kind = "is UTF-16" if contents[:2] in (b"\xff\xfe", b"\xfe\xff") else "is not UTF-8"
         raise BadSetting(f"{path} {kind}; save it as UTF-8") from None
 
 

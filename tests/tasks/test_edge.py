@@ -169,12 +169,13 @@ def test_what_a_command_in_a_container_says_gets_no_remedy(project: Project) -> 
     assert (done.returncode, done.stderr) == (3, "OSError: [Errno 98] Address already in use\n")
 
 
-@pytest.mark.docker
-def test_doctor_shows_what_compose_refuses(project: Project, tmp_path: Path) -> None:
-    needs.docker()
-    project.write(".env", "A KEY=1\n")
-    (project.answers / "docker").unlink()
-    assert re.search(r"^missing +settings +.*(space|\.env)", project.invoke("doctor").stdout, re.M)
+@pytest.mark.parametrize("contents, said", [(b"A KEY=1\n", "line 1: no NAME=value +mend it"), (b"\xff", "is not UTF-8 +save it as UTF-8"),
+                                            (b"HF_TOKEN=hf_a$bcd\n", "line 1: HF_TOKEN has a [$].* set it above")])
+def test_doctor_shows_what_is_wrong_with_a_dotenv(project: Project, contents: bytes, said: str) -> None:
+    (project.root / ".env").write_bytes(contents)
+    done = project.invoke("doctor")
+    assert done.returncode == 1 and not done.stderr
+    assert re.search(rf"^missing +\.env +\S+\.env {said}", done.stdout, re.M) and "bcd" not in done.stdout
 
 
 # Bad input: one line and exit code 2, no traceback
@@ -216,7 +217,7 @@ def test_bad_input_is_one_line(project: Project, words: list[str], variables: di
     fault(project.invoke(*words, "--env", "demo", **variables), 2, line)
 
 
-@pytest.mark.parametrize("words", [["status"], ["env.down"], ["--dry", "down"], ["doctor"]],
+@pytest.mark.parametrize("words", [["status"], ["env.down"], ["--dry", "down"], ["eval.list"]],
                          ids=lambda words: words[-1])
 def test_a_dotenv_that_is_not_utf_8_is_named(project: Project, words: list[str]) -> None:
     (project.root / ".env").write_bytes("MODEL=Käse\n".encode("latin-1"))

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from tasks.lib.engine.client import (
     has_nvidia_runtime,
 )
 from tasks.lib.engine.sources import GYM, RL, choose_sources
-from tasks.lib.errors import DockerError, UserError
+from tasks.lib.errors import BadSetting, DockerError, UserError
 from tasks.lib.redaction import hide_logins
 from tasks.lib.settings import FOLDERS, ROOT, SETTINGS, read_dotenv
 
@@ -125,11 +125,16 @@ def check_nvidia(runtime: bool) -> Check:
                  "install nvidia-container-toolkit to train")
 
 
-def all_checks(keys: Collection[str]) -> Iterator[Check]:
+def all_checks(keys: Callable[[], Collection[str]]) -> Iterator[Check]:
     """Look at everything that the project needs, Docker first; `keys` are the variables that environments ask for."""
+    try:
+        dotenv = read_dotenv()
+    except BadSetting as error:  # on which everything else depends
+        yield Check(".env", MISSING, error.message.partition("; ")[0], error.message.partition("; ")[2])
+        yield check_files(ROOT)
+        return
     yield from _docker_checks()
-    dotenv = read_dotenv()
-    yield check_dotenv((ROOT / ".env").is_file(), dotenv, keys)
+    yield check_dotenv((ROOT / ".env").is_file(), dotenv, keys())
     yield from check_sources(ROOT, {**dotenv, **os.environ})
     yield check_files(ROOT)
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from invoke.context import Context
 
-from tasks.lib.engine.compose_files import caller_variables, compose_files
+from tasks.lib.engine.compose_files import as_read, caller_variables, compose_files
 from tasks.lib.engine.dry_run import RECORDER, print_commands
 from tasks.lib.engine.remedies import NO_DOCKER, docker_said, engine_down, remedy
 from tasks.lib.errors import INTERRUPTED, DockerError, NoEngine, UserError
@@ -69,7 +69,8 @@ def drive(c: Context,
     Raises:
         UserError: Docker's exit code when it failed; 130 after Ctrl-C; 127 without a docker command.
     """
-    given = {**caller_variables(os.environ, read_dotenv()), **(variables or {})}
+    dotenv = read_dotenv()
+    given = {**caller_variables(os.environ, dotenv), **(variables or {})}
     if c.config.run.dry or c.config.run.echo:
 
         def recorded(record: Mapping[str, str]) -> None:
@@ -79,7 +80,7 @@ def drive(c: Context,
         print_commands(recorded, given)
     if c.config.run.dry:
         return
-    with _environment(given), _docker_decides_on_interrupt():
+    with _environment({**as_read(os.environ, dotenv), **given}), _docker_decides_on_interrupt():
         with _failures_as_errors(shown=False):
             result = action(_client(profiles, cpu, files=files))
         with _failures_as_errors(shown=True):
@@ -98,7 +99,8 @@ def ask(action: Callable[[DockerClient], Answer],
     Raises:
         UserError: as for `drive`; Docker's message is in it.
     """
-    variables = {**caller_variables(os.environ, read_dotenv()), **(variables or {})}
+    dotenv = read_dotenv()
+    variables = {**as_read(os.environ, dotenv), **caller_variables(os.environ, dotenv), **(variables or {})}
     with _environment(variables), _failures_as_errors(shown=False):
         return action(_client(profiles, cpu, files=files))
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tasks.lib.engine.ownership import project_name
+from tasks.lib.settings import SETTINGS
 
 OVERRIDES = ("compose.override.yml", "compose.override.yaml", "docker-compose.override.yml",
              "docker-compose.override.yaml")
@@ -28,6 +29,11 @@ def caller_variables(environ: Mapping[str, str], dotenv: Mapping[str, str]) -> d
     given = {**dotenv, **environ}
     ids = {"HOST_UID": str(os.getuid()), "HOST_GID": str(os.getgid()), "COMPOSE_PROJECT_NAME": project_name(given)}
     return {name: value for name, value in ids.items() if not (environ.get(name) or dotenv.get(name))}
+
+
+def as_read(environ: Mapping[str, str], dotenv: Mapping[str, str]) -> dict[str, str]:
+    """Return the settings that `.env` has and the environment has not: as the tasks read them, Compose gets them."""
+    return {name: value for name, value in dotenv.items() if name in SETTINGS and name not in environ}
 
 
 # Other environments' services are in the same project but not in the files at hand; Compose need not say so.
