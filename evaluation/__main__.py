@@ -1,4 +1,5 @@
 """Run the command line: signals, output that may go away, exit codes."""
+import json
 import os
 import signal
 import sys
@@ -7,8 +8,10 @@ from contextlib import redirect_stdout
 
 from evaluation.cli import FAILED, INTERRUPTED, MISUSE, parser
 from evaluation.commands import COMMANDS
-from evaluation.output import Output, complain
+from evaluation.output import FACTS, Output, complain
 from evaluation.problems import Misuse, Stopped
+from evaluation.secrets import hide
+from evaluation.text import one_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -16,8 +19,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sys.stdout is None:  # closed: the next file that is opened would take its number, and what is said with it
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the program runs
     output = Output(sys.stdout)
+    words = sys.argv[1:] if argv is None else argv
     with redirect_stdout(output):
-        code, command = _obey(argv)
+        if "--json" in words:  # standard output is for the object alone
+            FACTS.clear()
+            with redirect_stdout(sys.stderr):
+                code, command = _obey(words)
+            print(json.dumps({"code": code, **FACTS}))
+        else:
+            code, command = _obey(words)
         output.flush()
     if output.gone is None:
         return code
@@ -26,19 +36,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code if command == "run" else code or FAILED  # a run has left everything in its folder
 
 
-def _obey(argv: Sequence[str] | None) -> tuple[int, str]:
+def _obey(argv: Sequence[str]) -> tuple[int, str]:
     try:
         options = parser().parse_args(argv)
     except SystemExit as left:
         return int(left.code or 0), ""
     try:
         return COMMANDS[options.command](options), options.command
-    except Misuse as problem:
+    except (Misuse, Stopped) as problem:
+        code = MISUSE if isinstance(problem, Misuse) else FAILED
         complain(str(problem))
-        return MISUSE, options.command
-    except Stopped as problem:
-        complain(str(problem))
-        return FAILED, options.command
+        FACTS["error"] = {"code": code, "message": hide(one_line(str(problem)))}
+        return code, options.command
     except KeyboardInterrupt:
         return INTERRUPTED, options.command
 

@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 from evaluation import __version__
+from evaluation.output import FACTS
 from evaluation.text import one_line
 
 FAILED, MISUSE, INTERRUPTED = 1, 2, 130
@@ -62,6 +63,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:  # type: ignore[override]
         """Leave with exit code 2."""
+        FACTS["error"] = {"code": MISUSE, "message": one_line(message)}
         self.exit(MISUSE, f"{self.prog}: {one_line(message)}; see --help\n")
 
 
@@ -215,6 +217,8 @@ def parser() -> argparse.ArgumentParser:
     prompts.add_argument("--environments",
                          default="",
                          help="file with the rows (default: $ENVIRONMENTS, then environments.toml)")
+    for command in (run, rescore, report, compare, merge, talks, export, lists):
+        command.add_argument("--json", action="store_true", help="print one JSON object, and nothing else there")
     return top
 
 

@@ -12,7 +12,7 @@ from typing_extensions import TypedDict
 from evaluation import foreign
 from evaluation.attempts import ERRORS, Attempt
 from evaluation.cli import FAILED, INTERRUPTED, MISUSE
-from evaluation.output import complain
+from evaluation.output import FACTS, complain
 from evaluation.problems import Misuse, Stopped, Unreachable
 from evaluation.records import differences
 from evaluation.text import one_line
@@ -102,6 +102,7 @@ def run_command(options: argparse.Namespace) -> int:
         path = settings.out / REPORT
         report.write(path, [compared.Run(settings.model, read_run(settings.out), records, summary)],
                      options.upstream_compat)
+        FACTS["report"] = str(path)
         tell(f"report: {path}")
     for line in notes(summary, settings.sampling.max_tokens):
         say(line)
@@ -147,6 +148,7 @@ def conclude(folder: Path, records: list[Attempt], samples: int, expected: int, 
         write_whole(folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
     except OSError as error:
         raise Stopped(f"{folder / SUMMARY} cannot be written: {error.strerror}; make room and run `rescore`") from None
+    FACTS.setdefault("runs", []).append({"folder": str(folder), "summary": summary})
     return summary
 
 
@@ -192,6 +194,7 @@ def report_command(options: argparse.Namespace) -> int:
     runs = compared.load(folders, lambda model: price_of(options.prices, model), complain)
     path = Path(options.out) if options.out else folders[0] / REPORT if len(folders) == 1 else Path(COMPARED)
     report.write(path, runs, options.upstream_compat)
+    FACTS["report"] = str(path)
     print(f"report: {path}")
     return MISUSE if len(runs) < len(folders) else 0
 
@@ -228,6 +231,13 @@ def compare_command(options: argparse.Namespace) -> int:
                       soft_wrap=True)
     path = Path(options.out or COMPARED)
     report.write(path, runs, options.upstream_compat)
+    FACTS.update(report=str(path),
+                 runs=[{
+                     "folder": str(Path(name)),
+                     "name": run.name,
+                     "summary": run.summary
+                 } for name, run in zip(options.folders, runs, strict=True)],
+                 differences=compared.differing(runs))
     print(f"report: {path}")
     return 0
 
@@ -266,6 +276,7 @@ def merge_command(options: argparse.Namespace) -> int:
     if joined.twice:
         complain(f"{joined.twice} attempts are in more than one of the runs; one of each stands (machines that share "
                  "items need other samples' numbers: give each its own items)")
+    FACTS["report"] = str(out / REPORT)
     print(f"report: {out / REPORT}")
     return 0
 
@@ -305,6 +316,7 @@ def export_command(options: argparse.Namespace) -> int:
         write_bytes(path, data)
     else:
         write_file(path, hide(data.decode()))
+    FACTS.update(file=options.out, count=len(rows))
     print(f"{len(rows)} {options.rows}: {options.out}")
     return 0
 
@@ -321,6 +333,7 @@ def conversations_command(options: argparse.Namespace) -> int:
         raise Misuse(f"conversations: no attempt of {', '.join(options.folders)} ended in success; "
                      "take the others too with --all")
     write_file(Path(options.out), "\n".join(found) + "\n")
+    FACTS.update(file=options.out, count=len(found))
     print(f"{len(found)} conversations: {options.out}")
     return 0
 
@@ -349,6 +362,7 @@ def list_command(options: argparse.Namespace) -> int:
     from evaluation import show
     from evaluation.records import RUN, read_run
     found = sorted(Path(options.folder).glob(f"*/{RUN}"), key=lambda path: path.stat().st_mtime)
+    FACTS.update(runs=[], damaged=[])
     if not found:
         print(f"no runs in {options.folder}")
         return 0
@@ -361,11 +375,18 @@ def list_command(options: argparse.Namespace) -> int:
             show.add_row(table, folder.name, config["env"], config["model"],
                          f"{summary['attempts']} of {summary['expected']}", show.with_interval(summary["success"]),
                          str(summary["errors"]))
+            FACTS["runs"].append({
+                "folder": str(folder),
+                "environment": config["env"],
+                "model": config["model"],
+                "summary": summary
+            })
         except Misuse as problem:
             damaged.append(str(problem))
         except (KeyError, TypeError):  # JSON of another form
             damaged.append(f"{folder} holds no run that this version can read; remove it or look there with its own")
     show.console().print(table)
+    FACTS["damaged"] = damaged
     for line in damaged:
         complain(line)
     return MISUSE if damaged else 0

@@ -118,3 +118,12 @@ def difference_lines(runs: Sequence[Run]) -> list[dict[str, Any]]:
             "lost": found["lost"],
         })
     return lines
+
+
+def differing(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Return the numbers of `difference_lines`, with the runs' names."""
+    return [{
+        "name": run.name,
+        "than": runs[0].name,
+        **compare(runs[0].records, run.records, same_words=dress(run) == dress(runs[0]))
+    } for run in runs[1:]]

@@ -3,10 +3,13 @@ import io
 import os
 import sys
 from contextlib import suppress
-from typing import TextIO
+from typing import Any, TextIO
 
 from evaluation.secrets import hide
 from evaluation.text import one_line
+
+# What the command found, for --json.
+FACTS: dict[str, Any] = {}
 
 
 def complain(line: str) -> None:

@@ -5,11 +5,12 @@ import time
 from invoke.context import Context
 from invoke.tasks import task
 
-from tasks.lib.engine.builds import build_images, build_variables
+from tasks.lib.engine.builds import build_images, build_variables, built
 from tasks.lib.engine.client import ENGINE_AT_LEAST_FOR_ENVIRONMENTS, require_engine
 from tasks.lib.engine.images import IMAGES, image_facts, image_of
 from tasks.lib.errors import INTERRUPTED, UserError
-from tasks.lib.tables import human_size, print_table
+from tasks.lib.notices import note
+from tasks.lib.tables import print_table
 
 FLAGS = {
     "no_cache": "Build every layer again.",
@@ -100,7 +101,8 @@ def env(c: Context, env: str = "", no_cache: bool = False, pull: bool = False, t
     rows = list(all_rows().values()) if env == "all" else [find_row(env)]
     variables = build_variables(tag)
     require_engine(c, ENGINE_AT_LEAST_FOR_ENVIRONMENTS)
-    built, failed = [], []
+    note(images=[])
+    lines, failed = [], []
     for row in rows:
         options = Options(port=row.port)
         start, name = time.monotonic(), env_docker.server_image(row, tag)
@@ -121,9 +123,7 @@ def env(c: Context, env: str = "", no_cache: bool = False, pull: bool = False, t
             continue
         after = None if c.config.run.dry else image_facts(name)
         if after:
-            unchanged = before is not None and before.id == after.id
-            built.append(
-                (name, human_size(after.size), f"{time.monotonic() - start:.1f} s", "cached" if unchanged else "built"))
-    print_table(("image", "size", "seconds", ""), built)
+            lines.append(built(name, before, after, time.monotonic() - start))
+    print_table(("image", "size", "seconds", "state"), lines)
     if failed:
         raise UserError(f"not built: {', '.join(failed)}; see above, or build one with --env", code=1)

@@ -10,6 +10,7 @@ from tasks.lib.engine.client import drive, require_engine
 from tasks.lib.engine.images import EVERY, environment_images, image_exists, image_name
 from tasks.lib.errors import DockerError, UserError
 from tasks.lib.host.leftovers import bytecode_folders
+from tasks.lib.notices import note
 from tasks.lib.settings import ROOT
 
 YES = {"yes": "Do not ask."}
@@ -29,6 +30,7 @@ def confirm(c: Context, what: list[str], yes: bool) -> bool:
         print("clean: nothing to remove")
         return False
     print("This removes:", *what, sep="\n  ", flush=True)
+    note(removes=what)
     if yes:
         return True
     if sys.stdin is None or not sys.stdin.isatty():
@@ -47,6 +49,7 @@ def remove_containers(c: Context) -> None:
 
 def remove_images(c: Context, names: list[str]) -> None:
     """Remove the images `names`."""
+    note(images=names)
     if names:
         drive(c, lambda client: client.image.remove(names))
 

@@ -3,11 +3,14 @@ import errno
 import os
 from collections.abc import Callable
 from functools import wraps
+from inspect import Parameter, signature
 from typing import Any
 
 from invoke.collection import Collection
 from invoke.exceptions import Exit
+from invoke.tasks import Task
 
+from tasks import reporting
 from tasks.lib.errors import INTERRUPTED, MISUSE, PIPE_CLOSED, BadSetting, UserError, printable
 from tasks.lib.notices import TASK
 
@@ -60,9 +63,35 @@ def guarded(name: str, body: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def report(name: str, task: Task[Callable[..., Any]]) -> None:
+    """Give the task `name` the flag `--json`, where it has something to report."""
+    if name in reporting.SILENT:
+        return
+    body = task.body
+    shape = signature(body)
+    own = "json" in shape.parameters
+    task.help["json"] = reporting.HELP
+
+    @wraps(body)
+    def run(*args: Any, json: bool = False, **kwargs: Any) -> Any:
+        given = {**kwargs, "json": json} if own else kwargs
+        # Called by another task, or watched, which is no single report.
+        if not json or reporting.FACTS.get() is not None or kwargs.get("watch"):
+            return body(*args, **given)
+        return reporting.as_object(name, own or name.partition(".")[0] in reporting.BY_PROGRAM, args[0].config.run.dry,
+                                   lambda: body(*args, **given))
+
+    if not own:
+        parameters = [*shape.parameters.values(), Parameter("json", Parameter.KEYWORD_ONLY, default=False)]
+        run.__signature__ = shape.replace(parameters=parameters)  # type: ignore[attr-defined]
+    task.body = run
+
+
 def guard(collection: Collection, prefix: str = "") -> None:
     """Guard every task of `collection`; its default task goes by the collection's name."""
     for name, task in collection.tasks.items():
-        task.body = guarded(prefix.rstrip(".") if name == collection.default else prefix + name, task.body)
+        full = prefix.rstrip(".") if name == collection.default else prefix + name
+        task.body = guarded(full, task.body)
+        report(full, task)
     for name, inner in collection.collections.items():
         guard(inner, f"{prefix}{name}.")

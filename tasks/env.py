@@ -13,7 +13,7 @@ from invoke.context import Context
 from invoke.tasks import task
 
 from tasks.lib.errors import INTERRUPTED, DockerError, UserError
-from tasks.lib.notices import say
+from tasks.lib.notices import note, say
 
 if TYPE_CHECKING:
     from servers.protocol import Client
@@ -75,6 +75,8 @@ def up(c: Context,
         if row.name in others:
             if not c.config.run.dry:
                 lease.detach_owner(row.name)  # also where an evaluation started it
+            url = f"{others[row.name].url}{row.protocol.prefix}"
+            note(environment=row.name, url=url, runner=others[row.name].runner, started=False)
             print(
                 f"{row.name} is up already: {others[row.name].url} (`invoke env.restart --env {row.name}` starts anew)")
             elsewhere = runner not in ("auto", others[row.name].runner)
@@ -110,6 +112,7 @@ def announce(row: "Environment", options: "Options", runner: str, url: str) -> N
     inside = ""
     if runner == "docker":
         inside = f"; in containers {container_url(service_name(row), options.port)}{prefix}"
+    note(environment=row.name, url=f"{url}{prefix}", runner=runner, started=True)
     print(f"{row.name} is ready: {url}{prefix}{inside}", flush=True)
 
 
@@ -120,10 +123,13 @@ def down(c: Context, env: str = "") -> None:
     from tasks.lib.environments.running import running_servers
     from tasks.lib.environments.start_stop import stop_server
     names = [find_row(env).name] if env else sorted(running_servers())
+    stopped: list[str] = []
+    note(stopped=stopped)
     for name in names:
         if not stop_server(c, name):
             print(f"{name} was not up", flush=True)
         elif not c.config.run.dry:
+            stopped.append(name)
             print(f"{name} is down", flush=True)
     if not names:
         print("no environment is up")
@@ -294,7 +300,7 @@ def shell(c: Context, env: str = "", user: str = "") -> None:
           "items": "Items to play several times and compare, such as 0-50,100: is each the same task every time?",
           "all_": "Reset every item of the environment once, and name those that fail.",
           "restart": "With --items: restart the server, which ends its sessions, and compare once more.",
-          "json": "Print one JSON object in place of the table; not with --items or --all."
+          "json": "Print one JSON object in place of the table."
       })
 def check(c: Context,
           env: str = "",
@@ -320,8 +326,6 @@ def check(c: Context,
         raise UserError(f"{row.name} is not up; `invoke env.up --env {row.name}`, or give --url", code=1)
     client = Client(url or (found.url if found else ""), row.protocol, timeout=seconds)
     if items or all_:
-        if json:
-            raise UserError("--json goes with the checks of the protocol; leave out --items and --all")
         if restart and (url or not items):
             raise UserError("--restart goes with --items and a server that `invoke env.up` started; leave it out")
         check_items(c, row, client, found.replicas if found else 1, items, restart)
@@ -361,6 +365,16 @@ def check_items(c: Context, row: "Environment", client: "Client", replicas: int,
                 same.play(Client(servers_up()[row.name].url, row.protocol, client.timeout), numbers, replicas, tell)
     except ServerError as error:
         raise UserError(f"{row.name}: {error}", code=1) from None
+    note(environment=row.name,
+         items=sorted(same.expected.keys() | same.failing.keys()),
+         differing=[{
+             "item": item,
+             "how": how
+         } for item, how in sorted(same.differing.items())],
+         failing=[{
+             "item": item,
+             "how": how
+         } for item, how in sorted(same.failing.items())])
     for item, how in sorted({**same.failing, **same.differing}.items()):
         print(f"item {item}: {how}")
     count = len(same.expected.keys() | same.failing.keys())
@@ -403,4 +417,5 @@ def data(c: Context, env: str = "", from_: str = "") -> None:
     if missing:
         lines = [f"  {folder / one.path}: {one.how or one.url or 'hub ' + one.hub}" for one in missing]
         raise UserError(f"{row.name} still needs, by hand:\n" + "\n".join(lines), code=1)
+    note(environment=row.name, folder=str(folder))
     print(f"{row.name}: all data is in {folder} ({time.monotonic() - begun:.0f} s)")

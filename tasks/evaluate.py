@@ -16,7 +16,7 @@ from tasks.lib.evaluation.plan import NEEDED, Endpoint, endpoint_flags, folders
 from tasks.lib.flags import Value, as_words, helps, repeatable, takes, values, whole_number
 from tasks.lib.host.programs import GPUS_HERE, choose_program_runner, environment, run_module
 from tasks.lib.interrupts import as_ctrl_c
-from tasks.lib.notices import tell
+from tasks.lib.notices import reporting, tell
 from tasks.lib.settings import ROOT, resolve
 
 if TYPE_CHECKING:
@@ -158,6 +158,7 @@ def run_evaluation(c: Context, runner: str, words: list[str], variables: Mapping
     from tasks.lib.environments.lookup import gym_source
     from tasks.lib.settings import effective_environment
     settings = effective_environment()
+    words = [*words, "--json"] if reporting() else words
     if runner == "docker":
         containers.run(c, "eval-runner", words, variables={**QUIET, **(variables or {})})
         return

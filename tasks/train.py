@@ -12,6 +12,7 @@ from invoke.tasks import task
 from tasks import evaluate, merge
 from tasks.lib.errors import UserError
 from tasks.lib.flags import as_words, whole_number
+from tasks.lib.notices import note
 from tasks.train_start import check, resume, start
 
 # What a task does is imported where it is done: each command would pay for all of them.
@@ -92,7 +93,7 @@ def list_runs(c: Context, json: bool = False) -> None:
     from tasks.lib.training import runs, showing
     found = runs.all_statuses()
     if json:
-        print(dumps([one.json() for one in found]))
+        print(dumps({"runs": [one.json() for one in found]}))
     elif not found:
         print(f"train.list: no run in {runs.saves()}; `invoke train.start` makes one")
     print_table(showing.HEAD, [] if json else [showing.row(one) for one in found])
@@ -123,6 +124,7 @@ def stop(c: Context, name: str = "", now: bool = False) -> None:
     from tasks.lib.training import runs, stopping
     said = stopping.stop(c, runs.find(name), now)
     if said:
+        note(said=said)
         print(f"train.stop: {said}")
 
 
@@ -135,7 +137,9 @@ def stop(c: Context, name: str = "", now: bool = False) -> None:
 def plot(c: Context, name: str = "", output: str = "") -> None:
     """Write a run's curves into one HTML file."""
     from tasks.lib.training import plotting, runs
-    print(f"train.plot: {plotting.write(runs.find(name), output)}")
+    written = plotting.write(runs.find(name), output)
+    note(file=str(written))
+    print(f"train.plot: {written}")
 
 
 @task(positional=[],

@@ -15,7 +15,7 @@ from invoke.tasks import task
 
 from tasks.lib.errors import UserError
 from tasks.lib.flags import helps, repeatable, takes
-from tasks.lib.notices import TASK, say
+from tasks.lib.notices import TASK, note, say
 from tasks.lib.settings import ROOT, effective_environment, resolve
 from tasks.lib.training.asked import Asked, Beside, Checked, Resumed, Started
 
@@ -372,6 +372,7 @@ def facts_of(place: Place, folder: Path, model: Path | None, items: Path | None,
 def say_started(run: Decided) -> None:
     """Print what was started, and what to do next."""
     steps = f", {run.steps} steps" if run.steps else ""
+    note(name=run.name, folder=str(run.folder), steps=run.steps)
     tell(f"{run.name} runs in the background{steps}: `invoke train.status --name {run.name}`, train.logs, train.stop; "
          f"folder {run.folder}")
 

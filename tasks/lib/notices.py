@@ -1,11 +1,34 @@
 """What is said along the way, each line with the task's name before it."""
 import sys
 from contextvars import ContextVar
+from typing import Any
 
 from tasks.lib.errors import printable
 
 # The task that runs, which its edge sets: whoever says something below it need not be told.
 TASK: ContextVar[str] = ContextVar("TASK", default="invoke")
+
+# What the task has to report, for `--json`; None where nobody asked for it.
+FACTS: ContextVar[dict[str, Any] | None] = ContextVar("FACTS", default=None)
+
+
+def note(**facts: Any) -> None:
+    """Add `facts`, which JSON can hold, to the object that `--json` prints."""
+    found = FACTS.get()
+    if found is not None:
+        found.update(facts)
+
+
+def note_one(name: str, fact: Any) -> None:
+    """Add `fact` to the list `name` of that object."""
+    found = FACTS.get()
+    if found is not None:
+        found.setdefault(name, []).append(fact)
+
+
+def reporting() -> bool:
+    """Tell whether standard output is for one JSON object, and for nothing else."""
+    return FACTS.get() is not None
 
 
 def say(text: str) -> None:
@@ -15,4 +38,4 @@ def say(text: str) -> None:
 
 def tell(text: str) -> None:
     """Print a line on standard output: how it goes on, where standard output is for people."""
-    print(printable(f"{TASK.get()}: {text}"), flush=True)
+    print(printable(f"{TASK.get()}: {text}"), file=sys.stderr if reporting() else sys.stdout, flush=True)

@@ -83,7 +83,7 @@ def test_following_stopping_and_listing_a_run(project, saves):
         listed = invoke(project, "train.list").stdout.splitlines()
         assert listed[0].split()[:3] == ["run", "state", "step"
                                          ] and listed[1].startswith("old") and "running" in listed[2]
-        assert [one["name"] for one in json.loads(invoke(project, "train.list", "--json").stdout)] == ["old", "run1"]
+        assert [one["name"] for one in json.loads(invoke(project, "train.list", "--json").stdout)["runs"]] == ["old", "run1"]
         assert invoke(project, "train.status").stdout.startswith("run1: running")  # of two, the one that runs
         said = invoke(project, "train.stop")
         assert said.returncode == 0 and "stopped after" in said.stdout and "train.resume --name run1" in said.stdout

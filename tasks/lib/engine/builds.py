@@ -6,9 +6,10 @@ import time
 from invoke.context import Context
 
 from tasks.lib.engine.client import drive, require_engine
-from tasks.lib.engine.images import TAG, Image, image_facts, image_name, image_of, require_image
+from tasks.lib.engine.images import TAG, Image, ImageFacts, image_facts, image_name, image_of, require_image
 from tasks.lib.engine.sources import GYM, RL, choose_sources, origin, revision
 from tasks.lib.errors import UserError
+from tasks.lib.notices import note, note_one
 from tasks.lib.settings import ROOT, SETTINGS, read_dotenv
 from tasks.lib.tables import human_size, print_table
 
@@ -48,8 +49,20 @@ def build_image(c: Context, image: Image, variables: dict[str, str], no_cache: b
     after = None if c.config.run.dry else image_facts(name)
     if after is None:
         return None
-    unchanged = before is not None and before.id == after.id
-    return name, human_size(after.size), f"{time.monotonic() - start:.1f}", "cached" if unchanged else "built"
+    return built(name, before, after, time.monotonic() - start)
+
+
+def built(name: str, before: ImageFacts | None, after: ImageFacts, seconds: float) -> tuple[str, ...]:
+    """Return an image's line of the summary, and note it."""
+    state = "cached" if before is not None and before.id == after.id else "built"
+    note_one("images", {
+        "name": name,
+        "id": after.id,
+        "bytes": after.size,
+        "seconds": round(seconds, 1),
+        "state": state
+    })
+    return name, human_size(after.size), f"{seconds:.1f}", state
 
 
 def push_image(c: Context, image: Image, variables: dict[str, str], cpu: bool) -> None:
@@ -66,6 +79,7 @@ def build_images(c: Context, images: tuple[Image, ...], no_cache: bool, pull: bo
     """Build `images` in this order, then push them if asked; print size, seconds and whether anything changed."""
     variables = build_variables(tag)
     require_engine(c)
+    note(images=[])
     rows = []
     for image in images:
         for need in map(image_of, image.needs):

@@ -27,7 +27,7 @@ from tasks.lib.engine.mounts import ensure_folders
 from tasks.lib.engine.ownership import PROJECT, SERVICE, Owner, is_ours, owner_of, project_name
 from tasks.lib.errors import INTERRUPTED, DockerError, UserError
 from tasks.lib.interrupts import as_ctrl_c
-from tasks.lib.notices import say
+from tasks.lib.notices import note, say
 from tasks.lib.settings import ROOT, read_dotenv, resolve
 
 if TYPE_CHECKING:
@@ -212,6 +212,7 @@ def remove_ours(c: Context) -> None:
         others = [one for one in found if not is_ours(one.owner)]
     for one in others:
         say(f"left {one.name} alone, which is {one.owner}")
+    note(removed=[one.name for one in mine], left=[one.name for one in others])
     by_hand = [one.id for one in mine if others or one.project != project]
     if by_hand:
         drive(c, lambda client: client.container.stop(by_hand, time=10))
