@@ -11,3 +11,4 @@ if sys.version_info < (3, 11):  # before anything that an older one cannot read
 
 del sys.modules[__name__]
 ns = import_module(__name__).ns
+import_module(f"{__name__}.words").check(ns, sys.argv)

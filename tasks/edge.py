@@ -70,7 +70,7 @@ def report(name: str, task: Task[Callable[..., Any]]) -> None:
     body = task.body
     shape = signature(body)
     own = "json" in shape.parameters
-    task.help["json"] = reporting.HELP
+    task.help.setdefault("json", reporting.HELP)
 
     @wraps(body)
     def run(*args: Any, json: bool = False, **kwargs: Any) -> Any:
