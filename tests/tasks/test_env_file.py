@@ -16,6 +16,7 @@ from tasks.lib.env_file import parse
 from tasks.lib.errors import BadSetting
 from tasks.lib.redaction import secret_values
 from tasks.lib.settings import read_dotenv
+from tests.fixtures import needs
 
 NAMES = ("A", "B", "C", "SET", "Q")
 SHELL = {"SET": "from the shell", "PATH": os.environ["PATH"], "HOME": "/root", "USER": "me"}
@@ -54,10 +55,10 @@ def as_compose_reads(text: str, shell: dict[str, str]) -> dict[str, str]:
 
 
 @pytest.mark.docker
-@pytest.mark.skipif(shutil.which("docker") is None, reason="no docker command")
 @settings(max_examples=120, deadline=None)
 @given(text=contents)
 def test_what_is_read_is_what_compose_reads(text: str) -> None:
+    needs.docker()
     try:
         ours = parse(text, SHELL)
     except BadSetting:
