@@ -145,6 +145,9 @@ def run_in_container(c: Context, folders: list[str], save_dir: str, gpus: str, f
         "ranks; the lowest rank's are taken). Repeatable.",
         "tied_weights":
         "Where tied weights differ: keep both, or drop the copy (default: stop and say so).",
+        "names":
+        "Where transformers 5 fuses or renames tensors in memory: files (as save_pretrained writes them) or memory (default: "
+        "files).",
         "verify":
         "Read the result again and compare it with the shards, tensor by tensor.",
         "force":
@@ -175,6 +178,7 @@ def run(c: Context,
         lora: str = "",
         lora_alpha: str = "",
         tied_weights: str = "",
+        names: str = "",
         allow: list[str] | None = None,
         verify: bool = False,
         force: bool = False,
@@ -200,6 +204,7 @@ def run(c: Context,
                lora=lora,
                lora_alpha=lora_alpha,
                tied_weights=tied_weights,
+               names=names,
                allow=allow,
                verify=verify,
                force=force,

@@ -6,6 +6,7 @@ lays out the output; `copying` streams the bytes, `publish` puts the finished fo
 """
 __version__ = "0.1.0"
 DTYPES = ("bfloat16", "float16", "float32", "keep")  # what `--dtype` takes
+NAMES = ("files", "memory")  # and `--names`
 
 
 class MergeError(ValueError):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from merger import DTYPES, MergeError, __version__
+from merger import DTYPES, NAMES, MergeError, __version__
 from merger.filenames import RANKS, TRACKER
 from merger.foreign.text import printable
 
@@ -135,6 +135,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tied-weights",
                    choices=("keep", "drop"),
                    help="tied weights whose values differ: keep both, or drop the copy (default: stop and say so)")
+    p.add_argument(
+        "--names",
+        choices=NAMES,
+        default="files",
+        help="where transformers 5 fuses or renames a model's tensors in memory: the names and tensors of model "
+        "files, as save_pretrained writes them, or those in memory (default: files)")
     p.add_argument(
         "--allow",
         action="append",
@@ -277,6 +283,7 @@ def _run(args: argparse.Namespace) -> int:
                       lora=args.lora,
                       lora_alpha=args.lora_alpha,
                       tied_weights=args.tied_weights,
+                      names=args.names,
                       verify=args.verify,
                       force=args.force,
                       allow=frozenset(args.allow),

@@ -103,12 +103,8 @@ class TorchConverter:
         whole = torch.empty(block.numel, dtype=source_type, device=self._device)
         for part, (start, end) in zip(block.parts, pieces, strict=True):
             values = moved[start:end].view(source_type)
-            if part.rows == 1:
-                whole[part.target:part.target + part.width] = values
-            else:
-                first, column = divmod(part.target, part.pitch)
-                raster = whole.view(-1, part.pitch)
-                raster[first:first + part.rows, column:column + part.width] = values.view(part.rows, part.width)
+            rows = (part.rows, part.width)
+            whole.as_strided(rows, (part.pitch, 1), part.target).copy_(values.view(rows))
         cast = whole.to(target_type)
         finite = torch.isfinite(cast).all()
         self._target(block).copy_(cast.view(torch.uint8), non_blocking=True)

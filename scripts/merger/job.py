@@ -1,7 +1,8 @@
 """What a merge is asked for, and every check and decision that comes before the first byte is written."""
 import shutil
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from merger.discover import RankFiles, find_checkpoint
 from merger.dtypes import CONVERTED, output_dtype
 from merger.filenames import ADAPTER_CONFIG, ADAPTER_STEM, CONFIG, LORA_FOLDER, MODEL_FOLDER, MODEL_STEM, RANKS, RECORD
 from merger.gpu import check_device
+from merger.lattice import Lattice
 from merger.model_check import Verdict, complaint, naming_note
 from merger.modelconfig import (
     dump_json,
@@ -24,6 +26,7 @@ from merger.modelconfig import (
 )
 from merger.plan import Fusion, Output, OutputFile, split_files
 from merger.show import size_text
+from merger.views import View
 
 ROUTING_BIAS = "e_score_correction_bias"
 
@@ -35,7 +38,10 @@ Named = dict[str, tuple[Tensor, Fusion | None]]
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked for; `allow` holds names of checks whose finding is accepted: `keys`, `nonfinite`, `buffers`."""
+    """What the user asked for; `allow` holds names of checks whose finding is accepted: `keys`, `nonfinite`, `buffers`.
+
+    `names` are those of model files, or `memory` where the checkpoint's are to be kept.
+    """
     local_dirs: tuple[str, ...]
     save_dir: str | None = None
     config_dir: str | None = None
@@ -46,6 +52,7 @@ class Options:
     lora: str | None = None
     lora_alpha: float | None = None
     tied_weights: str | None = None
+    names: str = "files"
     verify: bool = False
     force: bool = False
     allow: frozenset[str] = frozenset()
@@ -92,6 +99,12 @@ class Job:
         return sum(output.fusion is not None for output in self.outputs)
 
     @property
+    def renamed(self) -> int:
+        """How many of them are named as in model files, and otherwise in the checkpoint."""
+        names = self.verdict.on_disk if self.verdict else {}
+        return sum(output.name in names for output in self.outputs)
+
+    @property
     def nbytes(self) -> int:
         """The bytes to write."""
         return sum(file.size for file in self.files)
@@ -99,7 +112,7 @@ class Job:
     @property
     def parameters(self) -> int:
         """The elements to write."""
-        return sum(output.source.numel for output in self.outputs)
+        return sum(output.numel for output in self.outputs)
 
 
 def prepare(options: Options, checkpoint: Checkpoint | None = None) -> Job:
@@ -151,7 +164,7 @@ def lay_out(options: Options,
         name: tensor.shape
         for name, (tensor, _) in named.items()
     }, options.trust_remote_code, config["architectures"][0] if changed else "", bool(cleaned), files.seen)
-    notes = [*checkpoint.notes, *changed, *cleaned, *naming_note(verdict)]
+    notes = [*checkpoint.notes, *changed, *cleaned, *naming_note(verdict, options.names)]
     if verdict.silent:
         notes.append(f"keys were not checked against a model: {verdict.silent}")
         _check_extents(checkpoint, options)
@@ -169,6 +182,9 @@ def lay_out(options: Options,
                      f"{', …' if len(kept) > 1 else ''}")
     kept += scales
     outputs = _outputs(options, named, dropped, kept)
+    if options.names == "files":
+        outputs = as_saved(outputs, dropped, verdict)
+        kept = [output.name for output in outputs if output.source.name in kept]
     written = {output.dtype for output in outputs if output.dtype in CONVERTED and output.name not in kept}
     config = with_dtype(config, written.pop() if len(written) == 1 else None)
     files_out = split_files(outputs, options.max_shard_size)
@@ -314,6 +330,52 @@ def _outputs(options: Options, named: Named, dropped: dict[str, str], kept: Coll
         Output(name, tensor, output_dtype(tensor.dtype, "keep" if name in kept else options.dtype), fusion,
                twins.get(name, ())) for name, (tensor, fusion) in named.items() if name not in dropped
     ]
+
+
+def as_saved(outputs: Sequence[Output], dropped: Collection[str], verdict: Verdict) -> list[Output]:
+    """Return `outputs`, named as the checkpoint's tensors, as the tensors that transformers would save of them.
+
+    Raises:
+        MergeError: the way back is not known, or is not one for these tensors.
+    """
+    keep = "pass --names memory to keep the checkpoint's names"
+    if verdict.unsaved:
+        raise MergeError(
+            f"transformers {verdict.transformers} saves these tensors under other names, by what is not known "
+            f"here: {verdict.unsaved}; {keep}")
+    ours = {output.name: output for output in outputs}
+    made: dict[str, list[Output]] = {}
+    for name, origin in verdict.on_disk.items():
+        sources = [origin] if isinstance(origin, str) else list(dict.fromkeys(source for source, _ in origin[1]))
+        if isinstance(origin, str) and origin in dropped:
+            continue
+        first = ours.get(sources[0])
+        if first is None or any(source not in ours or ours[source].twins for source in sources[1:]):
+            raise MergeError(f"model files have {name} as a part of {sources[0]}, which is tied to another; {keep}")
+        if isinstance(origin, str):
+            made.setdefault(first.name, []).append(replace(first, name=name))
+            continue
+        for source in sources:
+            if ours[source].fusion or ours[source].twins:
+                what = "LoRA changes" if ours[source].fusion else "the config ties"
+                raise MergeError(f"{what} {source}, which model files have as {name}; {keep}")
+            if (ours[source].source.dtype, ours[source].dtype) != (first.source.dtype, first.dtype):
+                raise MergeError(
+                    f"{source} and {first.name} are of different types, and one tensor, {name}, in model files; "
+                    f"{keep}")
+        parts = tuple((ours[source].source, Lattice(here, there, tuple(map(tuple, dims))))
+                      for source, (here, there, dims) in origin[1])
+        made.setdefault(first.name, []).append(replace(first, name=name, view=View(tuple(origin[0]), parts)))
+    changed = set(verdict.in_memory)
+    found = [
+        new for output in outputs
+        for new in (*made.get(output.name, ()), *([output] if output.name not in changed else ()))
+    ]
+    twice = next((name for name, count in Counter(output.name for output in found).items() if count > 1), None)
+    if twice:
+        raise MergeError(
+            f"the checkpoint has {twice}, and so has what model files make of {verdict.on_disk[twice]}; {keep}")
+    return found
 
 
 def config_folder(options: Options, files: RankFiles, *others: Path) -> Path:

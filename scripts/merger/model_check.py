@@ -45,7 +45,9 @@ class Verdict:
         fp32, fp32_in_half: modules that the model keeps in float32 when it is loaded in bfloat16 or float16, and in
             float16 only.
         in_memory: names that this version holds in memory and the checkpoint has, but that model files do not use.
-        on_disk: what the first of them is named in model files, where it may be several tensors.
+        on_disk: what model files have in their place, by name: the name of the one that it is, or its shape (elements)
+            and of which tensors' elements it is made (`lattice`).
+        unsaved: why that is not known, or empty.
         transformers: version.
         torch: version.
     """
@@ -58,7 +60,8 @@ class Verdict:
     fp32: list[str] = field(default_factory=list)
     fp32_in_half: list[str] = field(default_factory=list)
     in_memory: list[str] = field(default_factory=list)
-    on_disk: list[str] = field(default_factory=list)
+    on_disk: dict[str, Any] = field(default_factory=dict)
+    unsaved: str = ""
     transformers: str = ""
     torch: str = ""
 
@@ -200,7 +203,7 @@ def check(config_dir: Path,
     tied = [group for group in names.values() if len(group) > 1]
     # A tied copy may be absent: the other name stands for it.
     state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    in_memory, on_disk = _names_on_disk(model, state)
+    from merger.saved_names import saved_as
     _, info = model_class.from_pretrained(None,
                                           config=config,
                                           state_dict=state,
@@ -214,37 +217,32 @@ def check(config_dir: Path,
         "tied": tied,
         "fp32": sorted(getattr(model, "_keep_in_fp32_modules_strict", None) or ()),
         "fp32_in_half": sorted(getattr(model, "_keep_in_fp32_modules", None) or ()),
-        "in_memory": in_memory,
-        "on_disk": on_disk,
+        **saved_as(model, {
+            name: tuple(shape)
+            for name, shape in shapes.items()
+        }),
         **versions
     }
 
 
-def _names_on_disk(model: Any, state: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Return those names of `state` under which `model` would not be saved, and what the first would be saved as.
-
-    transformers 5 fuses the experts' matrices when it loads a model and takes them apart when it saves one.
-    """
-    with contextlib.suppress(Exception):  # transformers 4 has no such thing, and what does not fit is told elsewhere
-        from transformers.core_model_loading import revert_weight_conversion
-        held = {name: state[name] for name in model.state_dict() if name in state}
-        saved = revert_weight_conversion(model, dict(held))
-        in_memory = [name for name in held if name not in saved]
-        return in_memory, list(revert_weight_conversion(model, {name: held[name] for name in in_memory[:1]}))
-    return [], []
-
-
-def naming_note(verdict: Verdict) -> list[str]:
+def naming_note(verdict: Verdict, names: str) -> list[str]:
     """Return a note where the checkpoint has names that model files do not, and other versions may not read.
 
     Of those that are only renamed (vision models), late releases of transformers 4 read both; of fused ones they do not.
     """
-    if not verdict.in_memory or not verdict.on_disk:
+    if not verdict.in_memory:
         return []
-    readers = "only transformers 5 and later read" if len(verdict.on_disk) > 1 else "older versions may not read"
+    name, origin = next(iter(verdict.on_disk.items()))
+    ours = origin if isinstance(origin, str) else origin[1][0][0]
+    held = f"{len(verdict.in_memory)} tensors"
+    if names == "files":
+        return [f"{held} have names that transformers {verdict.transformers} uses in memory, such as {ours}; they are written "
+                f"as model files have them: {name}, …"]  # yapf: disable
+    fused = not all(isinstance(origin, str) for origin in verdict.on_disk.values())
+    readers = "only transformers 5 and later read" if fused else "older versions may not read"
     return [
-        f"{len(verdict.in_memory)} tensors keep the names of transformers {verdict.transformers} in memory, such as "
-        f"{verdict.in_memory[0]}, which {readers}; model files have {verdict.on_disk[0]}, …"
+        f"{held} keep the names of transformers {verdict.transformers} in memory, such as {ours}, which {readers}; model "
+        f"files have {name}, …"
     ]
 
 

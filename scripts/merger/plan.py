@@ -14,8 +14,10 @@ from merger import MergeError
 from merger.checkpoint import Checkpoint, Tensor
 from merger.dtypes import SAFETENSORS, itemsize
 from merger.filenames import MODEL_STEM
+from merger.lattice import cut
 from merger.layout import Run, cut_dimension, runs_of
 from merger.safetensorsfile import MAX_HEADER
+from merger.views import View, on_ranks, rows_of
 
 BLOCK_BYTES = 8 << 20  # of source data; two buffers of this size a thread
 
@@ -32,18 +34,30 @@ class Fusion:
 class Output:
     """A tensor to write: the checkpoint's tensor under its final name and element type.
 
-    `twins` are tied copies that are left out, and must have equal bytes.
+    `twins` are tied copies that are left out, and must have equal bytes. Where it is no tensor of the checkpoint but
+    made of some, it is a `view`, and `source` is the first of them.
     """
     name: str
     source: Tensor
     dtype: str
     fusion: Fusion | None = None
     twins: tuple[Tensor, ...] = ()
+    view: View | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The extents, in elements."""
+        return self.source.shape if self.view is None else self.view.shape
+
+    @property
+    def numel(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
         """The bytes that it takes in the output."""
-        return self.source.numel * itemsize(self.dtype)
+        return self.numel * itemsize(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -76,8 +90,8 @@ class Part:
         """Return the place of these rows in `values`, the elements of the block, as (rows, width)."""
         if self.rows == 1:
             return values[self.target:self.target + self.width].reshape(1, self.width)
-        first, column = divmod(self.target, self.pitch)
-        return values.reshape(-1, self.pitch)[first:first + self.rows, column:column + self.width]
+        size = values.itemsize
+        return np.lib.stride_tricks.as_strided(values[self.target:], (self.rows, self.width), (self.pitch * size, size))
 
 
 @dataclass(frozen=True)
@@ -127,7 +141,7 @@ def _output_file(name: str, outputs: Sequence[Output]) -> OutputFile:
         end += output.nbytes
         header[output.name] = {
             "dtype": SAFETENSORS[output.dtype],
-            "shape": list(output.source.shape),
+            "shape": list(output.shape),
             "data_offsets": [offsets[-1], end]
         }
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -160,6 +174,10 @@ def all_blocks(checkpoint: Checkpoint, files: Sequence[OutputFile], block_bytes:
     for number, file in enumerate(files):
         for output, offset in file.tensors:
             size, whole_rows = itemsize(output.dtype), output.fusion is not None or bool(output.twins)
+            if output.view is not None:
+                for start, numel, parts in view_blocks(checkpoint, output.view, block_bytes):
+                    yield Block(output, number, offset + start * size, start, numel, parts)
+                continue
             same = (tensor_blocks(checkpoint, tensor, block_bytes, whole_rows)
                     for tensor in (output.source, *output.twins))
             for (start, numel, parts), *copies in zip(*same, strict=True):
@@ -199,6 +217,24 @@ def tensor_blocks(checkpoint: Checkpoint,
     if whole_rows and shape:
         limit = max(limit // shape[-1], 1) * shape[-1]
     yield from _cut_lines(lines, tensor.numel, limit, size)
+
+
+def view_blocks(checkpoint: Checkpoint,
+                view: View,
+                block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, int, tuple[Part, ...]]]:
+    """Yield (first element, elements, parts) of blocks of at most `block_bytes` of source data that make up `view`."""
+    size = itemsize(view.parts[0][0].dtype)
+    limit = max(block_bytes // size, 1)
+    held = [found for tensor, places in view.parts for found in on_ranks(checkpoint, tensor, places)]
+    for start in range(0, view.numel, limit):
+        count = min(limit, view.numel - start)
+        parts = [
+            Part(rank, offset + there * size, target, rows, width, pitch)
+            for rank, offset, places in held if places.here < start + count and places.last >= start
+            for part in cut(places, (view.numel, ), (start, ), (count, ), (1, ))
+            for target, there, rows, width, pitch in rows_of(part)
+        ]  # yapf: disable
+        yield start, count, tuple(sorted(parts, key=lambda part: (part.rank, part.offset)))
 
 
 def _rows_within(rank: int, offset: int, run: Run, row: int, count: int, size: int) -> Part | None:

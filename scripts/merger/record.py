@@ -7,7 +7,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from merger import DTYPES, MergeError, __version__
+from merger import DTYPES, NAMES, MergeError, __version__
 from merger.companions import weights_in
 from merger.copying import Tally
 from merger.discover import RankFiles
@@ -18,6 +18,8 @@ from merger.job import Job, Options
 
 NUMBERS = ("world_size", "tensors", "parameters", "fused", "nan", "inf", "threads", "bytes_read", "bytes_written",
            "seconds")  # yapf: disable
+
+BEFORE = {"names": "memory", "model_key": None}  # how it was before there was a choice
 
 
 def sources(files: RankFiles) -> list[dict[str, Any]]:
@@ -43,6 +45,7 @@ def requested(options: Options) -> dict[str, Any]:
         "model_key": options.model_key,
         "lora_alpha": options.lora_alpha,
         "tied_weights": options.tied_weights,
+        "names": options.names,
         "allow": sorted(options.allow),
     }
 
@@ -59,6 +62,7 @@ def make_record(job: Job, options: Options, tally: Tally, threads: int, seconds:
         "dtype": options.dtype,
         "files": file_sizes(job),
         "tensors": len(job.outputs),
+        "renamed": job.renamed,
         "fused": job.fused,
         "base_model": job.base_model,
         "parameters": job.parameters,
@@ -109,6 +113,9 @@ def read_record(folder: Path, seen: Seen | None = None) -> dict[str, Any]:
     path = folder / RECORD
     try:
         record = read_object(path, seen or Seen())
+        if isinstance(record["requested"], dict):
+            for name, value in BEFORE.items():
+                record["requested"].setdefault(name, value)
         if not _is_request(record["requested"]) or not _is_record(record):
             raise ValueError("it is of another version, or damaged")
         return record
@@ -121,7 +128,7 @@ def read_record(folder: Path, seen: Seen | None = None) -> dict[str, Any]:
 def _is_request(value: Any) -> bool:
     """Return True if `value` is what `requested` returns for some options."""
     return (isinstance(value, dict) and set(value) == set(requested(Options(
-        ()))) and value["dtype"] in DTYPES and value["lora"] in (None, "adapter", "fuse")
+        ()))) and value["dtype"] in DTYPES and value["lora"] in (None, "adapter", "fuse") and value["names"] in NAMES
             and isinstance(value["model_key"], (str, NoneType)) and value["tied_weights"] in (None, "keep", "drop")
             and isinstance(value["lora_alpha"], (int, float, NoneType)) and isinstance(value["allow"], list)
             and all(isinstance(name, str) for name in value["allow"]))

@@ -24,10 +24,12 @@ from merger.foreign.documents import read_object
 from merger.foreign.files import Seen
 from merger.foreign.text import printable
 from merger.foreign.values import shown
+from merger.lattice import Lattice
 from merger.layout import Box
 from merger.plan import BLOCK_BYTES, Output
 from merger.safetensorsfile import MAX_HEADER, read_tensors
 from merger.shardfile import damaged_records
+from merger.views import View, on_ranks
 
 
 @dataclass(frozen=True)
@@ -137,9 +139,14 @@ def check_output(checkpoint: Checkpoint, outputs: Sequence[Output], stored: Mapp
     with Sources(checkpoint) as sources, _Maps() as maps:
         for output in outputs:
             there, source = stored[output.name], output.source
-            if (there.dtype, there.shape) != (output.dtype, source.shape):
-                raise MergeError(f"{output.name} should be {output.dtype} {list(source.shape)}, but {there.path} has "
+            if (there.dtype, there.shape) != (output.dtype, output.shape):
+                raise MergeError(f"{output.name} should be {output.dtype} {list(output.shape)}, but {there.path} has "
                                  f"{there.dtype} {list(there.shape)}; merge again with --force")
+            if output.view is not None:
+                _compare_view(sources, output, output.view, there, maps, buffer)
+                maps.forget(there.path)
+                progress(output.nbytes)
+                continue
             for rank, box, begin in checkpoint.places(source, every=True):
                 if box.numel:
                     _compare(sources, output, there, maps, rank, box, begin, buffer)
@@ -194,6 +201,45 @@ def _compare(sources: Sources, output: Output, stored: Stored, maps: _Maps, rank
             raise MergeError(f"{output.name} in {stored.path} differs from rank {rank}'s piece in "
                              f"{int(np.size(same) - np.count_nonzero(same))} elements of the block at "
                              f"{list(part.start)}; merge again with --force")
+
+
+def _compare_view(sources: Sources, output: Output, view: View, stored: Stored, maps: _Maps,
+                  buffer: np.ndarray) -> None:
+    """Compare a view with every rank's piece of what it is made of, in the order of the pieces' elements."""
+    whole = maps.view(stored).reshape(-1)
+    size, dtype = itemsize(output.source.dtype), NUMPY[output.source.dtype]
+    for tensor, places in view.parts:
+        for rank, begin, held in on_ranks(sources.checkpoint, tensor, places, every=True):
+            for part in pieces_of(held.turned(), BLOCK_BYTES // size):
+                data = sources.read(rank, begin + part.here * size, (part.last - part.here + 1) * size, buffer)
+                values = _strided(data.view(dtype), [(count, here) for count, here, _ in part.dims])
+                found = _strided(whole[part.there:], [(count, there) for count, _, there in part.dims])
+                with np.errstate(over="ignore", invalid="ignore"):
+                    same = _bits(values.astype(found.dtype)) == _bits(found)
+                if not same.all():
+                    raise MergeError(
+                        f"{output.name} in {stored.path} differs from rank {rank}'s piece of {tensor.name} in "
+                        f"{int(np.size(same) - np.count_nonzero(same))} elements; merge again with --force")
+
+
+def _strided(values: np.ndarray, dims: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Return those of `values` that lie, from the first on, (extent, step in elements) apart along each dimension."""
+    shape, steps = tuple(count for count, _ in dims), tuple(step * values.itemsize for _, step in dims)
+    return np.lib.stride_tricks.as_strided(values, shape, steps)
+
+
+def pieces_of(places: Lattice, limit: int) -> Iterator[Lattice]:
+    """Cut `places` into parts that reach over at most `limit` elements here."""
+    dims = sorted(places.dims, key=lambda dim: -dim[1])
+    if places.last - places.here < limit or not dims:
+        yield Lattice(places.here, places.there, tuple(dims))
+        return
+    (count, here, there), *rest = dims
+    below = sum((n - 1) * step for n, step, _ in rest)
+    fit = max((limit - 1 - below) // here + 1, 1)
+    for first in range(0, count, fit):
+        some = ((min(fit, count - first), here, there), *rest) if fit > 1 else tuple(rest)
+        yield from pieces_of(Lattice(places.here + first * here, places.there + first * there, some), limit)
 
 
 def is_fused(found: np.ndarray, weight: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float) -> np.ndarray:
