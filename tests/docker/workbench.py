@@ -22,9 +22,12 @@ SOCKET = Path("/var/run/docker.sock")
 
 def engine_answers() -> bool:
     """Return whether a Docker engine with Compose can be used."""
-    return bool(shutil.which("docker")) and all(
-        subprocess.run(["docker", *words], capture_output=True, check=False).returncode == 0
-        for words in (["info"], ["compose", "version"]))
+    try:
+        return bool(shutil.which("docker")) and all(
+            subprocess.run(["docker", *words], capture_output=True, timeout=60, check=False).returncode == 0
+            for words in (["info"], ["compose", "version"]))
+    except subprocess.TimeoutExpired:
+        return False
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """The Docker wing's decisions: values in, values out, no engine."""
 import re
+import socket
 import subprocess
 from datetime import timedelta
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tasks.lib.doctor import checks
+from tasks.lib.engine import client
 from tasks.lib.engine.compose_files import caller_variables, compose_files
 from tasks.lib.engine.dry_run import command_line
 from tasks.lib.engine.gpus import NO_RUNTIME, GpuChoice, choose_gpus, refusal
@@ -17,12 +19,25 @@ from tasks.lib.environments.compose_model import compose_model
 from tasks.lib.environments.lookup import key_names
 from tasks.lib.environments.plan import Options
 from tasks.lib.environments.rows import environment, environments
-from tasks.lib.errors import UserError
+from tasks.lib.errors import NoEngine, UserError
 from tasks.lib.host.leftovers import bytecode_folders
 from tasks.lib.host.programs import choose_program_runner
 from tasks.lib.redaction import redact, secret_values
 from tasks.lib.settings import ROOT, SETTINGS
 from tasks.lib.tables import human_age, human_size
+from tests.fixtures import needs
+
+
+def test_an_engine_elsewhere_that_says_nothing_is_waited_for_only_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the connection, as a stopped one or a wrong program does."""
+    needs.docker()
+    monkeypatch.setattr(client, "ELSEWHERE_WAIT", 0.5)
+    client._hear_from_elsewhere.cache_clear()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        host = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setenv("DOCKER_HOST", host)
+        with pytest.raises(NoEngine, match=f"no Docker engine answers at DOCKER_HOST={host}; "):
+            client.engine_version()
 
 
 @pytest.mark.parametrize("flag, setting, nvidia, expected", [

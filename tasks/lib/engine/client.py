@@ -9,9 +9,11 @@ import os
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -33,6 +35,7 @@ ENGINE_AT_LEAST = 24
 # The environment servers' health check asks often at the start only (--start-interval): cheap when it counts.
 ENGINE_AT_LEAST_FOR_ENVIRONMENTS = 25
 COMMAND_NOT_FOUND = 127
+ELSEWHERE_WAIT = 20.0  # seconds
 
 
 def interactive() -> bool:
@@ -81,6 +84,7 @@ def drive(c: Context,
     if c.config.run.dry:
         return
     with _environment({**as_read(os.environ, dotenv), **given}), _docker_decides_on_interrupt():
+        _hear_from_elsewhere()
         with _failures_as_errors(shown=False):
             result = action(_client(profiles, cpu, files=files))
         with _failures_as_errors(shown=True):
@@ -102,7 +106,30 @@ def ask(action: Callable[[DockerClient], Answer],
     dotenv = read_dotenv()
     variables = {**as_read(os.environ, dotenv), **caller_variables(os.environ, dotenv), **(variables or {})}
     with _environment(variables), _failures_as_errors(shown=False):
+        _hear_from_elsewhere()
         return action(_client(profiles, cpu, files=files))
+
+
+@cache
+def _hear_from_elsewhere() -> None:
+    """Stop where an engine elsewhere takes a connection, or its packets are lost, and nothing comes: docker would wait for ever.
+
+    Other failures are those of the call that follows.
+
+    Raises:
+        NoEngine: see above.
+    """
+    if not {"DOCKER_HOST", "DOCKER_CONTEXT"} & os.environ.keys():
+        return
+    try:
+        with suppress(OSError):
+            subprocess.run(["docker", "version"],
+                           stdin=subprocess.DEVNULL,
+                           capture_output=True,
+                           timeout=ELSEWHERE_WAIT,
+                           check=False)
+    except subprocess.TimeoutExpired:
+        raise NoEngine(engine_down(os.environ), code=1) from None
 
 
 def execute(client: DockerClient, container: str, command: Sequence[str], user: str) -> None:
