@@ -93,6 +93,9 @@ HINT = re.compile(
 # How a traceback ends: `module.Error: words`.
 EXCEPTION = re.compile(
     r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit|Warning)\b(?:\([^)]*\))?(?:: .*)?")
+# A program that tells of something and goes on, which ended nothing; and Ray's line above the error itself.
+REMARK = re.compile(
+    r"ray\.exceptions\.RayTaskError\(|(?:\[?\d[\d:,. \-]*\]?\s+)?(?:WARNING|INFO|DEBUG)\b|\S+: \w*Warning: ")
 ASSERTS = re.compile(r"(?:AssertionError|ValueError|TypeError|KeyError|NotImplementedError|AttributeError)\b")
 WAITS = re.compile(r"cannot be scheduled right now|No available node types can fulfill|Insufficient cluster resources|"
                    r"[Tt]otal available GPUs .* is less than")
@@ -118,8 +121,9 @@ class Evidence:
         """Take note of a line, without Ray's prefix; one of source code, in a traceback, tells nothing."""
         if not line.startswith("  ") and HINT.search(line):
             match = EVIDENCE.search(line)
-            if match:
-                self.first.setdefault(_PATTERNS[int((match.lastgroup or "c0")[1:])][0], line.strip()[:REASON])
+            cause = _PATTERNS[int((match.lastgroup or "c0")[1:])][0] if match else ""
+            if cause and not (cause == MISUSE and REMARK.match(line)):
+                self.first.setdefault(cause, line.strip()[:REASON])
             elif WAITS.search(line):
                 self.waits = self.waits or line.strip()
         text = line.strip()

@@ -247,6 +247,20 @@ def shared_memory() -> int | None:
     return None
 
 
+def closed_cache(environ: Mapping[str, str]) -> str:
+    """Return the folder that keeps `datasets` from making its cache, which it does at each start; "" where none does.
+
+    https://huggingface.co/docs/datasets/cache
+    """
+    home = Path(environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    place = Path(environ.get("HF_DATASETS_CACHE") or Path(environ.get("HF_HOME") or home) / "datasets")
+    place = Path(os.path.abspath(place.expanduser()))
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    able = os.access(place, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)
+    return "" if place.is_dir() and able else str(place)
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep what libraries print off standard output, which is for the answer."""
@@ -267,7 +281,7 @@ def look(asked: Mapping[str, Any]) -> dict[str, Any]:
             path (folders that hold packages which are not installed), url (of the environment).
 
     Returns:
-        python, versions, verl and agentenv (their folders), flash_attn, architectures, clients, gpus, cpus, shm (bytes), unreachable (why the url does not answer, or empty); with
+        python, versions, verl and agentenv (their folders), flash_attn, architectures, clients, gpus, cpus, shm (bytes), closed_cache (of data sets, or empty), unreachable (why the url does not answer, or empty); with
         overrides: resolved, or hydra_error; with model: tokenizer_error, markers (tokens of each of Qwen's), and with
         prompt: prompt_tokens. What could not be looked at is None.
     """
@@ -284,6 +298,7 @@ def look(asked: Mapping[str, Any]) -> dict[str, Any]:
         "gpus": gpus(),
         "cpus": cpus(),
         "shm": shared_memory(),
+        "closed_cache": closed_cache(os.environ),
         "unreachable": unreachable(asked["url"]) if asked.get("url") else None,
         "resolved": None,
         "hydra_error": None,

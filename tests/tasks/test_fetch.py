@@ -227,7 +227,7 @@ def test_lists_lie_where_trainer_and_evaluation_read_them(project, lists):
 
 
 @pytest.mark.parametrize("words, said", [
-    (["--env=chess"], "--env chess: no such environment; choose of "),
+    (["--env=chess"], "no environment 'chess' in environments.toml; choose one of "),
     (["--env=webshop"], "the data set has no list of webshop; it has those of babyai, maze, searchqa, textcraft"),
     (["--data-set=org/none"], "the Hub has no dataset org/none"),
     (["--revision=v9"], "the Hub has no dataset AgentGym/AgentGym-RL-Data-ID at v9"),

@@ -49,6 +49,18 @@ LINES = [
 ]
 
 
+def test_a_warning_and_rays_heading_are_not_why_it_ended():
+    evidence = Evidence()
+    for text in ("WARNING 11-30 18:49:43 _custom_ops.py:19] Failed to import from vllm._C with ImportError('libcuda.so.1')",
+                 "/opt/venv/vllm/connections.py:8: RuntimeWarning: No module named 'vllm._version'",
+                 "2026-11-30 18:48:31,992\tINFO authentication.py:50 -- No such file or directory: a new token",
+                 "ray.exceptions.RayTaskError(PermissionError): ray::main_task() (pid=236, ip=172.20.0.2)", '  File "<frozen os>", line 225',
+                 "PermissionError: [Errno 13] Permission denied: '/workspace/models/.huggingface'"):  # yapf: disable
+        evidence.feed(text)
+    found = diagnose(evidence, Facts(exit_code=1, steps=9, last_step=None))
+    assert (found.cause, found.reason) == ("misuse", "PermissionError: [Errno 13] Permission denied: '/workspace/models/.huggingface'")
+
+
 @pytest.mark.parametrize("cause, line", LINES)
 def test_a_line_is_evidence(cause, line):
     evidence = Evidence()

@@ -73,6 +73,13 @@ def test_a_tokenizer_that_cannot_be_read_is_told(tmp_path: Path, text: str, coun
     assert told["tokenizer_error"] and "\n" not in told["tokenizer_error"] and told["markers"] is None
 
 
+@pytest.mark.parametrize("name", ["HF_DATASETS_CACHE", "HF_HOME", "XDG_CACHE_HOME"])
+def test_the_cache_of_data_sets_is_closed_or_open(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert probe.closed_cache({name: str(tmp_path / "new" / "folder")}) == ""
+    assert probe.closed_cache({name: str(tmp_path / "file" / "cache")}) == str(tmp_path / "file")
+
+
 def test_an_address_is_reached_or_not() -> None:
     with serving(places.babyai) as url:
         assert probe.unreachable(url) == "" and probe.unreachable(f"{url}/none") == ""

@@ -24,6 +24,7 @@ SERVER = Server("babyai", 0, None, False, "ready", "", "http://x:1", 1, None, 0)
 PLACE = {
     "verl": "/verl",
     "flash_attn": True,
+    "closed_cache": "",
     "resolved": {},
     "hydra_error": None,
     "cpus": 32,
@@ -91,6 +92,7 @@ BROKEN: list[tuple[str, str, dict[str, Any], dict[str, Any], str]] = [
     }, "no image x"),
     ("verl", "no verl there", {}, place(verl=None), "no package verl"),
     ("flash_attn", "not installed", {}, place(flash_attn=False), "not installed"),
+    ("cache", "of another user", {}, place(closed_cache="/workspace/models"), "/workspace/models is closed to it"),
     ("hydra", "a key that there is not", {}, place(hydra_error="Could not override 'a'"), "Could not override"),
     ("numbers", "a batch of 0", {
         "data.train_batch_size": 0

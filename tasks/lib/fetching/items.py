@@ -98,8 +98,6 @@ def choose(files: Iterable[str], known: Sequence[str], asked: Sequence[str]) -> 
                     f"{found[place].file} and {file} of the data set would both be {place}; fetch them by hand")
             found[place] = Item(file, environment, place)
     for name in asked:
-        if name not in known:
-            raise UserError(f"--env {name}: no such environment; choose of {', '.join(known)}")
         if not any(item.environment == name for item in found.values()):
             raise UserError(f"the data set has no list of {name}; it has those of " +
                             (", ".join(sorted({owner(Path(file), known)

@@ -770,6 +770,17 @@ def shm(case: Case) -> Iterator[Finding]:
             if case.facts.runner == "docker" else f"sudo mount -o remount,size={max(wanted >> 30, 32)}g /dev/shm")
 
 
+@rule
+def cache(case: Case) -> Iterator[Finding]:
+    """datasets reads the item list through a cache on the disk (rl_dataset.py:99)."""
+    place = probed(case, "closed_cache")
+    if place:
+        yield Finding(
+            "cache", "a cache of data sets that this user can write", f"{place} is closed to it",
+            "give yourself access to models/ here (chown, chmod), where the container has its cache: models/.huggingface"
+            if case.facts.runner == "docker" else "set HF_HOME to a folder of yours")
+
+
 def saves(steps: int, often: int) -> int:
     """Return how many checkpoints a run of `steps` steps writes, the one at its end included."""
     return steps // often + (1 if steps % often else 0)
