@@ -2,11 +2,12 @@
 from invoke.collection import Collection
 
 from tasks import build, clean, data, env, evaluate, merge, models, train
+from tasks.completion import completion
 from tasks.edge import guard
 from tasks.formatting import format
 from tasks.project import doctor, down, status
 from tasks.quickstart import quickstart
 
-ns = Collection(quickstart, status, down, doctor, format, build, train, env, merge, data, models, clean)
+ns = Collection(quickstart, status, down, doctor, completion, format, build, train, env, merge, data, models, clean)
 ns.add_collection(Collection.from_module(evaluate, name="eval"))
 guard(ns)
