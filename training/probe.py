@@ -247,6 +247,15 @@ def shared_memory() -> int | None:
     return None
 
 
+def closed_file(model: Path) -> str:
+    """Return a file of the model's folder that cannot be read here; "" where all can."""
+    for path in sorted(model.glob("*")):
+        if path.suffix in (".safetensors", ".bin", ".json", ".txt", ".model") and not os.access(
+                path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
+            return str(path)
+    return ""
+
+
 def closed_cache(environ: Mapping[str, str]) -> str:
     """Return the folder that keeps `datasets` from making its cache, which it does at each start; "" where none does.
 
@@ -282,7 +291,7 @@ def look(asked: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         python, versions, verl and agentenv (their folders), flash_attn, architectures, clients, gpus, cpus, shm (bytes), closed_cache (of data sets, or empty), unreachable (why the url does not answer, or empty); with
-        overrides: resolved, or hydra_error; with model: tokenizer_error, markers (tokens of each of Qwen's), and with
+        overrides: resolved, or hydra_error; with model: closed_model (a file of it, or empty), tokenizer_error, markers (tokens of each of Qwen's), and with
         prompt: prompt_tokens. What could not be looked at is None.
     """
     path = list(asked.get("path") or ())
@@ -302,6 +311,7 @@ def look(asked: Mapping[str, Any]) -> dict[str, Any]:
         "unreachable": unreachable(asked["url"]) if asked.get("url") else None,
         "resolved": None,
         "hydra_error": None,
+        "closed_model": None,
         "tokenizer_error": None,
         "markers": None,
         "prompt_tokens": None,
@@ -317,6 +327,7 @@ def look(asked: Mapping[str, Any]) -> dict[str, Any]:
         except ImportError:
             pass
     if asked.get("model"):
+        found["closed_model"] = closed_file(Path(asked["model"]))
         try:
             tokens = Tokens(Path(asked["model"]))
         except ValueError as error:

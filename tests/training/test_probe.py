@@ -73,6 +73,13 @@ def test_a_tokenizer_that_cannot_be_read_is_told(tmp_path: Path, text: str, coun
     assert told["tokenizer_error"] and "\n" not in told["tokenizer_error"] and told["markers"] is None
 
 
+def test_a_file_of_the_model_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
+    assert probe.closed_file(tmp_path) == ""
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "gone")
+    assert probe.closed_file(tmp_path) == str(tmp_path / "model.safetensors")
+
+
 @pytest.mark.parametrize("name", ["HF_DATASETS_CACHE", "HF_HOME", "XDG_CACHE_HOME"])
 def test_the_cache_of_data_sets_is_closed_or_open(name: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()

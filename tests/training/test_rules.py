@@ -25,6 +25,7 @@ PLACE = {
     "verl": "/verl",
     "flash_attn": True,
     "closed_cache": "",
+    "closed_model": "",
     "resolved": {},
     "hydra_error": None,
     "cpus": 32,
@@ -92,6 +93,7 @@ BROKEN: list[tuple[str, str, dict[str, Any], dict[str, Any], str]] = [
     }, "no image x"),
     ("verl", "no verl there", {}, place(verl=None), "no package verl"),
     ("flash_attn", "not installed", {}, place(flash_attn=False), "not installed"),
+    ("model_files", "of another user", {}, place(closed_model="/m/model.safetensors"), "/m/model.safetensors cannot be read"),
     ("cache", "of another user", {}, place(closed_cache="/workspace/models"), "/workspace/models is closed to it"),
     ("hydra", "a key that there is not", {}, place(hydra_error="Could not override 'a'"), "Could not override"),
     ("numbers", "a batch of 0", {

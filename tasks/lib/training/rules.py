@@ -771,6 +771,15 @@ def shm(case: Case) -> Iterator[Finding]:
 
 
 @rule
+def model_files(case: Case) -> Iterator[Finding]:
+    """Whoever trains is another user in a container."""
+    file = probed(case, "closed_model")
+    if file:
+        yield Finding("model_files", "a model that this user can read", f"{file} cannot be read",
+                      "give access to it (`chmod -R a+rX` of the model's folder), or put a dangling link right")
+
+
+@rule
 def cache(case: Case) -> Iterator[Finding]:
     """datasets reads the item list through a cache on the disk (rl_dataset.py:99)."""
     place = probed(case, "closed_cache")
