@@ -171,7 +171,8 @@ FROM ${STAGE:-${ENV}} AS server
 ARG ENV
 # The row's id is chosen at run time (`user:`), so the home is everybody's.
 RUN useradd --uid 1000 --user-group --create-home --shell /bin/bash agentgym \
- && chmod 1777 /home/agentgym
+ && chmod 1777 /home/agentgym \
+ && mkdir --mode=1777 /scratch
 # A fixed hash seed: textcraft's recipes follow the order of a set.
 ENV HOME=/home/agentgym \
     PYTHONHASHSEED=0 \

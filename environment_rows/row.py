@@ -1,4 +1,5 @@
 """The keys of a row. Descriptions stand in the JSON schema, so that editors show them."""
+import json
 import math
 import os
 from typing import Any, Dict, List, Literal, Mapping, Optional, Tuple, Union
@@ -77,14 +78,20 @@ class Data(Table):
     url: str = key("Address that it is fetched from.", "")
     hub: str = key("Hugging Face repository that it is fetched from: user/name, or datasets/user/name.", "")
     files: Tuple[str, ...] = key("The repository's files; absent: all.", ())
-    then: Literal["", "join", "gunzip",
-                  "unzip"] = key("What is done to what was fetched: join puts the files one after the other.", "")
-    inner: Tuple[str, ...] = key("Archives in the archive, unzipped as well.", ())
+    then: Literal["", "join", "gunzip", "unzip", "untar"] = key(
+        "What is done to what was fetched: join puts the files one after the other; untar takes the one file `inner` out "
+        "of an archive.", "")
+    inner: Tuple[str, ...] = key("Archives in the archive, unzipped as well; of untar, the file.", ())
+    source: str = key("Its path in the package folder of a checkout, which it is copied from.", "")
+    make: str = key("What servers/make_data.py makes it by, in the environment's own Python, once the rest is there.",
+                    "")
+    split: str = key("The split that it is of; the server starts with that of the check's items alone.", "")
+    index: str = key("The kind of search index that it is; the server takes the one that was chosen, or the first.", "")
     how: str = key("How to get by hand what is not fetched.", "")
 
     def validate(self, where: Tuple[Any, ...]) -> None:
-        if not (self.url or self.hub or self.how):
-            raise Misfit(where, "give url, hub or how")
+        if not (self.url or self.hub or self.source or self.make or self.how):
+            raise Misfit(where, "give url, hub, source, make or how")
 
 
 class Key(Table):
@@ -93,6 +100,26 @@ class Key(Table):
     how: str = key("What it is, and where to get it.")
     public: bool = key("It is no secret.", False)
     optional: bool = key("The server starts without it; it is passed on where it is set.", False)
+
+
+ABOUT = "about.json"
+
+
+def about(folder: Folder) -> Dict[str, str]:
+    """Return what the data in `folder` is: data = "toy" where it is made up, index = the kind of index that was chosen.
+
+    Empty for what the row's servers are meant for. What a score depends on, a server tells (GET /_sessions), and an
+    evaluation records.
+    """
+    try:
+        with open(os.path.join(folder, ABOUT), encoding="utf-8") as file:
+            told = json.load(file)
+    except (OSError, ValueError):
+        return {}
+    return {
+        key: value
+        for key, value in told.items() if isinstance(value, str) and value
+    } if isinstance(told, dict) else {}
 
 
 class Prompt(Table):
@@ -140,6 +167,7 @@ class Row(Table):
         "JSON files in `folder` that give the numbers of items with other names (alfworld's trials).", ())
     prompt: Prompt = key("Where the words for a model are.", Prompt())
     protocol: Protocol = key("How the server speaks HTTP.")
+    check: Optional[Check] = key("What `invoke env.check` plays.", None)
     success: Success = key("When an episode succeeds; absent: with a reward of at least 1.", Success(at_least=1.0))
     items: Items = key("Which items there are.")
 
@@ -194,10 +222,21 @@ class Environment(Row):
         least=0.001)
     serial_reset: bool = key("Creates and resets run one at a time; absent: as they come.", False)
     read_only: bool = key("Whether the container's root is read-only.", True)
-    tmpfs: Tuple[str, ...] = key("Folders that the server must write to, in memory.", ("/tmp", ))
+    tmpfs: Tuple[str, ...] = key("Folders that the server must write to, in memory; nothing in them can be run.",
+                                 ("/tmp", ))
+    scratch: bool = key(
+        "The server loads libraries from temporary files: TMPDIR is then an empty folder on disk in which that is allowed.",
+        False)
+    answers: Tuple[Literal["games", "cuda"], ...] = key(
+        "What servers/foreign.py answers in place of a library. games: textworld lets a game go at the "
+        "next reset, and the planner that fast_downward loaded for it serves another one. cuda: torch's .cuda(), where the "
+        "server was told to do without a GPU.", ())
+    cpu_env: Dict[str, str] = key("Variables set as well where the server was told to do without a GPU.", {})
     before: Tuple[Tuple[str, ...], ...] = key("Commands run in `workdir` before the server is imported.", ())
-    env: Dict[str, str] = key("Variables set for the server; {folder} is the package folder, {data} the data folder.",
-                              {})
+    env: Dict[str, str] = key(
+        "Variables set for the server; {folder} is the package folder, {data} the data folder, {index} the file of the "
+        "search index in it.", {})
+    toy: str = key("Small made-up data on which it plays (servers/toys.py); absent: there is none.", "")
     consent: str = key("What the user must agree to before it starts (--i-understand).", "")
     notes: Tuple[str, ...] = key("For readers: what to beware of.", ())
     check: Check = key("What `invoke env.check` plays.")
@@ -211,9 +250,23 @@ class Environment(Row):
         """The name of the file of pins in docker/constraints."""
         return f"env-{self.constraints or self.name}.txt"
 
+    def index(self, folder: Folder) -> Optional[Data]:
+        """Return the search index that the server takes from the data in `folder`; None where the row knows of none."""
+        kinds = {data.index: data for data in self.data if data.index}
+        return kinds.get(about(folder).get("index", "")) or next(iter(kinds.values()), None)
+
     def missing_data(self, folder: Folder) -> List[Data]:
-        """Return the data that is not in `folder`."""
-        return [data for data in self.data if not os.path.exists(os.path.join(folder, data.path))]
+        """Return the data that is not in `folder` and without which the server does not start."""
+        index = self.index(folder)
+        absent = [
+            data for data in self.data
+            if not os.path.exists(os.path.join(folder, data.path)) and (not data.index or data is index)
+        ]
+        return [data for data in absent if not data.split or self._is_checked(data.split)]
+
+    def _is_checked(self, split: str) -> bool:
+        first, last = self.items.splits.get(split, (0, -1))
+        return first <= self.check.items[0] <= last
 
     def missing_keys(self, environ: Mapping[str, str]) -> List[Key]:
         """Return the keys that are a must and that `environ` does not set."""

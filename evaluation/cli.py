@@ -79,7 +79,9 @@ def parser() -> argparse.ArgumentParser:
     add("--server",
         default="",
         help="address of its server (default: $ENV_SERVER, then this machine and the row's port)")
-    add("--model", default="", help="model of the endpoint, or expert or random (default: $MODEL, then gpt-4o-mini)")
+    add("--model",
+        default="",
+        help="model of the endpoint, or expert, random or check (default: $MODEL, then gpt-4o-mini)")
     add("--base-url",
         type=_endpoint,
         default="",

@@ -9,6 +9,7 @@ from evaluation import show
 from evaluation.attempts import Attempt
 from evaluation.numbers import compare, lost_sessions, summarize, wall
 from evaluation.problems import Misuse
+from evaluation.records import told
 
 # Whole words, for there are models called two-step-7b; a plain step stands at the end, for there are step2-mini too.
 STEP = re.compile(r"(?:^|[^a-zA-Z0-9])(?:global_step_?(\d+)(?![a-zA-Z0-9])|step[-_]?(\d+)(?=(?:-actor)?$))")
@@ -66,6 +67,10 @@ def load(folders: Sequence[Path],
     if not read:
         raise Misuse(f"none of {', '.join(map(str, folders))} can be read; name others")
     called = names([(manifest["config"]["model"], folder) for folder, manifest, _ in read])
+    if any(manifest.get("about") for _, manifest, _ in read):  # never compared unsaid
+        called = [
+            f"{name} [{told(manifest.get('about', {}))}]" for name, (_, manifest, _) in zip(called, read, strict=True)
+        ]
     runs = []
     for name, (_, manifest, records) in zip(called, read, strict=True):
         config = manifest["config"]

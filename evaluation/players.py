@@ -1,7 +1,8 @@
 """Scripted players, for environments that bring some: they need no model, key or network.
 
 An environment of this repository may have a module `players` in its package, with `expert(observation) -> action` and
-`random_player(seed) -> (observation -> action)`; `--model expert` and `--model random` play with them.
+`random_player(seed) -> (observation -> action)`; `--model expert` and `--model random` play with them. `--model check` plays
+the row's own action of `env.check` in any environment: it shows that an evaluation works there.
 """
 import importlib
 import sys
@@ -14,7 +15,7 @@ from evaluation.model import Completion, Message
 from evaluation.problems import Misuse
 from evaluation.rows import Row
 
-NAMES = ("expert", "random")
+NAMES = ("expert", "random", "check")
 
 
 def load(row: Row, root: Path) -> types.ModuleType:
@@ -46,16 +47,25 @@ class Script:
 
 
 class ScriptedModel:
-    """`expert` or `random`."""
+    """`expert`, `random` or `check`."""
     answered = True  # a script refuses nothing
     refused = ()
     adjusted: Sequence[str] = ()
 
     def __init__(self, name: str, row: Row, root: Path) -> None:
-        self.name, self.rule, self.module = name, row.action, load(row, root)
+        self.name, self.rule = name, row.action
+        if name == "check":
+            if row.check is None:
+                raise Misuse(
+                    f"{row.name} has no check.action in its row, which --model check plays; name another model")
+            self.action = row.check.action
+        else:
+            self.module = load(row, root)
 
     def player(self, item: int, sample: int, seed: int | None) -> Script:
         """Return the attempt's player; random ones differ by item and sample."""
+        if self.name == "check":
+            return Script(lambda _: self.action, self.rule)
         if self.name == "expert":
             return Script(self.module.expert, self.rule)
         return Script(self.module.random_player(seed if seed is not None else item * 1000003 + sample), self.rule)

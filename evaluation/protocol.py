@@ -332,6 +332,11 @@ class Server:
             return None
         return reply if isinstance(reply, dict) and "live" in reply else None
 
+    async def about(self) -> dict[str, str]:
+        """Return what the server says that its scores depend on beside the row; empty for a bare one."""
+        found = (await self.wrapper_status() or {}).get("about")
+        return {key: value for key, value in found.items() if isinstance(value, str)} if isinstance(found, dict) else {}
+
     async def answers(self) -> bool:
         """Return True if anything answers at the address, whatever it says."""
         try:

@@ -439,9 +439,30 @@ class RunFolder:
         manifest["work"] = [one for one in manifest["work"] if one["started"] != work["started"]] + [dict(work)]
         write_whole(self.folder / RUN, json.dumps(manifest, indent=1))
 
+    def note_about(self, about: Mapping[str, str]) -> None:
+        """Note in run.json what the server's scores depend on beside the row: made-up data, another search index.
+
+        Raises:
+            Misuse: the attempts so far were played on something else.
+        """
+        manifest = read_run(self.folder)
+        before = manifest.get("about", {})
+        if before == about:
+            return
+        if self.records:
+            raise Misuse(
+                f"{self.folder} was played on {told(before)}, and the server now plays on {told(about)}; choose "
+                "another --out, or start anew with --fresh")
+        write_whole(self.folder / RUN, json.dumps({**manifest, "about": dict(about)}, indent=1))
+
     def forget_sessions(self) -> None:
         """Empty the list of sessions, once all are closed."""
         os.ftruncate(self.sessions.file.fileno(), 0)
+
+
+def told(about: Mapping[str, Any]) -> str:
+    """Return in words what a server says that its scores depend on."""
+    return ", ".join(f"{short(key)} {short(value)}" for key, value in sorted(about.items())) or "the row's own data"
 
 
 def open_sessions(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[int]]:

@@ -20,7 +20,7 @@ from evaluation.items import Item
 from evaluation.model import Model
 from evaluation.problems import EnvironmentFault, Misuse
 from evaluation.protocol import Server
-from evaluation.records import RunFolder
+from evaluation.records import RunFolder, told
 from evaluation.settings import Settings, config_hash
 
 Watcher = Callable[[Attempt], None]
@@ -205,6 +205,10 @@ async def evaluate(settings: Settings, folder: RunFolder, model: Model, watch: W
             try:
                 if pending(settings, folder):
                     await wait_for(server, settings.row.name, settings.limits.wait, say)
+                    about = await server.about()
+                    folder.note_about(about)
+                    if about:
+                        say(f"the server plays on {told(about)}")
                     await close_leftovers(server, folder, say)
                     await play_all(settings, folder, server, model, watch)
                 elif server.shown in folder.leftover and await server.answers():  # all is played: it may be away

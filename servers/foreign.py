@@ -8,6 +8,7 @@ import sqlite3
 import sys
 import time
 import types
+import weakref
 from typing import Any, Callable, Iterable, List, Optional
 
 OWN = ("environment_rows", "servers")
@@ -67,6 +68,67 @@ def limit_queries(seconds: float) -> None:
         return connection
 
     sqlite3.connect = limited  # type: ignore[assignment]
+
+
+class Planner:
+    """A planner's library in the hands of one game."""
+
+    def __init__(self, library: Any) -> None:
+        self._library = library
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._library, name)
+
+
+def share_planners() -> None:
+    """Give a planner whose game is gone to the next game.
+
+    fast_downward loads a copy of its library for each game, since its state is global; nothing closes one, and 34 MB
+    stay mapped. A library that a game has left holds nothing that the next one sees: loading a task frees the last.
+    """
+    fast_downward: Any = importlib.import_module("fast_downward")
+    load_copy, free = fast_downward.load_lib, []  # type: ignore[var-annotated]
+
+    def load_lib() -> Planner:
+        library = free.pop() if free else load_copy()
+        planner = Planner(library)
+        weakref.finalize(planner, free.append, library)
+        return planner
+
+    fast_downward.load_lib = load_lib
+
+
+def release_games() -> None:
+    """Let a game of textworld go when nobody plays it any more, and its planner with it.
+
+    Upstream registers a game at each reset and makes it once; the register holds a wrapper that holds the game.
+    """
+    gym: Any = importlib.import_module("textworld.gym")
+    registry: Any = importlib.import_module("textworld.gym.utils").registry
+    make = gym.make
+
+    def make_once(name: str) -> Any:
+        game = make(name)
+        registry.pop(name, None)
+        return game
+
+    gym.make = make_once
+    share_planners()
+
+
+def answer_cuda() -> None:
+    """Let torch's .cuda() leave tensors and models where they are, if DEVICE is cpu."""
+    if os.environ.get("DEVICE") != "cpu":
+        return
+    torch: Any = importlib.import_module("torch")
+
+    def stay(self: Any, *_: Any, **__: Any) -> Any:
+        return self
+
+    torch.Tensor.cuda = torch.nn.Module.cuda = stay
+
+
+ANSWERS = {"games": release_games, "cuda": answer_cuda}
 
 
 class Unused(importlib.abc.MetaPathFinder, importlib.abc.Loader):

@@ -16,8 +16,8 @@ unchanged; upstream's start commands only call uvicorn with an access log that c
   client of wordle reads the vocabulary first) sees it as a reset to the row's first item leaves it.
 - Where the row says serial_reset, creates and resets run one at a time: textcraft's draw from Python's one random
   generator in several threads, and an item would differ from one time to the next.
-- GET /_sessions tells how many sessions are live, how much memory the server has, its process id, and since when
-  it runs (seconds since 1970).
+- GET /_sessions tells how many sessions are live, how much memory the server has, its process id, since when it
+  runs (seconds since 1970), and what its scores depend on beside the row: made-up data, another search index.
 
 It runs with every environment's own Python and uvicorn, so: Python 3.8, no other dependency.
 """
@@ -25,14 +25,16 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from environment_rows import Environment, refusal
-from servers.foreign import Unused, forget_own_modules, limit_queries, load, sort_listings
+from environment_rows import Environment, about, refusal
+from servers.foreign import ANSWERS, Unused, forget_own_modules, limit_queries, load, sort_listings
 from servers.memory import limit_mb, memory_mb
 from servers.saying import say
 from servers.sessions import Sessions
@@ -54,11 +56,27 @@ def give_up_when_stuck(sessions: Sessions, seconds: float) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def prepare(row: Environment, source: str, data: str) -> None:
+def empty_scratch(folder: str) -> None:
+    """Make `folder` the one for temporary files, without what an earlier start left in it."""
+    os.makedirs(folder, exist_ok=True)
+    for name in os.listdir(folder):
+        path = os.path.join(folder, name)
+        if os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            os.remove(path)
+    os.environ["TMPDIR"] = folder
+    tempfile.tempdir = None
+
+
+def prepare(row: Environment, source: str, data: str, scratch: str) -> None:
     """Stand where the row's server must start, see its packages, and set its variables."""
     folder = os.path.join(os.path.abspath(source), row.folder)
-    places = {"folder": folder, "data": os.path.abspath(data)}
-    for name, value in row.env.items():
+    index = row.index(data)
+    places = {"folder": folder, "data": os.path.abspath(data), "index": index.path if index else ""}
+    if row.scratch:
+        empty_scratch(os.path.abspath(scratch))
+    for name, value in {**row.env, **(row.cpu_env if os.environ.get("DEVICE") == "cpu" else {})}.items():
         os.environ[name] = value.format(**places)  # a caller's PYTHONPATH is meant for other programs
     os.chdir(os.path.join(folder, row.workdir))
     for command in row.before:
@@ -70,6 +88,8 @@ def prepare(row: Environment, source: str, data: str) -> None:
     sys.path[:2] = [folder] + [os.path.join(folder, extra) for extra in row.pythonpath]
     forget_own_modules()
     sys.meta_path.append(Unused(row.unused))  # last: what is installed comes first
+    for name in row.answers:
+        ANSWERS[name]()
     if row.sqlite_seconds:
         limit_queries(row.sqlite_seconds)
     sort_listings()
@@ -85,6 +105,7 @@ def main() -> None:
     parser.add_argument("row", help="JSON file with the environment's row")
     parser.add_argument("--source", required=True, help="folder that the row's package folder lies in")
     parser.add_argument("--data", default="data", help="folder with the row's data")
+    parser.add_argument("--scratch", default="/scratch", help="folder of the server's own for temporary files; emptied")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=int(setting("ENV_PORT") or 8000))
     parser.add_argument("--session-ttl",
@@ -102,7 +123,7 @@ def main() -> None:
     if missing:
         say(missing)
         sys.exit(MISUSE)
-    prepare(row, options.source, options.data)
+    prepare(row, options.source, options.data, options.scratch)
     app = load(row.app, [key.name for key in row.keys], [key.name for key in row.keys if key.optional])
     import uvicorn
 
@@ -118,6 +139,12 @@ def main() -> None:
                             ttl=options.session_ttl,
                             replica=options.replica,
                             replicas=options.replicas,
+                            about={
+                                **about(options.data),
+                                **({
+                                    "device": "cpu"
+                                } if row.gpu and os.environ.get("DEVICE") == "cpu" else {})
+                            },
                             after_reaping=recycle if options.recycle else None)
     except ValueError as error:
         say(f"{row.name}: {error}")

@@ -63,6 +63,7 @@ class Sessions:
                  ttl: float = 0.0,
                  replica: int = 0,
                  replicas: int = 1,
+                 about: Optional[Dict[str, str]] = None,
                  after_reaping: Optional[Callable[[], None]] = None) -> None:
         protocol = row.protocol
         self.app = app
@@ -80,6 +81,7 @@ class Sessions:
         self.pool: List[int] = []
         self.opening = 0
         self.started: Dict[object, float] = {}
+        self.about = about or {}
         self.begun = time.time()  # in containers every start of a server has the same process id
         self.body_bytes = gates.limit("REQUEST_BYTES", REQUEST_BYTES)
         self.counts_ids, self.next = row.session_ids == "counted", 1
@@ -106,7 +108,8 @@ class Sessions:
                     "pooled": len(self.pool),
                     "memory_mb": memory_mb(),
                     "pid": os.getpid(),
-                    "started": self.begun
+                    "started": self.begun,
+                    "about": self.about
                 })
         if len(scope["query_string"]) > QUERY_BYTES:
             return await answer(send, 414, {"error": f"the query has more than {QUERY_BYTES} bytes"})

@@ -44,6 +44,7 @@ CONSENT_HELP = "Agree to what the environment does to real accounts; it says wha
         "wait": WAIT_HELP,
         "runner": RUNNER_HELP,
         "i_understand": CONSENT_HELP,
+        "device": "cpu or cuda, for an environment that uses a GPU (default: cuda).",
     })
 def up(c: Context,
        env: str = "",
@@ -53,17 +54,19 @@ def up(c: Context,
        build: bool = False,
        wait: str = "120",
        runner: str = "auto",
-       i_understand: bool = False) -> None:
+       i_understand: bool = False,
+       device: str = "") -> None:
     """Start an environment server and wait until ready."""
     from tasks.lib.environments import lease
     from tasks.lib.environments.lookup import find_row
     from tasks.lib.environments.plan import Options
     from tasks.lib.environments.running import servers_up
-    from tasks.lib.environments.start_stop import choose_server_runner, pick_port, start_server
+    from tasks.lib.environments.start_stop import choose_device, choose_server_runner, pick_port, start_server
     from tasks.lib.flags import port_number, whole_number
     from tasks.lib.interrupts import as_ctrl_c
     from tasks.lib.settings import resolve
     row = find_row(env)
+    device = choose_device(row, device)
     count = whole_number("replicas", replicas, 1)
     ttl = whole_number("session-ttl", session_ttl, 0)
     seconds = whole_number("wait", wait, 1)
@@ -80,7 +83,7 @@ def up(c: Context,
             print(
                 f"{row.name} is up already: {others[row.name].url} (`invoke env.restart --env {row.name}` starts anew)")
             elsewhere = runner not in ("auto", others[row.name].runner)
-            if port or elsewhere or (replicas, session_ttl, build) != ("1", "3600", False):
+            if port or device or elsewhere or (replicas, session_ttl, build) != ("1", "3600", False):
                 print(
                     f"its flags are those that it was started with; for others `invoke env.down --env {row.name}` first"
                 )
@@ -91,7 +94,8 @@ def up(c: Context,
                           session_ttl=ttl,
                           bind=bind,
                           understood=i_understand,
-                          aliases=not others)
+                          aliases=not others,
+                          device=device)
         url = start_server(c, row, options, chosen, build, seconds)
         if not c.config.run.dry:
             announce(row, options, chosen, url)
@@ -106,7 +110,9 @@ def dry(c: Context, what: str) -> bool:
 
 def announce(row: "Environment", options: "Options", runner: str, url: str) -> None:
     """Print where the server is."""
+    from environment_rows import about
     from tasks.lib.environments.compose_model import service_name
+    from tasks.lib.environments.lookup import data_folder
     from tasks.lib.environments.running import container_url
     prefix = row.protocol.prefix
     inside = ""
@@ -114,6 +120,11 @@ def announce(row: "Environment", options: "Options", runner: str, url: str) -> N
         inside = f"; in containers {container_url(service_name(row), options.port)}{prefix}"
     note(environment=row.name, url=f"{url}{prefix}", runner=runner, started=True)
     print(f"{row.name} is ready: {url}{prefix}{inside}", flush=True)
+    told = {**about(data_folder(row)), **({"device": options.device} if options.device == "cpu" else {})}
+    if told:
+        print(
+            f"{row.name} plays on {', '.join(f'{key} {value}' for key, value in told.items())}; evaluations record it",
+            flush=True)
 
 
 @task(positional=[], auto_shortflags=False, help={"env": "Environment to stop (default: all of them)."})
@@ -390,20 +401,42 @@ def check_items(c: Context, row: "Environment", client: "Client", replicas: int,
       help={
           "env": ENV_HELP,
           "from_": "Folder that already has the data; data/<env> becomes a link to it (default: fetch it).",
+          "toy": "Make small made-up data in place of the real: servers and prompts are tried on it, no model.",
+          "split": "Fetch one split alone, such as dev (default: all).",
+          "index": "Search index to make of the flat one and to serve: flat, hnsw, ivfpq (default: as it is, or flat).",
+          "runner": RUNNER_HELP,
       })
-def data(c: Context, env: str = "", from_: str = "") -> None:
+def data(c: Context,
+         env: str = "",
+         from_: str = "",
+         toy: bool = False,
+         split: str = "",
+         index: str = "",
+         runner: str = "auto") -> None:
     """Fetch an environment's data into data/<env>."""
     from tasks.lib.environments import data as env_data
     from tasks.lib.environments.lookup import data_folder, find_row
+    from tasks.lib.environments.making import Maker
     row = find_row(env)
     folder = data_folder(row)
     if not row.data:
         print(f"{row.name} needs no data")
         return
-    if dry(c, f"put {', '.join(one.path for one in row.data)} into {folder}"):
+    wanted = env_data.chosen(row, split, index)
+    if (toy or from_) and (split or index or (toy and from_)):
+        raise UserError(f"--{'toy' if toy else 'from'} goes with none of the other flags; leave them out")
+    if dry(c, f"put {', '.join(one.path for one in wanted)} into {folder}"):
         return
     begun = time.monotonic()
     missing = []
+
+    def tell(line: str) -> None:
+        print(line, flush=True)
+
+    if toy:
+        env_data.make_toy(row, folder, Maker(c, row, runner))
+        tell(f"{row.name}: toy data is in {folder} ({time.monotonic() - begun:.0f} s); evaluations say so")
+        return
     if from_:
         env_data.adopt(row, folder, Path(from_).expanduser())
         link = env_data.leading_out(row, folder)
@@ -413,9 +446,49 @@ def data(c: Context, env: str = "", from_: str = "") -> None:
                 "cannot; for Docker copy the data with `cp -rL`",
                 flush=True)
     else:
-        missing = env_data.fetch(row, folder, lambda line: print(line, flush=True))
+        missing = env_data.fetch(row, folder, tell, wanted, Maker(c, row, runner))
     if missing:
         lines = [f"  {folder / one.path}: {one.how or one.url or 'hub ' + one.hub}" for one in missing]
         raise UserError(f"{row.name} still needs, by hand:\n" + "\n".join(lines), code=1)
+    if index:
+        env_data.choose_index(row, folder, index)
     note(environment=row.name, folder=str(folder))
     print(f"{row.name}: all data is in {folder} ({time.monotonic() - begun:.0f} s)")
+
+
+@task(name="try",
+      positional=[],
+      auto_shortflags=False,
+      help={
+          "env": "Environments, with commas between them (default: $ENV, then searchqa).",
+          "all_": "Try every environment.",
+          "runner": RUNNER_HELP,
+          "wait": "Seconds until each server must be ready (default: 600).",
+      })
+def try_(c: Context, env: str = "", all_: bool = False, runner: str = "auto", wait: str = "600") -> None:
+    """Try environments: data, start, check, evaluation."""
+    from tasks.lib.environments import trying
+    from tasks.lib.environments.lookup import all_rows, find_row
+    from tasks.lib.environments.running import servers_up
+    from tasks.lib.environments.start_stop import choose_server_runner
+    from tasks.lib.flags import whole_number
+    from tasks.lib.interrupts import as_ctrl_c
+    from tasks.lib.settings import effective_environment
+    from tasks.lib.tables import print_table
+    if env and all_:
+        raise UserError("--env and --all ask for different things; leave one out")
+    rows = list(all_rows().values()) if all_ else [find_row(name.strip()) for name in env.split(",")]
+    seconds, chosen = whole_number("wait", wait, 1), choose_server_runner(runner)
+    if dry(c, f"start, check, evaluate and stop {', '.join(row.name for row in rows)} ({chosen})"):
+        return
+    found = []
+    with as_ctrl_c():
+        for row in rows:
+            if row.name in servers_up():
+                raise UserError(f"{row.name} is up, and would be stopped; `invoke env.down --env {row.name}` first")
+            found.append(trying.attempt(row, chosen, seconds, effective_environment(), trying.invoked))
+            say(f"{row.name}: " + ("works" if found[-1].works else found[-1].untried or "does not work"))
+    note(environments=[one.facts() for one in found])
+    print_table(("environment", "data", "up", "check", "eval", "s", "not tried"), [one.cells() for one in found])
+    if any(not one.works and not (all_ and one.untried) for one in found):
+        raise UserError(code=1)

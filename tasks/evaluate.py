@@ -29,7 +29,7 @@ VARIABLES = ("MODEL", "OPENAI_API_KEY", "OPENAI_BASE_URL")
 COMPARED = str(ROOT / "saves" / "eval" / "compare.html")
 # A checkpoint's name and address are known once it is served.
 CHECKPOINT = "checkpoint"
-SCRIPTED = ("expert", "random")
+SCRIPTED = ("expert", "random", "check")
 
 
 @contextmanager

@@ -93,6 +93,19 @@ def test_a_server_of_this_form_comes_up_conforms_and_goes_down(servers: Workbenc
     assert done.stdout == f"{name} is down\n" and servers.containers() == []
 
 
+def test_a_server_may_load_libraries_from_its_own_folder_on_disk_which_goes_with_it(servers: Workbench) -> None:
+    up(servers, "form-alfworld")
+    container, = servers.containers(service="env-form-alfworld")
+    for folder, runs in (("/scratch", 0), ("/tmp", 126)):  # a tmpfs is noexec
+        tried = servers.run("docker", "exec", container, "sh", "-c", f"cp /bin/true {folder}/x && {folder}/x")
+        assert tried.returncode == runs, (folder, tried.stderr)
+    volumes = servers.docker("inspect", "--format", "{{range .Mounts}}{{.Type}} {{.Name}} {{end}}", container).split()
+    assert "volume" in volumes
+    servers.invoke("env.down", "--env", "form-alfworld", env={"ENVIRONMENTS": FIXTURES})
+    left = servers.docker("volume", "ls", "--quiet").split()
+    assert volumes[volumes.index("volume") + 1] not in left
+
+
 @pytest.mark.parametrize("name", ["form-maze", "form-sqlgym", "form-webarena", "form-textcraft"])
 def test_this_form_conforms_behind_the_proxy_too(servers: Workbench, name: str) -> None:
     client = up(servers, name, "--replicas", "2")
@@ -312,7 +325,15 @@ def test_a_shell_opens_in_the_server_and_its_logs_are_followed(servers: Workbenc
     assert shell.returncode == 3 and "/srv" in shell.stdout.splitlines(), shell.stdout + shell.stderr
     service = "env-form-textcraft" if replicas == "1" else "env-form-textcraft-1"
     container, = servers.containers(service=service)
-    logs = Terminal(servers, sys.executable, "-m", "invoke", "env.logs", "--env", "form-textcraft", "--follow", env=rows)
+    logs = Terminal(servers,
+                    sys.executable,
+                    "-m",
+                    "invoke",
+                    "env.logs",
+                    "--env",
+                    "form-textcraft",
+                    "--follow",
+                    env=rows)
     # Again and again: what was said before it follows may not be shown.
     for number in range(50):
         servers.docker("exec", container, "sh", "-c", f"echo said {number} just now >/proc/1/fd/2")
@@ -430,8 +451,8 @@ def test_a_server_without_close_is_recycled_when_memory_is_short_and_nobody_play
 def test_what_lies_in_memory_counts_as_the_servers(servers: Workbench) -> None:
     """A tmpfs and shared memory are what the container is killed for, and no process's own."""
     client = up(servers, "form-textcraft")
-    container = servers.docker("ps", "-q", "--filter", "label=org.agentgym-rl.env=form-textcraft",
-                               "--filter", f"label=com.docker.compose.project={servers.name}")
+    container = servers.docker("ps", "-q", "--filter", "label=org.agentgym-rl.env=form-textcraft", "--filter",
+                               f"label=com.docker.compose.project={servers.name}")
     before = client.sessions()["memory_mb"]
     servers.docker("exec", container, "python", "-c", "open('/tmp/held', 'wb').write(b'x' * 100_000_000)")
     assert 90 < client.sessions()["memory_mb"] - before < 130

@@ -5,6 +5,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 
@@ -80,3 +81,82 @@ def test_a_package_that_is_imported_and_never_used_need_not_be_there(tmp_path, m
     assert json.loads("1") == 1  # what is installed comes first
     with pytest.raises(ModuleNotFoundError):
         __import__("absent_too")
+
+
+@pytest.fixture
+def planners(monkeypatch):
+    """Share the planners of a stand-in for fast_downward; return it, and the libraries that it loaded."""
+    loaded: list[types.SimpleNamespace] = []
+
+    def load_lib():
+        loaded.append(types.SimpleNamespace(number=len(loaded)))
+        return loaded[-1]
+
+    library = types.ModuleType("fast_downward")
+    library.load_lib = load_lib  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "fast_downward", library)
+    foreign.share_planners()
+    return library, loaded
+
+
+def test_a_thousand_games_one_after_the_other_load_two_planners(planners):
+    library, loaded = planners
+    game = library.load_lib()
+    for _ in range(1000):  # as a reset does: the new game is there before the old one goes
+        game = library.load_lib()
+    assert len(loaded) == 2 and game.number in (0, 1)
+
+
+def test_a_game_that_textworld_registered_goes_with_its_last_player(planners, monkeypatch):
+    _, loaded = planners
+    gym, utils = types.ModuleType("textworld.gym"), types.ModuleType("textworld.gym.utils")
+    registry: dict[str, dict] = {}
+
+    def make(name):
+        game = types.SimpleNamespace(planner=sys.modules["fast_downward"].load_lib())
+        registry[name]["wrapper"].game = game  # as alfworld's demangler
+        return game
+
+    gym.make, utils.registry = make, registry  # type: ignore[attr-defined]
+    for module in (gym, utils):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    foreign.release_games()
+    game = None
+    for number in range(100):
+        registry[f"tw-{number}"] = {"wrapper": types.SimpleNamespace()}
+        game = gym.make(f"tw-{number}")
+    assert len(loaded) <= 2 and registry == {} and game is not None
+
+
+def test_games_at_once_have_a_planner_each(planners):
+    library, loaded = planners
+    games = [library.load_lib() for _ in range(5)]
+    assert len({game.number for game in games}) == 5
+    state = [games.pop(2)]  # a game's state holds its planner too
+    assert library.load_lib().number == 5
+    state.clear()
+    assert library.load_lib().number in (2, 5) and len(loaded) == 6
+
+
+@pytest.mark.parametrize("device,answered", [("cpu", True), ("", False), ("cuda", False)])
+def test_cuda_is_answered_where_the_server_does_without_a_gpu(device, answered, monkeypatch):
+
+    class Tensor:
+
+        def cuda(self, *_, **__):
+            raise AssertionError("no GPU")
+
+    class Module(Tensor):
+        pass
+
+    torch = types.SimpleNamespace(Tensor=Tensor, nn=types.SimpleNamespace(Module=Module))
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setenv("DEVICE", device)
+    foreign.answer_cuda()
+    for kind in (Tensor, Module):
+        one = kind()
+        if answered:
+            assert one.cuda() is one and one.cuda(0, non_blocking=True) is one
+        else:
+            with pytest.raises(AssertionError, match="no GPU"):
+                one.cuda()

@@ -101,7 +101,7 @@ def test_an_unknown_name_gets_near_ones(typed, hint):
         "data": [{
             "path": "x"
         }]
-    }, r"^demo.data.0: give url, hub or how"),
+    }, r"^demo.data.0: give url, hub, source, make or how"),
 ])
 def test_a_row_that_does_not_fit_is_named_in_one_line(change, message):
     with pytest.raises(ValueError, match=message) as caught:

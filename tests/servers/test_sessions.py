@@ -332,3 +332,21 @@ def test_a_reference_query_that_is_stopped_is_an_error_and_no_score(tmp_path):
             assert caught.value.status == 500
         client.reset(session, 0)
         assert client.step(session, "SELECT 1").reward == 1.0
+
+
+def test_temporary_files_of_an_earlier_start_go_and_new_ones_lie_where_libraries_load(tmp_path):
+    row = rows()["form-textcraft"].replaced(scratch=True)
+    scratch = tmp_path / "scratch"
+    (scratch / "old").mkdir(parents=True)
+    (scratch / "old" / "file").touch()
+    (scratch / "link").symlink_to(tmp_path)
+    with running(row, tmp_path, True, "--scratch", str(scratch)) as client:
+        assert client.sessions() and list(scratch.iterdir()) == [] and tmp_path.exists()
+
+
+def test_a_server_tells_what_its_scores_depend_on(tmp_path):
+    (tmp_path / "about.json").write_text('{"data": "toy", "wrong": 3, "empty": ""}')
+    with running(rows()["form-textcraft"], tmp_path, True, "--data", str(tmp_path), DEVICE="cpu") as client:
+        assert client.sessions()["about"] == {"data": "toy"}  # it has no GPU to do without
+    with running(rows()["form-textcraft"].replaced(gpu=True), tmp_path, True, DEVICE="cpu") as client:
+        assert client.sessions()["about"] == {"device": "cpu"}

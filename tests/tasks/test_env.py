@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 import urllib.request
@@ -23,12 +24,13 @@ from typing import ClassVar
 import psutil
 import pytest
 
+from environment_rows import about
 from servers.protocol import Client, ServerError
 from tasks.lib.environments import data as env_data
 from tasks.lib.environments import lease
 from tasks.lib.environments import local as env_local
 from tasks.lib.environments.haproxy import proxy_config
-from tasks.lib.environments.rows import Data, Environment, environments
+from tasks.lib.environments.rows import Data, Environment, environment, environments
 from tasks.lib.environments.start_stop import recall_options
 from tasks.lib.errors import UserError
 from tasks.lib.host import processes
@@ -281,16 +283,18 @@ def up_here(name: str, port: int, folder: Path, python: str = sys.executable, re
 
 
 @pytest.mark.parametrize("words,line", [
-    ("libdownward.so: failed to map segment", r"the server-0 ended: POST /reset: libdownward\.so: failed to map segment$"),
+    ("libdownward.so: failed to map segment",
+     r"the server-0 ended: POST /reset: libdownward\.so: failed to map segment$"),
     ("", r"the server-0 ended: POST /reset: an error without a word$"),
 ])
 def test_a_server_that_answered_why_before_it_died_is_told_with_that(words, line, tmp_path):
-    (tmp_path / "dying.py").write_text("import os, threading, time\nfrom fixture_server import app\n\n"
-                                       "def die():\n    time.sleep(2)\n    print('goodbye', flush=True)\n    os._exit(1)\n\n"
-                                       "@app.middleware('http')\nasync def fails(request, go_on):\n"
-                                       "    from fastapi.responses import JSONResponse\n"
-                                       "    if request.url.path != '/reset':\n        return await go_on(request)\n"
-                                       f"    threading.Thread(target=die).start()\n    return JSONResponse({{'error': {words!r}}})\n")
+    (tmp_path / "dying.py").write_text(
+        "import os, threading, time\nfrom fixture_server import app\n\n"
+        "def die():\n    time.sleep(2)\n    print('goodbye', flush=True)\n    os._exit(1)\n\n"
+        "@app.middleware('http')\nasync def fails(request, go_on):\n"
+        "    from fastapi.responses import JSONResponse\n"
+        "    if request.url.path != '/reset':\n        return await go_on(request)\n"
+        f"    threading.Thread(target=die).start()\n    return JSONResponse({{'error': {words!r}}})\n")
     with pytest.raises(UserError, match=line):
         up_here("form-textcraft", free_port(), tmp_path, app="dying:app")
     assert "goodbye" in (tmp_path / "run" / "form-textcraft" / "server-0.log").read_text()
@@ -363,7 +367,8 @@ def test_a_restart_that_cannot_start_stops_nothing(up):
     assert invoke("env.restart", "--env", "fault-key", FIXTURE_KEY="sk-fixture").returncode == 0
 
 
-@pytest.mark.parametrize("path", [os.environ["PATH"], "/nowhere"], ids=["with haproxy, if there is one", "without haproxy"])
+@pytest.mark.parametrize("path", [os.environ["PATH"], "/nowhere"],
+                         ids=["with haproxy, if there is one", "without haproxy"])
 def test_replicas_above_the_last_port_are_refused(path, tmp_path, monkeypatch):
     if path == "/nowhere":
         monkeypatch.setattr(env_local.shutil, "which", lambda *_, **__: None)
@@ -938,3 +943,134 @@ def test_the_data_task_tells_what_is_missing():
     done = invoke("env.data", "--env", "fault-data")
     assert done.returncode == 1 and "fault-data/index.bin: ask the author" in done.stderr
     assert invoke("env.data", "--env", "form-maze").stdout == "form-maze needs no data\n"
+
+
+def making(log, content="made"):
+    """Return a maker of data that writes a file, or a folder for toy data."""
+
+    def make(what, out):
+        log.append(what)
+        if what.startswith("toy-"):
+            out.mkdir()
+            (out / "about.json").write_text('{"data": "toy"}')
+            (out / "a").touch()
+        else:
+            out.write_text(content)
+
+    return make
+
+
+def test_what_is_made_is_made_last_and_only_when_all_else_is_there(site, tmp_path):
+    log: list[str] = []
+    row = row_with({"path": "index", "make": "an-index"}, {"path": "corpus.gz", "url": f"{site}/corpus.gz"})
+    assert env_data.fetch(row, tmp_path / "data", print, make=making(log)) == []
+    assert log == ["an-index"] and {path.name for path in (tmp_path / "data").iterdir()} == {"index", "corpus.gz"}
+    log.clear()
+    row = row_with({"path": "index", "make": "an-index"}, {"path": "key", "how": "ask Ann"})
+    assert [one.path for one in env_data.fetch(row, tmp_path / "other", print, make=making(log))] == ["key"] and not log
+
+
+def test_files_of_one_archive_are_fetched_once_and_counted_once(tmp_path, monkeypatch):
+    with tarfile.open(tmp_path / "data.tar.gz", "w:gz") as packed:
+        for name in ("a", "b"):
+            (tmp_path / name).write_text(name * 3)
+            packed.add(tmp_path / name, f"./raw/{name}.pkl")
+    asked = []
+
+    def fetch_from_hub(data, store):
+        asked.append(data.path)
+        shutil.copy(tmp_path / "data.tar.gz", store)
+        return [store / "data.tar.gz"]
+
+    monkeypatch.setattr(env_data, "hub_files", lambda data: [("data.tar.gz", 1000)])
+    monkeypatch.setattr(env_data, "fetch_from_hub", fetch_from_hub)
+    shared = {"hub": "datasets/u/n", "files": ["data.tar.gz"], "then": "untar"}
+    row = row_with(*({"path": f"{name}.pkl", "inner": [f"raw/{name}.pkl"], **shared} for name in ("a", "b")))
+    said: list[str] = []
+    assert env_data.fetch(row, tmp_path / "data", said.append) == []
+    assert (tmp_path / "data/b.pkl").read_text() == "bbb" and "1kB to fetch" in said[0]
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["a.pkl", "b.pkl"]
+    absent = row_with({"path": "c.pkl", "inner": ["raw/c.pkl"], **shared})
+    with pytest.raises(UserError, match=r"data.tar.gz holds no raw/c.pkl"):
+        env_data.fetch(absent, tmp_path / "data", print)
+
+
+def test_what_comes_with_a_checkout_is_copied_from_it(tmp_path, monkeypatch):
+    row = row_with({"path": "items.json", "source": "data/items.json", "how": "comes with a checkout"})
+    monkeypatch.setattr(env_data, "local_source", lambda row: tmp_path / "gym")
+    assert [one.path for one in env_data.fetch(row, tmp_path / "data", print)] == ["items.json"]  # this one has not
+    place = tmp_path / "gym" / row.folder / "data"
+    place.mkdir(parents=True)
+    (place / "items.json").write_text("[1]")
+    assert env_data.fetch(row, tmp_path / "data", print) == []
+    assert (tmp_path / "data/items.json").read_text() == "[1]"
+
+
+@pytest.mark.parametrize("name,split,index,wanted", [
+    ("sqlgym", "", "", ["train/train.json", "dev/dev.json"]),
+    ("sqlgym", "dev", "", ["dev/dev.json"]),
+    ("searchqa", "", "", ["e5_Flat.index"]),
+    ("searchqa", "", "flat", ["e5_Flat.index"]),
+    ("searchqa", "", "ivfpq", ["e5_Flat.index", "e5_ivfpq.index"]),
+])
+def test_data_is_chosen_by_split_and_by_index(name, split, index, wanted):
+    found = [one.path for one in env_data.chosen(environment(name), split, index) if one.split or one.index]
+    assert found == wanted
+
+
+@pytest.mark.parametrize("name,split,index,line", [
+    ("sqlgym", "test", "", "--split test: sqlgym has train, dev; choose one"),
+    ("searchqa", "", "HNSW", "--index HNSW: searchqa has flat, hnsw, ivfpq; choose one"),
+    ("alfworld", "dev", "", "--split dev: alfworld has no choice of it; leave --split out"),
+    ("sqlgym", "", "flat", "--index flat: sqlgym has no choice of it; leave --index out"),
+])
+def test_a_split_or_index_that_is_none_is_refused(name, split, index, line):
+    with pytest.raises(UserError, match=line):
+        env_data.chosen(environment(name), split, index)
+
+
+def test_dev_alone_suffices_for_sqlgym_and_train_alone_does_not(tmp_path):
+    row = environment("sqlgym")
+    for split in ("train", "dev"):
+        folder = tmp_path / split / split
+        folder.mkdir(parents=True)
+        (folder / f"{split}.json").touch()
+    assert row.missing_data(tmp_path / "dev") == []
+    assert [one.path for one in row.missing_data(tmp_path / "train")] == ["dev/dev.json"]
+
+
+def test_an_index_is_noted_and_the_rows_own_needs_no_note(tmp_path):
+    row = environment("searchqa")
+    env_data.choose_index(row, tmp_path, "hnsw")
+    assert about(tmp_path) == {"index": "hnsw"}
+    (tmp_path / "about.json").write_text('{"data": "toy", "index": "hnsw"}')
+    env_data.choose_index(row, tmp_path, "ivfpq")
+    assert about(tmp_path) == {"data": "toy", "index": "ivfpq"}
+    env_data.choose_index(row, tmp_path, "flat")
+    assert about(tmp_path) == {"data": "toy"}
+    (tmp_path / "about.json").write_text('{"index": "hnsw"}')
+    env_data.choose_index(row, tmp_path, "flat")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_toy_data_takes_no_other_datas_place_and_the_real_none_of_its(site, tmp_path):
+    row = zipped_row(site).replaced(toy="x")
+    for content in ("own", "link", "file"):
+        folder = tmp_path / content
+        if content == "own":
+            (folder / "train").mkdir(parents=True)
+        elif content == "link":
+            folder.symlink_to(tmp_path / "own")
+        else:
+            folder.touch()
+        with pytest.raises(UserError, match=f"{content} holds other data; move it away"):
+            env_data.make_toy(row, folder, making([]))
+    log: list[str] = []
+    for _ in range(2):  # an earlier toy is replaced
+        env_data.make_toy(row, tmp_path / "data", making(log))
+    assert log == ["toy-x", "toy-x"] and about(tmp_path / "data") == {"data": "toy"}
+    with pytest.raises(UserError, match=r"holds toy data; `rm -r .*` before the real"):
+        env_data.fetch(row, tmp_path / "data", print)
+    assert (tmp_path / "data/a").exists()
+    with pytest.raises(UserError, match="no toy data for form-textcraft"):
+        env_data.make_toy(zipped_row(site), tmp_path / "new", making([]))

@@ -13,7 +13,7 @@ from tasks.lib.environments import docker as env_docker
 from tasks.lib.environments import start_stop
 from tasks.lib.environments.compose_model import ALIASES, compose_model
 from tasks.lib.environments.haproxy import proxy_config
-from tasks.lib.environments.plan import Options, server_variables
+from tasks.lib.environments.plan import Options, memory_mb, server_variables
 from tasks.lib.environments.rows import environment, environments
 from tasks.lib.errors import DockerError, UserError
 from tasks.lib.flags import port_number
@@ -125,6 +125,65 @@ def test_data_is_mounted_read_only_where_it_is(tmp_path):
     assert "volumes" not in model()["services"]["env-form-textcraft"]
     mount = model(data=tmp_path)["services"]["env-form-textcraft"]["volumes"][0]
     assert (mount["source"], mount["target"], mount["read_only"]) == (str(tmp_path), "/data/form-textcraft", True)
+
+
+def test_a_server_that_loads_libraries_from_temporary_files_gets_a_folder_on_disk(monkeypatch):
+    """What lies in a tmpfs cannot be run, and counts as memory."""
+    scratch = rows()["form-textcraft"].replaced(scratch=True)
+    services = compose_model(scratch, Options(port=4000, replicas=2), "i", "p", Path("/home"), Path("/nowhere"),
+                             {})["services"]
+    for replica in range(2):
+        assert services[f"env-form-textcraft-{replica}"]["volumes"] == [{"type": "volume", "target": "/scratch"}]
+    assert environment("alfworld").scratch and "games" in environment("alfworld").answers
+
+
+@pytest.mark.parametrize("device,reserves", [("", True), ("cuda", True), ("cpu", False)])
+def test_a_gpu_is_reserved_unless_the_user_does_without(device, reserves):
+    service = compose_model(environment("searchqa"), Options(port=4000, device=device), "i", "p", Path("/home"),
+                            Path("/nowhere"), {})["services"]["env-searchqa"]
+    assert ("deploy" in service) == reserves and service["environment"].get("DEVICE") == (device or None)
+
+
+@pytest.mark.parametrize("name,device,line", [
+    ("demo", "cuda", "demo uses no GPU; leave --device out"),
+    ("demo", "tpu", "--device tpu is neither cpu nor cuda"),
+    ("searchqa", "CPU", "--device CPU is neither cpu nor cuda"),
+])
+def test_a_device_that_cannot_be_is_refused(name, device, line):
+    with pytest.raises(UserError, match=line):
+        start_stop.choose_device(environment(name), device)
+    assert start_stop.choose_device(environment("demo"), "cpu") == ""  # what it does anyway
+
+
+def searchqa_data(folder, about, size):
+    (folder / "about.json").write_text(about)
+    for name in ("e5_Flat.index", "e5_ivfpq.index", "wiki-18.jsonl"):
+        with (folder / name).open("wb") as file:
+            file.truncate(size)
+    return folder
+
+
+@pytest.mark.parametrize("about,megabytes", [
+    ("{}", 163840),
+    ('{"index": "ivfpq"}', 4096 + 2.5 * 2000),
+    ('{"index": "nonsense"}', 4096 + 2.5 * 2000),
+    ("no JSON", 163840),
+])
+def test_the_memory_limit_follows_the_search_index(about, megabytes, tmp_path):
+    assert memory_mb(environment("searchqa"), searchqa_data(tmp_path, about, 10**9)) == megabytes
+
+
+def test_the_memory_limit_is_never_above_the_rows(tmp_path):
+    assert memory_mb(environment("searchqa"), searchqa_data(tmp_path, '{"index": "ivfpq"}', 10**11)) == 163840
+
+
+def test_the_server_takes_the_index_that_was_chosen(tmp_path):
+    row = environment("searchqa")
+    assert row.index(tmp_path).path == "e5_Flat.index"
+    (tmp_path / "about.json").write_text('{"index": "hnsw"}')
+    assert row.index(tmp_path).path == "e5_hnsw.index"
+    assert "e5_hnsw.index" in [one.path for one in row.missing_data(tmp_path)]
+    assert not {"e5_Flat.index", "e5_ivfpq.index"} & {one.path for one in row.missing_data(tmp_path)}
 
 
 def test_every_replica_knows_its_number_and_the_hash_seed_is_fixed():

@@ -49,6 +49,7 @@ WORDS = {
     "train.check": ["--env", "maze", "--model", "/nowhere"],
     "models.fetch": ["x"],
     "data.fetch": ["--env", "nowhere"],
+    "env.try": ["--env", "movie"],
     "eval.merge": ["--out", "/nowhere/x"],
 }
 

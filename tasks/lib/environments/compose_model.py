@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tasks.lib.environments.rows import Environment
 from tasks.lib.engine.ownership import UID
-from tasks.lib.environments.plan import Options, server_variables
+from tasks.lib.environments.plan import Options, memory_mb, server_variables
 
 LABEL = "org.agentgym-rl.env"
 
@@ -20,6 +20,8 @@ ROLE_LABEL = "org.agentgym-rl.env.role"
 ALIASES = ("env-server", "host.docker.internal")
 
 REPLICA_PORT = 8000
+
+SCRATCH = "/scratch"  # where the image has a folder that everybody may write to
 
 
 class Variable(str):
@@ -90,8 +92,8 @@ def compose_model(row: Environment, options: Options, image: str, proxy_image: s
             # Five times: a server that cannot start must not start for ever. Recycling exits with a failure too,
             # and a container that ran for ten seconds begins to count anew.
             "restart": "on-failure:5",
-            "mem_limit": f"{row.memory_mb}m",
-            "memswap_limit": f"{row.memory_mb}m",
+            "mem_limit": f"{memory_mb(row, data)}m",
+            "memswap_limit": f"{memory_mb(row, data)}m",
             "pids_limit": row.processes,
             "read_only": row.read_only,
             "tmpfs": [f"{folder}:mode=1777" for folder in row.tmpfs],
@@ -106,16 +108,21 @@ def compose_model(row: Environment, options: Options, image: str, proxy_image: s
                 }
             },
         }
-        if row.gpu:  # as x-gpus of docker-compose.yml: device_ids and not count, so that GPUS says "all" or "0,1"
+        if row.gpu and options.device != "cpu":  # as x-gpus of docker-compose.yml: device_ids and not count, so that GPUS says "all" or "0,1"
             device = {"driver": "nvidia", "device_ids": [Variable("${GPUS:-all}")], "capabilities": ["gpu"]}
             service["deploy"] = {"resources": {"reservations": {"devices": [device]}}}
+        volumes: list[dict[str, Any]] = []
         if data.is_dir():
-            service["volumes"] = [{
+            volumes.append({
                 "type": "bind",
                 "source": str(data.resolve()),
                 "target": f"/data/{row.name}",
                 "read_only": True
-            }]
+            })
+        if row.scratch:  # anonymous: it goes with its container
+            volumes.append({"type": "volume", "target": SCRATCH})
+        if volumes:
+            service["volumes"] = volumes
         return service
 
     published = [f"{options.bind}:{options.port}:{options.port}"]

@@ -1,8 +1,10 @@
 """Fetch what an environment needs into data/<name>: resumable, checked, with size and space told before."""
 import gzip
 import http.client
+import json
 import os
 import shutil
+import tarfile
 import urllib.error
 import urllib.request
 import zipfile
@@ -10,6 +12,8 @@ import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from environment_rows import ABOUT, about
+from tasks.lib.environments.lookup import local_source
 from tasks.lib.environments.rows import Data, Environment
 from tasks.lib.errors import UserError
 from tasks.lib.hub import hub_client
@@ -18,10 +22,78 @@ from tasks.lib.tables import human_size
 CHUNK = 1 << 20
 # Bytes of disk for each that is fetched. An archive lies beside what comes out of it, text and databases of about three
 # times its size; parts that are joined go one by one.
-SPACE = {"unzip": 4.0, "gunzip": 4.0, "join": 2.0}
+SPACE = {"unzip": 4.0, "untar": 4.0, "gunzip": 4.0, "join": 2.0}
 PARTS = ".parts"
 
 Say = Callable[[str], None]
+Make = Callable[[str, Path], None]
+
+
+def chosen(row: Environment, split: str, index: str) -> list[Data]:
+    """Return the entries of the row's data that `split` and `index` ask for; empty is all splits, and the row's index.
+
+    Raises:
+        UserError: the row has no such split or index.
+    """
+    kinds = {
+        "split": [one.split for one in row.data if one.split],
+        "index": [one.index for one in row.data if one.index]
+    }
+    for flag, value in (("split", split), ("index", index)):
+        known = list(dict.fromkeys(kinds[flag]))
+        if value and value not in known:
+            raise UserError(f"--{flag} {value}: {row.name} has " +
+                            (f"{', '.join(known)}; choose one" if known else f"no choice of it; leave --{flag} out"))
+    first = next(iter(kinds["index"]), "")
+    # The others are made of the first.
+    return [
+        one for one in row.data
+        if one.split in ("", split or one.split) and (not one.index or one.index in (first, index))
+    ]
+
+
+def lacking(wanted: Sequence[Data], folder: Path) -> list[Data]:
+    """Return the entries that are not in `folder`."""
+    return [one for one in wanted if not (folder / one.path).exists()]
+
+
+def choose_index(row: Environment, folder: Path, index: str) -> None:
+    """Note in `folder` which search index the server takes; the row's own needs no note."""
+    told = {key: value for key, value in about(folder).items() if key != "index"}
+    if index != next(one.index for one in row.data if one.index):
+        told["index"] = index
+    if told:
+        (folder / ABOUT).write_text(json.dumps(told))
+    else:
+        (folder / ABOUT).unlink(missing_ok=True)
+
+
+def make_toy(row: Environment, folder: Path, make: Make) -> None:
+    """Make the row's toy data in `folder`, in place of toy data of an earlier time.
+
+    Raises:
+        UserError: the row has none, or `folder` holds other data.
+    """
+    if not row.toy:
+        raise UserError(f"there is no toy data for {row.name}; leave --toy out")
+    if folder.is_symlink() or folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not is_toy(folder)):
+        raise UserError(f"{folder} holds other data; move it away, and run it again")
+    remove_toy(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    make("toy-" + row.toy, folder)
+
+
+def is_toy(folder: Path) -> bool:
+    """Tell whether `folder` holds toy data."""
+    return not folder.is_symlink() and about(folder).get("data") == "toy"
+
+
+def remove_toy(folder: Path) -> None:
+    """Remove `folder` where it holds toy data, or nothing."""
+    if is_toy(folder):
+        shutil.rmtree(folder)
+    elif folder.is_dir() and not folder.is_symlink():
+        folder.rmdir()
 
 
 def adopt(row: Environment, folder: Path, source: Path) -> None:
@@ -187,6 +259,28 @@ def unpack(data: Data, archive: Path, folder: Path) -> None:
     (unpacked / top).rename(folder / top)  # last: what is in place counts as complete
 
 
+def untar(archive: Path, member: str, target: Path) -> None:
+    """Take the file `member` out of `archive`, which stays for the other entries that are in it.
+
+    Raises:
+        UserError: it is damaged, or has no such file.
+    """
+    beside = target.with_name(target.name + ".part")
+    try:
+        with tarfile.open(archive) as packed:
+            for one in packed:
+                if one.isfile() and Path(one.name) == Path(member):
+                    file = packed.extractfile(one)
+                    assert file is not None
+                    with beside.open("wb") as whole:
+                        shutil.copyfileobj(file, whole, CHUNK)
+                    beside.rename(target)
+                    return
+    except (tarfile.TarError, zlib.error, EOFError, gzip.BadGzipFile) as error:
+        raise damaged(archive, error) from None
+    raise UserError(f"{archive.name} holds no {member}", code=1)
+
+
 def finish(data: Data, parts: Sequence[Path], folder: Path) -> None:
     """Make of the fetched `parts` what the row asks for.
 
@@ -212,25 +306,50 @@ def finish(data: Data, parts: Sequence[Path], folder: Path) -> None:
         parts[0].unlink()
     elif data.then == "unzip":
         unpack(data, parts[0], folder)
+    elif data.then == "untar":
+        untar(parts[0], data.inner[0], target)
     elif data.hub and not data.files:
         parts[0].parent.rename(target)
     else:
         parts[0].rename(target)
 
 
-def sizes(row: Environment, folder: Path) -> dict[str, int]:
-    """Return what there is to fetch for what is missing, in bytes, by path.
+def store_of(data: Data, folder: Path) -> Path:
+    """Return where what is fetched for `data` lies meanwhile; entries that are in one archive share it."""
+    name = data.hub + "/" + "/".join(data.files) if data.then == "untar" else data.path
+    return folder / PARTS / name.replace("/", "_")
+
+
+def sizes(missing: Sequence[Data], folder: Path) -> dict[str, int]:
+    """Return what there is to fetch for `missing`, in bytes, by path; what several are in counts with the first.
 
     Raises:
         UserError: a source cannot be reached.
     """
-    found = {}
-    for data in row.missing_data(folder):
+    found, counted = {}, set()
+    for data in missing:
         if data.url:
             found[data.path] = url_size(data.url)
         elif data.hub:
-            found[data.path] = sum(size for _, size in hub_files(data))
+            store = store_of(data, folder)
+            found[data.path] = 0 if store in counted else sum(size for _, size in hub_files(data))
+            counted.add(store)
     return found
+
+
+def copy_from_checkout(row: Environment, data: Data, folder: Path) -> bool:
+    """Copy what comes with a checkout of AgentGym; False where none on this machine has it."""
+    try:
+        there = local_source(row) / row.folder / data.source
+    except UserError:  # AgentGym is known by its address alone
+        return False
+    if not there.exists():
+        return False
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = folder / (data.path + ".part")
+    shutil.copyfile(there, beside)
+    beside.rename(folder / data.path)
+    return True
 
 
 def fetched(folder: Path) -> int:
@@ -240,20 +359,35 @@ def fetched(folder: Path) -> int:
     return sum(path.stat().st_size for path in (folder / PARTS).rglob("*") if path.is_file())
 
 
-def fetch(row: Environment, folder: Path, say: Say) -> list[Data]:
-    """Fetch what is missing and can be fetched; return what the user must get by hand.
+def fetch(row: Environment,
+          folder: Path,
+          say: Say,
+          wanted: Sequence[Data] | None = None,
+          make: Make | None = None) -> list[Data]:
+    """Fetch or make what of `wanted` is missing; return what the user must get by hand.
+
+    Args:
+        wanted: entries of the row's data (default: all, and of search indexes the row's own).
+        make: makes what only the environment's own packages can (servers/make_data.py), of what is in `folder`.
 
     Raises:
-        UserError: too little space, or a source that fails.
+        UserError: too little space, or a source that fails; nothing of what is to be made is tried before all else is there.
     """
     if folder.is_file():
         raise UserError(f"{folder} is a file; move it away, and run it again", code=1)
     if folder.is_symlink() and not folder.exists():
         raise UserError(f"{folder} is a link to {os.readlink(folder)}, which is not there; remove it, and run it again",
                         code=1)
-    to_fetch = sizes(row, folder)
-    for data in row.missing_data(folder) if to_fetch else ():  # before the hours of fetching, not after them alone
-        if data.path not in to_fetch:
+    wanted = chosen(row, "", "") if wanted is None else wanted
+    if is_toy(folder) and any(not one.make for one in lacking(wanted, folder)):
+        raise UserError(f"{folder} holds toy data; `rm -r {folder}` before the real is fetched")
+    for data in lacking(wanted, folder):
+        if data.source and copy_from_checkout(row, data, folder):
+            say(f"{row.name}: {data.path} is there, from the checkout")
+    missing = lacking(wanted, folder)
+    to_fetch = sizes(missing, folder)
+    for data in missing if to_fetch else ():  # before the hours of fetching, not after them alone
+        if data.path not in to_fetch and not data.make:
             say(f"{row.name}: {data.path} comes by hand: {data.how}")
     if to_fetch:
         folder.mkdir(parents=True, exist_ok=True)
@@ -267,10 +401,10 @@ def fetch(row: Environment, folder: Path, say: Say) -> list[Data]:
                 f"{row.name} needs about {human_size(needed)} more to fetch and unpack, "
                 f"{human_size(free)} are free in {folder}",
                 code=1)
-    for data in row.missing_data(folder):
+    for data in missing:
         if not (data.url or data.hub):
             continue
-        store = folder / PARTS / data.path.replace("/", "_")
+        store = store_of(data, folder)
         store.mkdir(parents=True, exist_ok=True)
         if data.url:
             parts = [store / data.url.rsplit("/", 1)[-1]]
@@ -281,7 +415,14 @@ def fetch(row: Environment, folder: Path, say: Say) -> list[Data]:
         finish(data, parts, folder)
         say(f"{row.name}: {data.path} is there")
     shutil.rmtree(folder / PARTS, ignore_errors=True)
-    return row.missing_data(folder)
+    missing = lacking(wanted, folder)
+    if make and all(data.make for data in missing):
+        for data in missing:
+            say(f"{row.name}: making {data.path}")
+            make(data.make, folder / data.path)
+            say(f"{row.name}: {data.path} is there")
+        return []
+    return [data for data in missing if not (make and data.make)]
 
 
 def fetch_from_hub(data: Data, store: Path) -> list[Path]:

@@ -150,7 +150,8 @@ def up(row: Environment,
                 str(ROOT / "servers" / "serve.py"),
                 str(row_file), "--source",
                 str(copy), "--data",
-                str(data), "--host", host, "--port",
+                str(data), "--scratch",
+                str(home / f"scratch-{number}"), "--host", host, "--port",
                 str(port)
             ]
             # The row's `before` says `python`: the server's own, not the caller's.

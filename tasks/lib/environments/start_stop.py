@@ -112,6 +112,21 @@ def start_server(c: Context, row: Environment, options: Options, runner: str, bu
     return env_docker.up(c, row, options, file, wait, given)
 
 
+def choose_device(row: Environment, flag: str) -> str:
+    """Return what --device says; empty is the row's own.
+
+    Raises:
+        UserError: there is no such device, or the row has no choice.
+    """
+    if flag not in ("", "cpu", "cuda"):
+        raise UserError(f"--device {flag} is neither cpu nor cuda")
+    if flag == "cuda" and not row.gpu:
+        raise UserError(f"{row.name} uses no GPU; leave --device out")
+    if flag == "cpu" and row.gpu and "cuda" not in row.answers:
+        raise UserError(f"{row.name} needs an NVIDIA GPU; leave --device out")
+    return flag if row.gpu else ""
+
+
 def require_startable(c: Context, row: Environment, options: Options, runner: str) -> None:
     """Stop with one line where the row's server could not start, before anything is changed.
 
@@ -131,22 +146,23 @@ def require_startable(c: Context, row: Environment, options: Options, runner: st
                 f"{link} is a link out of the data's folder, where a container cannot follow; copy the data "
                 "with `cp -rL`, or use --runner local")
         require_engine(c, ENGINE_AT_LEAST_FOR_ENVIRONMENTS)
-        require_gpu(c, row)
+        require_gpu(c, row, options.device)
     elif not c.config.run.dry:
         local_source(row)
 
 
-def require_gpu(c: Context, row: Environment) -> None:
+def require_gpu(c: Context, row: Environment, device: str) -> None:
     """Stop with one line where `row` needs a GPU that the engine cannot give. `--dry` asks the engine nothing.
 
     Raises:
         UserError: see above; also where GPUS is no choice.
     """
-    if not row.gpu:
+    if not row.gpu or device == "cpu":
         return
     reason = gpus.refusal(row.name, resolve("GPUS"), c.config.run.dry or has_nvidia_runtime())
     if reason:
-        raise UserError(reason)
+        raise UserError(
+            reason + (f"; without one: `invoke env.up --env {row.name} --device cpu`" if "cuda" in row.answers else ""))
 
 
 def images_exist(row: Environment, options: Options) -> bool:

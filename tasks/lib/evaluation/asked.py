@@ -28,8 +28,9 @@ SAID = ("environments", "root")
 class Passed:
     """The runner's flags, as typed: an empty one is left to the runner."""
     env: str = flag("Environment, a table of environments.toml (default: $ENV, then searchqa).")
-    model: str = flag("Model of the endpoint, or expert or random for demo (default: $MODEL, then gpt-4o-mini).",
-                      endpoint=True)
+    model: str = flag(
+        "Model of the endpoint, or expert or random for demo, or check for any (default: $MODEL, then gpt-4o-mini).",
+        endpoint=True)
     base_url: str = flag("OpenAI-compatible endpoint (default: $OPENAI_BASE_URL, then OpenAI's own).", endpoint=True)
     base_url_as: str = flag("Name of the endpoint in the configuration, where its address differs from run to run.",
                             endpoint=True)
