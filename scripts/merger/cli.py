@@ -312,8 +312,9 @@ def _run(args: argparse.Namespace) -> int:
 
 def _verified_line(result: dict[str, Any]) -> str:
     from merger import show
+    by = "" if result["merged_by"] == "this merger" else f", as {result['merged_by']} wrote them"
     return (
-        f"{result['folder']}: {result['tensors']} tensors, {show.size_text(result['bytes'])}, equal to the shards in "
+        f"{result['folder']}: {result['tensors']} tensors, {show.size_text(result['bytes'])}{by}, equal to the shards in "
         f"{show.equality_text(result)} ({result['seconds']:.1f} s)")
 
 

@@ -8,9 +8,10 @@ from typing import Any
 
 from merger import MergeError, hub, lora, model_check, publish, show, verify
 from merger.checkpoint import ChunkCheckpoint, read_checkpoint, read_ranks
-from merger.companions import check_free, check_tree, copy_companions, holds, keep_companions
+from merger.companions import check_free, check_tree, copy_companions, holds, keep_companions, weights_in
 from merger.copying import THREADS, HostConverter, Tally, write_files
 from merger.discover import RankFiles, find_checkpoint
+from merger.dtypes import CONVERTED
 from merger.filenames import CONFIG, MODEL_STEM, RANKS, RECORD, TRACKER, weight_index
 from merger.files import atomic_write
 from merger.foreign.files import Seen
@@ -28,7 +29,7 @@ from merger.job import (
 )
 from merger.model_check import complaint
 from merger.modelconfig import dump_json, read_config
-from merger.plan import BLOCK_BYTES, index_json
+from merger.plan import BLOCK_BYTES, index_json, split_files
 from merger.record import as_requested, file_sizes, make_record, read_record, same_merge
 from merger.show import Kind
 from merger.torchforms import mesh_sizes
@@ -154,8 +155,12 @@ def verify_only(options: Options) -> dict[str, Any]:
     began = time.monotonic()
     files = find_checkpoint(options.local_dirs)
     target = merged_folder(options, files)
-    again = as_requested(options, read_record(target))
-    job = lay_out(again, files, target, config_folder(options, files, target))
+    merged_here = (target / RECORD).is_file() or not weights_in(target)
+    if merged_here:
+        again = as_requested(options, read_record(target))
+        job = lay_out(again, files, target, config_folder(options, files, target))
+    else:
+        again, job = _as_found(options, files, target)
     _verify(job, again, target, options.threads or THREADS, files.seen)
     files.seen.check()
     return {
@@ -164,8 +169,33 @@ def verify_only(options: Options) -> dict[str, Any]:
         "fused": job.fused,
         "bytes": sum(output.nbytes for output in job.outputs),
         "verified": True,
+        "merged_by": "this merger" if merged_here else "another tool",
         "seconds": round(time.monotonic() - began, 3)
     }
+
+
+def _as_found(options: Options, files: RankFiles, target: Path) -> tuple[Options, Job]:
+    """Return the merge that would have the names and element types of `target`, which another tool wrote.
+
+    Raises:
+        MergeError: see `lay_out`, or its weights cannot be read.
+    """
+    stored = verify.read_folder(target, seen=files.seen)
+    chosen = replace(options, dtype="keep")
+    job = lay_out(chosen, files, target, config_folder(options, files, target))
+    if not {output.name for output in job.outputs} <= set(stored):
+        memory = lay_out(replace(chosen, names="memory"), files, target, job.config_dir, job.checkpoint)
+        if {output.name for output in memory.outputs} <= set(stored):
+            chosen, job = replace(chosen, names="memory"), memory
+    if any(name in stored for name in job.dropped):  # saved under both names
+        chosen = replace(chosen, tied_weights="keep")
+        job = lay_out(chosen, files, target, job.config_dir, job.checkpoint)
+    outputs = [
+        replace(output, dtype=stored[output.name].dtype)
+        if output.name in stored and {output.dtype, stored[output.name].dtype} <= CONVERTED else output
+        for output in job.outputs
+    ]  # yapf: disable
+    return chosen, replace(job, files=split_files(outputs, sum(output.nbytes for output in outputs)))
 
 
 def plan_only(options: Options) -> dict[str, Any]:
