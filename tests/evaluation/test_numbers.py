@@ -132,3 +132,53 @@ def test_the_interval_of_pass_at_k_covers_as_often_as_it_says(items, chance, k):
 def test_one_method_is_in_one_table():
     found = numbers.summarize([attempt(str(n), s, *(("success", 1.0) if (n + s) % 3 else ("failure", 0.25))) for n in range(10) for s in range(4)], 4)
     assert {one["method"] for one in (found["success"], found["reward"], *found["pass_at"].values())} == {"Wilson"}
+
+
+def test_a_bootstrap_interval_is_as_wide_as_it_says():
+    error = math.sqrt((1000**2 - 1) / 12 / 1000)  # of the mean of as many draws of a uniform distribution
+    widths = [high - low for low, high in (numbers.bootstrap(range(1000), seed) for seed in range(10))]
+    assert fmean(widths) / 2 / error == pytest.approx(1.96, abs=0.05)  # one of 98 % would be 2.3
+
+
+@pytest.mark.parametrize("values, effect", [
+    ([0.5] * 10, 0.125 / 9.5 / 0.25),
+    ([0.2] * 10, 0.125 / 9.5 / (2.25 / 10.5 * (1 - 2.25 / 10.5))),
+    ([0.25, 0.75] * 5, (10 / 16 + 0.125) / 9.5 / 0.25),
+    ([0.0, 1.0] * 5, 1.0),
+], ids=["all half", "all a fifth", "two values", "zeros and ones"])
+def test_the_design_effect_has_half_an_item_of_prior(values, effect):
+    assert numbers.design_effect(values) == pytest.approx(effect, rel=1e-12)
+
+
+@pytest.mark.parametrize("work, lost", [
+    ([], 0),
+    ([{"sessions": {"lost": 2}}, {}, {"sessions": {"lost": 3}}], 5),
+    ([{"sessions": None}, {"sessions": {"lost": None}}, {"sessions": {"lost": -1}}, {"sessions": {"lost": 10**9 + 1}}], 0),
+    ([{"sessions": {"lost": 10**9}}], 10**9),
+], ids=["none", "of all stretches", "what is no number of sessions", "the most that is believed"])
+def test_sessions_that_were_lost_are_counted(work, lost):
+    assert numbers.lost_sessions(work) == lost
+
+
+def test_answers_that_hold_nothing_are_counted():
+    said = [{**attempt("x_1"), "turns": [{"completion": " \n"}, {"completion": "go"}, {"completion": ""}]}, attempt("x_2")]
+    found = numbers.summarize(said, 1)
+    assert (found["answers"], found["empty_answers"]) == (3, 2)
+
+
+def test_half_of_the_samples_is_a_solved_item_and_less_is_none():
+    def run(solved: dict[str, int]) -> list[dict]:
+        return [attempt(item, sample, *(("success", 1.0) if sample < count else ("failure", 0.0))) for item, count in solved.items() for sample in range(4)]
+
+    found = numbers.compare(run({"x_1": 2, "x_2": 1, "x_3": 2, "x_4": 1}), run({"x_1": 1, "x_2": 2, "x_3": 3, "x_4": 0}))
+    assert (found["gained"], found["lost"]) == (["x_2"], ["x_1"])
+
+
+def test_of_all_samples_an_item_is_solved_or_not_and_of_some_it_is_a_share():
+    solved = [0, 1, 2, 3, 4, 2, 0]
+    said = [attempt(f"x_{item}", sample, *(("success", 1.0) if sample < count else ("failure", 0.0))) for item, count in enumerate(solved)
+            for sample in range(4)]  # yapf: disable
+    found = numbers.summarize(said, 4)["pass_at"]
+    some, all_of_them = ([numbers.pass_at_k(4, count, k) for count in solved] for k in (2, 4))
+    assert found == {"2": numbers.figure(some), "4": numbers.figure(all_of_them, binary=True)}
+    assert found["2"] != numbers.figure(some, binary=True) and found["4"] != numbers.figure(all_of_them)
