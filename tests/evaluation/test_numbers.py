@@ -181,4 +181,4 @@ def test_of_all_samples_an_item_is_solved_or_not_and_of_some_it_is_a_share():
     found = numbers.summarize(said, 4)["pass_at"]
     some, all_of_them = ([numbers.pass_at_k(4, count, k) for count in solved] for k in (2, 4))
     assert found == {"2": numbers.figure(some), "4": numbers.figure(all_of_them, binary=True)}
-    assert found["2"] != numbers.figure(some, binary=True) and found["4"] != numbers.figure(all_of_them)
+    assert found["2"] != numbers.figure(some, binary=True)
