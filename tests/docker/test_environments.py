@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 
 from tests.docker.workbench import ROOT, Terminal, Workbench
+from tests.fixtures.servers import free_port
 
 sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
 from agentenv_demo.players import expert  # noqa: E402
 
 from servers.protocol import Client, ServerError  # noqa: E402
 from tasks.lib.environments.rows import environment, environments  # noqa: E402
-from tasks.lib.host.ports import free_port  # noqa: E402
 
 pytestmark = pytest.mark.docker
 FIXTURES = "tests/fixtures/environments.toml"

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tasks.lib.host.ports import free_port
 from tasks.lib.serving import docker as serve_docker
 from tasks.lib.settings import SETTINGS
 from tests.docker.workbench import Terminal, Workbench
-from tests.fixtures.servers import ROOT
+from tests.fixtures.servers import ROOT, free_port
 from tests.fixtures.standins import Endpoint, completion, endpoint
 from tests.fixtures.story import SAMPLING, Story, success
 

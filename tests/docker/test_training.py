@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tasks.lib.host.ports import free_port
 from tests.docker.workbench import ROOT, SOCKET, Terminal, Workbench
+from tests.fixtures.servers import free_port
 from tests.fixtures.standins import Answer, completion, serving
 
 pytestmark = pytest.mark.docker

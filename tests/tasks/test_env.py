@@ -34,11 +34,11 @@ from tasks.lib.environments.rows import Data, Environment, environment, environm
 from tasks.lib.environments.start_stop import recall_options
 from tasks.lib.errors import UserError
 from tasks.lib.host import processes
-from tasks.lib.host.ports import choose_port, free_port, port_is_free, take_port
+from tasks.lib.host.ports import choose_port, port_is_free, take_port
 from tasks.lib.host.venvs import ensure_venv, reason_in
 from tests.fixtures import needs
 from tests.fixtures.invoking import invoke as run_invoke
-from tests.fixtures.servers import FIXTURE_ROWS, ROOT, rows
+from tests.fixtures.servers import FIXTURE_ROWS, ROOT, free_port, rows
 
 STATES = ROOT / ".run" / "env"
 

@@ -17,9 +17,9 @@ from tasks.lib.environments.plan import Options, memory_mb, server_variables
 from tasks.lib.environments.rows import environment, environments
 from tasks.lib.errors import DockerError, UserError
 from tasks.lib.flags import port_number
-from tasks.lib.host.ports import choose_port, free_port, port_is_free, take_port
+from tasks.lib.host.ports import choose_port, port_is_free, take_port
 from tests.fixtures import needs
-from tests.fixtures.servers import rows
+from tests.fixtures.servers import free_port, rows
 
 
 def test_a_port_of_a_connection_that_has_ended_is_free():
