@@ -27,6 +27,7 @@ from tests.merger.merging import (
     weights,
 )
 
+pytestmark = pytest.mark.slow  # its environment takes 3 GB and minutes
 CACHED = ROOT / ".cache/torch-2.4.0"
 COMPLETE = CACHED / "complete"  # a run that was stopped half-way leaves an environment without it
 PACKAGES = ("torch==2.4.0", "transformers==4.51.3", "accelerate==1.15.0", "numpy<2", "safetensors", "ml_dtypes", "rich")
