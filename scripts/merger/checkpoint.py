@@ -290,8 +290,12 @@ def _check_replicas(checkpoint: Checkpoint, checksums: Mapping[int, np.ndarray],
         seen = checkpoint.files.seen
         handles = {rank: stack.enter_context(seen.descriptor(path)) for rank, path in checkpoint.files.paths.items()}
         for tensor in list(checkpoint.tensors.values()):
+            held = {
+                rank: (box, offset)
+                for rank, box, offset in checkpoint.places(tensor, every=bool(tensor.layout.replicas))
+            }
             for ranks in tensor.layout.replicas:
-                differing = _differing(checkpoint, tensor, ranks, checksums, handles)
+                differing = _differing(tensor, {rank: held[rank] for rank in ranks}, checksums, handles)
                 if not differing:
                     continue
                 if tensor.plain and allow_buffers:
@@ -300,16 +304,17 @@ def _check_replicas(checkpoint: Checkpoint, checksums: Mapping[int, np.ndarray],
                 raise _refusal(checkpoint, tensor, ranks, differing)
 
 
-def _differing(checkpoint: Checkpoint, tensor: Tensor, ranks: Sequence[int], checksums: Mapping[int, np.ndarray],
+def _differing(tensor: Tensor, held: Mapping[int, tuple[Box, int]], checksums: Mapping[int, np.ndarray],
                handles: Mapping[int, int]) -> list[int]:
-    """Return those of `ranks` whose block of `tensor` is not that of the first of them."""
+    """Return those ranks that `held` a block of `tensor`, of one shape, in other bytes than the first of them."""
+    ranks = list(held)
     first, *others = ranks
-    box = next(box for rank, box in tensor.layout.holders if rank == first)
+    box = held[first][0]
     size = box.numel * itemsize(tensor.dtype)
     known = {rank: int(checksums[rank][tensor.index]) for rank in ranks}
     if size > SMALL and all(known.values()):
         return [rank for rank in others if known[rank] != known[first]]
-    starts = {rank: offset for rank, _, offset in checkpoint.places(tensor, every=True) if rank in ranks}
+    starts = {rank: offset for rank, (_, offset) in held.items()}
     differing: set[int] = set()
     for done in range(0, size, COMPARED):
         count = min(COMPARED, size - done)

@@ -282,8 +282,9 @@ def write_files(checkpoint: Checkpoint,
                 folder: Path,
                 threads: int,
                 progress: Progress,
-                converter: Callable[[Sources], Converter] = HostConverter) -> Tally:
-    """Write `files` into `folder` and flush them to disk.
+                converter: Callable[[Sources], Converter] = HostConverter,
+                bytes_now: Callable[[], int] = lambda: BLOCK_BYTES) -> Tally:
+    """Write `files` into `folder` and flush them to disk; `bytes_now` is that of `all_blocks`.
 
     Raises:
         MergeError, OSError: a source became shorter, tied weights differ; no space, no permission.
@@ -293,7 +294,8 @@ def write_files(checkpoint: Checkpoint,
         for file, stream in zip(files, streams, strict=True):
             stream.write(np.frombuffer(file.header, np.uint8), 0)
         sources = stack.enter_context(Sources(checkpoint))
-        tally = copy_blocks(all_blocks(checkpoint, files), lambda: converter(sources), streams, threads, progress)
+        tally = copy_blocks(all_blocks(checkpoint, files, bytes_now), lambda: converter(sources), streams, threads,
+                            progress)
         for stream in streams:
             stream.flush()
         return tally

@@ -1,7 +1,7 @@
 """What a merge is asked for, and every check and decision that comes before the first byte is written."""
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ TOKENIZERS = ("tokenizer", "vocab", "spiece.model", "tekken.json", "qwen.tiktoke
 QUANTIZED = frozenset({"float8_e4m3fn", "float8_e5m2", "int8", "uint8", "int32"})
 
 Named = dict[str, tuple[Tensor, Fusion | None]]
+Ask = Callable[..., Verdict]  # as `model_check.ask`
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Job:
         dropped: tied copies that are left out.
         verdict: what the config check found, or None where none was made (an adapter has no model config).
         published: whether the merged folder is in its place.
+        folder_notes: those of the notes that are of the folder, not of the checkpoint.
     """
     checkpoint: Checkpoint
     files: list[OutputFile]
@@ -87,6 +89,12 @@ class Job:
     base_model: str | None
     notes: list[str] = field(default_factory=list)
     published: bool = False
+    folder_notes: list[str] = field(default_factory=list)
+
+    def settle(self, found: "Job") -> None:
+        """Become the job that was `found` once transformers had answered."""
+        self.files, self.texts, self.dropped, self.verdict = found.files, found.texts, found.dropped, found.verdict
+        self.base_model, self.notes = found.base_model, [*found.notes, *self.folder_notes]
 
     @property
     def outputs(self) -> list[Output]:
@@ -115,8 +123,12 @@ class Job:
         return sum(output.numel for output in self.outputs)
 
 
-def prepare(options: Options, checkpoint: Checkpoint | None = None) -> Job:
-    """Make every check that comes before the first byte is written; `checkpoint` where it is read already.
+def prepare(options: Options, checkpoint: Checkpoint | None = None, ask: Ask | None = None) -> Job:
+    """Make every check that comes before the first byte is written.
+
+    Args:
+        checkpoint: where it is read already.
+        ask: what is asked in place of `model_check.ask`.
 
     Raises:
         MergeError: the first fault found.
@@ -126,7 +138,7 @@ def prepare(options: Options, checkpoint: Checkpoint | None = None) -> Job:
     publish.check_target(target, files.folders)
     check_free(target, options.force)
     try:
-        job = lay_out(options, files, target, config_folder(options, files, target), checkpoint)
+        job = lay_out(options, files, target, config_folder(options, files, target), checkpoint, ask)
     except MergeError:
         files.seen.check()  # half of a file that is being written is no fault of the checkpoint
         raise
@@ -134,7 +146,8 @@ def prepare(options: Options, checkpoint: Checkpoint | None = None) -> Job:
     _check_space(job, along)
     names = {path.name for path in (*along, *(target.iterdir() if target.is_dir() else ()))}
     if job.stem == MODEL_STEM and not any(name.startswith(TOKENIZERS) for name in names):
-        job.notes.append(f"no tokenizer in {job.config_dir}; copy the base model's into {target}")
+        job.folder_notes.append(f"no tokenizer in {job.config_dir}; copy the base model's into {target}")
+        job.notes += job.folder_notes
     return job
 
 
@@ -142,8 +155,9 @@ def lay_out(options: Options,
             files: RankFiles,
             target: Path,
             config_dir: Path,
-            checkpoint: Checkpoint | None = None) -> Job:
-    """Check the checkpoint and decide what its merged model is made of, whatever `target` holds.
+            checkpoint: Checkpoint | None = None,
+            ask: Ask | None = None) -> Job:
+    """Check the checkpoint and decide what its merged model is made of, whatever `target` holds; see `prepare`.
 
     Raises:
         MergeError: the first fault found.
@@ -160,7 +174,7 @@ def lay_out(options: Options,
     named = _plain_weights(options, checkpoint)
     config, changed = for_critic(config, named)
     config, cleaned = without_quantization(config, {name: tensor.dtype for name, (tensor, _) in named.items()})
-    verdict = model_check.ask(config_dir, {
+    verdict = (ask or model_check.ask)(config_dir, {
         name: tensor.shape
         for name, (tensor, _) in named.items()
     }, options.trust_remote_code, config["architectures"][0] if changed else "", bool(cleaned), files.seen)

@@ -1,6 +1,7 @@
 """Merge, verify, plan, inspect: what the command line offers."""
 import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 from merger import MergeError, hub, lora, model_check, publish, show, verify
 from merger.checkpoint import ChunkCheckpoint, read_checkpoint, read_ranks
 from merger.companions import check_free, check_tree, copy_companions, holds, keep_companions, weights_in
-from merger.copying import THREADS, HostConverter, Tally, write_files
+from merger.copying import THREADS, Converter, HostConverter, Sources, Tally, write_files
 from merger.discover import RankFiles, find_checkpoint
 from merger.dtypes import CONVERTED
 from merger.filenames import CONFIG, MODEL_STEM, RANKS, RECORD, TRACKER, weight_index
@@ -29,7 +30,7 @@ from merger.job import (
 )
 from merger.model_check import complaint
 from merger.modelconfig import dump_json, read_config
-from merger.plan import BLOCK_BYTES, index_json, split_files
+from merger.plan import BLOCK_BYTES, SMALL_BYTES, index_json, split_files
 from merger.record import as_requested, file_sizes, make_record, read_record, same_merge
 from merger.show import Kind
 from merger.torchforms import mesh_sizes
@@ -56,18 +57,22 @@ def merge(options: Options) -> dict[str, Any]:
         check_tree(target, [target])
     if record is None:
         publish.check_replaceable(target)
-        job = prepare(options)
-        notes = job.notes
-        for note in notes:
-            if not options.quiet:
-                show.say(note)
-        try:
-            record = carry_out(job, options, began)
-        except MergeError:
-            job.checkpoint.files.seen.check()  # then that is the reason
-            raise
-        except KeyboardInterrupt:  # the folder that was replaced may take its time to go
-            raise KeyboardInterrupt(f"{target} is complete" if job.published else "") from None
+        with model_check.Beside() as beside:
+            try:
+                job = prepare(options, ask=beside.ask)
+            except MergeError:
+                if not beside.pending:
+                    raise
+                verdict = beside.answer()  # what that makes of the checkpoint comes first
+                job = prepare(options, ask=lambda *_: verdict)
+            try:
+                record = carry_out(job, options, began, beside)
+            except MergeError:
+                job.checkpoint.files.seen.check()  # then that is the reason
+                raise
+            except KeyboardInterrupt:  # the folder that was replaced may take its time to go
+                raise KeyboardInterrupt(f"{target} is complete" if job.published else "") from None
+            notes = job.notes
     else:
         show.say(f"{target} holds this merge already; going on with the upload")
         if options.verify:
@@ -83,8 +88,20 @@ def merge(options: Options) -> dict[str, Any]:
     return record
 
 
-def carry_out(job: Job, options: Options, began: float) -> dict[str, Any]:
-    """Write, check and publish what `prepare` planned; return the record."""
+def _say(job: Job, options: Options) -> None:
+    for note in () if options.quiet else job.notes:
+        show.say(note)
+
+
+def carry_out(job: Job, options: Options, began: float, beside: model_check.Beside | None = None) -> dict[str, Any]:
+    """Write, check and publish what `prepare` planned; return the record.
+
+    Args:
+        beside: what `prepare` asked; where it has not answered yet, the weights are written meanwhile, and `job` becomes
+            what its answer makes of it before anything is published.
+    """
+    if beside is None or not beside.pending:
+        _say(job, options)
     threads = options.threads or THREADS
     converter = HostConverter if job.device == "cpu" else partial(TorchConverter, device=job.device)
     files = job.checkpoint.files
@@ -93,8 +110,8 @@ def carry_out(job: Job, options: Options, began: float) -> dict[str, Any]:
         copy_companions(job.config_dir, staging.folder, job.target, files.seen, link_roots(options, files))
         own = any(holds(folder, job.target) for folder in files.folders)
         keep_companions(job.target, staging.folder, files.seen, files.folders if own else (), job.texts)
-        with show.progress("merging", job.nbytes, options.quiet) as step:
-            tally = write_files(job.checkpoint, job.files, staging.folder, threads, step, converter)
+        write = partial(_write, options=options, folder=staging.folder, threads=threads, converter=converter)
+        tally = _write_checked(job, options, beside, staging.folder, write) if beside and beside.pending else write(job)
         _check_finite(options, tally)
         index = index_json(job.files)
         if index is not None:
@@ -112,6 +129,84 @@ def carry_out(job: Job, options: Options, began: float) -> dict[str, Any]:
         staging.publish()
         job.published = True
     return record
+
+
+class _Superseded(Exception):
+    """Transformers' answer makes other files of a merge than those that are being written."""
+
+
+def _write(job: Job,
+           options: Options,
+           folder: Path,
+           threads: int,
+           converter: Callable[[Sources], Converter],
+           look: Callable[[], int] = lambda: BLOCK_BYTES) -> Tally:
+    """Write the weights into `folder`; `look` is called for each block, returns what one may have, and may raise."""
+    with show.progress("merging", job.nbytes, options.quiet) as bar:
+
+        def step(count: int) -> None:
+            look()
+            bar(count)
+
+        return write_files(job.checkpoint, job.files, folder, threads, step, converter, look)
+
+
+def _write_checked(job: Job, options: Options, beside: model_check.Beside, folder: Path,
+                   write: Callable[..., Tally]) -> Tally:
+    """Write the weights into `folder` while transformers is asked; where its answer makes other ones of them, write those.
+
+    Raises:
+        MergeError: what its answer says is wrong with the checkpoint comes first.
+    """
+    settled: list[Job | MergeError] = []
+    differs: list[bool] = []
+
+    def final() -> Job | MergeError:
+        if not settled:
+            verdict = beside.answer()
+            try:
+                found = lay_out(options, job.checkpoint.files, job.target, job.config_dir, job.checkpoint,
+                                lambda *_: verdict)
+                settled.append(found)
+            except MergeError as error:
+                settled.append(error)
+        return settled[0]
+
+    def look() -> int:  # called by one thread at a time
+        if beside.pending:
+            return SMALL_BYTES
+        if not settled:
+            final()
+            differs.append(not _same(settled[0], job))
+        if differs[0]:
+            raise _Superseded
+        return BLOCK_BYTES
+
+    tally: Tally | None = None
+    fault: MergeError | None = None
+    try:
+        tally = write(job, look=look)
+    except _Superseded:
+        pass
+    except MergeError as error:
+        fault = error
+    found = final()
+    if isinstance(found, MergeError):
+        raise found
+    same = _same(found, job)
+    if same and fault:
+        raise fault
+    job.settle(found)
+    _say(job, options)
+    if tally is None or not same:
+        for file in folder.glob("*.safetensors"):
+            file.unlink()
+        tally = write(job)
+    return tally
+
+
+def _same(found: Job | MergeError, job: Job) -> bool:
+    return isinstance(found, Job) and found.files == job.files
 
 
 def _check_finite(options: Options, tally: Tally) -> None:

@@ -9,9 +9,11 @@ import gc
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -24,10 +26,11 @@ from merger.foreign.documents import MAX_BYTES
 from merger.foreign.files import Seen
 from merger.foreign.limits import confine
 from merger.foreign.text import printable
-from merger.modelconfig import QUANTIZATION, read_config
+from merger.modelconfig import QUANTIZATION, read_config, tied_by_config
 
 SCRIPTS = Path(__file__).resolve().parents[1]
 SECONDS, MEMORY = 60, 1 << 30  # of processor time, and bytes beside torch and transformers
+REMEMBERED = 0.2  # s that reading an answer takes which is remembered, with room to spare
 TOO_LARGE = f"too large: the config's model takes more than {SECONDS} s or {MEMORY >> 20} MiB to describe"
 
 
@@ -106,22 +109,99 @@ def ask(config_dir: Path,
         folder.mkdir()
         for name, data in files.items():
             (folder / name).write_bytes(data)
-        process = subprocess.run([sys.executable, "-m", "merger.model_check"],
-                                 input=json.dumps({
-                                     "config_dir": str(folder),
-                                     **request
-                                 }),
-                                 capture_output=True,
-                                 cwd=SCRIPTS,
-                                 text=True)
-        answer = process.stdout.replace(json.dumps(str(folder))[1:-1], json.dumps(str(config_dir))[1:-1])
-    if process.returncode:
-        last = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-        return Verdict(unknown=TOO_LARGE if process.returncode < 0 else printable(last, 300))
+        code, answer, errors = _run_child(Path(place), {"config_dir": str(folder), **request})
+        answer = answer.replace(json.dumps(str(folder))[1:-1], json.dumps(str(config_dir))[1:-1])
+    if code:
+        last = (errors.strip().splitlines() or [f"exit code {code}"])[-1]
+        return Verdict(unknown=TOO_LARGE if code < 0 else printable(last, 300))
     verdict = Verdict(**json.loads(answer))
     if memory and not verdict.silent:
         _remember(memory, answer)
     return verdict
+
+
+_running: set[subprocess.Popen[str]] = set()  # the children that have not answered yet
+
+
+def _run_child(place: Path, request: dict[str, Any]) -> tuple[int, str, str]:
+    """Put `request` to a child; return its exit code and what it printed on standard output and standard error.
+
+    Its standard input stays open: where that ends, so has this process, and the child removes `place` and ends too.
+    """
+    with (place / "errors").open("w+") as errors:
+        child = subprocess.Popen([sys.executable, "-m", "merger.model_check"],
+                                 stdin=subprocess.PIPE,
+                                 stdout=subprocess.PIPE,
+                                 stderr=errors,
+                                 cwd=SCRIPTS,
+                                 text=True)
+        _running.add(child)
+        try:
+            assert child.stdin and child.stdout
+            with child.stdin, child.stdout:
+                with contextlib.suppress(BrokenPipeError):  # it ended at once, and its code says so
+                    child.stdin.write(json.dumps({"place": str(place), **request}) + "\n")
+                    child.stdin.flush()
+                answer = child.stdout.read()
+                code = child.wait()
+        finally:
+            child.kill()
+            child.wait()
+            _running.discard(child)
+        errors.seek(0)
+        return code, answer, errors.read()
+
+
+class Beside:
+    """Transformers, asked in a thread while the merge goes on with what the config alone tells.
+
+    It ends with its block, and the child with it.
+    """
+
+    def __init__(self) -> None:
+        self._answers: list[Verdict | BaseException] = []
+        self._done = threading.Event()  # a thread's `join` that is interrupted may take it for ended (Python 3.11)
+        self._done.set()
+
+    def __enter__(self) -> "Beside":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self.pending:
+            for child in list(_running):
+                child.kill()
+            self._done.wait(0.05)
+
+    @property
+    def pending(self) -> bool:
+        """Whether there is a question without an answer."""
+        return not self._done.is_set()
+
+    def ask(self, *question: Any) -> Verdict:
+        """Put a question to `ask` of this module; return the answer, or where that takes a while what is likely."""
+
+        def put() -> None:
+            try:
+                self._answers.append(ask(*question))
+            except BaseException as error:
+                self._answers.append(error)
+            finally:
+                self._done.set()
+
+        self._done.clear()
+        threading.Thread(target=put, daemon=True).start()
+        if self._done.wait(REMEMBERED):
+            return self.answer()
+        config_dir, shapes = question[:2]
+        return Verdict(tied=tied_by_config(read_config(config_dir), list(shapes)))
+
+    def answer(self) -> Verdict:
+        """Wait for the answer and return it; raise what `ask` raised."""
+        self._done.wait()
+        found = self._answers[-1]
+        if isinstance(found, BaseException):
+            raise found
+        return found
 
 
 def _read_files(config_dir: Path, trust_remote_code: bool, seen: Seen) -> dict[str, bytes]:
@@ -300,12 +380,20 @@ def complaint(verdict: Verdict, config: Mapping[str, Any], config_path: Path) ->
     return None
 
 
+def _end_with_parent(place: str) -> None:
+    """End this process when its parent has ended, which left `place` behind."""
+    os.read(0, 1)  # not by `sys.stdin`, whose lock would be missed when Python ends
+    shutil.rmtree(place, ignore_errors=True)
+    os._exit(1)
+
+
 def main() -> None:
     """Answer one request on standard input with one JSON object on standard output."""
     gc.disable()  # importing makes a million objects and no garbage
     with os.fdopen(os.dup(1), "w") as out:
         os.dup2(2, 1)  # custom code may print, and so may the programs that it starts
-        request = json.load(sys.stdin)
+        request = json.loads(sys.stdin.readline())
+        threading.Thread(target=_end_with_parent, args=(request["place"], ), daemon=True).start()
         import torch
         with contextlib.suppress(ImportError):  # before the limits, which are the model's
             import transformers.modeling_utils  # noqa: F401

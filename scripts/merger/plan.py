@@ -5,7 +5,7 @@ A safetensors file is 8 bytes of header length, a JSON header, and the tensors' 
 """
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,7 @@ from merger.safetensorsfile import MAX_HEADER
 from merger.views import View, on_ranks, rows_of
 
 BLOCK_BYTES = 8 << 20  # of source data; two buffers of this size a thread
+SMALL_BYTES = 1 << 20  # while a process with torch and transformers in it runs beside
 
 
 @dataclass(frozen=True)
@@ -165,8 +166,13 @@ def index_json(files: Sequence[OutputFile]) -> bytes | None:
     return (json.dumps(index, indent=2) + "\n").encode()
 
 
-def all_blocks(checkpoint: Checkpoint, files: Sequence[OutputFile], block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
+def all_blocks(checkpoint: Checkpoint,
+               files: Sequence[OutputFile],
+               bytes_now: Callable[[], int] = lambda: BLOCK_BYTES) -> Iterator[Block]:
     """Yield the blocks of all files, in the order of the output.
+
+    Args:
+        bytes_now: the source bytes that a block may have, asked for each tensor.
 
     Raises:
         MergeError: tied copies lie on the ranks in ways that cannot be compared block by block.
@@ -174,6 +180,7 @@ def all_blocks(checkpoint: Checkpoint, files: Sequence[OutputFile], block_bytes:
     for number, file in enumerate(files):
         for output, offset in file.tensors:
             size, whole_rows = itemsize(output.dtype), output.fusion is not None or bool(output.twins)
+            block_bytes = bytes_now()
             if output.view is not None:
                 for start, numel, parts in view_blocks(checkpoint, output.view, block_bytes):
                     yield Block(output, number, offset + start * size, start, numel, parts)

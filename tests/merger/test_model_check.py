@@ -2,7 +2,6 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,11 +19,11 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
     """The questions that reach the process with transformers, which answers that all is well."""
     questions: list[Any] = []
 
-    def answer(*_: Any, input: str, **__: Any) -> Any:
-        questions.append(json.loads(input))
-        return SimpleNamespace(returncode=0, stdout=json.dumps({"transformers": "5.0", "torch": "2.4"}), stderr="")
+    def answer(place: Path, request: Any) -> tuple[int, str, str]:
+        questions.append(request)
+        return 0, json.dumps({"transformers": "5.0", "torch": "2.4"}), ""
 
-    monkeypatch.setattr(model_check.subprocess, "run", answer)
+    monkeypatch.setattr(model_check, "_run_child", answer)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text("{}")
@@ -67,9 +66,9 @@ def test_a_damaged_memory_is_asked_anew(text: str, asked: list[Any], tmp_path: P
 
 def test_a_process_that_died_is_not_remembered(asked: list[Any], tmp_path: Path,
                                                monkeypatch: pytest.MonkeyPatch) -> None:
-    died = SimpleNamespace(returncode=1, stdout="", stderr="Traceback\nImportError: no transformers\n")
+    died = (1, "", "Traceback\nImportError: no transformers\n")
     with monkeypatch.context() as context:
-        context.setattr(model_check.subprocess, "run", lambda *_, **__: died)
+        context.setattr(model_check, "_run_child", lambda *_: died)
         assert ask(tmp_path / "model", SHAPES, False).unknown == "ImportError: no transformers"
     assert not ask(tmp_path / "model", SHAPES, False).unknown
 
