@@ -66,8 +66,8 @@ def flat_vectors(path: str) -> Any:
 def smaller_index(kind: str, vectors: Any, say: Callable[[str], None] = lambda line: None) -> Any:
     """Return a faiss index of inner products over `vectors`, which are read piece by piece.
 
-    hnsw: a graph over vectors of one byte a dimension. ivfpq: lists of product-quantized vectors, an eighth of a byte a
-    dimension of 768, 96 bytes a vector in all; a sixteenth of the lists is searched.
+    hnsw: a graph over vectors of one byte a dimension. ivfpq: lists of product-quantized vectors, a byte for four dimensions
+    (192 of 768); a sixteenth of the lists is searched.
     """
     import faiss
     import numpy
@@ -79,7 +79,7 @@ def smaller_index(kind: str, vectors: Any, say: Callable[[str], None] = lambda l
         index.hnsw.efConstruction, index.hnsw.efSearch = 200, 128
         sample = min(count, 100_000)
     elif kind == "ivfpq":
-        pieces = max(one for one in range(1, max(2, size // 8 + 1)) if size % one == 0)
+        pieces = max(one for one in range(1, max(2, size // 4 + 1)) if size % one == 0)
         bits = min(8, max(1, (count // 39).bit_length() - 1))
         index = faiss.index_factory(size, f"IVF{lists},PQ{pieces}x{bits}", ip)
         sample = min(count, max(256 * 39, 64 * lists))

@@ -16,6 +16,7 @@ unchanged; upstream's start commands only call uvicorn with an access log that c
   client of wordle reads the vocabulary first) sees it as a reset to the row's first item leaves it.
 - Where the row says serial_reset, creates and resets run one at a time: textcraft's draw from Python's one random
   generator in several threads, and an item would differ from one time to the next.
+- GET /metrics tells Prometheus of sessions, requests by route and status, their times, and memory.
 - GET /_sessions tells how many sessions are live, how much memory the server has, its process id, since when it
   runs (seconds since 1970), and what its scores depend on beside the row: made-up data, another search index.
 

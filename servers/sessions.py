@@ -8,7 +8,7 @@ from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 from urllib.parse import parse_qsl, urlencode
 
 from environment_rows import Environment
-from servers import gates
+from servers import gates, metrics
 from servers.asgi import (
     Message,
     Receive,
@@ -82,6 +82,7 @@ class Sessions:
         self.opening = 0
         self.started: Dict[object, float] = {}
         self.about = about or {}
+        self.requests = metrics.Requests()
         self.begun = time.time()  # in containers every start of a server has the same process id
         self.body_bytes = gates.limit("REQUEST_BYTES", REQUEST_BYTES)
         self.counts_ids, self.next = row.session_ids == "counted", 1
@@ -111,6 +112,16 @@ class Sessions:
                     "started": self.begun,
                     "about": self.about
                 })
+        if path == "/metrics" and scope["method"] == "GET":
+            lines = self.requests.lines() + metrics.gauges({
+                "agentgym_sessions": ("Live sessions.", len(self.live)),
+                "agentgym_sessions_pooled": ("Sessions that wait for the next create.", len(self.pool)),
+                "agentgym_requests_running": ("Requests that are being answered.", len(self.started)),
+                "agentgym_memory_bytes": ("Memory of the server and its children.", memory_mb() * 1e6),
+                "process_start_time_seconds": ("When the server started, since 1970.", self.begun),
+            })
+            body = ("\n".join(lines) + "\n").encode()
+            return await relay(send, 200, with_length([(b"content-type", metrics.TYPE)], len(body)), body)
         if len(scope["query_string"]) > QUERY_BYTES:
             return await answer(send, 414, {"error": f"the query has more than {QUERY_BYTES} bytes"})
         request: Any = None
@@ -133,7 +144,16 @@ class Sessions:
                 pass  # no JSON: what that means is the application's to say
             receive = replay(body, receive)
         token = object()
-        self.started[token] = time.monotonic()
+        begun = self.started[token] = time.monotonic()
+        status = 500  # an application that raises before it answers
+
+        async def counted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send_on(message)
+
+        send, send_on = counted, send
         try:
             if posted and path == self.prefix + "/create":
                 return await self._create(scope, receive, send)
@@ -142,6 +162,7 @@ class Sessions:
             return await self._get(scope, receive, send)
         finally:
             del self.started[token]
+            self.requests.add(path[len(self.prefix) + 1:], status, time.monotonic() - begun)
 
     async def _create(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self.limit is not None and len(self.live) + len(self.leaving) + self.opening >= self.limit:

@@ -66,7 +66,8 @@ def proxy_config(row: Environment, port: int, servers: Sequence[str], dns: bool 
         f"    acl needs_id path {prefix}/reset {prefix}/step {prefix}/close {prefix}/observation",
         f"    http-request set-var(txn.id) req.body,json_query('$.{key}','int') if METH_POST !creates",
         f"    http-request set-var(txn.id) url_param({key}) if METH_GET",
-        "    http-request set-var(txn.id) url_param(replica) if { path /_sessions }",
+        "    http-request set-var(txn.id) url_param(replica) if { path /_sessions /metrics }",
+        "    http-request use-service prometheus-exporter if METH_GET { path /metrics } !{ var(txn.id) -m found }",
         f"    http-request return status 400 content-type application/json string {text(no_id)}"
         " if needs_id !{ var(txn.id) -m found }",
         f"    use_backend replica%[var(txn.id),mod({len(servers)})] if {{ var(txn.id) -m found }}",
