@@ -148,6 +148,19 @@ def test_the_command_lines():
     assert given.eval_words(Path("/t"), 4, plan, Path("/o"))[-2:] == ["--model=run1-global_step_4", "--base-url=http://h/v1"]
 
 
+def test_nothing_goes_to_wandb_unasked(tmp_path, monkeypatch):
+    called = []
+
+    def invoke(self, words, log, env, nice=0):
+        called.append(words)
+        log.write_text("train.sync: 1 uploaded to https://api.wandb.ai\nfigures of 2 checkpoints are in wandb's run x\n")
+
+    monkeypatch.setattr(InvokeHands, "_invoke", invoke)
+    assert InvokeHands("run1", "local", "local").publish(tmp_path / "log") == "" and called == []
+    told = InvokeHands("run1", "local", "local", wandb_runner="auto").publish(tmp_path / "log")
+    assert told == "figures of 2 checkpoints are in wandb's run x" and called == [["train.sync", "--name=run1", "--runner=auto", "--figures"]]
+
+
 def test_why_a_program_failed_is_its_own_line(tmp_path):
     log = tmp_path / "log"
     log.write_text("Loading\nmerge: x is NaN\n\nsome warning\n")
