@@ -9,6 +9,7 @@ from pathlib import Path
 from merger import MergeError
 from merger.filenames import (
     CONFIG,
+    CONTENTS,
     DCP,
     DCP_FILE,
     DCP_SUFFIX,
@@ -335,14 +336,18 @@ def _explain(folder: Path, names: Sequence[str]) -> str:
 
 def _other_kind(folder: Path, names: Sequence[str]) -> str:
     """Return what else a folder without ranks' files is, and what to do with it; empty where that is not known."""
-    for place in (folder, folder / MODEL_FOLDER, *(folder / role / MODEL_FOLDER for role in ROLES)):
+    actors = [folder, *(folder / role for role in ROLES)]
+    saved = {actor: _listed(actor) for actor in actors}
+    for place in (folder, *(path for actor in actors for path in (actor / MODEL_FOLDER, *saved[actor]))):
         if (place / CONFIG).is_file() and any(path.suffix == ".safetensors" for path in _paths(place)):
             return (f"{place} holds a whole model, which needs no merging: use that folder, for example `invoke eval "
                     f"--checkpoint {place}`")  # yapf: disable
-    for place in (folder, *(folder / role for role in ROLES)):
+    for place in actors:
         inside = [path.name for path in _paths(place)]
-        if "dist_ckpt" in inside:
-            return (f"{place / 'dist_ckpt'} is Megatron's: `python -m verl.model_merger merge --backend megatron --local_dir "
+        sharded = next((path for path in (*saved[place], place / "dist_ckpt", place / "model/dist_ckpt")
+                        if path.name == "dist_ckpt" and path.is_dir()), None)  # yapf: disable
+        if sharded:
+            return (f"{sharded} is Megatron's: `python -m verl.model_merger merge --backend megatron --local_dir "
                     f"{place} --target_dir OUT` merges it")  # yapf: disable
         if "zero_to_fp32.py" in inside or any(name.startswith("zero_pp_rank_") for name in inside):
             return f"{place} is DeepSpeed ZeRO's: `python {place / 'zero_to_fp32.py'} {place} OUT` merges it"
@@ -355,6 +360,18 @@ def _other_kind(folder: Path, names: Sequence[str]) -> str:
         if packed:
             return f"{place / packed} is not a rank's file as torch wrote it; unpack or rename it"
     return ""
+
+
+def _listed(actor: Path) -> list[Path]:
+    """Return the folders in `actor` that the manifest of verl's Megatron layout names; none where there is no manifest."""
+    try:
+        contents = read_object(actor / CONTENTS, Seen()).get("contents")
+    except (OSError, MergeError):
+        return []
+    entries = contents.values() if isinstance(contents, dict) else ()
+    names = [entry.get("path") for entry in entries if isinstance(entry, dict)]
+    return [actor / name for name in names
+            if isinstance(name, str) and not Path(name).is_absolute() and ".." not in Path(name).parts]  # yapf: disable
 
 
 def _has_ranks(folder: Path) -> bool:

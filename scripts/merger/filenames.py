@@ -8,6 +8,7 @@ STEP_FOLDER = re.compile(r"global_step_(\d+)")
 ROLES = ("actor", "critic")
 TRACKER = "latest_checkpointed_iteration.txt"  # beside the steps: the last one that was saved whole
 FSDP_CONFIG = "fsdp_config.json"
+CONTENTS = "ckpt_contents.json"  # of verl's Megatron layout: where the weights are
 LORA_META = "lora_train_meta.json"
 LORA_FOLDER = "lora_adapter"  # also where a merged adapter goes
 MODEL_FOLDER = "huggingface"  # also where a merged model goes

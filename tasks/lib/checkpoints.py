@@ -11,6 +11,7 @@ from training import foreign
 RANK_FILE = re.compile(r"model_world_size_\d+_rank_\d+\.pt")
 MERGED = "huggingface"
 RECORD = "merge.json"
+CONTENTS = "ckpt_contents.json"  # of verl's Megatron layout: where the weights are
 # Folders whose names say nothing about the model in them.
 PLACES = ("saves", "models", MERGED)
 NAME_PARTS = 3
@@ -42,8 +43,10 @@ def find(folder: Path) -> Checkpoint:
         raise UserError(f"--checkpoint {folder}: no such folder; name one with shards, or a Hugging Face model")
     shards = next((place for place in (folder, folder / "actor") if rank_files(place)), None)
     if shards is None:
-        if has_weights(folder):
-            return Checkpoint(folder)
+        actor = folder / "actor"
+        for place in (folder, folder / MERGED, *listed(folder), actor / MERGED, *listed(actor)):
+            if has_weights(place):
+                return Checkpoint(place)
         below = sorted((path.parent for path in folder.glob("global_step_*/actor/*.pt")), key=step_of)
         raise UserError(
             f"--checkpoint {folder}: neither shards (model_world_size_*_rank_*.pt) nor a Hugging Face model "
@@ -58,6 +61,18 @@ def find(folder: Path) -> Checkpoint:
             f"them, or `invoke merge --local-dir {shards} --force`")
     current = is_current(model, shards)
     return Checkpoint(model, shards, merge=not current, force=not current)
+
+
+def listed(actor: Path) -> list[Path]:
+    """Return the folders in `actor` that the manifest of verl's Megatron layout names; none where there is no manifest."""
+    try:
+        contents = foreign.read_object(actor / CONTENTS).get("contents")
+    except (OSError, ValueError):
+        return []
+    entries = contents.values() if isinstance(contents, dict) else ()
+    names = [entry.get("path") for entry in entries if isinstance(entry, dict)]
+    return [actor / name for name in names
+            if isinstance(name, str) and not Path(name).is_absolute() and ".." not in Path(name).parts]  # yapf: disable
 
 
 def step_of(actor: Path) -> int:

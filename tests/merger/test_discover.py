@@ -142,6 +142,28 @@ def test_a_whole_model_needs_no_merging(where: str, samples: dict[str, Sample], 
     assert f"{actor / 'huggingface'} holds a whole model" in refusal and f"--checkpoint {actor / 'huggingface'}" in refusal
 
 
+@pytest.mark.parametrize("where", ["the step", "the actor", "model"])
+@pytest.mark.parametrize("holds", ["weights", "Megatron's shards", "nothing"])
+def test_verl_s_megatron_layout_is_followed(holds: str, where: str, tmp_path: Path) -> None:
+    """Its manifest says where the weights are."""
+    actor = tmp_path / "global_step_1/actor"
+    (actor / "model/huggingface").mkdir(parents=True)  # there in either case
+    (actor / "model/dist_ckpt").mkdir()
+    path = "model/huggingface" if holds == "weights" else "model/dist_ckpt"
+    (actor / "ckpt_contents.json").write_text(json.dumps({"contents": {"model": {"path": path}}}))
+    if holds == "weights":
+        for name in ("config.json", "model-00001-of-00001.safetensors"):
+            (actor / path / name).write_text("{}")
+    elif holds == "Megatron's shards":
+        for name in (".metadata", "common.pt", "__0_0.distcp"):
+            (actor / path / name).write_text("x")
+    folder = {"the step": actor.parent, "the actor": actor, "model": actor / "model"}[where]
+    refusal = merge("--local-dir", folder, "--save-dir", tmp_path / "out").refusal
+    wanted = {"weights": f"{actor / path} holds a whole model", "Megatron's shards": "--backend megatron",
+              "nothing": "--backend megatron"}[holds]
+    assert wanted in refusal
+
+
 @pytest.mark.parametrize(("name", "culprit"), [
     ("dist_ckpt/common.pt", "--backend megatron"),
     ("zero_to_fp32.py", "zero_to_fp32.py"),

@@ -63,6 +63,33 @@ def test_a_folder_with_shards_a_step_and_a_model_are_found(tmp_path):
     assert checkpoints.find(actor) == checkpoints.Checkpoint(actor / "huggingface", actor, merge=True, force=True)
 
 
+@pytest.mark.parametrize("place", ["huggingface", "model/huggingface", "weights/hf"])
+def test_a_whole_model_that_the_training_saved_is_found_from_the_step_and_the_actor(place, tmp_path):
+    """`save_contents=['hf_model']` of FSDP, and verl's Megatron layout, whose manifest says where the weights are."""
+    actor = tmp_path / "global_step_3" / "actor"
+    model = fill(actor / place, "model.safetensors", config={})
+    if place != "huggingface":
+        fill(actor, ckpt_contents={"save_contents": ["model"], "contents": {
+            "model": {"path": place, "format": "huggingface"}, "rng_state": {"path": "extra/dist_ckpt"}}})
+    assert checkpoints.find(actor) == checkpoints.find(actor.parent) == checkpoints.Checkpoint(model)
+
+
+@pytest.mark.parametrize("contents", [[], {"model": 3}, {"model": {"path": "../other"}}, {"model": {"path": "/x"}},
+                                      {"model": {"path": "model/dist_ckpt"}}], ids=str)
+def test_a_manifest_leads_to_nothing_outside_its_checkpoint(contents, tmp_path):
+    fill(tmp_path / "other", "model.safetensors", config={})
+    fill(tmp_path / "actor", ckpt_contents={"contents": contents})
+    with pytest.raises(UserError, match="neither shards"):
+        checkpoints.find(tmp_path / "actor")
+
+
+def test_the_merger_and_the_tasks_call_a_checkpoint_s_files_the_same():
+    from merger import filenames
+    assert checkpoints.RANK_FILE.pattern == filenames.RANK_FILE.pattern.replace("(", "").replace(")", "")
+    assert (checkpoints.MERGED, checkpoints.RECORD, checkpoints.CONTENTS) == (
+        filenames.MODEL_FOLDER, filenames.RECORD, filenames.CONTENTS)
+
+
 def test_a_folder_without_a_model_says_what_it_is(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         checkpoints.find(tmp_path / "none")
