@@ -419,10 +419,10 @@ def data(c: Context,
     from tasks.lib.environments.making import Maker
     row = find_row(env)
     folder = data_folder(row)
+    wanted = env_data.chosen(row, split, index)
     if not row.data:
         print(f"{row.name} needs no data")
         return
-    wanted = env_data.chosen(row, split, index)
     if (toy or from_) and (split or index or (toy and from_)):
         raise UserError(f"--{'toy' if toy else 'from'} goes with none of the other flags; leave them out")
     if dry(c, f"put {', '.join(one.path for one in wanted)} into {folder}"):

@@ -44,7 +44,12 @@ STATES = ROOT / ".run" / "env"
 
 
 def invoke(*words: str, **variables: str) -> subprocess.CompletedProcess:
-    return run_invoke(*words, cwd=ROOT, env={**os.environ, "ENVIRONMENTS": str(FIXTURE_ROWS.relative_to(ROOT)), **variables})
+    return run_invoke(*words,
+                      cwd=ROOT,
+                      env={
+                          **os.environ, "ENVIRONMENTS": str(FIXTURE_ROWS.relative_to(ROOT)),
+                          **variables
+                      })
 
 
 def processes_of(name: str) -> list[psutil.Process]:
@@ -1074,3 +1079,9 @@ def test_toy_data_takes_no_other_datas_place_and_the_real_none_of_its(site, tmp_
     assert (tmp_path / "data/a").exists()
     with pytest.raises(UserError, match="no toy data for form-textcraft"):
         env_data.make_toy(zipped_row(site), tmp_path / "new", making([]))
+
+
+def test_an_index_of_an_environment_without_data_is_refused_and_not_passed_over():
+    done = invoke("env.data", "--env", "demo", "--index", "hnsw", ENVIRONMENTS="environments.toml")
+    assert done.returncode == 2
+    assert done.stderr == "env.data: --index hnsw: demo has no choice of it; leave --index out\n"
