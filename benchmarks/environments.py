@@ -32,6 +32,12 @@ from tasks.lib.host.ports import choose_port
 FIRST_PORT = 21000  # below the range from which the generator's own connections get their ports
 
 
+def spent(process: psutil.Process) -> float:
+    """Return the seconds of processor time of a process's threads, by the scheduler's clock: psutil's has 10 ms."""
+    tasks = Path(f"/proc/{process.pid}/task").glob("*/schedstat")
+    return sum(int(task.read_text().split()[0]) for task in tasks) / 1e9
+
+
 class Load:
     """Sessions that step as fast as the server lets them; counts steps and notes their latencies."""
 
@@ -49,12 +55,11 @@ class Load:
         async with aiohttp.ClientSession(connector=connector) as http:
             players = [Player(http, self.row, self.urls[number % len(self.urls)], number) for number in range(sessions)]
             await asyncio.gather(*(player.open() for player in players))
-            busy = [sum(process.cpu_times()[:2]) for process in running]
+            busy = [spent(process) for process in running]
             begun = time.perf_counter()
             await asyncio.gather(*(self.play(player, begun + seconds) for player in players))
             elapsed = time.perf_counter() - begun
-            cores = [(sum(process.cpu_times()[:2]) - before) / elapsed
-                     for process, before in zip(running, busy, strict=True)]
+            cores = [(spent(process) - before) / elapsed for process, before in zip(running, busy, strict=True)]
             await asyncio.gather(*(player.close() for player in players))
             return elapsed, cores
 
@@ -160,8 +165,37 @@ def measure(row: Environment, urls: Sequence[str], sessions: int, seconds: float
         "p95_ms": round(1000 * ordered[int(0.95 * (len(ordered) - 1))], 2),
         "errors": load.errors,
         "generator_cores": round(cores[0], 2),
-        "server_cores": [round(core, 2) for core in cores[1:]],
+        "server_cores": [round(core, 4) for core in cores[1:]],
     }
+
+
+def compare(row: Environment, commands: Sequence[list[str]], urls: Sequence[str], cwd: Path, environ: dict[str, str],
+            sessions: int, seconds: float, pairs: int) -> None:
+    """Print what two servers make in turns, both up all the while, and the median of the pairs' quotients.
+
+    On a machine that does other work, too, the processor time of a step is what compares.
+    """
+    steps: list[list[float]] = [[], []]
+    cost: list[list[float]] = [[], []]
+    with processes(commands, cwd, environ) as running:
+        wait_until_ready(row, urls)
+        for number in range(pairs + 1):
+            for which in (0, 1) if number % 2 else (1, 0):
+                found = measure(row, [urls[which]], sessions, seconds, [running[which]])
+                if found["errors"]:
+                    sys.exit(f"environments: {found['errors']} errors at {urls[which]}")
+                if number:  # the first pair warms up
+                    steps[which].append(found["steps_per_s"])
+                    cost[which].append(1000 * found["server_cores"][0] / found["steps_per_s"])
+
+    def quotient(values: list[list[float]]) -> str:
+        quotients = sorted(now / before for before, now in zip(*values, strict=True))
+        return f"{100 * statistics.median(quotients):.1f} % ({100 * quotients[0]:.1f} to {100 * quotients[-1]:.1f})"
+
+    print(f"{row.name}, {sessions} sessions, {pairs} pairs of {seconds:g} s, this checkout beside the earlier one: "
+          f"steps/s {statistics.median(steps[1]):.0f} and {statistics.median(steps[0]):.0f}, {quotient(steps)}; "
+          f"the server's processor time for a step {statistics.median(cost[1]):.3f} and "
+          f"{statistics.median(cost[0]):.3f} ms, {quotient(cost)}")  # yapf: disable
 
 
 def main() -> None:
@@ -174,6 +208,8 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3, help="rounds over all measurements; the median counts")
     parser.add_argument("--sessions", default="1,16,64,256")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--before", metavar="CHECKOUT", help="an earlier checkout: compare its one server with this one's, "
+                        "--repeat pairs for each of --sessions")  # yapf: disable
     options = parser.parse_args()
     row = environment(options.env)
     counts = [int(count) for count in options.sessions.split(",")]
@@ -203,10 +239,10 @@ def main() -> None:
     def uvicorn(port: int) -> list[str]:
         return [str(python), "-m", "uvicorn", row.app, "--port", str(port), "--no-access-log", "--log-level", "warning"]
 
-    def serve(port: int, replica: int = 0, replicas: int = 1) -> list[str]:
+    def serve(port: int, replica: int = 0, replicas: int = 1, root: Path = ROOT) -> list[str]:
         return [
             str(python),
-            str(ROOT / "servers/serve.py"),
+            str(root / "servers/serve.py"),
             str(row_file), "--source",
             str(copy), "--data",
             str(Path(options.data) / row.name), "--port",
@@ -220,6 +256,12 @@ def main() -> None:
         config.write_text(proxy_config(row, front, [f"127.0.0.1:{port}" for port in behind]))
         return [haproxy, "-db", "-f", str(config)]
 
+    if options.before:
+        for count in counts:
+            compare(row, [serve(alone, root=Path(options.before).resolve()),
+                          serve(both_0)], [url(alone), url(both_0)], folder / row.workdir, environ, count,
+                    options.seconds, options.repeat)
+        return
     setups: dict[str, tuple[list[list[str]], list[str]]] = {
         "one server, bare": ([uvicorn(bare)], [url(bare)]),
         "one server": ([serve(alone)], [url(alone)]),
@@ -252,7 +294,7 @@ def main() -> None:
     for one in summary:
         print(
             f"{one['setup']:22}{one['sessions']:>9}{one['steps_per_s']:>10.0f}{one['p50_ms']:>9.2f}{one['p95_ms']:>9.2f}"
-            f"{one['errors']:>8}  {one['generator_cores']}, {one['server_cores']}")
+            f"{one['errors']:>8}  {one['generator_cores']}, {[round(core, 2) for core in one['server_cores']]}")
 
 
 if __name__ == "__main__":

@@ -160,7 +160,9 @@ def _keep(name: str, seed: int, finding: str, figures: Figures) -> None:
     target = all_targets()[name]
     target.ready()
     (folder / str(seed)).write_bytes(target.make(random.Random(f"{name} {seed}")))
-    print(f"{name}, seed {seed} (kept as {folder / str(seed)}):\n{finding}", flush=True)
+    print(
+        f"{name}, seed {seed} (kept as {folder / str(seed)}):\n{finding.encode('ascii', 'backslashreplace').decode()}",
+        flush=True)
 
 
 def main() -> int:

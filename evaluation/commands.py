@@ -412,13 +412,24 @@ def prompts_command(options: argparse.Namespace) -> int:
     return 0
 
 
+Number = Annotated[float, Field(ge=0, le=10**12)]
+
+
+@with_config(ConfigDict(extra="allow"))
+class Figure(TypedDict):
+    """A mean with its interval."""
+    mean: Number
+    low: Number | None
+    high: Number | None
+
+
 @with_config(ConfigDict(extra="allow"))
 class Shown(TypedDict):
     """What of a summary a list shows."""
     attempts: Annotated[int, Field(ge=0, le=10**12)]
     expected: Annotated[int, Field(ge=0, le=10**12)]
     errors: Annotated[int, Field(ge=0, le=10**12)]
-    success: dict[str, Annotated[float, Field(ge=0, le=10**12)] | str | None] | None
+    success: Figure | None
 
 
 SUMMARY_SHOWN = TypeAdapter(Shown)

@@ -6,6 +6,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -405,7 +406,14 @@ def _client(base_url: str, concurrency: int, limit: int) -> Any:
 
     here = loopback(base_url)
     limits = httpx2.Limits(max_connections=None, max_keepalive_connections=concurrency)
-    options: dict[str, Any] = {"limits": limits, "follow_redirects": False, "headers": {"accept-encoding": "gzip"}}
+    options: dict[str, Any] = {
+        "limits": limits,
+        "follow_redirects": False,
+        "headers": {
+            "accept-encoding": "gzip"
+        },
+        "cookies": CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # of nobody: they could be sent without end
+    }
     if here:  # a proxy cannot reach this machine as we do, and would be shown the key; SSL_CERT_FILE counts all the same
         options.update(trust_env=False)
         if base_url.startswith("https:"):

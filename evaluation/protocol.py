@@ -165,7 +165,9 @@ class Server:
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE)
         # No trust_env: the server is on this machine or on a container's network, and a proxy would be in the way.
         total = self.timeout if math.isfinite(self.timeout) else None  # aiohttp cannot count to infinity
+        # No cookies: a server could send them without end, and the id is all that tells a session.
         self._http = aiohttp.ClientSession(connector=connector,
+                                           cookie_jar=aiohttp.DummyCookieJar(),
                                            timeout=aiohttp.ClientTimeout(total=total),
                                            auto_decompress=False,
                                            headers={"Accept-Encoding": "gzip"})

@@ -11,30 +11,22 @@ import http.client
 import json
 import os
 import sys
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, NamedTuple, Optional
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # for an isolated Python, too
 from environment_rows import Environment, Protocol
+from servers.exchange import Stays, opener
 from servers.gates import Refused, loads, shown
 
 REPLY_BYTES = 64 << 20
 
-
-class Stays(urllib.request.HTTPRedirectHandler):
-    """Follows no redirect: what is meant for a server goes to that server."""
-
-    def redirect_request(self, *_: Any) -> None:
-        """Return None, so that the redirect is an error like any other status."""
-
-
 # For questions that every server answers alike.
 ANY = Protocol(id_reply="id", id="id", item="item", observation="reply", close=False)
 # The servers answer on this machine or on a container's network: a proxy for the internet would only be in the way.
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}), Stays())
+_OPENER = opener(urllib.request.ProxyHandler({}), Stays())
 
 
 class ServerError(Exception):
@@ -93,12 +85,7 @@ class Client:
             if body is not None:
                 request.data = json.dumps(body).encode()
                 request.add_header("Content-Type", "application/json")
-            with _OPENER.open(request, timeout=self.timeout) as response:
-                text = self._read(response, what)
-        except urllib.error.HTTPError as error:
-            with error:
-                said = shown(error.read(1000).decode(errors="replace"))
-            raise ServerError(f"{what}: HTTP {error.code} {said}", error.code) from None
+            text = self._answer(request, what)
         except OSError as error:
             raise ServerError(f"{what}: {shown(reason(error))}") from None
         except (http.client.InvalidURL, ValueError) as error:  # no scheme, no such port
@@ -116,20 +103,18 @@ class Client:
             raise ServerError(f"{what}: {shown(fault)}", 200)
         return reply
 
-    def _read(self, response: Any, what: str) -> bytes:
-        """Return the body, which has as long as one request and as many bytes as `REPLY_BYTES`."""
-        end, length = time.monotonic() + self.timeout, 0
-        parts: List[bytes] = []
-        while True:
-            part = response.read1(1 << 20)
-            length += len(part)
-            if not part:
-                return b"".join(parts)
-            if length > REPLY_BYTES:
-                raise ServerError(f"{what}: the answer has more than {REPLY_BYTES >> 20} MiB", 200)
-            if time.monotonic() > end:
-                raise ServerError(f"{what}: the answer did not end within {self.timeout:g} s")
-            parts.append(part)
+    def _answer(self, request: urllib.request.Request, what: str) -> bytes:
+        """Return the body of an answer of at most `REPLY_BYTES`; all of it has as long as one request."""
+        try:
+            with _OPENER.open(request, timeout=self.timeout) as response:
+                text: bytes = response.read(REPLY_BYTES + 1)
+        except urllib.error.HTTPError as error:
+            with error:
+                said = shown(error.read(1000).decode(errors="replace"))
+            raise ServerError(f"{what}: HTTP {error.code} {said}", error.code) from None
+        if len(text) > REPLY_BYTES:
+            raise ServerError(f"{what}: the answer has more than {REPLY_BYTES >> 20} MiB", 200)
+        return text
 
     def create(self) -> int:
         """Open a session and return its id."""
@@ -227,7 +212,7 @@ def main(argv: Optional[list] = None) -> int:
     except ServerError as error:
         if error.status == 429:  # every session is in use, which no server manages that is not ready
             return 0
-        print(f"not ready: {error}")
+        print("not ready: " + shown(str(error), 2000))
         return 1
     return 0
 

@@ -35,6 +35,7 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from environment_rows import Environment, about, refusal
+from servers.connections import patient
 from servers.foreign import ANSWERS, Unused, forget_own_modules, limit_queries, load, sort_listings
 from servers.memory import limit_mb, memory_mb
 from servers.saying import say
@@ -159,6 +160,7 @@ def main() -> None:
         uvicorn.Config(sessions,
                        host=options.host,
                        port=options.port,
+                       http=patient(),
                        access_log=False,
                        log_level="warning",
                        timeout_keep_alive=75,

@@ -9,7 +9,7 @@ from tasks.lib.engine.builds import build_images, build_variables, built
 from tasks.lib.engine.client import ENGINE_AT_LEAST_FOR_ENVIRONMENTS, require_engine
 from tasks.lib.engine.images import IMAGES, image_facts, image_of
 from tasks.lib.errors import INTERRUPTED, UserError
-from tasks.lib.notices import note
+from tasks.lib.notices import note, put
 from tasks.lib.tables import print_table
 
 FLAGS = {
@@ -118,7 +118,7 @@ def env(c: Context, env: str = "", no_cache: bool = False, pull: bool = False, t
         except UserError as error:
             if len(rows) == 1 or error.code == INTERRUPTED:
                 raise
-            print(f"{row.name}: {error.said() or 'not built'}", file=sys.stderr, flush=True)
+            put(f"{row.name}: {error.said() or 'not built'}", file=sys.stderr)
             failed.append(row.name)  # one that cannot be built here must not keep the others from being built
             continue
         after = None if c.config.run.dry else image_facts(name)

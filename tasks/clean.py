@@ -10,7 +10,7 @@ from tasks.lib.engine.client import drive, require_engine
 from tasks.lib.engine.images import EVERY, environment_images, image_exists, image_name
 from tasks.lib.errors import DockerError, UserError
 from tasks.lib.host.leftovers import bytecode_folders
-from tasks.lib.notices import note
+from tasks.lib.notices import note, put
 from tasks.lib.settings import ROOT
 
 YES = {"yes": "Do not ask."}
@@ -27,9 +27,11 @@ def confirm(c: Context, what: list[str], yes: bool) -> bool:
     if c.config.run.dry:
         return True
     if not what:
-        print("clean: nothing to remove")
+        put("clean: nothing to remove")
         return False
-    print("This removes:", *what, sep="\n  ", flush=True)
+    put("This removes:")
+    for one in what:
+        put(f"  {one}")
     note(removes=what)
     if yes:
         return True
@@ -64,7 +66,7 @@ def remove_bytecode(c: Context) -> None:
     """Remove what Python and its tools cached in this folder."""
     for folder in bytecode_folders(ROOT):
         if c.config.run.dry:
-            print(f"rm -r {folder}")
+            put(f"rm -r {folder}")
         elif folder.is_symlink():  # the cache of somebody else's folder stays
             folder.unlink()
         else:

@@ -2,6 +2,7 @@
 from invoke.context import Context
 from invoke.tasks import task
 
+from tasks.lib.notices import put
 from tasks.lib.settings import ROOT
 
 
@@ -22,4 +23,4 @@ def fetch(c: Context, env: str = "", revision: str = "", data_set: str = "", for
     for name in asked:
         find_row(name)  # a mistyped name is told before anything is asked of the Hub
     items.fetch(ROOT, tuple(all_rows()), asked, revision, force, c.config.run.dry,
-                lambda line: print(f"data.fetch: {line}", flush=True), human_size, data_set or items.DATA_SET)
+                lambda line: put(f"data.fetch: {line}"), human_size, data_set or items.DATA_SET)

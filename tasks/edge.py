@@ -53,7 +53,7 @@ def guarded(name: str, body: Callable[..., Any]) -> Callable[..., Any]:
         except OSError as error:
             raise Exit(printable(f"{name}: {line(error)}"), code=MISUSE) from None
         except ModuleNotFoundError as error:
-            raise Exit(f"{name}: this Python has no {error.name}; `pip install -r requirements-dev.txt`",
+            raise Exit(printable(f"{name}: this Python has no {error.name}; `pip install -r requirements-dev.txt`"),
                        code=MISUSE) from None
         except KeyboardInterrupt:
             raise Exit(f"{name}: interrupted", code=INTERRUPTED) from None

@@ -1,6 +1,7 @@
 """Start, stop and look at environment servers."""
 import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -13,7 +14,7 @@ from invoke.context import Context
 from invoke.tasks import task
 
 from tasks.lib.errors import INTERRUPTED, DockerError, UserError
-from tasks.lib.notices import note, say
+from tasks.lib.notices import note, put, say
 
 if TYPE_CHECKING:
     from servers.protocol import Client
@@ -80,13 +81,11 @@ def up(c: Context,
                 lease.detach_owner(row.name)  # also where an evaluation started it
             url = f"{others[row.name].url}{row.protocol.prefix}"
             note(environment=row.name, url=url, runner=others[row.name].runner, started=False)
-            print(
-                f"{row.name} is up already: {others[row.name].url} (`invoke env.restart --env {row.name}` starts anew)")
+            put(f"{row.name} is up already: {others[row.name].url} (`invoke env.restart --env {row.name}` starts anew)")
             elsewhere = runner not in ("auto", others[row.name].runner)
             if port or device or elsewhere or (replicas, session_ttl, build) != ("1", "3600", False):
-                print(
-                    f"its flags are those that it was started with; for others `invoke env.down --env {row.name}` first"
-                )
+                put(f"its flags are those that it was started with; for others `invoke env.down --env {row.name}` first"
+                    )
             return
         bind = resolve("ENV_BIND")
         options = Options(port=pick_port(row, port, bind),
@@ -104,7 +103,7 @@ def up(c: Context,
 def dry(c: Context, what: str) -> bool:
     """Print `what` under `--dry`, and tell whether that is all there is to do."""
     if c.config.run.dry:
-        print(f"would {what}")
+        put(f"would {what}")
     return bool(c.config.run.dry)
 
 
@@ -119,12 +118,10 @@ def announce(row: "Environment", options: "Options", runner: str, url: str) -> N
     if runner == "docker":
         inside = f"; in containers {container_url(service_name(row), options.port)}{prefix}"
     note(environment=row.name, url=f"{url}{prefix}", runner=runner, started=True)
-    print(f"{row.name} is ready: {url}{prefix}{inside}", flush=True)
+    put(f"{row.name} is ready: {url}{prefix}{inside}")
     told = {**about(data_folder(row)), **({"device": options.device} if options.device == "cpu" else {})}
     if told:
-        print(
-            f"{row.name} plays on {', '.join(f'{key} {value}' for key, value in told.items())}; evaluations record it",
-            flush=True)
+        put(f"{row.name} plays on {', '.join(f'{key} {value}' for key, value in told.items())}; evaluations record it")
 
 
 @task(positional=[], auto_shortflags=False, help={"env": "Environment to stop (default: all of them)."})
@@ -138,12 +135,12 @@ def down(c: Context, env: str = "") -> None:
     note(stopped=stopped)
     for name in names:
         if not stop_server(c, name):
-            print(f"{name} was not up", flush=True)
+            put(f"{name} was not up")
         elif not c.config.run.dry:
             stopped.append(name)
-            print(f"{name} is down", flush=True)
+            put(f"{name} is down")
     if not names:
-        print("no environment is up")
+        put("no environment is up")
 
 
 @task(positional=[], auto_shortflags=False, help={"env": ENV_HELP, "wait": WAIT_HELP})
@@ -233,7 +230,7 @@ def print_files(c: Context, files: Sequence[Path], follow: bool) -> None:
     """Print files, and with `follow` what comes to them; under `--dry` the command that does."""
     argv = ["tail", "-n", "+1", *(["-F"] if follow else []), *map(str, files)]
     if c.config.run.dry:
-        print(shlex.join(argv))
+        put(shlex.join(argv))
         return
     process = subprocess.Popen(argv)
     try:
@@ -363,7 +360,7 @@ def check_items(c: Context, row: "Environment", client: "Client", replicas: int,
     same = SameItems(row, script_of(row))
 
     def tell(line: str) -> None:
-        print(f"{row.name}: {line}", flush=True)
+        put(f"{row.name}: {line}")
 
     try:
         if not items:
@@ -387,11 +384,11 @@ def check_items(c: Context, row: "Environment", client: "Client", replicas: int,
              "how": how
          } for item, how in sorted(same.failing.items())])
     for item, how in sorted({**same.failing, **same.differing}.items()):
-        print(f"item {item}: {how}")
+        put(f"item {item}: {how}")
     count = len(same.expected.keys() | same.failing.keys())
     where = f"{replicas} replica{'s' if replicas > 1 else ''}{' and after a restart' if again else ''}"
-    print(f"{row.name}: {count} items, {same.played} {'trajectories on ' + where if items else 'resets'}; "
-          f"{len(same.differing)} differ, {len(same.failing)} fail")
+    put(f"{row.name}: {count} items, {same.played} {'trajectories on ' + where if items else 'resets'}; "
+        f"{len(same.differing)} differ, {len(same.failing)} fail")
     if same.differing or same.failing:
         raise UserError(code=1)
 
@@ -421,7 +418,7 @@ def data(c: Context,
     folder = data_folder(row)
     wanted = env_data.chosen(row, split, index)
     if not row.data:
-        print(f"{row.name} needs no data")
+        put(f"{row.name} needs no data")
         return
     if (toy or from_) and (split or index or (toy and from_)):
         raise UserError(f"--{'toy' if toy else 'from'} goes with none of the other flags; leave them out")
@@ -431,7 +428,7 @@ def data(c: Context,
     missing = []
 
     def tell(line: str) -> None:
-        print(line, flush=True)
+        put(line)
 
     if toy:
         env_data.make_toy(row, folder, Maker(c, row, runner))
@@ -441,19 +438,18 @@ def data(c: Context,
         env_data.adopt(row, folder, Path(from_).expanduser())
         link = env_data.leading_out(row, folder)
         if link:
-            print(
-                f"{row.name}: {link} is a link out of that folder, which --runner local can follow and a container "
-                "cannot; for Docker copy the data with `cp -rL`",
-                flush=True)
+            put(f"{row.name}: {link} is a link out of that folder, which --runner local can follow and a container "
+                "cannot; for Docker copy the data with `cp -rL`")
     else:
         missing = env_data.fetch(row, folder, tell, wanted, Maker(c, row, runner))
     if missing:
-        lines = [f"  {folder / one.path}: {one.how or one.url or 'hub ' + one.hub}" for one in missing]
-        raise UserError(f"{row.name} still needs, by hand:\n" + "\n".join(lines), code=1)
+        for one in missing:
+            put(f"  {folder / one.path}: {one.how or one.url or 'hub ' + one.hub}", sys.stderr)
+        raise UserError(f"{row.name} still needs, by hand, what stands above", code=1)
     if index:
         env_data.choose_index(row, folder, index)
     note(environment=row.name, folder=str(folder))
-    print(f"{row.name}: all data is in {folder} ({time.monotonic() - begun:.0f} s)")
+    put(f"{row.name}: all data is in {folder} ({time.monotonic() - begun:.0f} s)")
 
 
 @task(name="try",

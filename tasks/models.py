@@ -7,6 +7,7 @@ from pathlib import Path
 from invoke.context import Context
 from invoke.tasks import task
 
+from tasks.lib.notices import put
 from tasks.lib.settings import ROOT
 
 
@@ -27,5 +28,5 @@ def fetch(c: Context, name: str | None = None, to: str = "", revision: str = "",
     from tasks.lib.tables import human_size
     repository = models.repository_name(name or "")
     folder = Path(os.path.abspath(os.path.expanduser(to))) if to else ROOT / "models" / repository.rpartition("/")[2]
-    models.fetch(repository, folder, revision, everything, c.config.run.dry,
-                 lambda line: print(f"models.fetch: {line}", flush=True), human_size)
+    models.fetch(repository, folder, revision, everything, c.config.run.dry, lambda line: put(f"models.fetch: {line}"),
+                 human_size)

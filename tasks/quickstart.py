@@ -14,6 +14,7 @@ from invoke.tasks import task
 from tasks.lib.errors import UserError
 from tasks.lib.host.programs import run_module, run_program
 from tasks.lib.interrupts import as_ctrl_c
+from tasks.lib.notices import put
 from tasks.lib.settings import ROOT
 
 FOLDER = ROOT / "saves" / "quickstart"
@@ -34,7 +35,8 @@ class Steps:
     @contextmanager
     def step(self, what: str) -> Iterator[None]:
         """Say what begins; note it when it has worked."""
-        print(f"\n[{len(self.done) + 1}/{self.total}] {what}", flush=True)
+        print()
+        put(f"[{len(self.done) + 1}/{self.total}] {what}")
         began = time.monotonic()
         yield
         self.done.append((what, time.monotonic() - began))

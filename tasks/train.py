@@ -12,7 +12,7 @@ from invoke.tasks import task
 from tasks import evaluate, merge
 from tasks.lib.errors import UserError
 from tasks.lib.flags import as_words, whole_number
-from tasks.lib.notices import note
+from tasks.lib.notices import note, put
 from tasks.train_start import check, resume, start
 
 # What a task does is imported where it is done: each command would pay for all of them.
@@ -47,7 +47,7 @@ def shell(c: Context, shm_size: str = "", gpus: str = "", user: str = "") -> Non
     running = containers.running(c, "train")
     if running:
         if shm_size or gpus:
-            print("train: joining the running container, so --shm-size and --gpus do not count", file=sys.stderr)
+            put("train: joining the running container, so --shm-size and --gpus do not count", file=sys.stderr)
         containers.join(c, running, ["bash"], user)
     else:
         containers.run(c, "train", ["bash"], gpus=gpus, user=user, variables=variables)
@@ -83,7 +83,8 @@ def status(c: Context, name: str = "", watch: bool = False, json: bool = False) 
     if watch:
         showing.watch(run, told, lambda: runs.read(run)[0].state)
     else:
-        print("\n".join(told()))
+        for line in told():
+            put(line)
 
 
 @task(name="list", positional=[], auto_shortflags=False, help={"json": "Print JSON, for a program."})
@@ -95,7 +96,7 @@ def list_runs(c: Context, json: bool = False) -> None:
     if json:
         print(dumps({"runs": [one.json() for one in found]}))
     elif not found:
-        print(f"train.list: no run in {runs.saves()}; `invoke train.start` makes one")
+        put(f"train.list: no run in {runs.saves()}; `invoke train.start` makes one")
     print_table(showing.HEAD, [] if json else [showing.row(one) for one in found])
 
 
@@ -125,7 +126,7 @@ def stop(c: Context, name: str = "", now: bool = False) -> None:
     said = stopping.stop(c, runs.find(name), now)
     if said:
         note(said=said)
-        print(f"train.stop: {said}")
+        put(f"train.stop: {said}")
 
 
 @task(positional=[],
@@ -139,7 +140,7 @@ def plot(c: Context, name: str = "", output: str = "") -> None:
     from tasks.lib.training import plotting, runs
     written = plotting.write(runs.find(name), output)
     note(file=str(written))
-    print(f"train.plot: {written}")
+    put(f"train.plot: {written}")
 
 
 @task(positional=[],
@@ -212,7 +213,7 @@ def watch(c: Context,
     from tasks.lib.training import follow
     run = follow.run_folder(name)
     if stop:
-        print(f"train.watch: {follow.stop(run)}")
+        put(f"train.watch: {follow.stop(run)}")
         return
     flags = {
         "limit": limit,
@@ -342,4 +343,4 @@ def sync(c: Context,
     """Upload a run's offline wandb data."""
     from tasks.lib.training import follow, wandb_sync
     for line in wandb_sync.sync(c, follow.run_folder(name), runner, key_file, project, entity, figures):
-        print(f"train.sync: {line}")
+        put(f"train.sync: {line}")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from invoke.context import Context
 
 from tasks.lib.errors import UserError
-from tasks.lib.notices import say
+from tasks.lib.notices import put, say
 from tasks.lib.settings import ROOT, effective_environment, resolve
 
 if TYPE_CHECKING:
@@ -231,7 +231,7 @@ def keep(c: Context, run: RunFolder, environment: str, before: int) -> str:
     from tasks.lib.environments import lease
     from tasks.lib.environments.start_stop import stop_server
     user = lease.User(environment)
-    print(f"{KEEPING} {environment} for {run.name}", flush=True)
+    put(f"{KEEPING} {environment} for {run.name}")
     wait_for_end(run, before)
     with lease.exclusive_lock(environment):
         ours, shared = user.leave()
@@ -279,7 +279,7 @@ def wait_for_end(run: RunFolder, before: int) -> None:
 def main(argv: list[str]) -> None:
     """Keep the server of the environment `argv[1]` for the run `argv[0]`, which had `argv[2]` attempts before."""
     from tasks.lib.training import runs
-    print(keep(Context(), runs.find(argv[0]), argv[1], int(argv[2])), flush=True)
+    put(keep(Context(), runs.find(argv[0]), argv[1], int(argv[2])))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from invoke.tasks import task
 
 from tasks.lib.errors import UserError
 from tasks.lib.flags import helps, repeatable, takes
-from tasks.lib.notices import TASK, note, say
+from tasks.lib.notices import TASK, note, put, say
 from tasks.lib.settings import ROOT, effective_environment, resolve
 from tasks.lib.training.asked import Asked, Beside, Checked, Resumed, Started
 
@@ -144,7 +144,7 @@ def show_watcher(name: str, words: list[str] | None) -> None:
     """Print the command of the run's watcher, where one is wanted."""
     from tasks.lib.training.follow import command
     if words is not None:
-        print(shlex.join(command(name, words)), flush=True)
+        put(shlex.join(command(name, words)))
 
 
 def _typed(c: Context) -> tuple[str, ...]:
@@ -158,7 +158,7 @@ def _dumps(value: object) -> str:
 
 def tell(text: str) -> None:
     """Print what came of the task, a line with its name."""
-    print(f"{TASK.get()}: {text}", flush=True)
+    put(f"{TASK.get()}: {text}")
 
 
 def skipped(text: str) -> list[str]:

@@ -14,6 +14,7 @@ from invoke.parser import Parser, ParserContext
 from invoke.program import Program
 
 from tasks.lib.errors import MISUSE, printable
+from tasks.lib.notices import put
 
 # A word that stands alone is most often meant for the first of these that the task has.
 MEANT = ("--local-dir", "--env", "--name", "--run")
@@ -126,5 +127,5 @@ def check(ns: Collection, argv: Sequence[str]) -> None:
     typed = argv[:argv.index("--")] if "--" in argv else argv
     if "--json" in typed:
         print(json.dumps({"task": "invoke", "code": MISUSE, "error": {"code": MISUSE, "message": line}}), flush=True)
-    print(line, file=sys.stderr)
+    put(line, file=sys.stderr)
     sys.exit(MISUSE)

@@ -13,19 +13,12 @@ import urllib.request
 from dataclasses import dataclass, replace
 from typing import Any
 
+from training.exchange import Stays, opener
 from training.foreign import is_count, loads
 from training.rollouts import Window
 
-
-class Stays(urllib.request.HTTPRedirectHandler):
-    """Follows no redirect: another server's answer says nothing of this one."""
-
-    def redirect_request(self, *_: Any) -> None:
-        """Return None, so that the redirect is an error like any other status."""
-
-
 # The servers are on this machine or on a container's network: a proxy for the internet would only be in the way.
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}), Stays())
+_OPENER = opener(urllib.request.ProxyHandler({}), Stays())
 EVERY = 1.0  # seconds
 ANSWER_SECONDS = 5.0
 # A busy server may not answer for so long and lose nothing; a refused connection tells at once.

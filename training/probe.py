@@ -22,6 +22,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from training.exchange import Stays, opener
+
 MARK = "training.probe: "
 URL_SECONDS = 4
 CONFIG = Path("agent_trainer") / "config"
@@ -229,9 +231,8 @@ def cpus() -> int:
 
 def unreachable(url: str) -> str:
     """Return why nothing answers at `url`; empty where something does, whatever it says."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(url, timeout=URL_SECONDS):
+        with opener(urllib.request.ProxyHandler({}), Stays()).open(url, timeout=URL_SECONDS):
             return ""
     except urllib.error.HTTPError:
         return ""

@@ -10,4 +10,11 @@ NAMES = ("files", "memory")  # and `--names`
 
 
 class MergeError(ValueError):
-    """A checkpoint, folder or flag that the user can mend; its text is one line: what, the value, the remedy."""
+    """A checkpoint, folder or flag that the user can mend; its text is one line: what, the value, the remedy.
+
+    Whoever wrote the words in it, a terminal shows them and does not act on them.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        from merger.foreign.text import printable
+        super().__init__(printable(message))

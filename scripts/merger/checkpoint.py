@@ -22,6 +22,7 @@ from merger.foreign.archives import Record
 from merger.foreign.limits import each
 from merger.layout import Box, tiling_fault
 from merger.shardfile import read_shard_file
+from merger.steps import check_one_step
 from merger.torchforms import Entry, mesh_sizes, read_entries
 
 
@@ -93,7 +94,7 @@ class Checkpoint:
 
     def records(self, rank: int) -> Mapping[str, Record]:
         """Return the places of `rank`'s file of which it names a CRC32, by key."""
-        return read_shard_file(self.path(rank), pickled=False, seen=self.files.seen).records
+        return read_shard_file(self.path(rank), None, self.files.seen).records
 
     def path(self, rank: int) -> Path:
         """Return the file of `rank`."""
@@ -162,8 +163,11 @@ def read_checkpoint(files: RankFiles, allow_buffers: bool = False, model_key: st
     if model_key is not None and files.form != DCP:
         raise MergeError(f"--model-key is for torch's distributed checkpoints; {files.folders[0]} holds {files.form}")
     try:
-        return _read(files, allow_buffers) if files.form == RANKS else ChunkCheckpoint(
-            files, read_chunks(files, model_key))
+        if files.form != RANKS:
+            return ChunkCheckpoint(files, read_chunks(files, model_key))
+        checkpoint = _read(files, allow_buffers)
+        checkpoint.notes += check_one_step(files)
+        return checkpoint
     except MergeError as error:
         whole = earlier_whole(files.folders[0]) if any(fault in str(error) for fault in ("missing: ", "truncated",
                                                                                          "no .metadata")) else None

@@ -314,7 +314,7 @@ def _places(path: Path, stated: list[Stated], seen: Seen) -> list[tuple[int, Rec
 
 
 def _in_archive(path: Path, fd: int, piece: Stated, seen: Seen) -> tuple[int, Record]:
-    shard = read_archive(path, fd, piece.length, True, seen, piece.offset)
+    shard = read_archive(path, fd, piece.length, pickles.load, seen, piece.offset)
     tensor = shard.content
     if not isinstance(tensor, TensorRef):
         raise MergeError(f"is {shown(tensor)}, not a tensor")

@@ -2,18 +2,24 @@
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from merger import MergeError
 from merger.filenames import ADAPTER_CONFIG, RANK_FILE, RECORD
+from merger.foreign.documents import check_loadable
 from merger.foreign.files import Seen, check_inside
+from merger.foreign.limits import each
 
 # The names that transformers and PEFT load weights by, and those of Mistral's and Llama's own format, which vLLM loads;
 # a merge replaces these and leaves every other file alone.
 WEIGHT = re.compile(
     r"(model|pytorch_model|tf_model|flax_model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin|h5|msgpack)"
     r"(\.index\.json)?|consolidated(-\d+-of-\d+|\.\d+)?\.(safetensors|pth)(\.index\.json)?")
+# What transformers loads beside config and weights; the names that it saves them under.
+LOADED = re.compile(
+    r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template|generation_config|"
+    r"((video_|image_|audio_)?pre)?processor_config)\.json")
 CHUNK = 1 << 22  # bytes that are copied at once
 GGUF = ".gguf"  # what somebody made of a model, under any name: neither taken along nor removed
 
@@ -154,6 +160,34 @@ def _tree(path: Path, target: Path, roots: Sequence[Path]) -> Iterator[Path]:
         yield path
         for below in sorted(path.iterdir()):
             yield from _tree(below, target, roots)
+
+
+def check_documents(folders: Iterable[Path], seen: Seen, skip: Collection[str] = ()) -> list[str]:
+    """Look at the JSON files of `folders` that will lie beside merged weights; return notes of those that are damaged.
+
+    Args:
+        skip: names that will be written anew.
+
+    Raises:
+        MergeError: one that transformers loads is no JSON object, or endless.
+    """
+    found = {os.path.realpath(path): path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir())
+             if path.suffix == ".json" and path.name not in skip and not path.name.startswith(".")
+             and not is_replaced(path.name) and path.is_file()}  # yapf: disable
+    for path in found.values():
+        seen.identity(path)
+
+    def look(path: Path) -> str:
+        try:
+            check_loadable(path, seen)
+        except MergeError as error:
+            if LOADED.fullmatch(path.name):
+                raise MergeError(
+                    f"{error}; the merged model could not be loaded with it: mend it, or copy it again") from None
+            return f"{error}; it goes along as it is"
+        return ""
+
+    return [note for note in each(look, found.values()) if note] if found else []
 
 
 def holds(folder: Path, path: Path) -> bool:

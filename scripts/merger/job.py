@@ -8,7 +8,7 @@ from typing import Any
 
 from merger import MergeError, lora, model_check, publish
 from merger.checkpoint import Checkpoint, ChunkCheckpoint, Tensor, read_checkpoint
-from merger.companions import check_free, companions
+from merger.companions import check_documents, check_free, companions
 from merger.discover import RankFiles, find_checkpoint
 from merger.dtypes import CONVERTED, output_dtype
 from merger.filenames import ADAPTER_CONFIG, ADAPTER_STEM, CONFIG, LORA_FOLDER, MODEL_FOLDER, MODEL_STEM, RANKS, RECORD
@@ -144,6 +144,7 @@ def prepare(options: Options, checkpoint: Checkpoint | None = None, ask: Ask | N
         raise
     along = list(companions(job.config_dir, target, link_roots(options, files)))
     _check_space(job, along)
+    job.notes += check_documents((job.config_dir, target), files.seen, job.texts)
     names = {path.name for path in (*along, *(target.iterdir() if target.is_dir() else ()))}
     if job.stem == MODEL_STEM and not any(name.startswith(TOKENIZERS) for name in names):
         job.folder_notes.append(f"no tokenizer in {job.config_dir}; copy the base model's into {target}")

@@ -17,6 +17,7 @@ from merger.foreign.values import as_count, as_list, as_shape, shown
 
 DISTRIBUTED = "torch.distributed"
 NPU_FORMAT = "torch_npu.npu._format.Format"  # an enumeration
+LOCAL_SHARD = "torch.distributed._shard.sharded_tensor.shard.Shard"  # a ShardedTensor's piece; a placement has that name, too
 DEVICE_NAME = re.compile(r"[a-z]{2,20}(:\d{1,4})?", re.ASCII)
 # Classes that verl's checkpoints mention. Their modules moved between torch 2.4 and 2.13 (`_tensor` became `tensor`,
 # `_shard` stayed), so any home below torch.distributed will do.
@@ -46,6 +47,14 @@ STORAGE_DTYPES = {
     "BoolStorage": "bool",
 }
 DTYPES = frozenset(STORAGE_DTYPES.values()) | {"float8_e4m3fn", "float8_e5m2", "uint16", "uint32", "uint64"}
+# What torch's own classes demand while a pickle is read, of everything in it, used or not: how many arguments, which
+# numbers and texts of a state, and of which two the state is a tuple of five.
+ARGUMENTS = {"TensorMeta": 3, "ShardOrderEntry": 2}
+REBUILT = ("DTensor", )  # by torch's function for it, and never made as such
+STATE_NUMBERS = {"Shard": ("dim", ), "_StridedShard": ("dim", "split_factor")}
+STATE_TEXTS = {"Partial": ("reduce_op", )}
+FIVES = ("ShardedTensor", "TensorProperties")
+PLAIN_STATES = ("Shard", "_StridedShard", "Replicate", "Partial", "DeviceMesh")  # no pair with a dict of slots
 UNSUPPORTED = ("complex", "quint", "qint", "quantized", "bits", "float8_e", "float4_e")  # of element types
 
 
@@ -91,6 +100,13 @@ class Record(metaclass=_Sealed):
     state: Any
 
     def __new__(cls, *args: Any) -> "Record":
+        if cls.__name__ in REBUILT or len(args) != ARGUMENTS.get(cls.__name__, len(args)):
+            raise pickle.UnpicklingError(f"a {cls.__name__} of {len(args)} arguments")
+        return cls.made(*args)
+
+    @classmethod
+    def made(cls, *args: Any) -> "Record":
+        """Return a record that one of our functions makes."""
         self = object.__new__(cls)
         object.__setattr__(self, "args", args)
         object.__setattr__(self, "state", {})
@@ -101,9 +117,11 @@ class Record(metaclass=_Sealed):
 
     def __setstate__(self, state: Any) -> None:
         # A pickled state is a dict, or a pair of a dict (or None) and a dict of slots.
-        if isinstance(state, tuple) and len(state) == 2 and all(part is None or isinstance(part, dict)
-                                                                for part in state):
+        if type(state) is tuple and len(state) == 2 and self.kind not in PLAIN_STATES and all(
+                part is None or type(part) is dict for part in state):
             state = {**(state[0] or {}), **(state[1] or {})}
+        if not _fits(self.kind, state):
+            raise pickle.UnpicklingError(f"the state of a {self.kind} is none")
         object.__setattr__(self, "state", state)
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -113,6 +131,23 @@ class Record(metaclass=_Sealed):
     def kind(self) -> str:
         """The class's name, without its module."""
         return type(self).__name__
+
+
+def _fits(kind: str, state: Any) -> bool:
+    """Return True if torch's class `kind` takes `state`."""
+    if kind == "Unknown" or (kind in METADATA_NAMES and kind not in FIVES):
+        return True
+    if kind in FIVES:
+        return type(state) is tuple and len(state) == 5
+    if type(state) is not dict or not all(type(name) is str for name in state):
+        return False
+    if kind == "DeviceMesh" and "_dim_group_names" in state:  # looked up by name, in C++
+        names = state["_dim_group_names"]
+        return type(names) in (list, tuple) and all(type(name) is str and name.isprintable() for name in names)
+    numbers = (state.get(name) for name in STATE_NUMBERS.get(kind, ()))
+    texts = (state.get(name) for name in STATE_TEXTS.get(kind, ()))
+    return (all(type(number) is int and -2**63 <= number < 2**63 for number in numbers)
+            and all(type(text) is str for text in texts))
 
 
 class Function:
@@ -217,7 +252,7 @@ def _rebuild_wrapper_subclass(cls: Any, dtype: Any, shape: Any, stride: Any, off
     if not all(type(number) is int and 0 <= number < 2**63 for number in (*strides, offset)):
         raise pickle.UnpicklingError("a wrapper tensor whose strides are no numbers")
     _check_extras(dtype, grad, None)
-    record: Record = cls(str(dtype), as_shape(shape))
+    record: Record = cls.made(str(dtype), as_shape(shape))
     return record
 
 
@@ -282,12 +317,14 @@ RECORDS = {
         for name in DISTRIBUTED_NAMES
     },
     NPU_FORMAT: _Sealed("Format", (Record, ), {"__slots__": ()}),
+    LOCAL_SHARD: _Sealed("LocalShard", (Record, ), {"__slots__": ()}),
     "torch.Tensor": _Sealed("Tensor", (Record, ), {"__slots__": ()}),
     "torch.storage.UntypedStorage": _Sealed("UntypedStorage", (Record, ), {"__slots__": ()}),
     "torch.nn.parameter.Parameter": _Sealed("Parameter", (Record, ), {"__slots__": ()}),
 }
 
 METADATA = {name: _Sealed(name.rpartition(".")[2], (Record, ), {"__slots__": ()}) for name in METADATA_NAMES | PATHS}
+UNKNOWN = _Sealed("Unknown", (Record, ), {"__slots__": ()})
 
 
 class _Unpickler(pickle.Unpickler):
@@ -332,6 +369,27 @@ class _MetadataUnpickler(_Unpickler):
         return super().find_class(module, name)
 
 
+class _Skimmer(_Unpickler):
+    """Takes any name, and makes an inert record of whatever it stands for."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return super().find_class(module, name)
+        except MergeError:
+            return UNKNOWN
+
+
+def skim(data: bytes) -> Any:
+    """Return what `data` pickles as `load` does, with inert records of things that no allow-list names.
+
+    For what is asked a question or two, and is no part of the model.
+
+    Raises:
+        MergeError: the pickle is damaged.
+    """
+    return _loaded(_Skimmer, data)
+
+
 def load(data: bytes, metadata: bool = False) -> Any:
     """Return what `data` pickles, with `TensorRef`, `Record` and plain containers in place of torch's classes.
 
@@ -341,8 +399,12 @@ def load(data: bytes, metadata: bool = False) -> Any:
     Raises:
         MergeError: the pickle names something that is not on the allow-list, or is damaged.
     """
+    return _loaded(_MetadataUnpickler if metadata else _Unpickler, data)
+
+
+def _loaded(unpickler: type[_Unpickler], data: bytes) -> Any:
     try:
-        return (_MetadataUnpickler if metadata else _Unpickler)(io.BytesIO(data)).load()
+        return unpickler(io.BytesIO(data)).load()
     except MergeError:
         raise
     except Exception as error:  # a damaged pickle raises nearly anything, from KeyError to MemoryError

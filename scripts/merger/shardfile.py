@@ -111,8 +111,10 @@ def is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     return True
 
 
-def read_shard_file(path: Path, pickled: bool = True, seen: Seen | None = None) -> ShardFile:
-    """Read the directory and, where `pickled`, the pickle of a `.pt` file; its tensors stay on disk.
+def read_shard_file(path: Path,
+                    load: Callable[[bytes], Any] | None = pickles.load,
+                    seen: Seen | None = None) -> ShardFile:
+    """Read the directory of a `.pt` file and, with `load`, its pickle; its tensors stay on disk.
 
     A pickle is to be read where `foreign.limits` hold.
 
@@ -126,7 +128,7 @@ def read_shard_file(path: Path, pickled: bool = True, seen: Seen | None = None) 
             if kind := _told_apart(os.pread(fd, 64, 0)):
                 raise MergeError(f"{path}: {kind}")
             try:
-                return read_archive(path, fd, size, pickled, seen)
+                return read_archive(path, fd, size, load, seen)
             except struct.error as error:
                 raise MergeError(
                     f"{path}: not a whole .pt archive, truncated or damaged ({error}); it has {size} bytes; "
@@ -147,7 +149,12 @@ def _told_apart(head: bytes) -> str:
     return ""
 
 
-def read_archive(path: Path, fd: int, size: int, pickled: bool, seen: Seen, base: int = 0) -> ShardFile:
+def read_archive(path: Path,
+                 fd: int,
+                 size: int,
+                 load: Callable[[bytes], Any] | None,
+                 seen: Seen,
+                 base: int = 0) -> ShardFile:
     """Read an archive of `size` bytes that begins at byte `base` of the open file `fd`; see `read_shard_file`.
 
     Raises:
@@ -170,12 +177,12 @@ def read_archive(path: Path, fd: int, size: int, pickled: bool, seen: Seen, base
     version = next((records[name] for name in ("version", ".data/version") if name in records), None)
     check_version(_content(fd, version) if version else None)
     content = None
-    if pickled:
+    if load:
         allow(records[PICKLE].size)
         data = os.pread(fd, records[PICKLE].size, records[PICKLE].offset)
         if len(data) != records[PICKLE].size or (records[PICKLE].crc and zlib.crc32(data) != records[PICKLE].crc):
             raise MergeError("not a whole .pt archive, truncated or damaged (Bad CRC-32 of data.pkl); copy it again")
-        content = pickles.load(data)
+        content = load(data)
     storages = {name.removeprefix("data/"): record for name, record in records.items() if name.startswith("data/")}
     return ShardFile(path, size, content, storages, seen)
 

@@ -236,10 +236,6 @@ def _mesh(shard: ShardFile, record: Record) -> Mesh:
     from 2.11 on the `_rank` that wrote it.
     """
     state = record.state
-    groups = state.get("_dim_group_names") or []
-    # PyTorch looks the groups up by name, in C++: a name is text.
-    if not all(type(name) is str and name.isprintable() for name in as_list(groups, "process groups")):
-        raise MergeError(f"its mesh has {shown(groups)} for process groups")
     wanted, place = state.get("mesh_dim_names") or state.get("_mesh_dim_names"), state["_coordinate_on_dim"]
     if "mesh" in state:
         ranks = shard.read_integers(state["mesh"])

@@ -1,15 +1,11 @@
 """What a user can mend: raised anywhere below the tasks, said once at their edge."""
 
-from training.text import shown
+from training.text import shown as printable
 
+__all__ = ["BadSetting", "DockerError", "NoEngine", "UserError", "printable"]
 MISUSE = 2
 INTERRUPTED = 130
 PIPE_CLOSED = 141  # as a shell says it of SIGPIPE
-
-
-def printable(text: str) -> str:
-    """Return lines that a terminal shows as they are: names of files and words of servers are others'."""
-    return text if text.isprintable() else "\n".join(map(shown, text.split("\n")))
 
 
 class UserError(Exception):

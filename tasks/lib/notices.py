@@ -1,7 +1,7 @@
-"""What is said along the way, each line with the task's name before it."""
+"""The tasks' printing gate: lines that a terminal shows as they are, whoever chose the names and words in them."""
 import sys
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TextIO
 
 from tasks.lib.errors import printable
 
@@ -31,11 +31,16 @@ def reporting() -> bool:
     return FACTS.get() is not None
 
 
+def put(line: str, file: TextIO | None = None) -> None:
+    """Print one line, of standard output where no `file` is given: what was asked for."""
+    print(printable(line), file=file, flush=True)
+
+
 def say(text: str) -> None:
     """Print a line on standard error: what the user must know, whoever reads standard output."""
-    print(printable(f"{TASK.get()}: {text}"), file=sys.stderr, flush=True)
+    put(f"{TASK.get()}: {text}", sys.stderr)
 
 
 def tell(text: str) -> None:
     """Print a line on standard output: how it goes on, where standard output is for people."""
-    print(printable(f"{TASK.get()}: {text}"), file=sys.stderr if reporting() else sys.stdout, flush=True)
+    put(f"{TASK.get()}: {text}", sys.stderr if reporting() else sys.stdout)

@@ -4,14 +4,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import timedelta
 
+from tasks.lib.errors import printable
+from tasks.lib.notices import put
+
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print `rows` in columns under `head`; nothing where there is no row."""
+    """Print `rows` in columns under `head`, a line each; nothing where there is no row."""
     if not rows:
         return
+    rows = [tuple(map(printable, row)) for row in rows]
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
     for row in (head, *rows):
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), flush=True)
+        put("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def human_size(size: float) -> str:

@@ -1,4 +1,5 @@
 """Whole runs whose environment or endpoint sends too much, leads elsewhere, or puts into its words what must not get out."""
+import asyncio
 import gzip
 import json
 import string
@@ -8,7 +9,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from evaluation.__main__ import main
+from evaluation.protocol import Server
+from evaluation.rows import read_row
 from tests.evaluation.whole import KEY, attempts, outcomes, run, summary
+from tests.fixtures.dripping import DRIPS, dripping, within
+from tests.fixtures.servers import FIXTURE_ROWS
 from tests.fixtures.standins import Answer, completion, counter_player, endpoint, environment, failure, serving
 
 SMALL = ("--max-answer", "0.1", "--model-tries", "1", "--tries", "1", "--max-error-rate", "1")
@@ -126,3 +131,36 @@ def test_a_server_that_says_it_all_worked_is_not_believed_by_the_terminal(tmp_pa
     shown = "".join(capsys.readouterr())
     assert not any(one in shown for one in "\x1b\r\x9b\u202e") and "\\x1b[2K" in shown
     assert "\nsuccess rate 100" not in shown and "\\u202e" in attempts(tmp_path / "out")[0]["error"]
+
+
+def test_cookies_are_neither_kept_nor_sent_back(tmp_path):
+    asked = []
+
+    def say(messages, body):
+        return Answer(completion(counter_player(messages, body)), 200, {"set-cookie": "user=another; Path=/"})
+
+    def respond(method, path, headers, body):
+        asked.append(headers)
+        return Answer({"id": len(asked)}, 200, {"set-cookie": "session=of_another; Path=/"})
+
+    async def opens(url):
+        async with Server(url, read_row("form-textcraft", FIXTURE_ROWS).protocol, 5.0) as server:
+            await server.create()
+            await server.create()
+
+    with environment() as env, endpoint(say) as model:
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0", *SMALL) == 0
+        asked += [headers for headers, _ in model.requests]
+    with serving(respond) as url:
+        asyncio.run(opens(url))
+    assert len(asked) > 4 and not any("cookie" in headers for headers in asked)
+
+
+@pytest.mark.parametrize("kind", DRIPS)
+def test_who_drips_is_that_requests_fault_alone(kind, tmp_path):
+    with dripping(kind) as url, environment() as env, within(60):
+        code = run(tmp_path / "out", env.url, url + "/v1", "--items", "0", *SMALL, "--request-timeout", "1")
+    assert code == 0 and outcomes(tmp_path / "out") == {"0": "model_error"}
+    with dripping(kind) as url, endpoint(counter_player) as model, within(60):
+        code = run(tmp_path / "env", url, model.base_url, "--items", "0", *SMALL, "--env-timeout", "1", "--env-wait", "1")
+    assert code in (0, 1, 2) and not {*outcomes(tmp_path / "env").values()} & {"success", "failure"}

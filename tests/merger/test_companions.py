@@ -1,10 +1,15 @@
 """Which files go along with merged weights, and which of a target's a merge replaces."""
+import json
 import os
+import re
 import stat
 from pathlib import Path
 
 import pytest
-from merger import companions, files
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from merger import MergeError, companions, files
+from merger.foreign.files import Seen
 
 from tests.merger.merging import folder, listing, untouched
 
@@ -97,3 +102,68 @@ def test_what_is_in_the_staging_already_is_not_taken_from_the_target(tmp_path: P
         companions.keep_companions(target, staging)
     assert listing(staging) == {"x": b"new", "code": None, "code/a": b"new", "code/b": b"old", "tools": None,
                                 "tools/a": b"new"}  # yapf: disable
+
+
+LOADED = ["tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "generation_config.json", "vocab.json",
+          "added_tokens.json", "preprocessor_config.json", "chat_template.json"]  # yapf: disable
+BAD = [b"", b"{", b"[" * 200_000, b'{"a":' * 100 + b"1" + b"}" * 100, b"[]", b"1", b"null", b'"x"', b"\xff\xfe{}",
+       b"{}" * 2, b'{"a": ' + b"9" * 5000 + b"}", b'{"a": [' + b"1," * 9_000_000 + b"1]}"]  # yapf: disable
+
+
+def check(place: Path) -> list[str]:
+    return companions.check_documents((place, ), Seen())
+
+
+@pytest.mark.parametrize("bad", BAD, ids=range(len(BAD)))
+def test_a_companion_that_could_not_be_loaded_is_refused(bad: bytes, tmp_path: Path) -> None:
+    for name in LOADED if len(bad) < 1000 else LOADED[:2]:
+        place = folder(tmp_path / name)
+        (place / name).write_bytes(bad)
+        with pytest.raises(MergeError, match=re.escape(name)) as caught:
+            check(place)
+        assert str(caught.value).isprintable() and len(str(caught.value)) < 600
+        (place / name).rename(place / "notes.json")  # which nothing loads
+        note, = check(place)
+        assert note.endswith("it goes along as it is") and note.isprintable()
+
+
+def test_a_companion_larger_than_any_is_refused_and_a_device_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").touch()
+    os.truncate(tmp_path / "tokenizer.json", 1 << 40)
+    with pytest.raises(MergeError, match="1099511627776 bytes, more than the"):
+        check(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.json").symlink_to("/dev/zero")
+    assert check(tmp_path) == []  # refused by its kind where it is copied
+    with pytest.raises(MergeError, match="a device"):
+        companions.copy_companions(tmp_path, folder(tmp_path / "staging"), tmp_path / "out")
+
+
+def test_what_the_libraries_load_is_taken(tmp_path: Path) -> None:
+    for name, text in {"tokenizer_config.json": '{"model_max_length": 1000000000000000019884624838656, "a": NaN, "a": 1}',
+                       "vocab.json": json.dumps({"\ud83d": 1, "ä": 2}), "tokenizer.json": json.dumps(
+                           {"model": {"vocab": {f"t{i},[{{": i for i in range(200_000)},
+                                      "merges": [["a", "b"]] * 500_000}})}.items():  # yapf: disable
+        (tmp_path / name).write_text(text)
+    assert check(tmp_path) == []
+
+
+@given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)),
+       st.binary(max_size=6), st.integers(0, 200))  # yapf: disable
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+def test_it_is_refused_as_json_itself_would(tmp_path_factory: pytest.TempPathFactory, value: object, put: bytes, at: int) -> None:
+    data = json.dumps(value).encode()
+    data = data[:at] + put + data[at:]
+    place = tmp_path_factory.mktemp("drawn")
+    (place / "tokenizer_config.json").write_bytes(data)
+    try:
+        loadable = isinstance(json.loads(data.decode()), dict)
+    except ValueError:
+        loadable = False
+    try:
+        check(place)
+        taken = True
+    except MergeError as error:
+        assert str(error).isprintable()
+        taken = False
+    assert taken == loadable

@@ -418,7 +418,7 @@ def test_every_copy_of_three_tied_weights_is_compared(differing: str, tmp_path: 
     monkeypatch.setattr(merging, "ask_here", lambda *question: Verdict(tied=[["a", "b", "c"]]))
     state = {name: torch.arange(12.0).reshape(3, 4) for name in "abc"}
     (tmp_path / "actor/huggingface").mkdir(parents=True)
-    (tmp_path / "actor/huggingface/tokenizer.json").touch()
+    (tmp_path / "actor/huggingface/tokenizer.json").write_text("{}")
     (tmp_path / "actor/huggingface/config.json").write_text("{}")
     path = tmp_path / "actor/model_world_size_1_rank_0.pt"
     torch.save(state, path)

@@ -6,10 +6,13 @@ import os
 import resource
 import socket
 import subprocess
+import threading
 import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from urllib.parse import urlsplit
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -20,7 +23,7 @@ from servers.protocol import Client, ServerError, reason
 from servers.sessions import QUERY_BYTES, REQUEST_BYTES, Sessions
 from tasks.lib.environments.haproxy import proxy_config
 from tests.fixtures import needs
-from tests.fixtures.servers import free_port, rows, running
+from tests.fixtures.servers import ROOT, free_port, rows, running
 from tests.servers import requests
 
 LIMITS = {"deadline": None, "suppress_health_check": list(HealthCheck)}
@@ -214,3 +217,66 @@ def test_an_exception_that_says_nothing_is_called_by_its_type():
     assert reason(ConnectionResetError()) == "ConnectionResetError"
     assert reason(urllib.error.URLError(TimeoutError())) == "TimeoutError"
     assert os.strerror(111) in reason(urllib.error.URLError(ConnectionRefusedError(111, os.strerror(111))))
+
+
+@pytest.mark.parametrize("flood", [b"x: y\r\n" * 200_000, b"x: " + b"a" * 2_000_000, b"a" * 2_000_000], ids=["many", "long", "name"])
+@pytest.mark.parametrize("installed", [False, True], ids=["h11", "httptools too"])
+def test_headers_without_end_are_refused_whatever_parsers_are_installed(installed, flood, tmp_path):
+    """uvicorn prefers httptools, which has no limit for headers and keeps them all."""
+    row = rows()["form-textcraft"]
+    if installed:
+        (tmp_path / "httptools.py").write_text("def HttpRequestParser(*_):\n    raise SystemExit('httptools was taken')\n"
+                                               "class HttpParserError(Exception): pass\nclass HttpParserUpgrade(Exception): pass\n")
+    with running(row, tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT / row.folder}") as client:
+        address = urlsplit(client.base)
+        with socket.create_connection((address.hostname, address.port), timeout=20) as connection:
+            with suppress(OSError):  # it may be closed before all is sent
+                connection.sendall(b"POST /step HTTP/1.1\r\nhost: x\r\n" + flood)
+            answer = b""
+            with suppress(OSError):  # nor has the answer to come through then
+                while piece := connection.recv(1000):
+                    answer += piece
+        assert not answer or answer.startswith(b"HTTP/1.1 400")
+        session = client.create()
+        assert client.reset(session, 3) == "count 3"
+
+
+def test_a_connection_without_a_request_ends_and_a_slow_answer_does_not():
+    """Headers that never come, or drip; between requests too."""
+    import uvicorn
+
+    from servers.connections import patient
+
+    async def slow(scope, receive, send):
+        await asyncio.sleep(2.5)
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(slow, port=port, http=patient(0.5), lifespan="off", log_level="critical"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.05)
+    whole = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
+    try:
+        for before, drip in ((b"", b""), (b"", b"G"), (b"GET / HTTP/1.1\r\nx: ", b"y"), (whole, b"G"), (whole, b"")):
+            with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+                connection.sendall(before)
+                if before == whole:
+                    assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+                connection.settimeout(0.2)
+                end, answer = time.monotonic() + 15, None
+                while answer is None or answer == b"ok":
+                    assert time.monotonic() < end, (before, drip)
+                    try:
+                        connection.sendall(drip)
+                        answer = connection.recv(1000)
+                    except TimeoutError:
+                        continue
+                    except OSError:
+                        answer = b""
+                assert answer == b""
+    finally:
+        server.should_exit = True
+        thread.join(10)

@@ -37,6 +37,7 @@ from tasks.lib.host import processes
 from tasks.lib.host.ports import choose_port, port_is_free, take_port
 from tasks.lib.host.venvs import ensure_venv, reason_in
 from tests.fixtures import needs
+from tests.fixtures.dripping import dripping, within
 from tests.fixtures.invoking import invoke as run_invoke
 from tests.fixtures.servers import FIXTURE_ROWS, ROOT, free_port, rows
 
@@ -854,6 +855,14 @@ def test_a_source_that_speaks_no_http_or_stops_is_one_line(answer, tmp_path):
         with pytest.raises(UserError, match=re.escape(url)):
             env_data.fetch(row_with({"path": "a", "url": url}), tmp_path / "data", print)
     assert not (tmp_path / "data" / "a").exists()
+
+
+@pytest.mark.parametrize("kind", ["header", "continue", "told body", "chunks"])
+def test_a_source_that_drips_is_one_line(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(env_data, "PATIENCE", 1.0)
+    with dripping(kind) as url, within(10), pytest.raises(UserError, match=f"{url}/a: .*timed out"):
+        env_data.download(f"{url}/a", tmp_path / "a", 0, print)
+    assert not (tmp_path / "a").exists()
 
 
 def test_what_comes_by_hand_is_told_before_the_rest_is_fetched(site, tmp_path):

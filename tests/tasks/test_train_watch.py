@@ -19,6 +19,7 @@ from tasks.lib.errors import UserError
 from tasks.lib.training import follow, hands, runs
 from tasks.lib.training.hands import InvokeHands, gpu_clash
 from tasks.lib.training.watching import Failed, Going, Plan
+from tests.fixtures.dripping import dripping, within
 from tests.fixtures.invoking import invoke as run_invoke
 from tests.fixtures.project import copy_project
 from tests.fixtures.standins import Answer, completion, serving
@@ -199,6 +200,13 @@ def test_an_endpoint_that_has_not_the_model_evaluates_nothing(body, said):
         hands.check_served(url + "/v1", "run1-global_step_4")
     with serving(lambda method, path, headers, sent: Answer({"data": [{"id": "run1-global_step_4"}]})) as url:
         hands.check_served(url + "/v1/", "run1-global_step_4")
+
+
+@pytest.mark.parametrize("kind", ["header", "continue", "body", "error"])
+def test_an_endpoint_that_drips_holds_nobody_up(kind, monkeypatch):
+    monkeypatch.setattr(hands, "ASK_SECONDS", 1.0)
+    with dripping(kind) as url, within(10), pytest.raises(Failed, match="/models cannot be read"):
+        hands.check_served(url + "/v1", "run1-global_step_4")
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])

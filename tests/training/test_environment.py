@@ -8,6 +8,7 @@ import threading
 
 import pytest
 
+from tests.fixtures.dripping import DRIPS, dripping, within
 from tests.training.test_supervisor import served
 from training import rollouts
 from training.environment import Answer, Monitor, ask
@@ -147,6 +148,13 @@ def test_whatever_answers_is_survived(said):
 
         threading.Thread(target=answer, daemon=True).start()
         assert ask(f"http://127.0.0.1:{server.getsockname()[1]}", timeout=2).why in ("", "refused")
+
+
+@pytest.mark.parametrize("kind", DRIPS)
+def test_a_server_that_drips_does_not_hold_the_monitor_up(kind):
+    with dripping(kind) as url, within(10):
+        found = ask(url, timeout=1)
+    assert found.why == ("" if kind == "error" else "unanswered")
 
 
 def test_the_monitor_notes_windows():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fixtures.dripping import dripping, within
 from tests.fixtures.standins import serving
 from tests.training import places
 from training import probe
@@ -91,6 +92,8 @@ def test_an_address_is_reached_or_not() -> None:
     with serving(places.babyai) as url:
         assert probe.unreachable(url) == "" and probe.unreachable(f"{url}/none") == ""
     assert "refused" in probe.unreachable(url)
+    with dripping("header") as url, within(10):
+        assert "timed out" in probe.unreachable(url)
     assert probe.unreachable("http://nowhere.invalid:1") and probe.unreachable("babyai:36003") and probe.unreachable("")
 
 

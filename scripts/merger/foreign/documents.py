@@ -9,11 +9,14 @@ from typing import Any
 
 from merger import MergeError
 from merger.foreign.files import Seen
+from merger.foreign.limits import allow
 from merger.foreign.text import printable
 
 MAX_BYTES = 16 << 20  # of a config or a record
 MAX_DEPTH = 64
 MAX_VALUES = 2_000_000  # in one document, by its marks; a value of three bytes may take 200 in memory
+MAX_LOADED_BYTES = 64 << 20  # of a vocabulary; the largest known has 33 MB
+MAX_LOADED_VALUES = 8_000_000  # in one: half a million merges of two words each are two million
 MAX_DIGITS = 64  # tokenizers write 1e30 as an integer
 
 
@@ -45,6 +48,33 @@ def read_object(path: Path, seen: Seen, limit: int = MAX_BYTES, nonfinite: bool 
     if not isinstance(found, dict):
         raise MergeError(f"{path} holds a {type(found).__name__}, not a JSON object")
     return found
+
+
+def check_loadable(path: Path, seen: Seen) -> None:
+    """Refuse a file from which transformers, or tokenizers, would take no JSON object: they are less strict than `parse`.
+
+    To be called where `limits` hold, which it sets for itself.
+
+    Raises:
+        MergeError: it is none, or goes beyond a limit.
+        OSError: it is not there, or may not be read.
+    """
+    data = seen.read(path, MAX_LOADED_BYTES)
+    allow(len(data))
+    try:
+        text = data.decode()
+        if len(text) > MAX_LOADED_VALUES and sum(map(text.count, "[{,:")) > MAX_LOADED_VALUES:
+            raise ValueError(f"more than {MAX_LOADED_VALUES} values")
+        document = json.loads(text)
+        _check(document, False)
+    except UnicodeDecodeError as error:
+        raise MergeError(f"{path} is no UTF-8 at byte {error.start}") from None
+    except RecursionError:
+        raise MergeError(f"{path} is nested deeper than {MAX_DEPTH}") from None
+    except ValueError as error:
+        raise MergeError(f"{path} is no JSON that can be loaded ({error})") from None
+    if not isinstance(document, dict):
+        raise MergeError(f"{path} holds a {type(document).__name__}, not a JSON object")
 
 
 def parse(data: bytes, nonfinite: bool = False) -> Any:

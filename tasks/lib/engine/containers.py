@@ -27,7 +27,7 @@ from tasks.lib.engine.mounts import ensure_folders
 from tasks.lib.engine.ownership import PROJECT, SERVICE, Owner, is_ours, owner_of, project_name
 from tasks.lib.errors import INTERRUPTED, DockerError, UserError
 from tasks.lib.interrupts import as_ctrl_c
-from tasks.lib.notices import note, say
+from tasks.lib.notices import note, put, say
 from tasks.lib.settings import ROOT, read_dotenv, resolve
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def stop_left(name: str) -> None:
     with suppress(DockerError):
         if not ask(lambda client: client.container.exists(name)):
             return
-        print(f"interrupted; stopping the container {name}", file=sys.stderr, flush=True)
+        put(f"interrupted; stopping the container {name}", file=sys.stderr)
         ask(lambda client: client.container.kill(name, signal="SIGINT"))
         end = time.monotonic() + TIDY_SECONDS
         while time.monotonic() < end:

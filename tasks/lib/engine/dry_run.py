@@ -8,6 +8,7 @@ from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
+from tasks.lib.notices import put
 from tasks.lib.redaction import redact, secret_values
 
 # Runs in docker's place: notes how many arguments there are, then each, and does nothing else.
@@ -40,4 +41,4 @@ def print_commands(action: Callable[[Mapping[str, str]], None], variables: Mappi
         words = map(os.fsdecode, record.read_bytes().split(b"\0")[:-1])
     for count in words:
         argv = ["docker", *islice(words, int(count))]
-        print(command_line(argv, variables if "compose" in argv[:2] else {}, secret_values()), flush=True)
+        put(command_line(argv, variables if "compose" in argv[:2] else {}, secret_values()))

@@ -18,8 +18,10 @@ from tasks.lib.environments.rows import Data, Environment
 from tasks.lib.errors import UserError
 from tasks.lib.hub import hub_client
 from tasks.lib.tables import human_size
+from training.exchange import opener
 
 CHUNK = 1 << 20
+PIECE, PATIENCE = 1 << 16, 60.0  # bytes that have so many seconds to come
 # Bytes of disk for each that is fetched. An archive lies beside what comes out of it, text and databases of about three
 # times its size; parts that are joined go one by one.
 SPACE = {"unzip": 4.0, "untar": 4.0, "gunzip": 4.0, "join": 2.0}
@@ -143,7 +145,7 @@ def url_size(url: str) -> int:
         UserError: the server refuses or cannot be reached.
     """
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=30) as reply:
+        with opener().open(urllib.request.Request(url, method="HEAD"), timeout=30) as reply:
             return int(reply.headers.get("Content-Length") or 0)
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise UserError(f"{url}: {getattr(error, 'reason', error)}; fetch it by other means, then --from DIR",
@@ -191,13 +193,14 @@ def download(url: str, target: Path, size: int, say: Say) -> None:
         return
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
-        with urllib.request.urlopen(request, timeout=60) as reply:
+        with opener().open(request, timeout=PATIENCE) as reply:
             if have and reply.status != 206:  # the server knows no ranges: from the beginning
                 have = 0
             told = have
             with part.open("ab" if have else "wb") as file:
-                while chunk := reply.read(CHUNK):
+                while chunk := reply.read(PIECE):
                     file.write(chunk)
+                    reply.allow(PATIENCE)
                     have += len(chunk)
                     if have - told >= max(size // 10, CHUNK):
                         say(f"{target.name}: {human_size(have)}" + (f" of {human_size(size)}" if size else ""))

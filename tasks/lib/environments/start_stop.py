@@ -31,7 +31,7 @@ from tasks.lib.errors import DockerError, NoEngine, UserError
 from tasks.lib.flags import port_number
 from tasks.lib.host.ports import choose_port, port_is_free, take_port
 from tasks.lib.host.programs import RUNNERS
-from tasks.lib.notices import tell
+from tasks.lib.notices import put, tell
 from tasks.lib.settings import ROOT, effective_environment, resolve
 
 
@@ -102,7 +102,7 @@ def start_server(c: Context, row: Environment, options: Options, runner: str, bu
         remember_options(row, options, runner)
     if runner == "local":
         if c.config.run.dry:
-            print(f"would start {row.name} as a process of this machine on port {options.port}")
+            put(f"would start {row.name} as a process of this machine on port {options.port}")
             return env_local.url(options)
         return env_local.up(row, options, local_source(row), data_folder(row), server_environment(row), wait)
     given = build_variables("")
@@ -224,5 +224,5 @@ def stop_local(c: Context, name: str) -> bool:
         return env_local.down(name)
     alive = [one for one in env_local.states().get(name, {}).get("processes", []) if env_local.is_running(one)]
     for entry in alive:
-        print(f"kill -TERM -- -{entry['pid']}")
+        put(f"kill -TERM -- -{entry['pid']}")
     return bool(alive)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tasks.lib.atomic import open_private
+from tasks.lib.notices import put
 
 
 @contextmanager
@@ -15,6 +16,6 @@ def exclusive(path: Path, waiting: str) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(waiting, flush=True)
+            put(waiting)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

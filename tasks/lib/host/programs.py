@@ -9,6 +9,7 @@ from pathlib import Path
 from invoke.context import Context
 
 from tasks.lib.errors import INTERRUPTED, UserError
+from tasks.lib.notices import put
 from tasks.lib.settings import ROOT, resolve
 
 RUNNERS = ("auto", "docker", "local")
@@ -58,7 +59,7 @@ def run_module(c: Context, module: str, args: Sequence[str], env: Mapping[str, s
 
 def _run(c: Context, argv: Sequence[str], env: Mapping[str, str] | None) -> None:
     if c.config.run.dry or c.config.run.echo:
-        print(shlex.join(argv), flush=True)
+        put(shlex.join(argv))
     if c.config.run.dry:
         return
     process = subprocess.Popen(argv, env=dict(env) if env is not None else None)

@@ -3,6 +3,7 @@
 Everything of one server lies in .run/serve/<name>/: its log, its temporary files, and state.json, which names the server
 and the run that it belongs to.
 """
+import http.client
 import json
 import os
 import re
@@ -26,8 +27,9 @@ from tasks.lib.atomic import make_private, write_private
 from tasks.lib.errors import INTERRUPTED, UserError
 from tasks.lib.host import processes
 from tasks.lib.host.ports import free_port
-from tasks.lib.notices import tell
+from tasks.lib.notices import put, tell
 from tasks.lib.settings import ROOT, SETTINGS
+from training.exchange import Stays, opener
 
 RUN = atomic.RUN / "serve"
 PROGRAM = ROOT / "scripts" / "serve_transformers.py"
@@ -107,12 +109,12 @@ def wait_until_ready(url: str, server: Mapping[str, Any], log: Path, wait: float
     Raises:
         UserError: it ended, or the time is up.
     """
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    direct = opener(urllib.request.ProxyHandler({}), Stays())
     end = time.monotonic() + wait
     while time.monotonic() < end:
         if not processes.is_running(server):
             raise UserError(f"the model's server ended: {processes.last_line(log)}; see {log}", code=1)
-        with suppress(OSError), opener.open(f"{url}/health", timeout=5):
+        with suppress(OSError, http.client.HTTPException), direct.open(f"{url}/health", timeout=5):
             return
         time.sleep(0.2)
     raise UserError(
@@ -176,7 +178,7 @@ def started(c: Context, model: Path, name: str, engine: str, wait: float) -> Ite
     port = free_port()
     argv, url = command(engine, model.resolve(), name, port), f"http://127.0.0.1:{port}"
     if c.config.run.dry:
-        print(shlex.join(argv), flush=True)
+        put(shlex.join(argv))
         yield f"{url}/v1"
         return
     stop_leftovers()

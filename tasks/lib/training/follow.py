@@ -16,6 +16,7 @@ from tasks.lib.errors import UserError
 from tasks.lib.flags import whole_number
 from tasks.lib.host import processes
 from tasks.lib.interrupts import as_ctrl_c
+from tasks.lib.notices import put
 from tasks.lib.settings import ROOT
 from tasks.lib.training import runs
 from tasks.lib.training.hands import InvokeHands, gpu_clash, has_nvidia
@@ -228,7 +229,7 @@ def watcher(asked: Asked) -> Watcher:
                         dtype=asked.dtype,
                         wandb_runner=asked.runner if asked.wandb else "")
     return Watcher(run, asked.rules if asked.prune else None, plans, hands, lease.Lease(run.path / LOCK), going,
-                   lambda line: print(f"train.watch: {line}", flush=True))
+                   lambda line: put(f"train.watch: {line}"))
 
 
 def used_gpus(run: RunFolder) -> tuple[str, bool]:
@@ -275,23 +276,22 @@ def show(made: Watcher) -> None:
     steps = look(made.run, made.plans)
     for step in steps:
         if step.raw and step.raw.model_whole and not step.verified:
-            print(f"step {step.number}: merge {step.shards} into {step.target}, verify")
+            put(f"step {step.number}: merge {step.shards} into {step.target}, verify")
         elif step.raw and not step.raw.model_whole:
-            print(f"step {step.number}: not whole: {step.raw.faults[0]}")
+            put(f"step {step.number}: not whole: {step.raw.faults[0]}")
         for plan in made.plans:
             if plan in step.missing or (not step.verified and step.raw and step.raw.model_whole):
-                print(f"step {step.number}: evaluate on {plan.environment} {' '.join(plan.words)}".rstrip())
+                put(f"step {step.number}: evaluate on {plan.environment} {' '.join(plan.words)}".rstrip())
     decision = made.decision(steps)
     for what, numbers in (("the optimizer's files", decision.optimizer), ("the checkpoint", decision.checkpoints),
                           ("the merged model", decision.merged)):
         for number in numbers:
-            print(f"step {number}: prune {what}")
+            put(f"step {number}: prune {what}")
     for number, why in decision.kept.items():
-        print(f"step {number}: keep ({', '.join(why)})")
+        put(f"step {number}: keep ({', '.join(why)})")
     aside, kept = made.aside(steps)
     for one, folder in aside.items():
-        print(f"step {one.number}: keep {folder} ({kept[one]})" if one in
-              kept else f"step {one.number}: prune {folder}")
+        put(f"step {one.number}: keep {folder} ({kept[one]})" if one in kept else f"step {one.number}: prune {folder}")
 
 
 def command(name: str, words: Sequence[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """What the watcher has done by others: `invoke merge` and `invoke eval`, each a process that dies with the watcher."""
 from __future__ import annotations
 
+import http.client
 import os
 import shutil
 import signal
@@ -14,10 +15,11 @@ from pathlib import Path
 from tasks.lib.host import processes
 from tasks.lib.settings import ROOT, resolve
 from tasks.lib.training.watching import Failed, Going, Plan
-from training.environment import Stays
+from training.exchange import Stays, opener
 from training.foreign import LARGEST_FILE, loads
 from training.text import shown
 
+ASK_SECONDS = 30.0  # for an endpoint's list of models
 NICE = 10  # of a merge: the trainer on the same machine comes first
 # The child gets SIGTERM when the watcher is gone, however it went, and tidies up; a function between fork and exec could
 # hang, for the watcher has a second thread.
@@ -174,9 +176,9 @@ def check_served(endpoint: str, model: str) -> None:
         request.add_header("Authorization", f"Bearer {key}")
     try:
         # The key goes to the endpoint and to nobody that it names.
-        with urllib.request.build_opener(Stays()).open(request, timeout=30) as reply:
+        with opener(Stays()).open(request, timeout=ASK_SECONDS) as reply:
             names = [shown(str(one["id"])) for one in loads(reply.read(LARGEST_FILE))["data"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
         raise Failed(
             f"{endpoint}/models cannot be read ({shown(str(getattr(error, 'reason', error)))}); start the server, or leave "
             "--endpoint out") from None

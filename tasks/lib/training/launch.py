@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from invoke.context import Context
 
+from tasks.lib import notices
 from tasks.lib.engine import client as docker
 from tasks.lib.engine.images import image_facts, image_name, image_of
 from tasks.lib.engine.mounts import ensure_folders
@@ -208,7 +209,7 @@ def supervisor_words(inside: str) -> list[str]:
 
 def show(run: Decided) -> None:
     """Print what would run: the trainer with its list, then what starts it."""
-    print(shlex.join([*run.command, *map(str, run.overrides)]), flush=True)
+    notices.put(shlex.join([*run.command, *map(str, run.overrides)]))
 
 
 def start(c: Context, run: Decided) -> None:
@@ -238,7 +239,7 @@ def launch(c: Context, place: Place, name: str, folder: Path, inside: str) -> No
         return
     words = [sys.executable, *supervisor_words(inside)]
     if c.config.run.dry:
-        print(shlex.join(words), flush=True)
+        notices.put(shlex.join(words))
         return
     environ = {**places.surroundings(os.environ), "PYTHONPATH": str(ROOT)}
     log = RunFolder(folder).logs / "supervisor.log"

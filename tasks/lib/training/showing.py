@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.lib.errors import UserError
-from tasks.lib.notices import say
+from tasks.lib.notices import put, say
 from tasks.lib.training import runs
 from training.folder import RunFolder
 from training.status import Status, bytes_text, seconds_text, sparkline
@@ -113,12 +113,13 @@ def watch(run: RunFolder, show: Callable[[], list[str]], state: Callable[[], str
     """Show a run again and again until it has ended."""
     before: list[str] = []
     while True:
-        told = show()
+        told = [shown(line) for line in show()]
         if sys.stdout.isatty():
             sys.stdout.write("\x1b[H\x1b[2J" + "\n".join(told) + "\n")
             sys.stdout.flush()
         elif told[:3] != before[:3]:  # a file gets a block a step
-            print("\n".join(told), flush=True)
+            for line in told:
+                put(line)
             before = told
         if state() not in ("running", "starting"):
             return
@@ -196,7 +197,7 @@ def logs(run: RunFolder, count: int, follow: bool, attempt: int | None = None) -
         if found.attempt is not None and found.attempt != number and attempt is None:
             if rest:
                 print_line(rest)
-            print(f"-- attempt {found.attempt}", flush=True)
+            put(f"-- attempt {found.attempt}")
             number, read, rest = found.attempt, 0, b""
             continue
         if found.state not in ("running", "starting"):

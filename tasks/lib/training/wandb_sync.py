@@ -24,6 +24,7 @@ from tasks.lib.engine import containers
 from tasks.lib.engine.mounts import Translation
 from tasks.lib.errors import UserError
 from tasks.lib.host.programs import choose_program_runner
+from tasks.lib.notices import put
 from tasks.lib.settings import ROOT, SETTINGS, resolve
 from training.folder import RunFolder
 from training.status import status
@@ -243,7 +244,7 @@ def _run(c: Context, run: RunFolder, how: Way, words: list[str], folders: Sequen
         return 0
     argv = [python, "-m", "training", *words, *map(str, folders)]
     if c.config.run.dry:
-        print(shlex.join(argv))
+        put(shlex.join(argv))
         return 0
     return subprocess.run(argv,
                           cwd=run.path,
