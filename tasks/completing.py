@@ -119,7 +119,7 @@ def build() -> dict[str, dict[str, bool]]:
 
     found = {"": flags(Program().initial_context)}
     for context in contexts(ns):
-        for name in (context.name, *context.aliases):
+        for name in (context.name or "", *context.aliases):
             found[name] = flags(context)
     return found
 

@@ -217,12 +217,12 @@ def run(c: Context, asked: Asked) -> None:
     variables = {name: settings[name] for name in asked.header_variables() if name in settings}
     if asked.checkpoint:
         variables["OPENAI_API_KEY"] = "none"  # the user's own is for another endpoint
-    if asked.check or not c.config.run.dry:  # what the runner would refuse is refused before anything starts
-        known: dict[str, Value] = {
-            "model": CHECKPOINT,
-            "resume": asked.resume and bool(asked.out)
-        } if asked.checkpoint else {}
-        run_evaluation(c, chosen, program_words(chosen, {**typed, **known, "check": True}), variables)
+    # What the runner would refuse is refused before anything starts.
+    known: dict[str, Value] = {
+        "model": CHECKPOINT,
+        "resume": asked.resume and bool(asked.out)
+    } if asked.checkpoint else {}
+    run_evaluation(c, chosen, program_words(chosen, {**typed, **known, "check": True}), variables)
     prepared = prepare_checkpoint(c, asked, chosen) if asked.checkpoint else None
     if asked.check:
         if not c.config.run.dry:

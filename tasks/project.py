@@ -9,7 +9,8 @@ from invoke.tasks import task
 from tasks.lib.doctor import checks
 from tasks.lib.engine import containers
 from tasks.lib.engine.client import drive, require_engine
-from tasks.lib.engine.images import EVERY, environment_images, image_facts, image_name
+from tasks.lib.engine.images import EVERY, environment_filter, environment_images, image_facts, image_name
+from tasks.lib.engine.ownership import PROJECT
 from tasks.lib.errors import UserError
 from tasks.lib.tables import human_age, human_size, print_table
 
@@ -24,18 +25,25 @@ def status(c: Context, json: bool = False) -> None:
     """Show containers, ports, health and images."""
     require_engine(c)
     if c.config.run.dry:
-        drive(c, lambda client: client.compose.ps(all=True), profiles=["*"])
+        # What it asks; which containers and environments' images there are to ask about is known then.
+        drive(c, lambda client: client.image.list(filters=environment_filter()))
+        drive(c, lambda client: client.compose.config(return_json=True), profiles=["*"])
+        drive(c, lambda client: client.container.list(all=True, filters={"label": PROJECT}))
         for image in EVERY:
             print_inspection(c, image_name(image.name))
         return
     now = datetime.now(timezone.utc)
     names = [*(image_name(image.name) for image in EVERY), *environment_images()]
     if json:
+        mine, theirs = [asdict(found)
+                        for found in containers.ours()], [asdict(found) for found in containers.strangers()]
         facts_of = {name: image_facts(name) for name in names}
         print(
             json_format.dumps({
-                "containers": [asdict(found) for found in containers.ours()],
-                "of_others": [asdict(found) for found in containers.strangers()],
+                "containers":
+                mine,
+                "of_others":
+                theirs,
                 "images": [{
                     "name": name,
                     "id": fact.id if fact else None,

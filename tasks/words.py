@@ -56,7 +56,7 @@ def fault(ns: Collection, argv: Sequence[str]) -> str:
 
 def shown(ns: Collection, context: ParserContext) -> str:
     """Return the name under which a task is known: a default task goes by its collection's."""
-    name: str = context.name
+    name = context.name or ""
     family = name.partition(".")[0]
     return family if family in ns.collections and ns.collections[family].default == name.partition(".")[2] else name
 

@@ -63,7 +63,7 @@ def test_the_choices_are_those_that_the_help_names(root: Path) -> None:
         for flag, choices in CHOICES.items():
             if flag in context.flags and flag != "--format":
                 told = context.flags[flag].help
-                assert set(choices) >= set(values(context.name, flag, root)) and any(choice in told for choice in choices), (context.name, flag)
+                assert set(choices) >= set(values(context.name or "", flag, root)) and any(choice in told for choice in choices), (context.name, flag)
 
 
 @pytest.mark.parametrize("words", [["env.up", "--env", "m"], ["tra"], ["merge", "--local-dir", ""]], ids=" ".join)

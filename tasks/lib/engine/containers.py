@@ -93,14 +93,14 @@ def run(c: Context,
         for folder in ensure_folders(ROOT, {**read_dotenv(), **os.environ}):
             say(f"created {folder}")
     tty = interactive()
-    # A name that tells this run's container from every other's; under `--dry` Compose's own will do.
+    # A name that tells this run's container from every other's.
     name = f"{project_name()}-{service}-run-{token_hex(6)}"
     try:
         with as_ctrl_c():
             drive(c,
                   lambda client: client.compose.run(service,
                                                     list(command),
-                                                    name=None if c.config.run.dry else name,
+                                                    name=name,
                                                     tty=tty,
                                                     stream=not tty,
                                                     remove=True,

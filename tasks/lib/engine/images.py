@@ -101,8 +101,13 @@ def image_name(name: str, tag: str = "") -> str:
 def environment_images() -> list[str]:
     """Return the names of the environment servers' images that the engine has under our registry and tag."""
     pattern = image_name("agentgym/env-*")
-    found = ask(lambda docker: docker.image.list(filters={"reference": pattern}))
+    found = ask(lambda docker: docker.image.list(filters=environment_filter()))
     return sorted({tag for image in found for tag in image.repo_tags if fnmatch(tag, pattern)})
+
+
+def environment_filter() -> dict[str, str]:
+    """Return what the engine is asked for to find those."""
+    return {"reference": image_name("agentgym/env-*")}
 
 
 @dataclass(frozen=True)

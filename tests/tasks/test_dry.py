@@ -1,0 +1,117 @@
+"""`--dry` is the truth: what it prints of Docker is what a recorded real run executes, word for word."""
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.fixtures.project import copy_project
+
+# In docker's place: notes each command line and what Compose reads of the environment, and answers as an engine does that has
+# every image and runs nothing.
+RECORDER = """#!/bin/sh
+printf '%s\\0' "$#" "$@" >>"$ANSWERS/argv"
+env >>"$ANSWERS/environment"
+case "$*" in
+    *"image inspect"*) echo '[{"Id": "sha256:1", "Size": 5, "Created": "2026-01-01T00:00:00Z", "RepoTags": ["agentgym/env-demo:latest"]}]' ;;
+    *"image list"*) echo sha256:1 ;;
+    *"network ls"*) echo n1 ;;
+    *"network inspect"*) echo '[{"Id": "n1", "Name": "x_default"}]' ;;
+    *" config "*) echo '{"name": "x"}' ;;
+    *"system info"*) echo '{"Runtimes": {}}' ;;
+    version*) echo '{"Client": {"Version": "26.1.5"}, "Server": {"Version": "26.1.5"}}' ;;
+esac
+"""
+# What only asks. `--dry` asks nothing, and prints no question but those that are all that a task does.
+QUESTION = re.compile(r"version |system info |(.* )?version$|(.*)(container (list|inspect)|image (inspect|list)|network (ls|inspect)|exists) |compose .* config ")
+GPUS = ["--gpus", "none"]
+# Of the tasks that have Docker do something, words with which they get that far. The others have Docker do nothing.
+DRIVING = {
+    "build.all": [["--push"], ["--no-cache", "--pull", "--cpu", "--tag", "v1"]],
+    "build.base": [[]],
+    "build.train": [[]],
+    "build.scripts": [["--push"]],
+    "build.serve": [[]],
+    "build.eval": [["--tag", "x y"], []],
+    "build.env": [["--env", "demo"], ["--env", "demo", "--no-cache", "--tag", "v2"]],
+    "train.shell": [[*GPUS, "--user", "root"], [*GPUS, "--shm-size", "2g"]],
+    "train.run": [[*GPUS, "--", "echo", "a b", "$X", "it's", ""]],
+    "merge": [["--runner", "docker", "--local-dir", "saves", "--verify", *GPUS], ["--runner", "docker", "--local-dir", "saves/x y", *GPUS]],
+    "merge.inspect": [["--runner", "docker", "--local-dir", "saves"]],
+    "merge.verify": [["--runner", "docker", "--local-dir", "saves", "--save-dir", "models/x"]],
+    "merge.shell": [GPUS],
+    "eval": [["--runner", "docker", "--env", "demo", "--model", "expert", "--server", "http://x:1", "--limit", "3"],
+             ["--runner", "docker", "--env", "demo", "--model", "expert", "--server", "http://x:1", "--check"]],
+    "env.up": [["--env", "demo", "--runner", "docker", "--wait", "1", "--build"]],
+    "down": [[]],
+    "clean.containers": [["--yes"]],
+    "clean.images": [["--yes"]],
+    "clean.cache": [["--yes"], ["--yes", "--older-than", "72h"]],
+    "clean.all": [["--yes"]],
+    "status": [[], ["--json"]],
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dry")
+    (folder / "docker").mkdir()
+    (folder / "docker/docker").write_text(RECORDER)
+    (folder / "docker/docker").chmod(0o755)
+    (copy_project(folder / "project") / "saves/x y").mkdir(parents=True)
+    return folder
+
+
+def invoke(place: Path, *words: str) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
+    """Run `invoke`; return what it said, and docker's command lines."""
+    record = place / "docker/argv"
+    record.unlink(missing_ok=True)
+    environ = {**os.environ, "ANSWERS": str(place / "docker"), "PATH": f"{place / 'docker'}:{os.environ['PATH']}"}
+    done = subprocess.run([sys.executable, "-m", "invoke", *words], cwd=place / "project", env=environ, stdin=subprocess.DEVNULL,
+                          capture_output=True, text=True, check=False)
+    words_left = iter(record.read_text().split("\0")[:-1] if record.exists() else [])
+    return done, [[next(words_left) for _ in range(int(count))] for count in words_left]
+
+
+def masked(argv: list[str]) -> list[str]:
+    """Return the words with one name for the containers of `run`, which have a random one each time."""
+    return [re.sub(r"-run-[0-9a-f]{12}$", "-run-RANDOM", word) for word in argv]
+
+
+def printed(out: str) -> tuple[list[list[str]], dict[str, str]]:
+    """Return docker's command lines that `--dry` printed, and the variables before them."""
+    lines, variables = [], {}
+    for line in out.splitlines():
+        words = shlex.split(line)
+        while words and re.match(r"[A-Z_]+=", words[0]):
+            name, _, value = words.pop(0).partition("=")
+            variables[name] = value
+        if words[:1] == ["docker"]:
+            lines.append(masked(words[1:]))
+    return lines, variables
+
+
+def is_question(argv: list[str]) -> bool:
+    return QUESTION.match(" ".join(argv) + " ") is not None
+
+
+@pytest.mark.parametrize("task, words", [(task, words) for task, several in DRIVING.items() for words in several],
+                         ids=lambda value: " ".join(value) if isinstance(value, list) else value)
+def test_what_dry_prints_is_what_a_real_run_executes(task: str, words: list[str], place: Path) -> None:
+    typed = [task, *(word for word in words if word != "--json")]
+    dry, asked = invoke(place, "--dry", *typed)
+    lines, variables = printed(dry.stdout)
+    assert not [argv for argv in asked if not is_question(argv)], "under --dry docker did something"
+    (place / "docker/environment").unlink(missing_ok=True)
+    real, recorded = invoke(place, task, *words)
+    if task == "status":  # which is nothing but questions; the same one is not printed twice, and an image's ids are not known
+        whole = [argv for argv in recorded if argv[0] != "version" and argv[-1] not in ("sha256:1", "agentgym/env-demo:latest")]
+        assert [argv for number, argv in enumerate(whole) if argv not in whole[:number]] == lines
+        return
+    assert [masked(argv) for argv in recorded if not is_question(argv)] == lines, (dry.stderr, real.stderr)
+    assert lines or real.returncode == dry.returncode == 2, (real.stdout, real.stderr)
+    seen = (place / "docker/environment").read_text() if lines else ""
+    assert all(f"{name}={value}\n" in seen for name, value in variables.items())
