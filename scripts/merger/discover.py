@@ -319,7 +319,8 @@ def _explain(folder: Path, names: Sequence[str]) -> str:
             path.parent
             for depth in ("*", "*/*")
             for pattern in FILES
-            for path in folder.glob(f"{depth}/{pattern}") if not path.parent.name.startswith("optim")
+            for path in folder.glob(f"{depth}/{pattern}")
+            if not path.parent.name.startswith("optim") and _has_ranks(path.parent)
         },
         key=by_numbers)
     if below:
