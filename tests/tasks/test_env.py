@@ -273,10 +273,12 @@ def test_a_taken_port_is_passed_over_and_told(up):
     port = rows()["form-maze"].port
     with socket.socket() as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        holder.bind(("127.0.0.1", port))
-        holder.listen()
+        with suppress(OSError):  # another program of this machine holds it: taken all the same
+            holder.bind(("127.0.0.1", port))
+            holder.listen()
         client = up("form-maze")
-    assert client.base == f"http://127.0.0.1:{port + 1}/maze"
+    chosen = re.fullmatch(r"http://127\.0\.0\.1:(\d+)/maze", client.base)
+    assert chosen and port < int(chosen[1]) < port + 100
 
 
 def up_here(name: str, port: int, folder: Path, python: str = sys.executable, replicas: int = 1, **change) -> Client:
