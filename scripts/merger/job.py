@@ -181,7 +181,8 @@ def lay_out(options: Options,
     }, options.trust_remote_code, config["architectures"][0] if changed else "", bool(cleaned), files.seen)
     notes = [*checkpoint.notes, *changed, *cleaned, *naming_note(verdict, options.names)]
     if verdict.silent:
-        notes.append(f"keys were not checked against a model: {verdict.silent}")
+        asked = "; they are the checkpoint's, whatever model files have" if options.names == "files" else ""
+        notes.append(f"keys were not checked against a model: {verdict.silent}{asked}")
         _check_extents(checkpoint, options)
     if "keys" not in options.allow and (fault := complaint(verdict, config, config_dir / CONFIG)):
         raise MergeError(fault)

@@ -89,6 +89,15 @@ def test_verify_sees_one_changed_byte_of_a_tensor_that_is_made_of_others(name: s
     assert refusal.startswith(made) and "differs from rank" in refusal and "in 1 elements" in refusal
 
 
+def test_where_no_model_can_be_asked_the_names_are_said_to_be_the_checkpoint_s(written: Path, tmp_path: Path) -> None:
+    config = json.loads((written / "mixtral/actor/huggingface/config.json").read_text())
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config/config.json").write_text(json.dumps({**config, "model_type": "own", "architectures": ["Own"]}))
+    record = run(written / "mixtral", tmp_path / "out", "--config-dir", str(tmp_path / "config"), "--json").record()
+    assert any("they are the checkpoint's, whatever model files have" in note for note in record["notes"])
+    assert record["renamed"] == 0
+
+
 class Halved:
     """An operation that changes numbers, of a release to come."""
 
