@@ -131,7 +131,7 @@ def run_in_container(c: Context, folders: list[str], save_dir: str, gpus: str, f
         "dtype":
         "bfloat16, float16, float32 or keep (default: bfloat16). Integer and boolean tensors keep theirs.",
         "device":
-        "auto (the CPU), cpu, cuda or cuda:N (default: auto).",
+        "auto (the CPU; where a GPU is, the faster by the first blocks), cpu, cuda or cuda:N (default: $MERGE_DEVICE, auto).",
         "max_shard_size":
         "Largest output file, such as 5GB (default: 5GB).",
         "threads":
@@ -198,7 +198,7 @@ def run(c: Context,
                hf_upload_path=resolve("HF_UPLOAD_PATH", hf_upload_path),
                private=private,
                dtype=dtype,
-               device=device,
+               device=resolve("MERGE_DEVICE", device),
                max_shard_size=max_shard_size,
                threads=threads,
                lora=lora,

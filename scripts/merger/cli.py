@@ -120,10 +120,12 @@ def parser() -> argparse.ArgumentParser:
                    default="5GB",
                    metavar="SIZE",
                    help="largest output file, such as 5GB or 500MB (default: 5GB)")
-    p.add_argument("--device",
-                   default="auto",
-                   metavar="DEVICE",
-                   help="auto (the CPU), cpu, cuda or cuda:N (default: auto)")
+    p.add_argument(
+        "--device",
+        default="auto",
+        metavar="DEVICE",
+        help="auto (the CPU; where a GPU is, the faster of both by the first blocks, remembered for the host), cpu, "
+        "cuda or cuda:N (default: auto)")
     p.add_argument("--threads", type=thread_count, default=0, metavar="N", help="copying threads (default: 4)")
     p.add_argument("--lora",
                    choices=("adapter", "fuse"),

@@ -2,6 +2,8 @@
 
 While one thread's block is on the device another's is read from disk, so reads, copies and casts overlap.
 """
+import os
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,19 +12,23 @@ from merger import MergeError
 from merger.copying import HostConverter, Sources
 from merger.direct import PAGE, page_buffer
 from merger.dtypes import CONVERTED, NUMPY, itemsize
+from merger.measured import Choice, memory_file, remembered
 from merger.plan import BLOCK_BYTES, Block
+
+FIRST_GPU = "cuda:0"
+DRIVERS = ("/dev/nvidiactl", "/dev/dxg")  # Linux, and Linux in Windows
 
 
 def check_device(name: str) -> str:
-    """Return the device that `--device` means.
-
-    `auto` is the CPU: the disk is what merging waits for (`benchmarks/README.md`). A GPU has yet to be measured.
+    """Return the device that `--device` means; `auto` where a GPU is here and the first blocks are to decide.
 
     Raises:
         MergeError: it names no device, or one that is not here.
     """
-    if name in ("auto", "cpu"):
+    if name == "cpu" or (name == "auto" and not cuda_devices()):
         return "cpu"
+    if name == "auto":
+        return remembered(FIRST_GPU, memory_file()) or "auto"
     kind, _, number = name.partition(":")
     if kind != "cuda" or (number and not number.isdecimal()):
         raise MergeError(f"--device {name} is no device; choose auto, cpu, cuda or cuda:N")
@@ -35,6 +41,22 @@ def check_device(name: str) -> str:
         raise MergeError(f"--device {name}: torch {torch.__version__} sees {count} CUDA devices here; "
                          "pass --device cpu")
     return f"cuda:{int(number or 0)}"
+
+
+def cuda_devices() -> int:
+    """Return how many CUDA devices torch sees; torch, whose import takes a second, is asked only where a driver is."""
+    if not any(map(os.path.exists, DRIVERS)) or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return 0
+    try:
+        import torch
+    except ImportError:
+        return 0
+    return int(torch.cuda.device_count()) if torch.cuda.is_available() else 0
+
+
+def choice() -> Choice:
+    """Return the choice between the CPU and the first GPU, by a merge's first blocks."""
+    return Choice(FIRST_GPU, HostConverter, partial(TorchConverter, device=FIRST_GPU), memory_file())
 
 
 class TorchConverter:

@@ -17,6 +17,7 @@ from merger.filenames import CONFIG, MODEL_STEM, RANKS, RECORD, TRACKER, weight_
 from merger.files import atomic_write
 from merger.foreign.files import Seen
 from merger.gpu import TorchConverter
+from merger.gpu import choice as gpu_choice
 from merger.job import (
     Job,
     Options,
@@ -103,7 +104,9 @@ def carry_out(job: Job, options: Options, began: float, beside: model_check.Besi
     if beside is None or not beside.pending:
         _say(job, options)
     threads = options.threads or THREADS
-    converter = HostConverter if job.device == "cpu" else partial(TorchConverter, device=job.device)
+    choice = gpu_choice() if job.device == "auto" else None
+    converter = choice.converter if choice else HostConverter if job.device == "cpu" else partial(TorchConverter,
+                                                                                                  device=job.device)
     files = job.checkpoint.files
     with publish.Staging(job.target) as staging:
         check_free(job.target, options.force)  # another merge may have ended since the first look
@@ -112,6 +115,10 @@ def carry_out(job: Job, options: Options, began: float, beside: model_check.Besi
         keep_companions(job.target, staging.folder, files.seen, files.folders if own else (), job.texts)
         write = partial(_write, options=options, folder=staging.folder, threads=threads, converter=converter)
         tally = _write_checked(job, options, beside, staging.folder, write) if beside and beside.pending else write(job)
+        if choice:
+            job.device = choice.chosen or "cpu, and a GPU for some blocks"
+            if choice.reason and not options.quiet:
+                show.say(choice.reason)
         _check_finite(options, tally)
         index = index_json(job.files)
         if index is not None:

@@ -157,6 +157,8 @@ SETTINGS: dict[str, Setting] = {
     Setting(
         "",
         "Folder for the merged model (default: LOCAL_DIR/huggingface; with --lora adapter LOCAL_DIR/lora_adapter)."),
+    "MERGE_DEVICE":
+    Setting("", "Where `invoke merge` converts: cpu, cuda or cuda:N (default: measured, and remembered for the host)."),
     "HF_UPLOAD_PATH":
     Setting("", "Hub repository, user/name, to which `invoke merge` uploads (default: no upload)."),
     "HF_TOKEN":

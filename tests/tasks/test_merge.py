@@ -158,9 +158,10 @@ def test_the_folders_may_come_from_the_environment(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("LOCAL_DIR", "/shards")
     monkeypatch.setenv("SAVE_DIR", "out")
     monkeypatch.setenv("HF_UPLOAD_PATH", "u/n")
+    monkeypatch.setenv("MERGE_DEVICE", "cuda:1")
     assert invoke("--dry", "merge") == 0
     assert shlex.split(capfd.readouterr().out)[2:] == ["--local-dir", "/shards", "--save-dir", str(ROOT / "out"),
-                                                      "--hf-upload-path", "u/n"]  # yapf: disable
+                                                      "--hf-upload-path", "u/n", "--device", "cuda:1"]  # yapf: disable
 
 
 def test_the_token_is_in_no_command_line(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
