@@ -231,6 +231,66 @@ def _one_line(text: str) -> None:
     assert text and text.isprintable(), repr(text)
 
 
+# Distributed checkpoints
+
+
+@lru_cache(maxsize=1)
+def saved_dcp() -> tuple[bytes, bytes]:
+    """Return the `.metadata` and the `.distcp` file of a checkpoint that torch saved without other ranks."""
+    import pickle
+    import tempfile
+
+    import torch
+    import torch.distributed.checkpoint as dcp
+    warnings.simplefilter("ignore")
+    whole = torch.arange(24.0).reshape(6, 4)
+    with tempfile.TemporaryDirectory() as place:
+        dcp.save({"model": {"a.weight": whole, "b": torch.arange(5), "c": torch.tensor(True)}, "step": 3},
+                 checkpoint_id=place, no_dist=True)  # yapf: disable
+        metadata = pickle.loads((Path(place) / ".metadata").read_bytes())  # in the protocol that the mutations know
+        return pickle.dumps(metadata, 2), (Path(place) / "__0_0.distcp").read_bytes()
+
+
+def make_dcp(chance: random.Random) -> bytes:
+    """Return the length of a `.metadata`, that, and a `.distcp` file, with faults in one of them."""
+    metadata, data = saved_dcp()
+    if chance.random() < 0.7:
+        metadata = mutated_pickle(metadata, chance)
+    else:
+        changed = bytearray(data)
+        for _ in range(chance.choice([1, 1, 2, 8])):
+            changed[chance.randrange(len(data))] = chance.randrange(256)
+        data = bytes(changed[:chance.choice([len(data), len(data), chance.randrange(len(data))])])
+    return len(metadata).to_bytes(8, "little") + metadata + data
+
+
+def judge_dcp(data: bytes, folder: Path) -> bool:
+    """Let the merger read a distributed checkpoint, and torch what the merger accepted; both must see the same tensors."""
+    import torch
+    from merger import MergeError
+    from merger.checkpoint import read_checkpoint
+    from merger.copying import Sources
+    from merger.discover import find_checkpoint
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+    end = 8 + int.from_bytes(data[:8], "little")
+    (folder / ".metadata").write_bytes(data[8:end])
+    (folder / "__0_0.distcp").write_bytes(data[end:])
+    try:
+        checkpoint = read_checkpoint(find_checkpoint([str(folder)]))
+        with Sources(checkpoint) as sources:
+            ours = {name: sources.read_tensor(tensor) for name, tensor in checkpoint.tensors.items()}
+    except MergeError as error:
+        _one_line(str(error))
+        return False
+    dcp_to_torch_save(folder, folder / "whole.pt")
+    whole = torch.load(folder / "whole.pt", weights_only=False)
+    for name, value in ours.items():
+        theirs = whole.get("model", whole).get(name)
+        assert theirs is not None and tuple(theirs.shape) == value.shape, name
+        assert theirs.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() == value.tobytes(), name
+    return True
+
+
 # JSON
 
 
@@ -422,6 +482,7 @@ def targets() -> dict[str, Target]:
     return {
         "merger.archive": Target(make_archive, judge, bases),
         "merger.pickle": Target(make_pickle, judge, bases),
+        "merger.dcp": Target(make_dcp, judge_dcp, saved_dcp),
         "merger.json": Target(make_json, check_json),
         "merger.text": Target(make_text, check_text),
     }
