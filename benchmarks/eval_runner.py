@@ -11,14 +11,16 @@ import asyncio
 import json
 import multiprocessing
 import os
+import random
 import resource
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -26,14 +28,19 @@ import aiohttp
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from evaluation import compared, report
 from evaluation.attempts import Attempt, Outcome, Turn, UsageCounts
-from evaluation.episodes import Limits, attempt
+from evaluation.cli import parser
+from evaluation.episodes import Limits, Place, attempt
 from evaluation.items import Item
+from evaluation.live import Board
 from evaluation.model import Completion, Message
 from evaluation.numbers import summarize
+from evaluation.pace import MOST, Pace
 from evaluation.prompts import plain
 from evaluation.protocol import Server
-from evaluation.records import Lines
+from evaluation.records import Lines, RunFolder
 from evaluation.rows import read_row, rows_file
+from evaluation.runner import Stage, facts
+from evaluation.settings import decide
 
 OBSERVATION = "Inventory: [oak log] (2) [stick] (4). You can get 1 oak log, 2 stone or 1 coal. " * 2
 
@@ -120,8 +127,8 @@ async def runner(url: str, sessions: int, steps: int, folder: Path, latency: flo
                       lambda one: noted.add({"close": one})) as server:
 
         async def one(number: int) -> None:
-            records.add(await attempt(server, model, row, prompt, Item(f"textcraft_{number}", number), 0, None, limits,
-                                      []))
+            records.add(await attempt(server, model.player, row, prompt, Item(f"textcraft_{number}", number), 0, None,
+                                      limits, [], Place()))
 
         begun = time.perf_counter()
         await asyncio.gather(*(one(number) for number in range(sessions)))
@@ -130,19 +137,177 @@ async def runner(url: str, sessions: int, steps: int, folder: Path, latency: flo
 
 def measured(kind: str, url: str, sessions: int, steps: int, results: Any) -> None:
     """Measure in a process of its own, whose memory is then its own too."""
+    before = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
-        rate = asyncio.run(bare(url, sessions, steps) if kind == "bare" else runner(url, sessions, steps, Path(folder)))
-    results.put((rate, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+        if kind == "whole":
+            rate = asyncio.run(whole(url, sessions, steps, Path(folder)))
+        else:
+            rate = asyncio.run(
+                bare(url, sessions, steps) if kind == "bare" else runner(url, sessions, steps, Path(folder)))
+    cpu = 1000 * (time.process_time() - before) / (sessions * steps)
+    results.put((rate, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, cpu))
 
 
-def measure(kind: str, url: str, sessions: int, steps: int) -> tuple[float, float]:
-    """Return steps a second and the most memory in MB."""
+async def whole(url: str, attempts: int, rounds: int, folder: Path) -> float:
+    """Return the rounds a second of a whole run of so many attempts, 512 at once, its folder, numbers and report."""
+    row = read_row("textcraft", rows_file())
+    prompt, items = plain(row), [Item(f"textcraft_{n}", n) for n in range(attempts)]
+    settings: Any = SimpleNamespace(items=items, samples=1, seed=None, row=row, prompt=prompt, limits=Limits(rounds))
+    pace = Pace(512)
+    config = {"env": row.name, "model": "m", "items": [item.id for item in items], "samples": 1, "max_round": rounds}
+    facts = {"title": "", "items_from": "", "row": row.to_json(), "prompt": prompt.model_dump(), "revision": ""}
+    begun = time.perf_counter()
+    with RunFolder(folder / "run") as kept:
+        kept.begin(config, facts)
+        board = Board(kept.folder / "live.json", attempts, {}, pace)
+        async with Server(url, row.protocol, 300) as server, board.kept():
+            await Stage(settings, kept, server, Instant(), lambda record: None, pace, board).play_all()
+    report.write(folder / "report.html", compared.load([folder / "run"]))
+    return attempts * rounds / (time.perf_counter() - begun)
+
+
+def suite_overhead(pairs: int, attempts: int) -> dict[str, float]:
+    """Return the seconds that a suite adds to its runs: one look before them, and the table after them, of whole pairs."""
+    with tempfile.TemporaryDirectory() as place:
+        folder, plan = Path(place), []
+        for number in range(pairs):
+            words = [
+                "--env=demo", f"--model=m{number}", "--base-url=http://127.0.0.1:9/v1", "--items=0-239", "--samples=1"
+            ]
+            words += [f"--out={folder / str(number)}", f"--root={folder}", f"--environments={rows_file().resolve()}"]
+            settings = decide(parser().parse_args(["run", *words]))
+            with RunFolder(settings.out) as kept:
+                kept.begin(settings.config, facts(settings))
+                for item, record in zip(settings.items, recorded(attempts, 10), strict=False):
+                    kept.add({**record, "item": item.id, "index": item.number})
+            plan.append({"env": "demo", "model": f"m{number}", "words": words})
+        file = folder / "plan.json"
+        file.write_text(json.dumps({"name": "x", "pairs": plan}))
+        times = []
+        for flags in (["--check"], []):
+            begun = time.perf_counter()
+            subprocess.run([sys.executable, "-m", "evaluation", "suite",
+                            str(file), *flags],
+                           cwd=Path(__file__).parents[1],
+                           env={
+                               **os.environ, "OPENAI_API_KEY": ""
+                           },
+                           capture_output=True,
+                           check=True)
+            times.append(time.perf_counter() - begun)
+    return {"pairs": pairs, "attempts": attempts, "before_s": times[0], "after_s": times[1]}
+
+
+def measure(kind: str, url: str, sessions: int, steps: int) -> tuple[float, float, float]:
+    """Return steps a second, the most memory in MB, and milliseconds of CPU a step."""
     spawn = multiprocessing.get_context("spawn")
     results = spawn.Queue()
     process = spawn.Process(target=measured, args=(kind, url, sessions, steps, results))
     process.start()
     found = results.get(timeout=600)
     process.join()
+    return found
+
+
+class Simulated:
+    """An endpoint: an answer takes `latency` seconds, `slots` are given at once, others wait or, `strict`, get a 429.
+
+    Beyond `crowd` at once each takes longer by their square, as where memory is swapped. A 429 is tried again after half
+    a second, as the runner's own client does.
+    """
+    answered = True
+    refused = ()
+    adjusted: Sequence[str] = ()
+
+    def __init__(self, latency: float = 0.05, slots: int = 10_000, strict: bool = False, crowd: int = 10_000) -> None:
+        self.latency, self.strict, self.crowd = latency, strict, crowd
+        self.slots = asyncio.Semaphore(slots)
+        self.at_once = self.limited = 0
+        self.on_limit: Callable[[], None] = lambda: None
+
+    def player(self, item: int, sample: int, seed: int | None) -> "Simulated":
+        return self
+
+    async def reply(self, messages: Sequence[Message]) -> Completion:
+        while self.strict and self.slots.locked():
+            self.limited += 1
+            self.on_limit()
+            await asyncio.sleep(random.uniform(0.25, 0.5))
+        async with self.slots:
+            self.at_once += 1
+            try:
+                await asyncio.sleep(self.latency * max(1.0, self.at_once / self.crowd)**2)
+            finally:
+                self.at_once -= 1
+        return Completion("Thought:\nI need wood.\n\nAction:\nget 1 oak log")
+
+    async def aclose(self) -> None:
+        pass
+
+
+ENDPOINTS: dict[str, dict[str, Any]] = {
+    "as many as come": {},
+    "24 at once, others wait": {
+        "slots": 24
+    },
+    "24 at once, others get a 429": {
+        "slots": 24,
+        "strict": True
+    },
+    "slower than one after the other beyond 40 at once": {
+        "crowd": 40
+    },
+}
+
+
+async def paced(url: str, endpoint: dict[str, Any], at_once: int, attempts: int, rounds: int, folder: Path) -> Any:
+    """Return answers a second, 429s, and how the number at once changed; `at_once` 0 is `auto`."""
+    row = read_row("textcraft", rows_file())
+    model, pace = Simulated(**endpoint), Pace(at_once or MOST, not at_once)
+    model.on_limit = pace.refused
+    settings: Any = SimpleNamespace(items=[Item(f"textcraft_{n}", n) for n in range(attempts)],
+                                    samples=1,
+                                    seed=None,
+                                    row=row,
+                                    prompt=plain(row),
+                                    limits=Limits(rounds))
+    kept: Any = SimpleNamespace(records={}, earlier={}, add=Lines(folder / f"{at_once}.jsonl").add)
+    board = Board(folder / "live.json", attempts, {}, pace)
+    async with Server(url, row.protocol, 300) as server:
+        begun = time.perf_counter()
+        async with board.kept():
+            await Stage(settings, kept, server, model, lambda record: None, pace, board).play_all()
+        took = time.perf_counter() - begun
+    return {
+        "rate": attempts * rounds / took,
+        "limited": model.limited,
+        "limit": pace.limit,
+        "changes": [change._asdict() for change in pace.changes]
+    }
+
+
+def auto_against_fixed(url: str, attempts: int, rounds: int) -> list[dict[str, Any]]:
+    """Return, for each simulated endpoint, answers a second with fixed numbers at once and with `auto`."""
+    found = []
+    for name, endpoint in ENDPOINTS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            rates = {
+                at_once: asyncio.run(paced(url, endpoint, at_once, attempts, rounds, Path(folder)))
+                for at_once in (8, 24, 64, 256, 0)
+            }
+        fixed = {at_once: one["rate"] for at_once, one in rates.items() if at_once}
+        found.append({
+            "endpoint": name,
+            "fixed": fixed,
+            "auto": rates[0]["rate"],
+            "share": rates[0]["rate"] / max(fixed.values()),
+            "limited": {
+                at_once or "auto": one["limited"]
+                for at_once, one in rates.items()
+            },
+            "limit": rates[0]["limit"],
+            "changes": rates[0]["changes"]
+        })
     return found
 
 
@@ -252,22 +417,30 @@ def large_report(attempts: int, rounds: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200, help="steps of each session (default: 200)")
-    parser.add_argument("--sessions", default="1,64,512", help="sessions at once (default: 1,64,512)")
-    parser.add_argument("--work",
-                        type=float,
-                        default=300.0,
-                        help="microseconds that a step takes the server (default: 300)")
-    parser.add_argument("--attempts", type=int, default=10_000, help="attempts of the report (default: 10000)")
-    parser.add_argument("--repeat", type=int, default=3, help="measurements of each, the best counts (default: 3)")
-    parser.add_argument("--agentgym", default="", help="AgentGym checkout, to measure its own evaluator too")
-    parser.add_argument(
-        "--agentgym-python",
-        default=sys.executable,
-        help="Python for it, with torch, transformers, requests, openai (default: the one running this)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    options = parser.parse_args()
+    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words.add_argument("--steps", type=int, default=200, help="steps of each session (default: 200)")
+    words.add_argument("--sessions", default="1,64,512", help="sessions at once (default: 1,64,512)")
+    words.add_argument("--work",
+                       type=float,
+                       default=300.0,
+                       help="microseconds that a step takes the server (default: 300)")
+    words.add_argument("--attempts", type=int, default=10_000, help="attempts of the report (default: 10000)")
+    words.add_argument(
+        "--auto",
+        type=int,
+        default=0,
+        help="attempts of ten rounds for --concurrency auto beside fixed numbers (default: not measured)")
+    words.add_argument("--whole",
+                       type=int,
+                       default=0,
+                       help="attempts of a whole run at 512 at once, and what a suite costs (default: not measured)")
+    words.add_argument("--repeat", type=int, default=3, help="measurements of each, the best counts (default: 3)")
+    words.add_argument("--agentgym", default="", help="AgentGym checkout, to measure its own evaluator too")
+    words.add_argument("--agentgym-python",
+                       default=sys.executable,
+                       help="Python for it, with torch, transformers, requests, openai (default: the one running this)")
+    words.add_argument("--json", action="store_true", help="print one JSON object")
+    options = words.parse_args()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -291,6 +464,7 @@ def main() -> None:
             "runner_steps_s": ours,
             "share": ours / bare_rate,
             "overhead_ms": 1000 * (1 / ours - 1 / bare_rate),
+            "runner_cpu_ms": min(one[1][2] for one in rounds),
             "runner_mb": min(one[1][1] for one in rounds),
             "bare_mb": min(one[0][1] for one in rounds)
         })
@@ -298,6 +472,8 @@ def main() -> None:
         beside_agentgym(url, 64, 20, latency, options.agentgym, options.agentgym_python) for latency in (0.0, 0.05)
         if options.agentgym
     ]
+    run = measure("whole", url, options.whole, 3) if options.whole else None
+    auto = auto_against_fixed(url, options.auto, 10) if options.auto else []
     server.terminate()
     result = {
         "cores": os.cpu_count(),
@@ -305,6 +481,13 @@ def main() -> None:
         "server_work_us": options.work,
         "steps": lines,
         "agentgym": peers,
+        "auto": auto,
+        "whole": run and {
+            "attempts": options.whole,
+            "rounds_s": run[0],
+            "mb": run[1]
+        },
+        "suite": suite_overhead(10, 200) if options.whole else None,
         "report": large_report(options.attempts, 10)
     }
     if options.json:
@@ -314,15 +497,29 @@ def main() -> None:
         f"{result['cores']} cores, load {result['load']:.1f}; a step costs the server {options.work:g} us; best of {options.repeat}"
     )
     print(
-        f"{'sessions':>8} {'bare steps/s':>13} {'runner steps/s':>15} {'share':>6} {'overhead/step':>14} {'runner MB':>10} {'bare MB':>8}"
+        f"{'sessions':>8} {'bare steps/s':>13} {'runner steps/s':>15} {'share':>6} {'overhead/step':>14} {'CPU/step':>10} {'runner MB':>10} {'bare MB':>8}"
     )
     for line in lines:
-        print(f"{line['sessions']:8} {line['bare_steps_s']:13.0f} {line['runner_steps_s']:15.0f} {line['share']:6.0%} "
-              f"{line['overhead_ms']:11.3f} ms {line['runner_mb']:10.0f} {line['bare_mb']:8.0f}")
+        print(
+            f"{line['sessions']:8} {line['bare_steps_s']:13.0f} {line['runner_steps_s']:15.0f} {line['share']:6.0%} "
+            f"{line['overhead_ms']:11.3f} ms {line['runner_cpu_ms']:7.3f} ms {line['runner_mb']:10.0f} {line['bare_mb']:8.0f}"
+        )
     for peer in peers:
         print(
             "{items} items x {rounds} rounds, model answers after {latency:g} s: AgentGym's evaluator {agentgym_s:.1f} s, "
             "the runner {runner_s:.1f} s".format(**peer))
+    if result["whole"]:
+        print(
+            "{attempts} attempts of 3 rounds, 512 at once, with folder, numbers and report: {rounds_s:.0f} rounds/s, {mb:.0f} MB"
+            .format(**result["whole"]))
+        print(
+            "a suite of {pairs} whole pairs of {attempts} attempts: {before_s:.1f} s before, {after_s:.1f} s for table and report"
+            .format(**result["suite"]))
+    for one in auto:
+        print(f"{one['endpoint']}: " + ", ".join(f"{rate:.0f} answers/s at {at_once}"
+                                                 for at_once, rate in one["fixed"].items()) +
+              f"; auto {one['auto']:.0f} (ends at {one['limit']}), {one['share']:.0%} of the best; 429s: " +
+              ", ".join(f"{count} at {at_once}" for at_once, count in one["limited"].items()))
     found = result["report"]
     print(
         "report of {attempts} attempts of 10 rounds ({trajectories_megabytes:.0f} MB of trajectories): {seconds:.1f} s, of which numbers "

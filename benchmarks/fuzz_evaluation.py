@@ -99,7 +99,7 @@ def check_answer(data: bytes, folder: Path) -> bool:
     from evaluation.answers import FINISHED
     from evaluation.attempts import SCORED, read_attempt
     from evaluation.endpoint import ChatModel
-    from evaluation.episodes import Limits, attempt
+    from evaluation.episodes import Limits, Place, attempt
     from evaluation.items import Item
     from evaluation.problems import Misuse, Stopped
     from evaluation.prompts import plain
@@ -119,8 +119,8 @@ def check_answer(data: bytes, folder: Path) -> bool:
         model = ChatModel("m", "none", model_url, tries=1, limit=100_000)
         async with Server(server_url, row.protocol, 5.0, limit=100_000) as server:
             try:
-                return await attempt(server, model, row, plain(row), Item("form-textcraft_2", 2), 0, None,
-                                     Limits(5, tries=1, wait=0.1), [])
+                return await attempt(server, model.player, row, plain(row), Item("form-textcraft_2", 2), 0, None,
+                                     Limits(5, tries=1, wait=0.1), [], Place())
             finally:
                 await model.aclose()
 

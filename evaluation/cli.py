@@ -45,6 +45,17 @@ def _amount(text: str) -> int:
     return value
 
 
+def _not_negative(text: str) -> float:
+    value = _number(text)
+    if not 0.0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no number from 0 on")
+    return value
+
+
+def _at_once(text: str) -> int | str:
+    return text if text == "auto" else _amount(text)
+
+
 def _share(text: str) -> float:
     value = _number(text)
     if not 0.0 <= value <= 1.0:
@@ -146,7 +157,10 @@ def parser() -> argparse.ArgumentParser:
     add("--tries", type=_count, default=3, help="starts of an item when the environment fails (default: 3)")
     add("--request-timeout", type=_positive, default=600.0, help="seconds for one completion (default: 600)")
     add("--model-tries", type=_count, default=8, help="tries for one completion (default: 8)")
-    add("--concurrency", type=_amount, default=0, help="episodes at once (default: the row's)")
+    add("--concurrency",
+        type=_at_once,
+        default=0,
+        help="episodes at once, or auto: as many as bring more answers a second, fewer at a 429 (default: the row's)")
     add("--max-error-rate",
         type=_share,
         default=0.02,
@@ -192,6 +206,28 @@ def parser() -> argparse.ArgumentParser:
     merge.add_argument("--out", required=True, help="folder of the run that they become; it must not hold one")
     _numbers_flags(merge)
 
+    suite = commands.add_parser("suite", help="show runs of several models and environments together, with averages")
+    suite.add_argument("plan", help="JSON file with name and pairs; each has env, model and the words of `run`")
+    suite.add_argument("--check",
+                       action="store_true",
+                       help="only see that each pair could be played; write state.json beside the plan")
+    suite.add_argument("--out", default="", help="the report's file (default: report.html beside the plan)")
+    suite.add_argument("--json", action="store_true", help="print one JSON object")
+    _numbers_flags(suite)
+
+    watch = commands.add_parser("watch", help="show a run that goes on, until it ends")
+    watch.add_argument("folder", help="folder of the run")
+    watch.add_argument("--every",
+                       type=_positive,
+                       default=0.0,
+                       help="seconds between looks (default: 2, and 10 where nobody looks)")
+    watch.add_argument("--report-every",
+                       type=_not_negative,
+                       default=30.0,
+                       help="seconds between reports of what there is, 0 for none before the end (default: 30)")
+    watch.add_argument("--once", action="store_true", help="look once, and do not wait for the end")
+    watch.add_argument("--json", action="store_true", help="print one JSON object a look, a line each")
+
     talks = commands.add_parser("conversations", help="write what was said in a run, one JSON object an attempt")
     talks.add_argument("folders", nargs="+", help="folders of runs")
     talks.add_argument("--out", required=True, help="the file to write, JSON lines with messages")
@@ -207,7 +243,12 @@ def parser() -> argparse.ArgumentParser:
                         choices=("attempts", "turns"),
                         default="attempts",
                         help="what a row is (default: attempts)")
-    export.add_argument("--out", required=True, help="the file to write")
+    export.add_argument("--out", default="", help="the file to write")
+    export.add_argument("--to",
+                        choices=("wandb", "trackio", "mlflow"),
+                        default="",
+                        help="hand the runs' figures to this tracker's own client, and write no file")
+    export.add_argument("--project", default="", help="with --to, its project or experiment (default: agentgym-eval)")
 
     lists = commands.add_parser("list", help="show the runs in a folder")
     lists.add_argument("folder", nargs="?", default="saves/eval", help="where to look (default: saves/eval)")

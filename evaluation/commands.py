@@ -20,6 +20,9 @@ from evaluation.text import one_line
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from evaluation.settings import Settings
+    from evaluation.suites import Plan
+
 COMPARED = "saves/eval/compare.html"
 
 
@@ -36,6 +39,20 @@ def price_of(file: str, model: str) -> dict[str, float] | None:
     return price
 
 
+def decided(options: argparse.Namespace) -> "Settings":
+    """Return the run that the words ask for, whose items are of its environment.
+
+    Raises:
+        Misuse: in one line.
+    """
+    from evaluation.items import check_owner
+    from evaluation.rows import rows_file, tables
+    from evaluation.settings import decide
+    settings = decide(options)
+    check_owner(settings.items, settings.row.name, tables(rows_file(options.environments)))
+    return settings
+
+
 def run_command(options: argparse.Namespace) -> int:
     """Play what is missing of a run; show its numbers.
 
@@ -43,13 +60,10 @@ def run_command(options: argparse.Namespace) -> int:
         Misuse, Stopped: in one line.
     """
     from evaluation import compared, report, show
-    from evaluation.items import check_owner
+    from evaluation.pace import START
     from evaluation.records import REPORT, RUN, RunFolder, read_run
-    from evaluation.rows import rows_file, tables
     from evaluation.runner import evaluate, facts
-    from evaluation.settings import decide
-    settings = decide(options)
-    check_owner(settings.items, settings.row.name, tables(rows_file(options.environments)))
+    settings = decided(options)
     price = price_of(options.prices, settings.model)
     if options.fresh and options.resume:
         raise Misuse("--fresh and --resume contradict each other; give one")
@@ -78,12 +92,15 @@ def run_command(options: argparse.Namespace) -> int:
                  f"{f', {len(folder.earlier)} failed by infrastructure are played again' if folder.earlier else ''}")
         for one in folder.damaged:
             say(f"{settings.out}/attempts.jsonl: {one.reason}; it is set aside in damaged.jsonl and played again")
-        tell(f"{len(settings.items)} items ({settings.origin}) x {settings.samples}, model {settings.model}, "
-             f"{settings.limits.rounds} rounds, {settings.concurrency} at once, prompt {settings.prompt.source}")
+        tell(
+            f"{len(settings.items)} items ({settings.origin}) x {settings.samples}, model {settings.model}, "
+            f"{settings.limits.rounds} rounds, {'auto' if settings.auto else settings.concurrency} at once, prompt {settings.prompt.source}"
+        )
         code = 0
         stopped: Misuse | Unreachable | None = None
         try:
-            with show.Watch(total, folder.records.values(), console, settings.concurrency) as watch:
+            at_once = START if settings.auto else settings.concurrency
+            with show.Watch(total, folder.records.values(), console, at_once) as watch:
                 asyncio.run(evaluate(settings, folder, model, watch, say))
         except (KeyboardInterrupt, asyncio.CancelledError):
             code = INTERRUPTED
@@ -281,6 +298,91 @@ def merge_command(options: argparse.Namespace) -> int:
     return 0
 
 
+def suite_settings(plan: "Plan", check: bool) -> list["Settings"]:
+    """Return the runs of a suite's pairs, in their order.
+
+    Args:
+        check: see also that each could begin.
+
+    Raises:
+        Misuse: one cannot be; which, in one line.
+    """
+    from evaluation.cli import parser
+    found = []
+    for pair in plan["pairs"]:
+        try:
+            settings = decided(parser().parse_args(["run", *pair["words"]]))
+            if check:
+                settings.make_model()
+        except Misuse as problem:
+            raise Misuse(f"{pair['model']} on {pair['env']}: {problem}") from None
+        except SystemExit:  # the line before this one says why
+            raise Misuse(f"{pair['model']} on {pair['env']}: that is in the words of this pair") from None
+        found.append(settings)
+    folders = [settings.out.resolve() for settings in found]
+    for pair, folder in zip(plan["pairs"], folders, strict=True):
+        if folders.count(folder) > 1:
+            raise Misuse(f"{pair['model']} on {pair['env']}: another pair is the same run, {folder.name}; name each "
+                         "model once")
+    return found
+
+
+def suite_command(options: argparse.Namespace) -> int:
+    """Show what has come of a suite's pairs together; with --check only where they are played, and what is missing.
+
+    Raises:
+        Misuse: no such plan, or a pair of it cannot be.
+    """
+    from evaluation import report, show, suites
+    from evaluation.records import write_whole
+    place = Path(options.plan)
+    plan = suites.read_plan(place)
+    settings = suite_settings(plan, options.check)
+    short = suites.short_lists(plan, {one.row.name: len(one.items) for one in settings})
+    if options.check:
+        states = [{**suites.standing(one), "rounds": one.limits.rounds, "origin": one.origin} for one in settings]
+        write_file(place.with_name("state.json"), json.dumps({"pairs": states, "notes": short}, indent=1) + "\n")
+        return 0
+    seen = suites.seen(plan, settings, lambda model: price_of(options.prices, model))
+    summary = suites.summary_of(plan, [one.line for one in seen])
+    summary["notes"] += short
+    runs = [one.run for one in seen if one.run is not None]
+    page = Path(options.out) if options.out else place.with_name("report.html")
+    if any(run.records for run in runs):
+        report.write(page, runs, options.upstream_compat, summary)
+        summary["report"] = str(page)
+    try:
+        write_whole(place.with_name("summary.json"), json.dumps(summary, indent=1) + "\n")
+    except OSError as error:
+        raise Stopped(f"{place.with_name('summary.json')} cannot be written: {error.strerror}; make room") from None
+    if options.json:
+        print(json.dumps(summary))
+    else:
+        show.console().print(show.suite_table(summary["suite"], summary["models"], suites.rows(summary)))
+        if options.upstream_compat:
+            for run in runs:
+                print(f"{one_line(run.name)}, {show.upstream_line(run.summary)}")
+        for line in summary["notes"]:
+            print(one_line(line))
+        if "report" in summary:
+            print(f"report: {page}")
+    for one in seen if options.json else ():
+        if one.line["state"] != suites.WHOLE:
+            complain(f"{one.line['model']} on {one.line['env']} is in no average: {one.line['why']}")
+    return 0 if summary["whole"] else FAILED
+
+
+def watch_command(options: argparse.Namespace) -> int:
+    """Show a run while it goes on, until it ends.
+
+    Raises:
+        Misuse: no run there.
+    """
+    from evaluation import show, watching
+    every = options.every or (2.0 if options.json or show.console().is_terminal else 10.0)
+    return watching.follow(Path(options.folder), every, options.report_every, options.json, options.once)
+
+
 def write_file(path: Path, text: str) -> None:
     """Write a file and the folders above it.
 
@@ -308,6 +410,10 @@ def export_command(options: argparse.Namespace) -> int:
     """
     from evaluation import exporting
     from evaluation.secrets import hide
+    if options.to:
+        return _track(options)
+    if not options.out:
+        raise Misuse("export: no --out; name the file to write, or a tracker with --to")
     make = exporting.turns if options.rows == "turns" else exporting.attempts
     rows = [row for name in options.folders for row in make(Path(name))]
     data = exporting.table(rows, options.format)
@@ -318,6 +424,18 @@ def export_command(options: argparse.Namespace) -> int:
         write_file(path, hide(data.decode()))
     FACTS.update(file=options.out, count=len(rows))
     print(f"{len(rows)} {options.rows}: {options.out}")
+    return 0
+
+
+def _track(options: argparse.Namespace) -> int:
+    from evaluation import compared, trackers
+    if options.out:
+        raise Misuse("export: --to writes no file; leave out --out")
+    project = options.project or "agentgym-eval"
+    folders = [Path(name) for name in options.folders]
+    for folder, run in zip(folders, compared.load(folders), strict=True):
+        trackers.send(options.to, project, folder, run)
+        print(f"{folder.name}: figures to {options.to}, project {one_line(project)}")
     return 0
 
 
@@ -439,6 +557,8 @@ COMMANDS = {
     "report": report_command,
     "compare": compare_command,
     "merge": merge_command,
+    "suite": suite_command,
+    "watch": watch_command,
     "export": export_command,
     "conversations": conversations_command,
     "list": list_command,

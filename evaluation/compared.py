@@ -81,6 +81,12 @@ def load(folders: Sequence[Path],
     return runs
 
 
+def step_of(model: str) -> int | None:
+    """Return the training step that a model's name tells; None where it tells none."""
+    match = STEP.search(DIGEST.sub("", model))
+    return int(match[1] or match[2]) if match else None
+
+
 def by_training(runs: Sequence[Run]) -> dict[str, list[tuple[int, Mapping[str, Any]]]]:
     """Return (step, mean reward) of each training of which several steps were evaluated.
 
@@ -105,17 +111,19 @@ def dress(run: Run) -> list[str]:
 
 
 def difference_lines(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return how each run of the first one's environment differs from the first, on the items that both have."""
+    """Return how each run differs from the first of its environment, on the items that both have."""
     lines = []
-    for run in runs[1:]:
-        if run.manifest["config"]["env"] != runs[0].manifest["config"]["env"]:
-            continue  # the same number is another item there
-        found = compare(runs[0].records, run.records, same_words=dress(run) == dress(runs[0]))
+    firsts: dict[str, Run] = {}
+    for run in runs:
+        first = firsts.setdefault(run.manifest["config"]["env"], run)
+        if first is run:
+            continue
+        found = compare(first.records, run.records, same_words=dress(run) == dress(first))
         apart = [(found["other_task"], "more were another task and are left out"),
                  (found["only_one"], "only in the first"), (found["only_other"], "only in the other")]
         said = ", ".join(f"{count} {words}" for count, words in apart if count)
         lines.append({
-            "name": f"{run.name} − {runs[0].name}",
+            "name": f"{run.name} − {first.name}",
             "items": f"{found['items']} ({said})" if said else str(found["items"]),
             "success": show.with_interval(found["success"]),
             "reward": show.with_interval(found["reward"]),

@@ -45,6 +45,7 @@ HOPELESS = {
     407: "the proxy asks for a login; put it into HTTPS_PROXY, as in http://USER:PASSWORD@HOST:PORT",
 }
 LONGEST_WAIT = 60.0
+TOO_MANY = 429
 EMPTY = "(empty)"
 AS_OPENAI = Sampling()
 NO_KEY = "none"  # sent to an endpoint that needs none
@@ -75,6 +76,7 @@ class ChatModel:
 
     Attributes:
         adjusted: what the endpoint refused and what is sent in its place, in words; in the order it was learnt.
+        on_limit: is called at each 429 after which the request is sent again.
     """
 
     def __init__(self,
@@ -95,6 +97,7 @@ class ChatModel:
         self.timeout, self.patience = timeout, patience
         self.breaker = Breaker()
         self.adjusted: list[str] = []
+        self.on_limit: Callable[[], None] = lambda: None
         self.say = say
         self._replaced: dict[str, str] = {}  # parameters that were refused, and what is sent in their place
         # base_url="" must not reach the client: it would take OPENAI_BASE_URL, which may be set but empty.
@@ -213,6 +216,8 @@ class ChatModel:
         def count(state: tenacity.RetryCallState) -> None:
             nonlocal retries
             retries += 1
+            if getattr(state.outcome.exception() if state.outcome else None, "status_code", 0) == TOO_MANY:
+                self.on_limit()
 
         retrying = tenacity.AsyncRetrying(
             stop=tenacity.stop_after_attempt(self.tries),

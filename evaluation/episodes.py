@@ -4,7 +4,7 @@ import hashlib
 import random
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from evaluation.actions import parse
 from evaluation.attempts import SCORED, Attempt, Outcome, Try, Turn
 from evaluation.items import Item
-from evaluation.model import LOST, Message, Model, Usage
+from evaluation.model import LOST, Message, Player, Usage
 from evaluation.problems import ContextOverflow, EnvironmentFault, ModelFault, Unreachable
 from evaluation.prompts import VOCABULARY, Prompt
 from evaluation.protocol import CLOSE_SECONDS, FULL, NOT_CREATED, First, Server
@@ -69,6 +69,13 @@ def opening(prompt: Prompt, observation: str) -> list[Message]:
 
 
 @dataclass
+class Place:
+    """Where an attempt is played, for who looks on; `episode` is None until its first try begins."""
+    begun: float = field(default_factory=time.monotonic)
+    episode: "Episode | None" = None
+
+
+@dataclass
 class Episode:
     """One try at an item: what has happened so far."""
     first: str = ""
@@ -81,6 +88,7 @@ class Episode:
     model_seconds: float = 0.0
     env_seconds: float = 0.0
     retries: int = 0
+    session: int | None = None
     in_doubt: bool = False  # whether a request to the server is on its way
     waited: bool = False  # in vain for the server, as long as one does
     outcome: Outcome = Outcome.ENV_ERROR
@@ -91,7 +99,7 @@ class Episode:
     async def play(self, server: Server, session: int, row: Row, prompt: Prompt, item: Item, player: Any,
                    limits: Limits) -> None:
         """Play the item in the session, to its end or to a limit."""
-        self.in_doubt = True
+        self.session, self.in_doubt = session, True
         begun = time.perf_counter()
         first = await server.reset(session, item.number)
         vocabulary = ""
@@ -171,6 +179,7 @@ async def open_session(server: Server, wait: float) -> int:
             now, refused = time.monotonic(), not fault.sent or fault.status in NOT_CREATED
             if fault.status == FULL and server.held:
                 end = now + wait
+                server.on_full(server.held)
             if not refused:
                 server.awaited = 0
                 raise
@@ -210,8 +219,9 @@ async def _give_back(server: Server, session: int, clean: bool) -> None:
         raise
 
 
-async def _one_try(server: Server, row: Row, prompt: Prompt, item: Item, player: Any, limits: Limits) -> Episode:
-    episode = Episode()
+async def _one_try(server: Server, row: Row, prompt: Prompt, item: Item, player: Any, limits: Limits,
+                   place: Place) -> Episode:
+    episode = place.episode = Episode()
     try:
         session = await open_session(server, limits.wait)
     except EnvironmentFault as fault:
@@ -248,12 +258,14 @@ def same_words(one: str, other: str) -> bool:
     return first == second
 
 
-async def attempt(server: Server, model: Model, row: Row, prompt: Prompt, item: Item, sample: int, seed: int | None,
-                  limits: Limits, before: Sequence[Try]) -> Attempt:
+async def attempt(server: Server, make: Callable[[int, int, int | None], Player], row: Row, prompt: Prompt, item: Item,
+                  sample: int, seed: int | None, limits: Limits, before: Sequence[Try], place: Place) -> Attempt:
     """Play an item until it has a result, or the environment has failed too often; return its record.
 
     Args:
+        make: gives the player of the attempt, from the item's number, sample and seed.
         before: earlier tries, of this run or of one that it resumes: outcome, error and usage of each.
+        place: where the episode that goes on can be looked at.
 
     Raises:
         Misuse: the model's endpoint refuses every request.
@@ -263,7 +275,7 @@ async def attempt(server: Server, model: Model, row: Row, prompt: Prompt, item: 
     for number in range(limits.tries):
         if number:
             await asyncio.sleep(0.25 * 2**number * random.uniform(0.5, 1.0))
-        episode = await _one_try(server, row, prompt, item, model.player(item.number, sample, seed), limits)
+        episode = await _one_try(server, row, prompt, item, make(item.number, sample, seed), limits, place)
         if episode.refused and any(one["outcome"] == Outcome.MODEL_ERROR and same_words(one["error"], episode.error)
                                    for one in tries):
             episode.outcome = Outcome.REFUSED  # twice in the same words

@@ -82,12 +82,43 @@ def figure(values: Sequence[float], binary: bool = False, bounded: bool = True) 
     mean, count = fmean(values), len(values)
     equal = min(values) == max(values)
     if bounded:
-        low, high = wilson(mean, count if binary or equal else count / design_effect(values))
-        return {"mean": mean, "low": low, "high": high, "method": "Wilson", "items": count}
+        worth = count if binary or equal else count / design_effect(values)
+        low, high = wilson(mean, worth)
+        return {"mean": mean, "low": low, "high": high, "method": "Wilson", "items": count, "effective_items": worth}
     if count == 1 or equal:
         return {"mean": mean, "low": None, "high": None, "method": "none", "items": count}
     low, high = bootstrap(values)
     return {"mean": mean, "low": low, "high": high, "method": "bootstrap over items", "items": count}
+
+
+def macro(figures: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Return the mean of several environments' figures, each weighing the same, and its interval; None of none.
+
+    The environments are these and no sample of others: what is uncertain is each one's figure. The interval is Wilson's
+    again, for as many items as have the variance of that mean: a mean p over k environments with variances
+    p_i (1 - p_i) / n_i has p (1 - p) k**2 / sum p_i (1 - p_i) / n_i of them, where each p_i is taken with an item
+    solved and one not beside its own, so that an environment in which nothing is solved claims no certainty. By
+    simulation it covers in 0.93 to 0.98, more where environments lie at both ends: benchmarks/interval_coverage.py.
+
+    Args:
+        figures: of `figure`, bounded.
+    """
+    if not figures:
+        return None
+    worth = [one["effective_items"] for one in figures]
+    smooth = [(one["mean"] * count + 1) / (count + 2) for one, count in zip(figures, worth, strict=True)]
+    variance = sum(share * (1 - share) / count for share, count in zip(smooth, worth, strict=True)) / len(figures)**2
+    mean, centre = fmean(one["mean"] for one in figures), fmean(smooth)
+    count = centre * (1 - centre) / variance
+    low, high = wilson(mean, count)
+    return {
+        "mean": mean,
+        "low": low,
+        "high": high,
+        "method": "Wilson",
+        "items": sum(one["items"] for one in figures),
+        "effective_items": count
+    }
 
 
 def by_item(records: Sequence[Attempt]) -> dict[str, list[Attempt]]:

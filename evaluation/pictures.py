@@ -1,12 +1,44 @@
 """The charts of a report."""
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from evaluation import charts, show
 from evaluation.attempts import ERRORS, SCORED
 from evaluation.compared import Run, by_training
 
 REWARD_BINS = 10
+
+
+def draw_suite(summary: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Return the chart of a suite: success rate by environment, a bar each model; none where nothing has a score."""
+    environments, models = summary["environments"], summary["models"]
+    at = {(line["env"], line["model"]): line["success"] for line in summary["pairs"]}
+    nothing: Mapping[str, Any] = {"mean": math.nan, "low": None, "high": None}  # no bar
+    figures: dict[str, list[Mapping[str, Any]]] = {
+        model: [at.get((env, model)) or nothing for env in environments]
+        for model in models
+    }
+    if not any(at.values()):
+        return []
+    picture = charts.bars(environments, {
+        model: [one["mean"] for one in own]
+        for model, own in figures.items()
+    },
+                          "suite",
+                          "success rate", {
+                              model: lengths(own)
+                              for model, own in figures.items()
+                          },
+                          lying=True)
+    return [{"title": "Success rate by environment", "svg": picture, "words": "the table above has the numbers"}]
+
+
+def lengths(figures: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+    """Return the lengths of the error bars, below and above."""
+    below = [0.0 if one["low"] is None else float(one["mean"] - one["low"]) for one in figures]
+    above = [0.0 if one["high"] is None else float(one["high"] - one["mean"]) for one in figures]
+    return [below, above]
 
 
 def draw(runs: Sequence[Run]) -> list[dict[str, str]]:
@@ -61,9 +93,7 @@ def draw(runs: Sequence[Run]) -> list[dict[str, str]]:
                 } for name in categories
             ]
             values[run.name] = [figure["mean"] for figure in figures]
-            errors[run.name] = [[
-                0.0 if figure["low"] is None else figure["mean"] - figure["low"] for figure in figures
-            ], [0.0 if figure["high"] is None else figure["high"] - figure["mean"] for figure in figures]]
+            errors[run.name] = lengths(figures)
         add("Success rate by category", charts.bars(categories,
                                                     values,
                                                     "categories",

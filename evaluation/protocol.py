@@ -127,6 +127,7 @@ class Server:
         lost: sessions that could not be closed.
         awaited: how many attempts in a row waited for a session in vain.
         silence: why it last did not answer at all.
+        on_full: is told how many sessions are ours where the server has no more.
     """
 
     def __init__(self,
@@ -143,6 +144,7 @@ class Server:
         self.timeout = timeout
         self.limit = limit  # bytes of an answer
         self.on_open, self.on_close = on_open, on_close
+        self.on_full: Callable[[int], None] = lambda held: None
         self.opened = self.closed = self.lost = self.awaited = 0
         self._pool: list[int] = []
         self._held: set[int] = set()

@@ -7,12 +7,14 @@
     run.json         configuration, its hash, row, prompt, versions, and when the run was worked on
     sessions.jsonl   sessions that were opened and closed, so that a run that was killed leaves none behind
     summary.json     the numbers; report.html: the report
+    live.json        while the run goes on, what it does; see live.py
     .before/         the files of the run that --fresh replaces, until the model has answered in the new one
 """
 import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -33,7 +35,7 @@ T = TypeVar("T")
 
 ATTEMPTS, SUPERSEDED, RUN, SESSIONS = "attempts.jsonl", "superseded.jsonl", "run.json", "sessions.jsonl"
 SUMMARY, REPORT, LOCK, RULE, BEFORE = "summary.json", "report.html", ".lock", "rule.json", ".before"
-DAMAGED = "damaged.jsonl"
+DAMAGED, LIVE = "damaged.jsonl", "live.json"
 FILES = (RUN, ATTEMPTS, SUPERSEDED, SUMMARY, REPORT, RULE, DAMAGED)  # of one run
 LARGEST = 1 << 40  # bytes of a file of JSON lines: it is ours, and its lines are checked one by one
 
@@ -304,12 +306,16 @@ class RunFolder:
         except OSError as error:
             raise Misuse(
                 f"{self.folder} cannot be written: {error.strerror}; choose another folder with --out") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise Misuse(
-                f"{self.folder} is in use by another evaluation; wait for it, or choose another --out") from None
+        for last in (False, False, False, True):  # who only looks whether somebody works here has it for a moment
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if last:
+                    self._lock.close()
+                    raise Misuse(f"{self.folder} is in use by another evaluation; wait for it, or choose another --out"
+                                 ) from None
+                time.sleep(0.1)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,

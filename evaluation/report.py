@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from evaluation import foreign, show
+from evaluation import foreign, show, suites
 from evaluation.attempts import Outcome
 from evaluation.compared import Run, difference_lines
-from evaluation.pictures import draw
+from evaluation.pictures import draw, draw_suite
 from evaluation.text import visible
 
 if TYPE_CHECKING:
@@ -139,8 +139,13 @@ def template() -> "jinja2.Environment":
                               if isinstance(value, str) and not hasattr(value, "__html__") else value)
 
 
-def render(runs: Sequence[Run], compat: bool = False) -> str:
-    """Return the page."""
+def render(runs: Sequence[Run], compat: bool = False, suite: Mapping[str, Any] | None = None, again: int = 0) -> str:
+    """Return the page.
+
+    Args:
+        again: seconds after which the browser reads it again, for a run that goes on; 0 is never.
+        suite: the summary of the suite whose runs these are.
+    """
     lines, details = table_lines(runs)
     firsts, chunks = packed_chunks(details)
     script = (PAGE / "report.js").read_text(encoding="utf-8")
@@ -149,14 +154,18 @@ def render(runs: Sequence[Run], compat: bool = False) -> str:
         for key, value in run.manifest["config"].items() if key not in ("row", "items")
     } for run in runs]
     return template().get_template("report.html").render(
-        title=f"{', '.join(dict.fromkeys(run.manifest['config']['env'] for run in runs))}: "
+        title=f"Suite {suite['suite']}"
+        if suite else f"{', '.join(dict.fromkeys(run.manifest['config']['env'] for run in runs))}: "
         f"{', '.join(run.name for run in runs)}",
         runs=runs,
+        again=again,
+        suite=suite,
+        suite_rows=suites.rows(suite) if suite else [],
         configs=[json.dumps(config, indent=1) for config in configs],
         headline=headline(runs),
         methods=methods(runs),
         differences=difference_lines(runs),
-        charts=draw(runs),
+        charts=[*(draw_suite(suite) if suite else []), *draw(runs)],
         upstream=[show.upstream_line(run.summary) for run in runs] if compat else [],
         style=(PAGE / "report.css").read_text(encoding="utf-8"),
         script=script,
@@ -171,7 +180,11 @@ def render(runs: Sequence[Run], compat: bool = False) -> str:
         chunks=chunks)
 
 
-def write(path: Path, runs: Sequence[Run], compat: bool = False) -> None:
+def write(path: Path,
+          runs: Sequence[Run],
+          compat: bool = False,
+          suite: Mapping[str, Any] | None = None,
+          again: int = 0) -> None:
     """Write the page to `path`.
 
     Raises:
@@ -184,6 +197,6 @@ def write(path: Path, runs: Sequence[Run], compat: bool = False) -> None:
         raise Misuse(f"{path} is a folder; name a file with --out")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, foreign.replaced(render(runs, compat)))
+        write_whole(path, foreign.replaced(render(runs, compat, suite, again)))
     except OSError as error:
         raise Stopped(f"{path} cannot be written: {error.strerror}; choose another place with --out") from None

@@ -7,7 +7,8 @@ import resource
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,12 +16,15 @@ from typing import Any
 
 from evaluation import __version__
 from evaluation.attempts import Attempt
+from evaluation.endpoint import ChatModel
 from evaluation.episodes import attempt, derived_seed
 from evaluation.items import Item
-from evaluation.model import Model
+from evaluation.live import Board
+from evaluation.model import Completion, Message, Model, Player
+from evaluation.pace import Pace
 from evaluation.problems import EnvironmentFault, Misuse
 from evaluation.protocol import Server
-from evaluation.records import RunFolder, told
+from evaluation.records import LIVE, RunFolder, told
 from evaluation.settings import Settings, config_hash
 
 Watcher = Callable[[Attempt], None]
@@ -64,20 +68,30 @@ def facts(settings: Settings) -> dict[str, Any]:
     }
 
 
-def check_descriptors(concurrency: int) -> None:
+def check_descriptors(concurrency: int, auto: bool = False) -> int:
     """See that the process may open as many files as it needs, and raise its own limit where that is allowed.
 
+    Args:
+        auto: fewer at once will do.
+
+    Returns:
+        How many episodes at once it may play: `concurrency`, or fewer.
+
     Raises:
-        Misuse: it may not.
+        Misuse: it may not play as many.
     """
     needed = 2 * concurrency + 64  # a connection to the server and one to the endpoint each, and what is open anyway
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
-        return
+        return concurrency
     if hard != resource.RLIM_INFINITY and hard < needed:
+        fewer = max(1, (hard - 64) // 2)
+        if auto:
+            return fewer
         raise Misuse(f"{concurrency} episodes at once need {needed} open files, and `ulimit -n` allows {hard}; "
-                     f"raise it, or give --concurrency {max(1, (hard - 64) // 2)}")
+                     f"raise it, or give --concurrency {fewer}")
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    return concurrency
 
 
 async def wait_for(server: Server, name: str, seconds: float, say: Callable[[str], None]) -> None:
@@ -122,45 +136,83 @@ def pending(settings: Settings, folder: RunFolder) -> list[tuple[Item, int]]:
     return [(item, sample) for item, sample in wanted if (item.id, sample) not in folder.records]
 
 
-async def play_all(settings: Settings, folder: RunFolder, server: Server, model: Model, watch: Watcher) -> None:
-    """Play what is missing, `concurrency` attempts at once.
+class Paced:
+    """A player that asks its model when there is room."""
 
-    What the model refused before it ever answered is played again once it has: whether a conversation that is too long
-    is the model's or the configuration's must not depend on which attempt came first.
+    def __init__(self, player: Player, pace: Pace) -> None:
+        self.player, self.pace = player, pace
 
-    Raises:
-        Misuse: the endpoint refuses every request.
-        Stopped: a record cannot be written, or the endpoint or the server has gone.
-    """
-    missing = pending(settings, folder)
-    await _play(missing, settings, folder, server, model, watch)
-    early = [(item, sample) for item, sample in missing if (item.number, sample) in model.refused]
-    if early and model.answered:
-        await _play(early, settings, folder, server, model, watch)
+    async def reply(self, messages: Sequence[Message]) -> Completion:
+        """Return the completion of the conversation."""
+        async with self.pace.turn():
+            return await self.player.reply(messages)
 
 
-async def _play(wanted: Sequence[tuple[Item, int]], settings: Settings, folder: RunFolder, server: Server, model: Model,
-                watch: Watcher) -> None:
-    queue: Iterator[tuple[Item, int]] = iter(wanted)
+class Stage:
+    """What a run plays on: the server, the model, how many at once, and who looks on."""
 
-    async def worker() -> None:
-        for item, sample in queue:
-            before = folder.earlier.get((item.id, sample), [])
-            seed = None if settings.seed is None else derived_seed(settings.seed, item.number, sample)
-            record = await attempt(server, model, settings.row, settings.prompt, item, sample, seed, settings.limits,
-                                   before)
-            folder.add(record)
-            watch(record)
+    def __init__(self, settings: Settings, folder: RunFolder, server: Server, model: Model, watch: Watcher, pace: Pace,
+                 board: Board) -> None:
+        self.settings, self.folder, self.server, self.model = settings, folder, server, model
+        self.watch, self.pace, self.board = watch, pace, board
 
-    tasks = [asyncio.create_task(worker()) for _ in range(settings.concurrency)]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-        for task in done:
-            task.result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    async def play_all(self) -> None:
+        """Play what is missing, as many attempts at once as the pace says.
+
+        What the model refused before it ever answered is played again once it has: whether a conversation that is too
+        long is the model's or the configuration's must not depend on which attempt came first.
+
+        Raises:
+            Misuse: the endpoint refuses every request.
+            Stopped: a record cannot be written, or the endpoint or the server has gone.
+        """
+        missing = pending(self.settings, self.folder)
+        await self._play(missing)
+        early = [(item, sample) for item, sample in missing if (item.number, sample) in self.model.refused]
+        if early and self.model.answered:
+            await self._play(early)
+
+    async def _one(self, item: Item, sample: int) -> None:
+        settings = self.settings
+        seed = None if settings.seed is None else derived_seed(settings.seed, item.number, sample)
+        make = self.model.player
+        if self.pace.auto:
+            make = lambda item, sample, seed: Paced(self.model.player(item, sample, seed), self.pace)  # noqa: E731
+        with self.board.place(item.id, sample) as place:
+            record = await attempt(self.server, make, settings.row, settings.prompt, item, sample, seed,
+                                   settings.limits, self.folder.earlier.get((item.id, sample), []), place)
+        self.folder.add(record)
+        self.watch(record)
+        self.board.note(record)
+
+    async def _play(self, wanted: Sequence[tuple[Item, int]]) -> None:
+        queue, pace = deque(wanted), self.pace
+        tasks: set[asyncio.Task[None]] = set()
+        failed: list[asyncio.Task[None]] = []
+
+        def ended(task: asyncio.Task[None]) -> None:
+            tasks.discard(task)
+            pace.playing -= 1
+            if not task.cancelled() and task.exception():
+                failed.append(task)
+            pace.wake.set()
+
+        try:
+            while (queue or tasks) and not failed:
+                while queue and len(tasks) < pace.limit:
+                    task = asyncio.create_task(self._one(*queue.popleft()))
+                    tasks.add(task)
+                    pace.playing += 1
+                    task.add_done_callback(ended)
+                pace.wake.clear()
+                await pace.wake.wait()
+            for task in failed[:1]:
+                task.result()
+        finally:
+            left = list(tasks)
+            for task in left:
+                task.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
 
 
 async def evaluate(settings: Settings, folder: RunFolder, model: Model, watch: Watcher, say: Callable[[str],
@@ -168,10 +220,10 @@ async def evaluate(settings: Settings, folder: RunFolder, model: Model, watch: W
     """Carry out the run in its folder; what was done before is not done again.
 
     Raises:
-        Misuse, Stopped: see `play_all`.
+        Misuse, Stopped: see `Stage.play_all`.
         asyncio.CancelledError: after Ctrl-C, SIGTERM or SIGHUP, with every session closed.
     """
-    check_descriptors(settings.concurrency)
+    pace = Pace(check_descriptors(settings.concurrency, settings.auto), settings.auto)
     main = asyncio.current_task()
     assert main is not None
     loop = asyncio.get_running_loop()
@@ -191,11 +243,16 @@ async def evaluate(settings: Settings, folder: RunFolder, model: Model, watch: W
     model.answered = model.answered or folder.answered()
     server = Server(settings.server, settings.row.protocol, settings.env_timeout, journal("open"), journal("close"),
                     settings.max_answer)
+    server.on_full = pace.full
+    if isinstance(model, ChatModel):
+        model.on_limit = pace.refused
+    total = len(settings.items) * settings.samples
+    board = Board(folder.folder / LIVE, total, {key: record["outcome"] for key, record in folder.records.items()}, pace)
     work = {
         "started": datetime.now(UTC).isoformat(timespec="milliseconds"),
         "seconds": None,  # should it be killed
         "server": server.shown,
-        "concurrency": settings.concurrency,
+        "concurrency": "auto" if settings.auto else settings.concurrency,
         "versions": versions(),
     }
     with suppress(OSError):
@@ -210,7 +267,8 @@ async def evaluate(settings: Settings, folder: RunFolder, model: Model, watch: W
                     if about:
                         say(f"the server plays on {told(about)}")
                     await close_leftovers(server, folder, say)
-                    await play_all(settings, folder, server, model, watch)
+                    async with board.kept():
+                        await Stage(settings, folder, server, model, watch, pace, board).play_all()
                 elif server.shown in folder.leftover and await server.answers():  # all is played: it may be away
                     await close_leftovers(server, folder, say)
             finally:
@@ -225,6 +283,9 @@ async def evaluate(settings: Settings, folder: RunFolder, model: Model, watch: W
                 "seconds": round(time.perf_counter() - begun, 3),
                 "attempts": len(folder.records) - before,
                 "adjusted": list(model.adjusted),
+                **({
+                    "pace": [change._asdict() for change in pace.changes]
+                } if settings.auto else {}),
                 "sessions": {
                     "opened": server.opened,
                     "closed": server.closed,

@@ -16,6 +16,7 @@ from evaluation.endpoint import NO_KEY, ChatModel, redacted_url
 from evaluation.episodes import Limits
 from evaluation.items import Item, choose, read_map
 from evaluation.model import Model, Sampling
+from evaluation.pace import MOST
 from evaluation.players import NAMES, ScriptedModel
 from evaluation.problems import Misuse, reason
 from evaluation.prompts import Prompt, find
@@ -24,6 +25,7 @@ from evaluation.rows import BESIDE, Row, read_row, results_depend_on, rows_file
 from evaluation.secrets import OWN
 
 DEFAULT_MODEL = "gpt-4o-mini"
+AUTO = "auto"  # of --concurrency
 OPENAI = "https://api.openai.com/v1"
 # The request's fields that are ours, and what sets them: --extra-body would change them behind the configuration's back.
 OURS = {
@@ -48,6 +50,7 @@ class Settings:
         row, prompt, items, origin: what is played; `origin` tells where the items come from.
         server: the environment server's address.
         model: name of the model or of a scripted player.
+        concurrency: episodes at once; the most of them where `auto` finds out how many.
         config: all that the results depend on; a run is resumed only with the same.
         out: the run's folder.
     """
@@ -63,6 +66,7 @@ class Settings:
     samples: int
     limits: Limits
     concurrency: int
+    auto: bool
     env_timeout: float
     request_timeout: float
     model_tries: int
@@ -262,6 +266,7 @@ def decide(options: argparse.Namespace) -> Settings:
     ]
     sampling = Sampling(temperature, options.top_p, options.max_tokens, extra_body(options.extra_body, left_out),
                         options.context_length, options.keep_think, tuple(options.finish_reason), options.stream)
+    auto = options.concurrency == AUTO
     rounds = max_round(options.max_round, environ, row)
     headers = read_headers(options.header, environ)
     config = {
@@ -309,7 +314,8 @@ def decide(options: argparse.Namespace) -> Settings:
                     seed=options.seed,
                     samples=options.samples,
                     limits=Limits(rounds, options.token_limit, options.time_limit, options.tries, options.env_wait),
-                    concurrency=options.concurrency or row.concurrency,
+                    concurrency=MOST if auto else options.concurrency or row.concurrency,
+                    auto=auto,
                     env_timeout=options.env_timeout,
                     request_timeout=options.request_timeout,
                     model_tries=options.model_tries,

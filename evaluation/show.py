@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from evaluation.attempts import ERRORS, SCORED, Attempt, Outcome, key_of
+from evaluation.live import seconds_left
 from evaluation.text import one_line
 
 PLAIN_EVERY = 10.0  # seconds between lines where there is no bar
@@ -95,14 +96,8 @@ class Watch:
             self.console.print(f"{self.done} of {self.total}: {self.facts()}, {left}", highlight=False)
 
     def left(self, now: float) -> float:
-        """Return the seconds that the rest will take.
-
-        At first by what an attempt takes, since the others at once are under way too; once each place has had its
-        second one, by how fast they came.
-        """
-        missing = self.total - self.done
-        each = self.seconds / self.played / min(self.concurrency, max(1, missing))
-        return missing * (each if self.played < 2 * self.concurrency else (now - self.begun) / self.played)
+        """Return the seconds that the rest will take."""
+        return seconds_left(self.total - self.done, self.played, self.seconds, now - self.begun, self.concurrency)
 
 
 def add_row(shown: Table, *cells: str) -> None:
@@ -144,6 +139,20 @@ def table(title: str, summaries: Mapping[str, Mapping[str, Any]], prompts: Seque
     line("sessions lost", [str(one["sessions_lost"]) if one.get("sessions_lost") else "" for one in all_of])
     line("prompt", list(prompts))
     line("wall time", ["-" if one["seconds"]["wall"] is None else f"{one['seconds']['wall']:.1f} s" for one in all_of])
+    return shown
+
+
+def suite_table(name: str, models: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> Table:
+    """Return a suite's table, a column each model."""
+    shown = Table(title=Text(one_line(f"suite {name}"), "table.title"), title_justify="left")
+    shown.add_column("")
+    for model in models:
+        shown.add_column(Text(one_line(model)), overflow="fold")
+    for number, (title, cells) in enumerate(rows):
+        if number and not title.startswith(" "):
+            shown.add_section()
+        indent = len(title) - len(title.lstrip())
+        shown.add_row(Text(" " * indent + one_line(title.strip())), *(Text(one_line(cell)) for cell in cells))
     return shown
 
 

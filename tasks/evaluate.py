@@ -192,18 +192,16 @@ def runner_for(runner: str, checkpoint: str = "") -> str:
     return choose_program_runner(runner, not lacking() and not lacks_merger and not (checkpoint and serving.missing()))
 
 
-@task(default=True, positional=[], auto_shortflags=False, iterable=repeatable(Asked), help=helps(Asked))
-@takes(Asked)
-def run(c: Context, asked: Asked) -> None:
-    """Evaluate a model on an environment."""
-    from tasks.lib.environments.lookup import find_row
+def typed_for(asked: Asked, row: "Environment", chosen: str) -> tuple[dict[str, Value], dict[str, str]]:
+    """Return the runner's flags for what the user asked for, and the variables that it gets.
+
+    Args:
+        chosen: where it runs.
+
+    Raises:
+        UserError: a container cannot do so.
+    """
     from tasks.lib.settings import effective_environment
-    asked.check_checkpoint()
-    chosen = runner_for(asked.runner, asked.checkpoint)
-    if chosen == "local" and asked.gpus:
-        raise UserError(f"{GPUS_HERE}")
-    row = find_row(asked.env)
-    seconds = whole_number("wait", asked.wait, 1)
     settings = effective_environment()
     typed: dict[str, Value] = {**values(asked, Passed), "env": row.name}
     if chosen == "docker":
@@ -217,6 +215,21 @@ def run(c: Context, asked: Asked) -> None:
     variables = {name: settings[name] for name in asked.header_variables() if name in settings}
     if asked.checkpoint:
         variables["OPENAI_API_KEY"] = "none"  # the user's own is for another endpoint
+    return typed, variables
+
+
+@task(default=True, positional=[], auto_shortflags=False, iterable=repeatable(Asked), help=helps(Asked))
+@takes(Asked)
+def run(c: Context, asked: Asked) -> None:
+    """Evaluate a model on an environment."""
+    from tasks.lib.environments.lookup import find_row
+    asked.check_checkpoint()
+    chosen = runner_for(asked.runner, asked.checkpoint)
+    if chosen == "local" and asked.gpus:
+        raise UserError(f"{GPUS_HERE}")
+    row = find_row(asked.env)
+    seconds = whole_number("wait", asked.wait, 1)
+    typed, variables = typed_for(asked, row, chosen)
     # What the runner would refuse is refused before anything starts.
     known: dict[str, Value] = {
         "model": CHECKPOINT,
@@ -360,17 +373,43 @@ def conversations(c: Context, run: list[str] | None = None, out: str = "", all: 
           "run": RUN_HELP,
           "format": "Of the file: csv, jsonl, or parquet where pyarrow is installed (default: csv).",
           "rows": "What a row is: attempts or turns (default: attempts).",
-          "out": "The file to write (default: ROWS.FORMAT in the first run's folder)."
+          "out": "The file to write (default: ROWS.FORMAT in the first run's folder).",
+          "to": "Hand the runs' figures to wandb, trackio or mlflow, by its own client, and write no file.",
+          "project": "With --to, its project or experiment (default: agentgym-eval)."
       })
 def export(c: Context,
            run: list[str] | None = None,
            format: str = "csv",
            rows: str = "attempts",
-           out: str = "") -> None:
-    """Write runs as a table, a row an attempt or a turn."""
+           out: str = "",
+           to: str = "",
+           project: str = "") -> None:
+    """Write runs as a table, or their figures to a tracker."""
     found = _folders("export", run)
-    out = out or str(found[0] / f"{rows}.{format}")
-    run_evaluation(c, "local", ["export", *map(str, found), *as_words({"format": format, "rows": rows, "out": out})])
+    out = out if out or to else str(found[0] / f"{rows}.{format}")
+    typed: dict[str, Value] = {"format": format, "rows": rows, "out": out, "to": to, "project": project}
+    run_evaluation(c, "local", ["export", *map(str, found), *as_words(typed)])
+
+
+@task(positional=[],
+      auto_shortflags=False,
+      help={
+          "run": "Folder of a run, or its name in saves/eval (default: the latest).",
+          "every": "Seconds between looks (default: 2, and 10 where nobody looks).",
+          "report_every": "Seconds between reports of what there is, 0 for none before the end (default: 30).",
+          "once": "Look once, and do not wait for the end.",
+          "json": "Print one JSON object a look, a line each."
+      })
+def watch(c: Context,
+          run: str = "",
+          every: str = "",
+          report_every: str = "",
+          once: bool = False,
+          json: bool = False) -> None:
+    """Show a run that goes on, until it ends."""
+    [found] = folders([run] if run else [], ROOT)
+    typed: dict[str, Value] = {"every": every, "report_every": report_every, "once": once, "json": json}
+    run_evaluation(c, "local", ["watch", str(found), *as_words(typed)])
 
 
 @task(name="list", positional=[], auto_shortflags=False, help={"folder": "Where to look (default: saves/eval)."})

@@ -21,6 +21,7 @@ from tasks.lib.environments.lookup import rows_path
 from tasks.lib.errors import UserError
 from tasks.lib.evaluation import plan as eval_plan
 from tasks.lib.evaluation.asked import SAID, Asked, Passed, in_container
+from tasks.lib.evaluation.suites import SUITE
 from tasks.lib.flags import as_words, dashed
 from tasks.lib.settings import ROOT as PROJECT
 from tests.fixtures.invoking import invoke as run_invoke
@@ -214,7 +215,8 @@ def test_every_command_of_the_program_is_a_task():
 
 @pytest.mark.parametrize("command", sorted(set(program()) - {"prompts"}))
 def test_a_task_offers_every_flag_of_the_program_and_none_that_it_has_not(command):
-    of_the_task = {"run": {dashed(one.name) for one in fields(Asked)} - {dashed(one.name) for one in fields(Passed)}, "list": {"--folder"}}
+    of_the_task = {"run": {dashed(one.name) for one in fields(Asked)} - {dashed(one.name) for one in fields(Passed)}, "list": {"--folder"},
+                   "suite": {dashed(one.name) for one in fields(SUITE)} - {"--check", "--out", "--json", "--prices", "--upstream-compat"}}
     said = {dashed(name) for name in SAID} if command == "run" else set()
     assert set(offered(command)) - of_the_task.get(command, {"--run"}) == set(program()[command]) - said
 

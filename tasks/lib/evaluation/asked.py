@@ -50,7 +50,8 @@ class Passed:
         travels="file")
     limit: str = flag("Play at most so many items (default: all).")
     samples: str = flag("Attempts at each item, for Avg@k and Pass@k (default: 1).")
-    concurrency: str = flag("Episodes at once (default: the environment's own).")
+    concurrency: str = flag("Episodes at once, or auto: as many as bring more answers a second, fewer at a 429 "
+                            "(default: the environment's own).")
     seed: str = flag("Make draws repeatable (default: none).")
     shuffle_seed: str = flag("Shuffle the items with this seed before --limit (default: not shuffled).")
     temperature: str = flag("0 to 5, or none to leave it out (default: 1.0).")
