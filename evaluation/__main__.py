@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = Output(sys.stdout)
     words = sys.argv[1:] if argv is None else argv
     with redirect_stdout(output):
-        if "--json" in words:  # standard output is for the object alone
+        if "--json" in words and words[0] != "watch":  # standard output is for the object alone; a watch's are many
             FACTS.clear()
             with redirect_stdout(sys.stderr):
                 code, command = _obey(words)

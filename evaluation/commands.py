@@ -355,9 +355,8 @@ def suite_command(options: argparse.Namespace) -> int:
         write_whole(place.with_name("summary.json"), json.dumps(summary, indent=1) + "\n")
     except OSError as error:
         raise Stopped(f"{place.with_name('summary.json')} cannot be written: {error.strerror}; make room") from None
-    if options.json:
-        print(json.dumps(summary))
-    else:
+    FACTS.update(summary)
+    if not options.json:
         show.console().print(show.suite_table(summary["suite"], summary["models"], suites.rows(summary)))
         if options.upstream_compat:
             for run in runs:
@@ -435,6 +434,7 @@ def _track(options: argparse.Namespace) -> int:
     folders = [Path(name) for name in options.folders]
     for folder, run in zip(folders, compared.load(folders), strict=True):
         trackers.send(options.to, project, folder, run)
+        FACTS.setdefault("sent", []).append(folder.name)
         print(f"{folder.name}: figures to {options.to}, project {one_line(project)}")
     return 0
 
