@@ -434,8 +434,8 @@ def _track(options: argparse.Namespace) -> int:
     folders = [Path(name) for name in options.folders]
     for folder, run in zip(folders, compared.load(folders), strict=True):
         trackers.send(options.to, project, folder, run)
-        FACTS.setdefault("sent", []).append(folder.name)
         print(f"{folder.name}: figures to {options.to}, project {one_line(project)}")
+    FACTS.update(file="", count=len(folders))
     return 0
 
 

@@ -22,7 +22,8 @@ from tasks.lib.notices import FACTS
 
 HELP = "Print one JSON object, and nothing else on standard output."
 # They hand over the terminal, or show what another program prints for as long as one looks.
-SILENT = ("train.shell", "train.run", "train.logs", "train.watch", "eval.watch", "merge.shell", "env.shell", "env.logs", "completion")
+SILENT = ("train.shell", "train.run", "train.logs", "train.watch", "eval.watch", "merge.shell", "env.shell", "env.logs",
+          "completion")
 # Their programs print the object; what comes before it is for people.
 BY_PROGRAM = ("eval", "merge")
 # What they say last is why they failed, where the task has no words of its own.
