@@ -25,9 +25,9 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from servers.protocol import Client, ServerError, check_ready
 from tasks.lib.environments.haproxy import proxy_config
-from tasks.lib.environments.local import ROOT, port_is_free, prepare
+from tasks.lib.environments.local import ROOT, prepare
 from tasks.lib.environments.rows import Environment, environment
-from tasks.lib.host.ports import choose_port
+from tasks.lib.host.ports import choose_port, port_is_free
 
 FIRST_PORT = 21000  # below the range from which the generator's own connections get their ports
 

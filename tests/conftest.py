@@ -58,7 +58,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     option = config.option
     asked = {argument.split("::")[0] for argument in config.args}
     one_file = len(asked) == 1 and asked.pop().endswith(".py")
-    if one_file or option.keyword or option.lf or option.trace or option.capture == "no":
+    if one_file or option.keyword or getattr(option, "lf", False) or option.trace or option.capture == "no":
         return 0
     return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, MOST_WORKERS)
 
