@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 PAGE = Path(__file__).parent / "page"
 WORDS = ("completion", "action", "observation", "reasoning", "refusal")  # of a turn; the page has them in this order
 SHOWN = {"first", "turns", "error", "tries_before", "reward", "seed", "task", "started"}  # by the viewer alone
-# Attempts whose turns are packed together, and characters that end a chunk early: unpacking one takes milliseconds.
-CHUNK = 64
-CHUNK_CHARACTERS = 1 << 20
+CHUNK = 1 << 20  # characters, of whole attempts, that are packed together: unpacking one takes milliseconds
 
 
 def pack(text: str) -> str:
@@ -65,7 +63,7 @@ def packed_chunks(details: Sequence[Mapping[str, Any]]) -> tuple[list[int], list
             firsts.append(number)
         waiting.append(apart(one))
         size += len(waiting[-1][1])
-        if len(waiting) == CHUNK or size > CHUNK_CHARACTERS or number + 1 == len(details):
+        if size > CHUNK or number + 1 == len(details):
             skeletons = json.dumps([skeleton for skeleton, _ in waiting], ensure_ascii=True)
             chunks.append(pack(skeletons + "\n" + "".join(words for _, words in waiting)))
             waiting, size = [], 0
