@@ -113,11 +113,12 @@ def dress(run: Run) -> list[str]:
 def difference_lines(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Return how each run differs from the first of its environment, on the items that both have."""
     lines = []
-    firsts: dict[str, Run] = {}
-    for run in runs:
-        first = firsts.setdefault(run.manifest["config"]["env"], run)
-        if first is run:
+    firsts: dict[str, int] = {}
+    for number, run in enumerate(runs):
+        place = firsts.setdefault(run.manifest["config"]["env"], number)
+        if place == number:
             continue
+        first = runs[place]
         found = compare(first.records, run.records, same_words=dress(run) == dress(first))
         apart = [(found["other_task"], "more were another task and are left out"),
                  (found["only_one"], "only in the first"), (found["only_other"], "only in the other")]

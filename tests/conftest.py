@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts so what runs in its background, and children inherit it
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell that starts a program in its background, and nohup, have it ignore these; children inherit it.
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, usual)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub reads it: no test needs a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
