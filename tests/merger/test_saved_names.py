@@ -1,6 +1,7 @@
 """Tensors that transformers 5 fuses or renames in memory are written as it saves them, bit for bit."""
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 from random import Random
@@ -202,11 +203,16 @@ def test_a_lattice_follows_slices_transposes_and_reshapes(seed: int) -> None:
 
 
 @pytest.mark.slow
-def test_every_family_of_the_mapping(tmp_path: Path) -> None:
-    """Each that a tiny model can be made of: merged from three ranks, equal to what transformers saves."""
-    names = [name for name in families.known() if families.is_tiny(name)]
-    absent = [name for name in families.REQUIRED if name not in names]
-    assert not absent and len(names) > 150
+@pytest.mark.timeout(3600 if os.environ.get("FAMILIES") == "all" else 900)
+def test_families_of_the_mapping(tmp_path: Path) -> None:
+    """Merged from three ranks, equal to what transformers saves: those that are trained most.
+
+    With FAMILIES=all, in about half an hour, each that a tiny model can be made of.
+    """
+    names = list(families.REQUIRED)
+    if os.environ.get("FAMILIES") == "all":
+        names = [name for name in families.known() if families.is_tiny(name)]
+        assert set(families.REQUIRED) <= set(names) and len(names) > 150
     faults = {}
     for first in range(0, len(names), 20):
         folder = tmp_path / str(first)
