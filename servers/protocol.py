@@ -87,7 +87,9 @@ class Client:
                 request.add_header("Content-Type", "application/json")
             text = self._answer(request, what)
         except OSError as error:
-            raise ServerError(f"{what}: {shown(reason(error))}") from None
+            late = isinstance(getattr(error, "reason", error), TimeoutError)
+            said = f"the answer did not end within {self.timeout:g} s" if late else shown(reason(error))
+            raise ServerError(f"{what}: {said}") from None
         except (http.client.InvalidURL, ValueError) as error:  # no scheme, no such port
             raise ServerError(f"{what}: {error}; give an address like http://127.0.0.1:8000") from None
         except http.client.HTTPException as error:

@@ -34,7 +34,7 @@ from tasks.lib.evaluation.suites import SUITE, OfASuite, Pair
 from tasks.lib.flags import Value, as_words, helps, repeatable, takes, values, whole_number
 from tasks.lib.host.programs import GPUS_HERE
 from tasks.lib.interrupts import as_ctrl_c
-from tasks.lib.notices import say, tell
+from tasks.lib.notices import put, say, tell
 from tasks.lib.settings import ROOT
 
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ def show_state(as_json: bool, parts: Sequence[Part], state: Mapping[str, Any]) -
                   f"{one['done']} of {one['expected']}", one["folder"] or "(its name comes of the merged files)")
                  for one in lines])
     for env, source in {one["env"]: one["source"] for one in lines if one["source"]}.items():
-        print(f"{env}: {source}", flush=True)
+        put(f"{env}: {source}")
 
 
 def play(c: Context, runner: str, parts: Sequence[Part], prepared: Mapping[str, Prepared]) -> None:

@@ -32,7 +32,7 @@ def test_who_drips_does_not_hold_us_up(kind):
 def test_the_protocols_client_says_so_in_one_line(kind):
     with dripping(kind) as url, within(10), pytest.raises(ServerError) as caught:
         Client(url, rows()["form-textcraft"].protocol, timeout=1).create()
-    assert str(caught.value) == "POST /create: timed out"
+    assert str(caught.value) == "POST /create: the answer did not end within 1 s"
 
 
 def test_an_answer_that_ends_is_read_and_its_time_can_be_renewed():

@@ -368,9 +368,9 @@ def test_compose_and_the_table_agree() -> None:
         assert default == SETTINGS[name].default or (name, default) in ((RL, "./AgentGym-RL"), ("HOST_UID", ""))
     by_name = set(re.findall(r"^ +(\w+):$", text, re.M)) & set(SETTINGS)
     by_environment = set(re.findall(r"environment: (\w+)$", text, re.M))
-    # GPUS=none and the upload of a local merge are decided by the tasks; COMPOSE_PROJECT_NAME is Compose's own, and
-    # TRAIN_PYTHON is for trainings without Compose.
-    others = {"COMPOSE_PROJECT_NAME", "TRAIN_PYTHON"}
+    # GPUS=none and the upload of a local merge are decided by the tasks, as is a merge's device (MERGE_DEVICE);
+    # COMPOSE_PROJECT_NAME is Compose's own, and TRAIN_PYTHON is for trainings without Compose.
+    others = {"COMPOSE_PROJECT_NAME", "MERGE_DEVICE", "TRAIN_PYTHON"}
     assert {name for name, _ in defaults} | by_name | by_environment | others == set(SETTINGS)
 
 

@@ -247,7 +247,7 @@ def typed(name: str, action: argparse.Action) -> object:
 def test_what_is_typed_reaches_the_program(flag, monkeypatch):
     action = program()["run"][flag]
     words: list[str] = []
-    monkeypatch.setattr(evaluate, "run_module", lambda c, module, given, env: words.extend(given))
+    monkeypatch.setattr(evaluate, "run_module", lambda c, module, given, env: words.__setitem__(slice(None), given))  # the last: a check comes first
     value = typed(flag, action)
     evaluate.run(dry(), **{"env": "demo", "server": "http://127.0.0.1:9", "runner": "local", action.dest: value})
     got = getattr(parser().parse_args(words), action.dest)
@@ -285,7 +285,7 @@ def test_what_a_container_is_told(name, value, told):
 def test_a_container_gets_its_own_names_and_what_was_typed(monkeypatch):
     from tasks.lib.engine import containers
     words: list[str] = []
-    monkeypatch.setattr(containers, "run", lambda c, service, given, variables: words.extend(given))
+    monkeypatch.setattr(containers, "run", lambda c, service, given, variables: words.__setitem__(slice(None), given))
     monkeypatch.delenv("MAX_ROUND", raising=False)
     evaluate.run(dry(), env="demo", model="expert", server="http://env:1", runner="docker", keep_think=True, finish_reason=["done", "over"],
                  out=str(PROJECT / "saves" / "z"))
@@ -298,7 +298,7 @@ def test_what_a_header_sends_may_be_in_dotenv_and_is_in_no_word(monkeypatch):
     seen: dict[str, str] = {}
     words: list[str] = []
     monkeypatch.setattr("tasks.lib.settings.read_dotenv", lambda: {"AZURE_KEY": "sk-of-the-file", "OTHER": "not asked for"})
-    monkeypatch.setattr(evaluate, "run_module", lambda c, module, given, env: (words.extend(given), seen.update(env)))
+    monkeypatch.setattr(evaluate, "run_module", lambda c, module, given, env: (words.__setitem__(slice(None), given), seen.update(env)))
     evaluate.run(dry(), env="demo", server="http://127.0.0.1:9", runner="local", header=["api-key=AZURE_KEY", "no-variable"])
     assert seen["AZURE_KEY"] == "sk-of-the-file" and "OTHER" not in seen
     assert words.count("--header=api-key=AZURE_KEY") == 1 and "sk-of-the-file" not in " ".join(words)
