@@ -17,8 +17,8 @@ def engine_without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(place.docker, "require_engine", lambda c: None)
     monkeypatch.setattr(containers, "has_nvidia_runtime", lambda: False)
     monkeypatch.setattr(place, "image_exists", lambda name: True)
-    monkeypatch.setattr(place, "resolve", lambda name: "all")
-    monkeypatch.setattr(containers, "resolve", lambda name: "all")
+    for module in (place, containers):
+        monkeypatch.setattr(module, "resolve", {"GPUS": "all", "SHM_SIZE": "16g"}.get)
 
 
 def test_a_run_that_went_without_gpus_goes_on_without() -> None:
