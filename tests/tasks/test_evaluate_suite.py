@@ -160,7 +160,7 @@ def test_a_suite_killed_at_twenty_moments_ends_as_if_it_never_was(root):
 
     with environment() as one, environment() as other, endpoint(slowly) as model:
         servers = {"form-textcraft": one.url, "form-babyai": other.url}
-        kinds = {"items": "0-19", "concurrency": "2"}
+        kinds = {"items": "0-9", "samples": "2", "concurrency": "2"}
         whole = suite_file(root, "whole", servers, model.base_url, ["g-whole", "h-whole"], **kinds)
         assert invoke(root, "eval.suite", "--suite", whole, "--quiet").returncode == 0
         killed = suite_file(root, "killed", servers, model.base_url, ["g-killed", "h-killed"], **kinds)
