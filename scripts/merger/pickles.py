@@ -32,6 +32,7 @@ METADATA_NAMES = frozenset({
     "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "MetadataIndex", "StorageMeta",
     "_MEM_FORMAT_ENCODING", "_StorageInfo"
 })
+DATACLASSES = METADATA_NAMES - {"_MEM_FORMAT_ENCODING"}
 PATHS = frozenset(f"{module}.{kind}" for module in ("pathlib", "pathlib._local")
                   for kind in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"))
 STORAGE_DTYPES = {
@@ -54,6 +55,7 @@ REBUILT = ("DTensor", )  # by torch's function for it, and never made as such
 STATE_NUMBERS = {"Shard": ("dim", ), "_StridedShard": ("dim", "split_factor")}
 STATE_TEXTS = {"Partial": ("reduce_op", )}
 FIVES = ("ShardedTensor", "TensorProperties")
+MEMORY_FORMATS = ("TORCH_CONTIGUOUS_FORMAT", "TORCH_CHANNELS_LAST", "TORCH_PRESERVE_FORMAT")  # of two enumerations
 PLAIN_STATES = ("Shard", "_StridedShard", "Replicate", "Partial", "DeviceMesh")  # no pair with a dict of slots
 UNSUPPORTED = ("complex", "quint", "qint", "quantized", "bits", "float8_e", "float4_e")  # of element types
 
@@ -102,6 +104,8 @@ class Record(metaclass=_Sealed):
     def __new__(cls, *args: Any) -> "Record":
         if cls.__name__ in REBUILT or len(args) != ARGUMENTS.get(cls.__name__, len(args)):
             raise pickle.UnpicklingError(f"a {cls.__name__} of {len(args)} arguments")
+        if not _takes(cls.__name__, args):
+            raise pickle.UnpicklingError(f"a {cls.__name__} of {shown(args)}")
         return cls.made(*args)
 
     @classmethod
@@ -133,12 +137,25 @@ class Record(metaclass=_Sealed):
         return type(self).__name__
 
 
+def _takes(kind: str, args: tuple[Any, ...]) -> bool:
+    """Return True if `args` are what a dataclass, an enumeration or a path of a `.metadata` is made of."""
+    if kind in DATACLASSES:  # by their state
+        return not args
+    if kind.endswith("MEM_FORMAT_ENCODING"):  # by value, or by name
+        return len(args) == 1 and type(
+            args[0]) in (int, str) and args[0] in (*range(len(MEMORY_FORMATS)), *MEMORY_FORMATS)
+    if kind.endswith("Path"):
+        return all(type(part) is str for part in args)
+    return True
+
+
 def _fits(kind: str, state: Any) -> bool:
     """Return True if torch's class `kind` takes `state`."""
-    if kind == "Unknown" or (kind in METADATA_NAMES and kind not in FIVES):
+    if kind == "Unknown":
         return True
     if kind in FIVES:
-        return type(state) is tuple and len(state) == 5
+        return type(state) is tuple and len(state) == 5 and (kind != "TensorProperties" or str(
+            getattr(state[3], "kind", "")).endswith("MEM_FORMAT_ENCODING"))
     if type(state) is not dict or not all(type(name) is str for name in state):
         return False
     if kind == "DeviceMesh" and "_dim_group_names" in state:  # looked up by name, in C++

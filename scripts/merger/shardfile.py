@@ -20,6 +20,7 @@ from merger.foreign.files import Seen
 from merger.foreign.limits import allow
 
 PICKLE = "data.pkl"
+NAMED = ".data/serialization_id"
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"7z\xbc\xaf": "7z"}
 MAX_PICKLE = 1 << 28  # a hundred thousand tensors and more
 CRC_CHUNK = 1 << 22
@@ -172,6 +173,8 @@ def read_archive(path: Path,
         raise MergeError("it is a TorchScript archive, not a state dict; save the state dict with torch.save")
     if "byteorder" in records and _content(fd, records["byteorder"]) != b"little":
         raise MergeError("it was written on a big-endian machine, which is not supported")
+    if NAMED in records and not _is_text(_content(fd, records[NAMED])):
+        raise MergeError(f"not a whole .pt archive, truncated or damaged ({NAMED} is no text); copy it again")
     if records[PICKLE].size > MAX_PICKLE:
         raise MergeError(f"its pickle has {records[PICKLE].size} bytes, more than any checkpoint's")
     version = next((records[name] for name in ("version", ".data/version") if name in records), None)
@@ -185,6 +188,14 @@ def read_archive(path: Path,
         content = load(data)
     storages = {name.removeprefix("data/"): record for name, record in records.items() if name.startswith("data/")}
     return ShardFile(path, size, content, storages, seen)
+
+
+def _is_text(data: bytes) -> bool:
+    """Return True if `data` is the text that torch takes it for."""
+    try:
+        return data.decode().isprintable()
+    except UnicodeDecodeError:
+        return False
 
 
 def _content(fd: int, record: Record) -> bytes:
