@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -25,8 +26,9 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from training import curve
 from training.folder import RunFolder, atomic_write
@@ -40,6 +42,7 @@ ARRIVED = re.compile(r"Syncing: https?://[^/]+/[^/]+/[^/]+/runs/\S+ \.\.\.")  # 
 ERROR = re.compile(r"wandb: ERROR|Traceback")
 LOOKS, PAUSE = 6, 10.0  # the service may take in a history a while after it was uploaded
 AXIS = "checkpoint"
+START, FINISH = 120.0, 600.0  # s until wandb's client has the run (its own limit of 90 s does not always hold), and sent
 
 
 class Failed(Exception):
@@ -201,7 +204,8 @@ def send(path: str, project: str, entity: str, sleep: Callable[[float], object] 
     least = max(last_step_written(run, id) or 0, ours or 0)
     with tempfile.TemporaryDirectory(prefix="wandb-") as scratch:
         for look in range(LOOKS):
-            step, reached = _send_once(run, id, project, entity, scratch, least, left, now)
+            asked = (run, id, project, entity, scratch, least, left, now)
+            step, reached = _send_apart(*asked) or _send_apart(*asked) or _never(id)
             if reached:
                 break
             if look + 1 < LOOKS:
@@ -225,9 +229,46 @@ def _rest(run: RunFolder, id: str) -> str:
     return "upload the rest with `invoke train.sync`, or try again in a minute"
 
 
-def _send_once(run: RunFolder, id: str, project: str, entity: str, scratch: str, least: int,
-               left: Mapping[int, Mapping[str, float]], now: Status) -> tuple[int, bool]:
-    """Resume the wandb run and send; return its last step, and whether it had `least`, without which nothing is sent."""
+def _never(id: str) -> NoReturn:
+    raise Failed(f"wandb's run {id}: its client did not start within {START:.0f} s, twice; nothing was sent; try again")
+
+
+def _send_apart(run: RunFolder, id: str, *args: Any) -> tuple[int, bool] | None:
+    """Do `_send_once` in a process of its own; None where wandb's client hung before it sent anything."""
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe(duplex=False)
+    process = spawn.Process(target=_send_once, args=(theirs, id, *args))
+    process.start()
+    theirs.close()
+    try:
+        if not ours.poll(START):
+            return None
+        what, found = ours.recv()
+        if what == "began":
+            if not ours.poll(FINISH):
+                raise Failed(f"wandb's run {id}: its client did not end within {FINISH:.0f} s; the run's page shows "
+                             "whether the figures have arrived, and another call sends them again")
+            what, found = ours.recv()
+    except EOFError:
+        process.join()
+        raise Failed(f"wandb's run {id}: its client ended with code {process.exitcode}; try again") from None
+    finally:
+        process.kill()
+        process.join()
+    if what == "absent":
+        raise Failed(f"the service has no run {id}: nothing of it was uploaded; {_rest(run, id)}")
+    if what == "failed":
+        raise Failed(f"wandb's run {id}: {shown(found)}")
+    step, reached = found
+    return step, reached
+
+
+def _send_once(tell: Connection, id: str, project: str, entity: str, scratch: str, least: int,
+               left: Mapping[int, Mapping[str, float]], now: Status) -> None:
+    """Resume the wandb run, tell that it began, and send; tell its last step and whether it had `least` before.
+
+    Nothing is sent without those.
+    """
     os.environ["WANDB_SILENT"] = "true"  # its settings silence it only from init on
     import wandb
     settings = wandb.Settings(
@@ -247,6 +288,7 @@ def _send_once(run: RunFolder, id: str, project: str, entity: str, scratch: str,
                           entity=entity or None,
                           dir=scratch,
                           settings=settings)
+        tell.send(("began", None))
         reached = sent.starting_step > least or not least
         if reached:
             sent.define_metric(AXIS)
@@ -259,10 +301,9 @@ def _send_once(run: RunFolder, id: str, project: str, entity: str, scratch: str,
         sent.finish(exit_code=0 if now.state == "finished" else 1)
     except (wandb.errors.Error, OSError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        if "has not been initialized" in lines[0]:
-            raise Failed(f"the service has no run {id}: nothing of it was uploaded; {_rest(run, id)}") from None
-        raise Failed(f"wandb's run {id}: {shown(lines[0])}") from None
-    return step, reached
+        tell.send(("absent" if "has not been initialized" in lines[0] else "failed", lines[0]))
+    else:
+        tell.send(("sent", (step, reached)))
 
 
 def main(argv: Sequence[str]) -> int:

@@ -1,8 +1,6 @@
 """GET /metrics: what a server counts, as Prometheus reads it."""
 import asyncio
-import os
 import re
-import shutil
 import subprocess
 import time
 import urllib.request
@@ -13,6 +11,7 @@ from servers.metrics import Requests
 from servers.protocol import Client, ServerError
 from tasks.lib.environments.haproxy import proxy_config
 from tasks.lib.host.ports import free_port, port_is_free
+from tests.fixtures import needs
 from tests.fixtures.servers import rows, running
 from tests.servers.requests import sessions
 
@@ -59,11 +58,7 @@ def test_requests_are_counted_by_route_and_status(name, tmp_path):
 
 
 def test_the_proxy_tells_of_itself_and_each_replica_of_itself(tmp_path):
-    haproxy = shutil.which("haproxy", path=os.environ["PATH"] + ":/usr/sbin")
-    if haproxy is None:
-        if os.environ.get("CI"):
-            pytest.fail("no haproxy, which CI must have")
-        pytest.skip("no haproxy on this machine")
+    haproxy = needs.haproxy()
     row = rows()["form-textcraft"]
     with running(row, tmp_path, True, "--replica", "0", "--replicas",
                  "2") as one, running(row, tmp_path, True, "--replica", "1", "--replicas", "2") as two:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -127,6 +128,17 @@ def test_figures_wait_for_a_service_that_has_not_taken_in_the_history(hidden, se
         with pytest.raises(uploading.Failed, match="has step 3 of 5 that were written, so nothing was sent"):
             uploading.send(str(run.path), "", "", pauses.append)
     assert service.history(id)[:5] == before and len(service.history(id)) == 5 + sent and len(pauses) == (1 if sent else 5)
+
+
+def test_a_client_that_hangs_is_one_line_and_gone(service, run, monkeypatch):
+    for name, value in environment(service, run.path.parent).items():
+        monkeypatch.setenv(name, value)
+    (run.wandb / "offline-run-20260101_000000-slow").mkdir(parents=True)
+    evaluated(run, 2, 0.25)
+    monkeypatch.setattr(uploading, "START", 0.1)
+    with pytest.raises(uploading.Failed, match="wandb's run slow: its client did not start within 0 s, twice; nothing was sent; try again"):
+        uploading.send(str(run.path), "", "")
+    assert not multiprocessing.active_children() and "slow" not in service.runs
 
 
 def test_what_a_killed_trainer_wrote_is_uploaded_once(service, run):
