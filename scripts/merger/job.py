@@ -123,17 +123,21 @@ class Job:
         return sum(output.numel for output in self.outputs)
 
 
-def prepare(options: Options, checkpoint: Checkpoint | None = None, ask: Ask | None = None) -> Job:
+def prepare(options: Options,
+            files: RankFiles | None = None,
+            checkpoint: Checkpoint | None = None,
+            ask: Ask | None = None) -> Job:
     """Make every check that comes before the first byte is written.
 
     Args:
-        checkpoint: where it is read already.
+        files: where they are found already: what has changed since is refused, not taken.
+        checkpoint: where it is read already, from `files`.
         ask: what is asked in place of `model_check.ask`.
 
     Raises:
         MergeError: the first fault found.
     """
-    files = checkpoint.files if checkpoint else find_checkpoint(options.local_dirs)
+    files = files or find_checkpoint(options.local_dirs)
     target = target_folder(options, files)
     publish.check_target(target, files.folders)
     check_free(target, options.force)

@@ -60,12 +60,12 @@ def merge(options: Options) -> dict[str, Any]:
         publish.check_replaceable(target)
         with model_check.Beside() as beside:
             try:
-                job = prepare(options, ask=beside.ask)
+                job = prepare(options, files, ask=beside.ask)
             except MergeError:
                 if not beside.pending:
                     raise
                 verdict = beside.answer()  # what that makes of the checkpoint comes first
-                job = prepare(options, ask=lambda *_: verdict)
+                job = prepare(options, files, ask=lambda *_: verdict)
             try:
                 record = carry_out(job, options, began, beside)
             except MergeError:
@@ -303,8 +303,9 @@ def _as_found(options: Options, files: RankFiles, target: Path) -> tuple[Options
 def plan_only(options: Options) -> dict[str, Any]:
     """Return what `merge` would do: files, sizes, memory and space."""
     began = time.monotonic()
-    publish.check_replaceable(target_folder(options, find_checkpoint(options.local_dirs)))
-    job = prepare(options)
+    files = find_checkpoint(options.local_dirs)
+    publish.check_replaceable(target_folder(options, files))
+    job = prepare(options, files)
     return {
         "folder": str(job.target),
         "tensors": len(job.outputs),
@@ -339,7 +340,7 @@ def inspect(options: Options) -> tuple[list[Kind], dict[str, Any]]:
         notes.append("holds LoRA weights; merge it with --lora adapter or --lora fuse")
         options = replace(options, lora="adapter")
     try:
-        prepare(replace(options, force=True), checkpoint)
+        prepare(replace(options, force=True), files, checkpoint)
     except MergeError as error:
         problems.append(str(error))
     kinds = [Kind(tensor.description, tensor.shape, tensor.dtype) for tensor in checkpoint.tensors.values()]

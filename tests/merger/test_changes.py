@@ -147,6 +147,26 @@ def test_what_is_replaced_while_it_is_merged_is_refused(what: str, verify: bool,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("what", WHATS)
+def test_what_is_replaced_after_the_files_were_found_is_refused(what: str, steps: dict[int, Path], tmp_path: Path) -> None:
+    """They are looked for once: a second look would take what came since for what was there."""
+    actor = copy_step(steps[1], tmp_path / "step/actor")
+    paused = ("import pathlib, time\nfrom merger import publish\n"
+              f"publish.restore = lambda _, at=pathlib.Path({str(tmp_path)!r}): ((at / 'found').touch(), "
+              "[time.sleep(0.02) for _ in iter((at / 'go on').exists, True)])\n")
+    with subprocess.Popen([sys.executable, *unchecked(paused), "--local-dir", str(actor), "--save-dir", str(tmp_path / "out")],
+                          stderr=subprocess.PIPE, text=True) as process:  # yapf: disable
+        end = time.monotonic() + 60
+        while not (tmp_path / "found").exists():
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.01)
+        replace(what, actor, steps[2], random.Random(what))
+        (tmp_path / "go on").touch()
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and "changed while it was read" in err, err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("verify", [False, True], ids=["", "--verify"])
