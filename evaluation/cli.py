@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from evaluation import __version__
-from evaluation.output import FACTS
+from evaluation.output import FACTS, complain
 from evaluation.text import one_line
 
 FAILED, MISUSE, INTERRUPTED = 1, 2, 130
@@ -74,8 +74,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:  # type: ignore[override]
         """Leave with exit code 2."""
-        FACTS["error"] = {"code": MISUSE, "message": one_line(message)}
-        self.exit(MISUSE, f"{self.prog}: {one_line(message)}; see --help\n")
+        said = one_line(message.removeprefix("argument "))
+        FACTS["error"] = {"code": MISUSE, "message": said}
+        complain(f"{said}; see --help")
+        self.exit(MISUSE)
 
 
 def parser() -> argparse.ArgumentParser:

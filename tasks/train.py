@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from json import dumps
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,7 @@ from tasks.train_start import check, resume, start
 
 # What a task does is imported where it is done: each command would pay for all of them.
 if TYPE_CHECKING:
-    from tasks.lib.training.follow import Plan, Rules
+    from tasks.lib.training.follow import Rules
 
 __all__ = ["check", "resume", "start"]
 
@@ -240,33 +239,21 @@ def watch(c: Context,
         eval_runner=evaluate.runner_for(runner, "" if endpoint else evaluate.CHECKPOINT) if eval else "",
         wandb=wandb,
         runner=runner,
-        words=as_words({
-            "engine": engine,
-            "concurrency": concurrency,
-            "i_understand": i_understand
-        }))
-    made = follow.watcher(asked)
-    check_evaluations(c, made.plans, asked.eval_runner, engine, concurrency)
-    follow.watch(c.config.run.dry, made, once)
+        words=evaluation_words(engine, concurrency, i_understand),
+        dry=bool(c.config.run.dry))
+    follow.watch(asked.dry, follow.watcher(asked), once)
 
 
-def check_evaluations(c: Context, plans: Sequence[Plan], runner: str, engine: str, concurrency: str) -> None:
-    """Have the evaluation's own program look at its flags, now and not when the first checkpoint is there.
+def evaluation_words(engine: str, concurrency: str, i_understand: bool) -> tuple[str, ...]:
+    """Return the flags of `invoke eval` that the numbers do not depend on.
 
     Raises:
-        UserError: one is wrong.
+        UserError: no such engine.
     """
     from tasks.lib.serving.local import ENGINES
     if engine and engine not in ENGINES:
         raise UserError(f"unknown engine {engine!r}; choose one of {', '.join(ENGINES)}")
-    for plan in plans if not c.config.run.dry else ():
-        words = evaluate.program_words(runner, {
-            **plan.flags, "check": True,
-            "env": plan.environment,
-            "model": evaluate.CHECKPOINT,
-            "concurrency": concurrency
-        })
-        evaluate.run_evaluation(c, runner, words, {"OPENAI_API_KEY": "none"})
+    return tuple(as_words({"engine": engine, "concurrency": concurrency, "i_understand": i_understand}))
 
 
 def check_watch_words(c: Context, words: list[str], used: str) -> Rules | None:
@@ -276,43 +263,59 @@ def check_watch_words(c: Context, words: list[str], used: str) -> Rules | None:
         used: the run's own GPUs: all, indices, or empty where they are not known yet.
 
     Raises:
-        UserError: in one line.
+        UserError: in one line, which names --watch-flags: a run has flags of the same names.
     """
+    try:
+        return _checked_watch_words(bool(c.config.run.dry), words, used)
+    except UserError as error:
+        raise UserError(f"--watch-flags: {error.said()}", error.code) from None
+
+
+def _checked_watch_words(dry: bool, words: list[str], used: str) -> Rules | None:
     from invoke.exceptions import ParseError
     from invoke.parser import Parser, ParserContext
 
     from tasks.lib.environments.lookup import all_rows
     from tasks.lib.training import follow
-    from tasks.lib.training.hands import gpu_clash, has_nvidia
+    from tasks.lib.training.hands import InvokeHands, gpu_clash, has_nvidia
     from tasks.lib.training.watching import Going
     parser = Parser([ParserContext(name="train.watch", args=watch.get_arguments())])
     try:
         parsed, *more = parser.parse_argv(["train.watch", *words])
     except ParseError as error:
-        raise UserError(f"--watch-flags: {error}; `invoke train.watch --help` shows them") from None
+        raise UserError(f"{error}; `invoke train.watch --help` shows them") from None
     given = parsed.as_kwargs
     for name in ("name", "once", "stop"):
         if given[name]:
-            raise UserError(f"--watch-flags: --{name} has no place beside a run that is started")
+            raise UserError(f"--{name} has no place beside a run that is started")
     if more:
-        raise UserError(f"--watch-flags: {more[0].name!r} is no flag of train.watch")
+        raise UserError(f"{more[0].name!r} is no flag of train.watch")
     evaluated = bool(given["eval"])
     rules = follow.rules_of(given["keep_last"], given["keep_every"], given["keep_best"], given["keep_optimizer"],
                             given["prune_merged"], evaluated)
     plans = follow.plans_of(given["eval"], tuple(all_rows()), {name: given[name] for name in follow.DECISIVE})
-    follow.servers_of(given["server"], [plan.environment for plan in plans])
+    servers = follow.servers_of(given["server"], [plan.environment for plan in plans])
     follow.check_endpoint(given["endpoint"], given["endpoint_model"], "run")
     follow.check_merge(given["dtype"], plans, given["gpus"], given["endpoint"])
-    merge.runner_for(given["runner"])
+    further = evaluation_words(given["engine"], given["concurrency"], given["i_understand"])
+    merger = merge.runner_for(given["runner"])
     if given["wandb"]:
         follow.check_wandb(None, given["runner"])
     if plans:
         clash = gpu_clash(given["gpus"], given["endpoint"], used, Going(False, "starting", None, ()), True,
                           has_nvidia())
         if clash:
-            raise UserError(f"--watch-flags: {clash}")
+            raise UserError(clash)
         runner = evaluate.runner_for(given["runner"], "" if given["endpoint"] else evaluate.CHECKPOINT)
-        check_evaluations(c, plans, runner, given["engine"], given["concurrency"])
+        hands = InvokeHands("run",
+                            merger,
+                            runner,
+                            endpoint=given["endpoint"],
+                            model_name=given["endpoint_model"] or InvokeHands.model_name,
+                            servers=servers,
+                            words=further)
+        for plan in () if dry else plans:
+            hands.check(plan)
     return None if given["keep_all"] else rules
 
 

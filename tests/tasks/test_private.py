@@ -4,6 +4,7 @@ import os
 import shutil
 import stat
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,10 @@ from tasks.lib.environments import lease, local
 from tasks.lib.environments.compose_model import Variable, escaped
 from tasks.lib.environments.plan import Options
 from tasks.lib.host import processes
+from tasks.lib.training import follow
 from tests.fixtures import needs
 from tests.fixtures.servers import ROOT, free_port, rows
+from training.folder import RunFolder
 
 ODD = "a$USER-${HF_TOKEN}-$$b-${X:?no}"
 
@@ -57,6 +60,24 @@ def test_all_of_run_is_the_owners_alone(run):
         os.umask(before)
     assert open_to_others(run) == []
     assert (run / "env" / row.name / "made" / "file").is_file()
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
+def test_what_a_run_and_its_watcher_leave_behind_is_as_open_as_if_they_ran_in_the_foreground(umask, tmp_path, monkeypatch):
+    """A colleague reads the merged models of a run, and a server of another user serves them."""
+    made = tmp_path / "made"
+    monkeypatch.setattr(follow, "command", lambda name, words: ["mkdir", str(made)])
+    before = os.umask(umask)
+    try:
+        follow.launch(RunFolder(tmp_path / "run"), [])
+        end = time.monotonic() + 20
+        while not made.exists():
+            assert time.monotonic() < end
+            time.sleep(0.02)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(made.stat().st_mode) == 0o777 & ~umask
+    assert stat.S_IMODE((tmp_path / "run" / "log" / "watch.log").stat().st_mode) == 0o600
 
 
 def test_a_file_that_others_could_read_is_closed(tmp_path):

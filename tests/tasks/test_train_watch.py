@@ -140,6 +140,9 @@ def test_the_command_lines():
     assert local.eval_words(Path("/t"), 4, plan, Path("/o")) == [
         "eval", "--env=demo", "--out=/o", "--runner=local", "--limit=2", "--checkpoint=/t", "--server=http://h:1", "--engine=vllm"
     ]
+    assert local.check_words(plan) == [
+        "eval", "--env=demo", "--check", "--runner=local", "--limit=2", "--model=checkpoint", "--base-url=http://checkpoint/v1", "--server=http://h:1", "--json"
+    ]
     assert local.environment()["CUDA_VISIBLE_DEVICES"] == "6,7"
     docker = InvokeHands("run1", "docker", "docker", gpus="6,7", dtype="float32")
     assert docker.merge_words(Path("/s"), Path("/t"))[-3:] == ["--runner=docker", "--gpus=none", "--dtype=float32"]
@@ -147,6 +150,24 @@ def test_the_command_lines():
     assert docker.environment() == dict(os.environ)
     given = InvokeHands("run1", "local", "docker", endpoint="http://h/v1")
     assert given.eval_words(Path("/t"), 4, plan, Path("/o"))[-2:] == ["--model=run1-global_step_4", "--base-url=http://h/v1"]
+
+
+@pytest.mark.parametrize("flags, said", [
+    ("--limit=x", "--limit: x is no whole number"),
+    ("--samples=0", "--samples: 0 is not at least 1"),
+    ("--temperature=9", "--temperature 9 is no number from 0 to 5, nor none, which leaves it out"),
+    ("--items=nope", "items of --items: 'nope' has no number at its end"),
+    ("--concurrency=-1", "--concurrency: -1 is below 0"),
+    ("--runner=docker --endpoint=http://127.0.0.1:9/v1",
+     "127.0.0.1, the host of --base-url, would be the container itself; give an address that it can reach, or use --runner local"),
+])  # yapf: disable
+def test_a_wrong_flag_of_the_evaluation_is_told_before_anything_starts_and_by_the_task_that_was_typed(project, run, flags, said):
+    flags = flags if "--runner" in flags else f"--runner=local {flags}"
+    refused = invoke(project, "train.watch", "--name=run1", "--eval=demo", *flags.split())
+    assert (refused.returncode, refused.stdout, refused.stderr) == (2, "", f"train.watch: {said}\n")
+    assert not (run.path / "watch.lock").exists() and not run.watch_json.exists()
+    beside = invoke(project, "train.start", "--env=babyai", "--watch", f"--watch-flags=--eval=demo {flags}")
+    assert (beside.returncode, beside.stdout, beside.stderr) == (2, "", f"train.start: --watch-flags: {said}\n")
 
 
 def test_nothing_goes_to_wandb_unasked(tmp_path, monkeypatch):

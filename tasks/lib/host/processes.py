@@ -11,6 +11,7 @@ from typing import Any
 from tasks.lib.atomic import open_private
 
 STOP_SECONDS = 10
+PRIVATE, CALLERS = 0o077, -1  # umasks: files for their owner alone, or as the caller's own are
 
 
 def _born(pid: int) -> str:
@@ -56,8 +57,12 @@ def is_orphaned(entry: Mapping[str, Any]) -> bool:
     return False
 
 
-def launch(argv: Sequence[str], log: Path, env: Mapping[str, str], cwd: Path) -> subprocess.Popen:
-    """Start `argv` as the leader of a session of its own, out of Ctrl-C's reach, its output in `log`."""
+def launch(argv: Sequence[str], log: Path, env: Mapping[str, str], cwd: Path, umask: int = PRIVATE) -> subprocess.Popen:
+    """Start `argv` as the leader of a session of its own, out of Ctrl-C's reach, its output in `log`.
+
+    Args:
+        umask: what nobody may do with the files that it makes; CALLERS for what holds of the caller's own.
+    """
     with os.fdopen(open_private(log), "w") as output:
         return subprocess.Popen(list(argv),
                                 cwd=cwd,
@@ -65,7 +70,7 @@ def launch(argv: Sequence[str], log: Path, env: Mapping[str, str], cwd: Path) ->
                                 stdin=subprocess.DEVNULL,
                                 stdout=output,
                                 stderr=subprocess.STDOUT,
-                                umask=0o077,
+                                umask=umask,
                                 start_new_session=True)
 
 

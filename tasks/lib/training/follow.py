@@ -154,6 +154,7 @@ class Asked:
         merge_runner, eval_runner: local or docker.
         wandb: --wandb; runner: --runner, for it.
         words: further flags of `invoke eval`.
+        dry: whether nothing is to run, so that the evaluations' flags are not looked at.
     """
     run: RunFolder
     environments: str
@@ -171,6 +172,7 @@ class Asked:
     wandb: bool
     runner: str
     words: Sequence[str]
+    dry: bool = False
 
 
 def check_merge(dtype: str, plans: Sequence[Plan], gpus: str, endpoint: str) -> None:
@@ -228,6 +230,8 @@ def watcher(asked: Asked) -> Watcher:
                         words=tuple(asked.words),
                         dtype=asked.dtype,
                         wandb_runner=asked.runner if asked.wandb else "")
+    for plan in () if asked.dry else plans:
+        hands.check(plan)
     return Watcher(run, asked.rules if asked.prune else None, plans, hands, lease.Lease(run.path / LOCK), going,
                    lambda line: put(f"train.watch: {line}"))
 
@@ -309,7 +313,7 @@ def launch(run: RunFolder, words: Sequence[str]) -> tuple[int, Path]:
     log = run.logs / LOG
     with suppress(FileNotFoundError):
         log.replace(log.with_name(LOG + ".1"))
-    process = processes.launch(command(run.name, words), log, os.environ, ROOT)
+    process = processes.launch(command(run.name, words), log, os.environ, ROOT, processes.CALLERS)
     return process.pid, log
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tasks.lib.errors import UserError
 from tasks.lib.host import processes
 from tasks.lib.settings import ROOT, resolve
 from tasks.lib.training.watching import Failed, Going, Plan
@@ -20,7 +21,8 @@ from training.foreign import LARGEST_FILE, loads
 from training.text import shown
 
 ASK_SECONDS = 30.0  # for an endpoint's list of models
-NICE = 10  # of a merge: the trainer on the same machine comes first
+UNSERVED, NOWHERE = "checkpoint", "http://checkpoint/v1"  # of a model that is not there yet; nobody is asked there
+NICE = 10  # of a merge and an evaluation: the trainer on the same machine comes first
 # The child gets SIGTERM when the watcher is gone, however it went, and tidies up; a function between fork and exec could
 # hang, for the watcher has a second thread.
 TETHER = """
@@ -97,14 +99,24 @@ class InvokeHands:
 
     def eval_words(self, model: Path, step: int, plan: Plan, out: Path) -> list[str]:
         """Return the command line of an evaluation."""
-        words = ["eval", f"--env={plan.environment}", f"--out={out}", f"--runner={self.eval_runner}", *plan.words]
         if self.endpoint:
-            words += [f"--model={self.called(step)}", f"--base-url={self.endpoint}"]
+            player = [f"--model={self.called(step)}", f"--base-url={self.endpoint}"]
         else:
-            words += [f"--checkpoint={model}"]
-            words += [f"--gpus={self.gpus}"] if self.gpus and self.eval_runner == "docker" else []
+            player = [f"--checkpoint={model}"]
+            player += [f"--gpus={self.gpus}"] if self.gpus and self.eval_runner == "docker" else []
+        return self._evaluation(plan, f"--out={out}", player) + list(self.words)
+
+    def check_words(self, plan: Plan) -> list[str]:
+        """Return the command line that only says what is wrong with the words of an evaluation, whose model is not there yet."""
+        player = [f"--model={self.called(1) if self.endpoint else UNSERVED}", f"--base-url={self.endpoint or NOWHERE}"]
+        # The engine is that of a checkpoint, and what serves it here.
+        further = [word for word in self.words if not word.startswith("--engine=")]
+        return [*self._evaluation(plan, "--check", player), "--json", *further]
+
+    def _evaluation(self, plan: Plan, how: str, player: Sequence[str]) -> list[str]:
         server = (self.servers or {}).get(plan.environment)
-        return words + ([f"--server={server}"] if server else []) + list(self.words)
+        words = ["eval", f"--env={plan.environment}", how, f"--runner={self.eval_runner}", *plan.words, *player]
+        return words + ([f"--server={server}"] if server else [])
 
     def called(self, step: int) -> str:
         """Return what the endpoint calls a step's model."""
@@ -135,7 +147,31 @@ class InvokeHands:
         """
         if self.endpoint:
             check_served(self.endpoint, self.called(step))
-        self._invoke(self.eval_words(model, step, plan, out), log, self.environment())
+        self._invoke(self.eval_words(model, step, plan, out), log, self.environment(), NICE)
+
+    def check(self, plan: Plan) -> None:
+        """Have `invoke eval` look at the words of an evaluation, now and not when the first checkpoint is there.
+
+        Raises:
+            UserError: with its line, for the task at hand to say.
+        """
+        done = subprocess.run([sys.executable, "-m", "invoke", *self.check_words(plan)],
+                              cwd=ROOT,
+                              env={
+                                  **os.environ, "OPENAI_API_KEY": "none"
+                              },
+                              stdin=subprocess.DEVNULL,
+                              capture_output=True,
+                              text=True,
+                              errors="replace",
+                              check=False)
+        if done.returncode == 0:
+            return
+        try:
+            said = loads(done.stdout)["error"]["message"].removeprefix("eval: ")
+        except (ValueError, KeyError, TypeError):
+            said = (done.stderr.strip().splitlines() or ["the evaluation said nothing"])[-1]
+        raise UserError(said, code=done.returncode if done.returncode > 0 else 1)
 
     def report(self, folders: Sequence[Path], out: Path, log: Path) -> None:
         """Write the report of all evaluations.

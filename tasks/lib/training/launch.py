@@ -244,7 +244,7 @@ def launch(c: Context, place: Place, name: str, folder: Path, inside: str) -> No
     environ = {**places.surroundings(os.environ), "PYTHONPATH": str(ROOT)}
     log = RunFolder(folder).logs / "supervisor.log"
     log.parent.mkdir(exist_ok=True)
-    process = processes.launch(words, log, environ, folder)
+    process = processes.launch(words, log, environ, folder, processes.CALLERS)
     end = time.monotonic() + START_SECONDS
     while time.monotonic() < end:
         if has_begun(folder, process.pid):
