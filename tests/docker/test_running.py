@@ -140,7 +140,7 @@ def test_train_shell_joins_the_running_container(built: Workbench) -> None:
 
 
 def test_ctrl_c_stops_the_container_and_exits_130(built: Workbench) -> None:
-    running = Terminal(built, sys.executable, "-m", "invoke", "train.run", "--", "sh", "-c", "echo started; sleep 300")
+    running = Terminal(built, sys.executable, "-m", "invoke", "train.run", "--", "sh", "-c", "echo started; exec sleep 300")
     running.wait_for("started")
     running.type("\x03")
     assert running.exit_code() == 130
