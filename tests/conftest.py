@@ -66,8 +66,11 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest starts first, so that no worker is left alone with it."""
+    """What takes longest starts first, so that no worker is left alone with it; containers have more time."""
     items.sort(key=lambda item: not item.path.is_relative_to(DOCKER))
+    for item in items:
+        if item.path.is_relative_to(DOCKER) and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(900))
 
 
 @pytest.fixture(scope="session")

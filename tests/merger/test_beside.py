@@ -27,7 +27,7 @@ def asked(*question):
     while time.monotonic() < end:
         for name in glob.glob(parent + "/.*merging-*/*.safetensors"):
             with open(name, "rb") as file:
-                file.seek(-8, 2)
+                file.seek(max(file.seek(0, 2) - 8, 0))  # it may be empty yet
                 if any(file.read()):
                     {then}
         time.sleep(0.01)
