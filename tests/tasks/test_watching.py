@@ -307,6 +307,18 @@ def test_it_follows_until_the_run_has_ended(run):
     assert json.loads(run.watch_json.read_text())["doing"] == "ended"
 
 
+@pytest.mark.parametrize("busy, pause", [(0.0, 5.0), (0.04, 5.0), (0.3, 30.0), (9.0, 60.0)])
+def test_looks_that_cost_more_come_rarer(busy, pause, run, monkeypatch):
+    spent, paused = iter([0.0, busy, 10.0, 10.0, 20.0, 20.0]), []
+    monkeypatch.setattr(watching.time, "process_time", lambda: next(spent))
+    monkeypatch.setattr(watching.time, "sleep", paused.append)
+    states = iter([Going(False, "running", 1, ())] * 3)
+    made = watcher(run, Hands(), KEEP_TWO, state=lambda _: next(states, Going(True, "stopped", None, ())))
+    made.poll, made.linger = watching.POLL, 0.0
+    made.follow()
+    assert paused[0] == pytest.approx(pause)
+
+
 def test_what_failed_is_tried_once_more_at_the_end_and_then_told(run):
     checkpoint(run.path, 2)
     hands = Hands()

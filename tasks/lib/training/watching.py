@@ -26,7 +26,8 @@ from training.lease import Lease, described
 from training.status import state_of
 
 MARK = "checkpoint.json"  # in an evaluation's folder: which merge was evaluated
-POLL = 5.0  # seconds between two looks
+POLL, LONGEST = 5.0, 12  # seconds between two looks, and how many times as long they may become
+LOOKING = 0.01  # of a core, which looking takes at most: the more checkpoints are kept, the rarer
 PAUSE, LONGEST_PAUSE = 60.0, 3600.0  # seconds until what failed is tried again; twice as long each time
 EVALUATION_TRIES = 6  # over half an hour
 LINGER = 60.0  # seconds that a run must have ended: a container that starts again has a gap
@@ -320,6 +321,7 @@ class Watcher:
         """Do what is to do as it comes, until the run has ended; return as `once` does."""
         ended_at: float | None = None
         while True:
+            busy = time.process_time()
             good = self.once()
             going = self.going(self.run)
             if not going.ended:
@@ -336,7 +338,7 @@ class Watcher:
                 self.say(f"the run {how}; nothing more will come" +
                          ("" if going.state == "finished" else f" until `invoke train.resume --name {self.run.name}`"))
                 return good
-            time.sleep(self.poll)
+            time.sleep(min(max(self.poll, (time.process_time() - busy) / LOOKING), LONGEST * self.poll))
 
     def publish(self) -> bool:
         """Send figures elsewhere where the run writes no more; return whether that did not fail."""
