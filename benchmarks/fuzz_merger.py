@@ -285,10 +285,10 @@ def judge_dcp(data: bytes, folder: Path) -> bool:
     whole = dcp.FileSystemReader(folder).read_metadata()
     theirs = {}
     for key, stated in whole.state_dict_metadata.items():
-        path = (whole.planner_data or {}).get(key, (key, ))
-        parts = [str(part) for part in (path[1:] if len(path) > 1 else path)
-                 if isinstance(part, (str, int))]  # or endless
-        if (name := ".".join(parts)) in ours:
+        path = (whole.planner_data or {}).get(key)
+        plain = isinstance(path, tuple) and path and all(type(part) in (str, int) for part in path)
+        name = str(path[-1]) if plain else key  # others may be endless as text
+        if name in ours:
             theirs[key] = name, torch.empty(stated.size, dtype=stated.properties.dtype)
     assert {name for name, _ in theirs.values()} == set(ours), set(ours) - {name for name, _ in theirs.values()}
     asked = {key: tensor for key, (_, tensor) in theirs.items()}

@@ -53,7 +53,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> ByFile:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Return one worker for each core; none, so that tests run in this process, where a worker's start is not worth it.
+    """Return three workers for two cores: tests wait for others, too. None, so that tests run in this process, where a start is not worth it.
 
     That is for one file, a part by `-k` or `--lf`, `--trace`, and output that is to be seen (`-s`); with `--pdb` it is xdist's own rule.
     """
@@ -62,7 +62,8 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     one_file = len(asked) == 1 and asked.pop().endswith(".py")
     if one_file or option.keyword or getattr(option, "lf", False) or option.trace or option.capture == "no":
         return 0
-    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, MOST_WORKERS)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min((3 * cores + 1) // 2, MOST_WORKERS)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -166,6 +166,8 @@ def _listed(data: bytes, model_key: str | None) -> Listing:
     described, stored, paths = (state.get(key) for key in ("state_dict_metadata", "storage_data", "planner_data"))
     if type(described) is not dict or type(stored) is not dict:
         raise MergeError("names no tensors and no places")
+    if state.get("storage_meta") is not None:
+        _state(state["storage_meta"], "StorageMeta")
     split = {as_name(name): _split(name, paths) for name in described}
     tensors = [name for name, entry in described.items() if getattr(entry, "kind", "") == "TensorStorageMetadata"]
     part = _choose([split[name][0] for name in tensors], model_key)

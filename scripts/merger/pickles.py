@@ -121,7 +121,7 @@ class Record(metaclass=_Sealed):
 
     def __setstate__(self, state: Any) -> None:
         # A pickled state is a dict, or a pair of a dict (or None) and a dict of slots.
-        if type(state) is tuple and len(state) == 2 and self.kind not in PLAIN_STATES and all(
+        if type(state) is tuple and len(state) == 2 and self.kind not in (*PLAIN_STATES, *DATACLASSES) and all(
                 part is None or type(part) is dict for part in state):
             state = {**(state[0] or {}), **(state[1] or {})}
         if not _fits(self.kind, state):

@@ -20,7 +20,7 @@ from merger.foreign.files import Seen
 from merger.foreign.limits import allow
 
 PICKLE = "data.pkl"
-NAMED = ".data/serialization_id"
+NAMED, ALIGNED = ".data/serialization_id", ".storage_alignment"
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"7z\xbc\xaf": "7z"}
 MAX_PICKLE = 1 << 28  # a hundred thousand tensors and more
 CRC_CHUNK = 1 << 22
@@ -175,6 +175,8 @@ def read_archive(path: Path,
         raise MergeError("it was written on a big-endian machine, which is not supported")
     if NAMED in records and not _is_text(_content(fd, records[NAMED])):
         raise MergeError(f"not a whole .pt archive, truncated or damaged ({NAMED} is no text); copy it again")
+    if ALIGNED in records and not _content(fd, records[ALIGNED]).isdigit():
+        raise MergeError(f"not a whole .pt archive, truncated or damaged ({ALIGNED} is no number); copy it again")
     if records[PICKLE].size > MAX_PICKLE:
         raise MergeError(f"its pickle has {records[PICKLE].size} bytes, more than any checkpoint's")
     version = next((records[name] for name in ("version", ".data/version") if name in records), None)

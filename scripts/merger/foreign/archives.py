@@ -18,7 +18,8 @@ END = struct.Struct("<4s4H2LH")
 END64 = struct.Struct("<4sQ2H2L4Q")
 LOCATOR64 = struct.Struct("<4sLQL")
 FULL16, FULL32 = 0xFFFF, 0xFFFFFFFF  # the value stands in the zip64 fields
-ENCRYPTED, DESCRIPTOR = 1, 8  # flags; with the second the local header leaves sizes and CRC open
+DESCRIPTOR = 8  # a flag with which the local header leaves sizes and CRC open
+PLAIN_FLAGS = DESCRIPTOR | 0x0800 | 6  # a name in UTF-8, and how hard a compressor tried; the others change the bytes
 MAX_DIRECTORY = 1 << 28  # bytes; a million records
 # What torch 2.13 reads (caffe2/serialize/versions.h); what comes later may mean something else.
 VERSIONS = range(1, 11)
@@ -124,8 +125,8 @@ def _entries(data: bytes, count: int) -> list[_Entry]:
         size, packed, header, disk = _wide(extra, size, packed, header, disk)
         if method or packed != size:
             raise MergeError(f"record {name} is compressed, which torch.save never does")
-        if flags & ENCRYPTED or disk:
-            raise MergeError(f"record {name} is encrypted or on another disk")
+        if flags & ~PLAIN_FLAGS or disk:
+            raise MergeError(f"record {name} is encrypted, patched or on another disk")
         entries.append(_Entry(name, flags, crc, size, header))
     if len(entries) != count:
         raise MergeError(f"its directory has {len(entries)} records, its end says {count}")
@@ -160,7 +161,7 @@ def _locate(fd: int, size: int, base: int, entry: _Entry) -> Record:
                for here, there in ((packed, entry.size), (full, entry.size), (crc, entry.crc)))
     if signature != b"PK\x03\x04":
         raise MergeError(f"record {entry.name} is not where the archive's directory says")
-    if name_length != len(raw) or header[LOCAL.size:] != raw or method or flags & ENCRYPTED or not same:
+    if name_length != len(raw) or header[LOCAL.size:] != raw or method or flags & ~PLAIN_FLAGS or not same:
         raise MergeError(f"record {entry.name} contradicts the archive's directory")
     offset = entry.header + LOCAL.size + name_length + extra_length
     if offset + entry.size > size:
