@@ -272,6 +272,7 @@ def judge_dcp(data: bytes, folder: Path) -> bool:
     from merger.checkpoint import read_checkpoint
     from merger.copying import Sources
     from merger.discover import find_checkpoint
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     end = 8 + int.from_bytes(data[:8], "little")
     (folder / ".metadata").write_bytes(data[8:end])
     (folder / "__0_0.distcp").write_bytes(data[end:])
@@ -288,7 +289,7 @@ def judge_dcp(data: bytes, folder: Path) -> bool:
         path = (whole.planner_data or {}).get(key)
         plain = isinstance(path, tuple) and path and all(type(part) in (str, int) for part in path)
         name = str(path[-1]) if plain else key  # others may be endless as text
-        if name in ours:
+        if name in ours and isinstance(stated, TensorStorageMetadata):
             theirs[key] = name, torch.empty(stated.size, dtype=stated.properties.dtype)
     assert {name for name, _ in theirs.values()} == set(ours), set(ours) - {name for name, _ in theirs.values()}
     asked = {key: tensor for key, (_, tensor) in theirs.items()}

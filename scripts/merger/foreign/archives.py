@@ -19,6 +19,7 @@ END64 = struct.Struct("<4sQ2H2L4Q")
 LOCATOR64 = struct.Struct("<4sLQL")
 FULL16, FULL32 = 0xFFFF, 0xFFFFFFFF  # the value stands in the zip64 fields
 DESCRIPTOR = 8  # a flag with which the local header leaves sizes and CRC open
+FOLDER = 0x10  # among a record's external attributes
 PLAIN_FLAGS = DESCRIPTOR | 0x0800 | 6  # a name in UTF-8, and how hard a compressor tried; the others change the bytes
 MAX_DIRECTORY = 1 << 28  # bytes; a million records
 # What torch 2.13 reads (caffe2/serialize/versions.h); what comes later may mean something else.
@@ -112,7 +113,7 @@ def _find(fd: int, size: int, base: int) -> tuple[int, int, int]:
 def _entries(data: bytes, count: int) -> list[_Entry]:
     entries, at = [], 0
     while at < len(data):
-        (signature, _, _, flags, method, _, _, crc, packed, size, name_length, extra_length, comment_length, disk, _, _,
+        (signature, _, _, flags, method, _, _, crc, packed, size, name_length, extra_length, comment_length, disk, _, marks,
          header) = CENTRAL.unpack_from(data, at)
         if signature != b"PK\x01\x02":
             raise MergeError("its directory is damaged")
@@ -127,6 +128,8 @@ def _entries(data: bytes, count: int) -> list[_Entry]:
             raise MergeError(f"record {name} is compressed, which torch.save never does")
         if flags & ~PLAIN_FLAGS or disk:
             raise MergeError(f"record {name} is encrypted, patched or on another disk")
+        if marks & FOLDER:  # of which torch reads whatever lay in its memory
+            raise MergeError(f"record {name} is marked as a folder, which torch.save never does")
         entries.append(_Entry(name, flags, crc, size, header))
     if len(entries) != count:
         raise MergeError(f"its directory has {len(entries)} records, its end says {count}")
