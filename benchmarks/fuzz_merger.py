@@ -287,8 +287,8 @@ def judge_dcp(data: bytes, folder: Path) -> bool:
     theirs = {}
     for key, stated in whole.state_dict_metadata.items():
         path = (whole.planner_data or {}).get(key)
-        plain = isinstance(path, tuple) and path and all(type(part) in (str, int) for part in path)
-        name = str(path[-1]) if plain else key  # others may be endless as text
+        plain = path if isinstance(path, tuple) and all(type(part) in (str, int) for part in path) else ()
+        name = str(plain[-1]) if plain else key  # others may be endless as text
         if name in ours and isinstance(stated, TensorStorageMetadata):
             theirs[key] = name, torch.empty(stated.size, dtype=stated.properties.dtype)
     assert {name for name, _ in theirs.values()} == set(ours), set(ours) - {name for name, _ in theirs.values()}

@@ -113,8 +113,8 @@ def _find(fd: int, size: int, base: int) -> tuple[int, int, int]:
 def _entries(data: bytes, count: int) -> list[_Entry]:
     entries, at = [], 0
     while at < len(data):
-        (signature, _, _, flags, method, _, _, crc, packed, size, name_length, extra_length, comment_length, disk, _, marks,
-         header) = CENTRAL.unpack_from(data, at)
+        (signature, _, _, flags, method, _, _, crc, packed, size, name_length, extra_length, comment_length, disk, _,
+         marks, header) = CENTRAL.unpack_from(data, at)
         if signature != b"PK\x01\x02":
             raise MergeError("its directory is damaged")
         at += CENTRAL.size
