@@ -1,6 +1,7 @@
 """Find the ranks' files of a checkpoint below the folders that the user named."""
 import os
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -8,6 +9,7 @@ from pathlib import Path
 
 from merger import MergeError
 from merger.filenames import (
+    ACCELERATE_FILE,
     CONFIG,
     CONTENTS,
     DCP,
@@ -356,6 +358,12 @@ def _other_kind(folder: Path, names: Sequence[str]) -> str:
             return (
                 f"{place} is Megatron's distributed checkpoint: convert it with the tool of the framework that wrote it, "
                 "which knows its names")
+        by_accelerate = [match for name in sorted(inside) if (match := ACCELERATE_FILE.fullmatch(name))]
+        if by_accelerate:
+            stem, world = by_accelerate[0][1], 1 + max(int(match[2]) for match in by_accelerate)
+            return (f"{place} holds a file a rank, as accelerate names them; link them under the names that are read: `cd "
+                    f"{shlex.quote(str(place))} && for r in $(seq 0 {world - 1}); do ln {stem}_rank$r.bin "
+                    f"model_world_size_{world}_rank_$r.pt; done`")  # yapf: disable
         packed = next((name for name in inside if name.startswith("model_world_size_") and not name.endswith(".pt")),
                       None)
         if packed:

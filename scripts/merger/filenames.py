@@ -4,6 +4,7 @@ import re
 # What verl writes into `global_step_N/actor` and `…/critic`.
 RANK_FILE = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
 RANK_PATTERN = "model_world_size_*_rank_*.pt"
+ACCELERATE_FILE = re.compile(r"(pytorch_model_fsdp_\d+)_rank(\d+)\.bin")  # a rank's, by accelerate without torch's DCP
 STEP_FOLDER = re.compile(r"global_step_(\d+)")
 ROLES = ("actor", "critic")
 TRACKER = "latest_checkpointed_iteration.txt"  # beside the steps: the last one that was saved whole

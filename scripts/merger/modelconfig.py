@@ -29,7 +29,8 @@ def read_config(folder: Path, seen: Seen | None = None) -> dict[str, Any]:
         return read_object(path, seen or Seen(), nonfinite=True)
     except FileNotFoundError:
         check_link(path)
-        raise MergeError(f"no {path}; copy the base model's config.json (and tokenizer) there") from None
+        raise MergeError(f"no {path}; copy the base model's config.json (and tokenizer) there, or name its folder with "
+                         "--config-dir") from None
     except OSError as error:
         raise MergeError(f"cannot read {path}: {error.strerror}") from error
 
