@@ -5,6 +5,9 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+from merger.filenames import DCP, RANKS, SHARDED
 
 from tests.merger.merging import SAMPLE_PROGRAMS, Sample
 
@@ -98,3 +101,21 @@ def write_dcp(folder: Path, wanted: dict[str, tuple[str, str, str]], python: str
                           timeout=600)
     assert done.returncode == 0, done.stderr
     return samples
+
+
+FORMS = (RANKS, DCP, SHARDED)
+
+
+def write_form(form: str, state: dict[str, Any], folder: Path) -> None:
+    """Write a state dict of whole tensors into a folder that is there, as one rank: a `.pt` file, or four files by torch's writers."""
+    import logging
+
+    import torch
+    import torch.distributed.checkpoint as dcp
+    if form == RANKS:
+        torch.save(state, folder / "model_world_size_1_rank_0.pt")
+        return
+    logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
+    writer = (dcp.FileSystemWriter(folder, thread_count=4) if form == DCP else dcp.HuggingFaceStorageWriter(
+        str(folder), save_distributed=True, fqn_to_index_mapping={name: 1 + i % 4 for i, name in enumerate(state)}))  # yapf: disable
+    dcp.save(dict(state), storage_writer=writer, no_dist=True)

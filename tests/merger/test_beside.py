@@ -126,6 +126,37 @@ def test_a_crash_of_the_question_is_one_line_and_leaves_nothing(checkpoint: Path
         assert "Input/output error" in run.refusal
 
 
+SOON = """
+import threading, time
+def asked(*question):
+    time.sleep(0.4)
+    return model_check.Verdict()
+model_check.ask = asked
+"""
+
+
+def small_files() -> None:
+    """Bound the files of a process, as a disk that fills up while it writes: the merged weights are larger."""
+    import resource
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+
+
+@pytest.mark.parametrize("before", ["with no earlier merge", "over an earlier merge"])
+def test_no_room_while_it_is_asked_leaves_what_was_there(before: str, checkpoint: Path, tmp_path: Path) -> None:
+    args = [*arguments(checkpoint, tmp_path), "--force"]
+    if before == "over an earlier merge":
+        assert run_program(*args, "--dtype", "float16", program=unchecked()).code == 0
+    with untouched(tmp_path):
+        assert "File too large" in run_program(*args, program=unchecked(SOON), preexec_fn=small_files).refusal
+
+
+def test_no_room_while_transformers_itself_is_asked_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    cache = {"XDG_CACHE_HOME": str(tmp_path.with_name("cache")), "PYTHONDONTWRITEBYTECODE": "1"}
+    with untouched(tmp_path):
+        run = run_program(*arguments(checkpoint, tmp_path), "--allow", "keys", env=cache, preexec_fn=small_files)
+        assert "File too large" in run.refusal
+
+
 @pytest.fixture
 def waiting(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A function that starts a merge whose child with transformers never answers, and returns it with its child."""
@@ -174,15 +205,6 @@ def test_kill_9_meanwhile_publishes_nothing_and_the_child_ends_and_tidies_up(wai
     assert list((tmp_path / "tmp").iterdir()) == [] and not (tmp_path / "saves/out").exists()
     assert run_program(*arguments(checkpoint, tmp_path), program=unchecked()).code == 0
     assert [path.name for path in (tmp_path / "saves").iterdir()] == ["out"]
-
-
-SOON = """
-import threading, time
-def asked(*question):
-    time.sleep(0.4)
-    return model_check.Verdict()
-model_check.ask = asked
-"""
 
 
 def test_kill_9_at_30_moments_leaves_the_old_state_or_the_new(checkpoint: Path, tmp_path: Path) -> None:

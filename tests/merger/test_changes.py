@@ -14,21 +14,28 @@ from pathlib import Path
 import pytest
 import torch
 from merger import MergeError
+from merger.filenames import DCP
+from merger.filenames import RANKS as FSDP_RANKS
 from merger.foreign.files import Seen
 
+from tests.merger.dcp_samples import FORMS, write_form
 from tests.merger.merging import run_program, unchecked, weights
 
 RANKS, ROWS, TENSORS = 2, 512, 24
 # Each write takes a moment, so that there are moments to replace something in.
 SLOW = "import os, time\nfast = os.pwrite\nos.pwrite = lambda *a: (time.sleep(0.02), fast(*a))[1]\n"
+ALLOW = ("--allow", "keys")  # sharded safetensors do not say how large their tensors are
 WHATS = ("a rank", "the config", "a step")
 
 
-def write_step(folder: Path, step: int) -> Path:
-    """Write a step of two ranks, each value of which is the step's number."""
+def write_step(folder: Path, step: int, form: str = FSDP_RANKS) -> Path:
+    """Write a step of two ranks (of torch's own forms: of four files), each value of which is the step's number."""
     (folder / "huggingface").mkdir(parents=True)
-    for rank in range(RANKS):
-        write_rank(folder, rank, step)
+    if form == FSDP_RANKS:
+        for rank in range(RANKS):
+            write_rank(folder, rank, step)
+    else:
+        write_form(form, {f"layers.{i}.weight": torch.full((RANKS * ROWS, 64), float(step)) for i in range(TENSORS)}, folder)
     (folder / "huggingface/config.json").write_text(config(step))
     (folder / "huggingface/tokenizer.json").write_text(json.dumps({"step": step}))
     return folder
@@ -61,9 +68,10 @@ def write_rank(folder: Path, rank: int, step: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+def steps(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Two steps in the form of the parameter."""
     folder = tmp_path_factory.mktemp("steps")
-    return {step: write_step(folder / str(step), step) for step in (1, 2)}
+    return {step: write_step(folder / str(step), step, getattr(request, "param", FSDP_RANKS)) for step in (1, 2)}
 
 
 def copy_step(source: Path, folder: Path) -> Path:
@@ -81,7 +89,7 @@ def replace(what: str, actor: Path, new: Path, how: random.Random) -> None:
             shutil.copy(new / name, actor / name)
 
     if what == "a rank":
-        put(f"model_world_size_{RANKS}_rank_1.pt")
+        put(max(path.name for path in actor.iterdir() if path.suffix in (".pt", ".distcp", ".safetensors")))
     elif what == "the config":
         put("huggingface/config.json")
     else:
@@ -100,7 +108,7 @@ def outcome(target: Path) -> set[float]:
 
 def replace_midway(what: str, verify: bool, moment: float, chance: random.Random, steps: dict[int, Path], folder: Path) -> str:
     actor = copy_step(steps[1], folder / "step/actor")
-    args = ["--local-dir", str(actor), "--save-dir", str(folder / "out"), *(["--verify"] if verify else [])]
+    args = ["--local-dir", str(actor), "--save-dir", str(folder / "out"), *ALLOW, *(["--verify"] if verify else [])]
     found_it = folder / "found"
     tell = (f"from merger.foreign.files import Seen\nsurvey = Seen.survey\n"
             f"Seen.survey = lambda self, paths: (survey(self, paths), open({str(found_it)!r}, 'a').close())[0]\n")
@@ -125,6 +133,7 @@ def replace_midway(what: str, verify: bool, moment: float, chance: random.Random
     return "changed"
 
 
+@pytest.mark.parametrize("steps", FORMS, indirect=True)
 @pytest.mark.parametrize("verify", [False, True], ids=["", "--verify"])
 @pytest.mark.parametrize("what", WHATS)
 def test_what_is_replaced_while_it_is_merged_is_refused(what: str, verify: bool, steps: dict[int, Path], tmp_path: Path) -> None:
@@ -133,7 +142,7 @@ def test_what_is_replaced_while_it_is_merged_is_refused(what: str, verify: bool,
     go_on = tmp_path / "go on"
     waits = ("import os, time\nfast = os.pwrite\n"
              f"os.pwrite = lambda *a: ([time.sleep(0.02) for _ in iter(lambda: os.path.exists({str(go_on)!r}), True)], fast(*a))[1]\n")
-    process = subprocess.Popen([sys.executable, *unchecked(waits), "--local-dir", str(actor), "--save-dir", str(tmp_path / "out"),
+    process = subprocess.Popen([sys.executable, *unchecked(waits), "--local-dir", str(actor), "--save-dir", str(tmp_path / "out"), *ALLOW,
                                 *(["--verify"] if verify else [])],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # yapf: disable
     end = time.monotonic() + 60
@@ -147,6 +156,7 @@ def test_what_is_replaced_while_it_is_merged_is_refused(what: str, verify: bool,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("steps", FORMS, indirect=True)
 @pytest.mark.parametrize("what", WHATS)
 def test_what_is_replaced_after_the_files_were_found_is_refused(what: str, steps: dict[int, Path], tmp_path: Path) -> None:
     """They are looked for once: a second look would take what came since for what was there."""
@@ -154,7 +164,7 @@ def test_what_is_replaced_after_the_files_were_found_is_refused(what: str, steps
     paused = ("import pathlib, time\nfrom merger import publish\n"
               f"publish.restore = lambda _, at=pathlib.Path({str(tmp_path)!r}): ((at / 'found').touch(), "
               "[time.sleep(0.02) for _ in iter((at / 'go on').exists, True)])\n")
-    with subprocess.Popen([sys.executable, *unchecked(paused), "--local-dir", str(actor), "--save-dir", str(tmp_path / "out")],
+    with subprocess.Popen([sys.executable, *unchecked(paused), "--local-dir", str(actor), "--save-dir", str(tmp_path / "out"), *ALLOW],
                           stderr=subprocess.PIPE, text=True) as process:  # yapf: disable
         end = time.monotonic() + 60
         while not (tmp_path / "found").exists():
@@ -169,13 +179,14 @@ def test_what_is_replaced_after_the_files_were_found_is_refused(what: str, steps
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("steps", [FSDP_RANKS, DCP], indirect=True)
 @pytest.mark.parametrize("verify", [False, True], ids=["", "--verify"])
 @pytest.mark.parametrize("what", WHATS)
 def test_at_thirty_random_moments_there_is_never_a_mixture(what: str, verify: bool, steps: dict[int, Path], tmp_path: Path) -> None:
     chance = random.Random(f"{what} {verify}")
     actor = copy_step(steps[1], tmp_path / "time/actor")
     began = time.monotonic()
-    run = run_program("--local-dir", actor, "--save-dir", tmp_path / "time/out", *(["--verify"] if verify else []),
+    run = run_program("--local-dir", actor, "--save-dir", tmp_path / "time/out", *ALLOW, *(["--verify"] if verify else []),
                       program=unchecked(SLOW))  # yapf: disable
     assert run.code == 0, run.err
     seconds = time.monotonic() - began

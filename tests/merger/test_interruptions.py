@@ -18,8 +18,10 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from merger.filenames import RANKS
 
 from tests.fixtures.needs import missing
+from tests.merger.dcp_samples import FORMS, write_form
 from tests.merger.merging import (
     PROGRAM,
     Sample,
@@ -34,6 +36,7 @@ from tests.merger.merging import (
 )
 
 TENSORS, ELEMENTS = 16, 1 << 20
+ALLOW = ("--allow", "keys")  # sharded safetensors do not say how large their tensors are
 KILLS = 30
 OVER_OLD = "with --force over an earlier merge"
 
@@ -46,13 +49,13 @@ os.pwrite = lambda fd, data, offset: (time.sleep(0.5 if len(data) > 1e6 else 0),
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of 64 MB that one rank wrote: large enough to be killed in the middle."""
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of 64 MB, in the form of the parameter: large enough to be killed in the middle."""
     folder = tmp_path_factory.mktemp("large") / "actor"
     (folder / "huggingface").mkdir(parents=True)
     generator = torch.Generator().manual_seed(5)
     state = {f"layers.{i}.weight": torch.randn(1024, ELEMENTS // 1024, generator=generator) for i in range(TENSORS)}
-    torch.save(state, folder / "model_world_size_1_rank_0.pt")
+    write_form(getattr(request, "param", RANKS), state, folder)
     (folder / "huggingface/config.json").write_text('{"model_type": "none", "architectures": ["None"]}')
     (folder / "huggingface/tokenizer.json").write_text("{}")
     return folder
@@ -100,11 +103,14 @@ def state_of(target: Path) -> dict[str, bytes | None] | None:
     return files
 
 
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("checkpoint", [RANKS, *(pytest.param(form, marks=pytest.mark.slow) for form in FORMS if form != RANKS)],
+                         indirect=True)
 @pytest.mark.parametrize("before", ["with no earlier merge", OVER_OLD])
 def test_kill_9_at_any_moment_leaves_the_old_state_or_the_new(before: str, checkpoint: Path, tmp_path: Path,
                                                               started: list[subprocess.Popen[str]]) -> None:
     target, chance = tmp_path / "saves/out", random.Random(before)
-    args = ["--local-dir", checkpoint, "--save-dir", target, "--max-shard-size", "8MB", "--force"]
+    args = ["--local-dir", checkpoint, "--save-dir", target, "--max-shard-size", "8MB", "--force", *ALLOW]
 
     def restore(number: int) -> None:
         """Give the target its old state again."""
@@ -117,6 +123,7 @@ def test_kill_9_at_any_moment_leaves_the_old_state_or_the_new(before: str, check
                               target,
                               "--dtype",
                               "float16",
+                              *ALLOW,
                               program=unchecked())
             assert run.code == 0, run.err
 
@@ -151,11 +158,12 @@ def test_kill_9_at_any_moment_leaves_the_old_state_or_the_new(before: str, check
     assert state_of(target) == new and hidden(target.parent) == []
 
 
+@pytest.mark.parametrize("checkpoint", FORMS, indirect=True)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
 @pytest.mark.parametrize("before", ["with no earlier merge", "over an earlier merge"])
 def test_a_signal_while_writing_leaves_nothing(before: str, number: signal.Signals, code: int, checkpoint: Path,
                                                tmp_path: Path, started: list[subprocess.Popen[str]]) -> None:
-    args = ["--local-dir", checkpoint, "--save-dir", tmp_path / "out", "--force"]
+    args = ["--local-dir", checkpoint, "--save-dir", tmp_path / "out", "--force", *ALLOW]
     if before == "over an earlier merge":
         assert run_program(*args, "--dtype", "float16", program=unchecked()).code == 0
     with untouched(tmp_path):
@@ -421,12 +429,14 @@ def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]
         subprocess.run(["umount", folder], check=True)
 
 
+@pytest.mark.parametrize("checkpoint", FORMS, indirect=True)
 def test_too_small_a_disk_is_refused_before_a_byte_is_written(checkpoint: Path, small_disk: Path) -> None:
-    run = run_program("--local-dir", checkpoint, "--save-dir", small_disk / "out", program=unchecked())
+    run = run_program("--local-dir", checkpoint, "--save-dir", small_disk / "out", *ALLOW, program=unchecked())
     assert str(small_disk) in run.refusal and "33.6 MB are needed" in run.err
     assert listing(small_disk) == {}
 
 
+@pytest.mark.parametrize("checkpoint", FORMS, indirect=True)
 @pytest.mark.parametrize("before", ["with no earlier output", "over earlier output"])
 def test_a_disk_that_fills_up_midway_leaves_what_was_there(before: str, checkpoint: Path, small_disk: Path) -> None:
     if before == "over earlier output":
@@ -440,10 +450,12 @@ def test_a_disk_that_fills_up_midway_leaves_what_was_there(before: str, checkpoi
                           "--save-dir",
                           small_disk / "out",
                           "--force",
+                          *ALLOW,
                           program=unchecked(lie))
         assert "disk" in run.refusal and "nothing was changed" in run.err
 
 
+@pytest.mark.parametrize("checkpoint", FORMS, indirect=True)
 def test_a_file_size_limit_leaves_what_was_there(checkpoint: Path, tmp_path: Path) -> None:
     import resource
     (tmp_path / "out").mkdir()
@@ -458,6 +470,7 @@ def test_a_file_size_limit_leaves_what_was_there(checkpoint: Path, tmp_path: Pat
                           "--save-dir",
                           tmp_path / "out",
                           "--force",
+                          *ALLOW,
                           program=unchecked(),
                           preexec_fn=limit)
         assert "File too large" in run.refusal

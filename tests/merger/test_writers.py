@@ -101,7 +101,7 @@ def test_what_accelerate_wrote_is_merged_bit_for_bit(name: str, named: str, by_a
 def test_a_file_a_rank_is_merged_once_the_remedy_was_typed(by_accelerate: dict[str, Sample], tmp_path: Path) -> None:
     sample = by_accelerate["FSDP2, a file a rank"]
     shutil.copytree(sample.actor, folder := tmp_path / "a checkpoint")
-    args = [
+    args: list[str | Path] = [
         "--local-dir", folder, "--config-dir", sample.actor.parent / "base", "--save-dir", tmp_path / "out", "--dtype",
         "keep", "--json"
     ]
