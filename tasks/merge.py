@@ -101,10 +101,11 @@ def run_in_container(c: Context, folders: list[str], save_dir: str, gpus: str, f
                 f"cannot make {Path(save_dir).parent}: {error.strerror}; choose another --save-dir") from None
     translation = Translation(ROOT)
     inside = [translation.path(folder) for folder in folders]
-    if config_dir := flags.get("config_dir"):
-        if not Path(str(config_dir)).is_dir():
-            raise UserError(f"no folder {config_dir}; give --config-dir the base model's folder")
-        flags = {**flags, "config_dir": translation.path(str(config_dir))}
+    for name in ("config_dir", "base_model"):
+        if named := flags.get(name):
+            if not Path(str(named)).is_dir():
+                raise UserError(f"no folder {named}; give --{name.replace('_', '-')} the base model's folder")
+            flags = {**flags, name: translation.path(str(named))}
     save_inside = translation.output(save_dir) if save_dir else ""
     containers.run(c,
                    "scripts", ["python", PROGRAM_INSIDE, *merger_args(inside, save_dir=save_inside, **flags)],
@@ -138,6 +139,8 @@ def run_in_container(c: Context, folders: list[str], save_dir: str, gpus: str, f
         "Copying threads (default: 4).",
         "lora":
         "What to do with LoRA weights: adapter or fuse (default: stop and say so).",
+        "base_model":
+        "With --lora fuse: folder of the base model (config and safetensors), where the checkpoint holds LoRA weights alone.",
         "lora_alpha":
         "LoRA's alpha, where neither lora_train_meta.json nor lora_adapter/adapter_config.json has it.",
         "allow":
@@ -176,6 +179,7 @@ def run(c: Context,
         max_shard_size: str = "",
         threads: str = "",
         lora: str = "",
+        base_model: str = "",
         lora_alpha: str = "",
         tied_weights: str = "",
         names: str = "",
@@ -202,6 +206,7 @@ def run(c: Context,
                max_shard_size=max_shard_size,
                threads=threads,
                lora=lora,
+               base_model=os.path.expanduser(base_model),
                lora_alpha=lora_alpha,
                tied_weights=tied_weights,
                names=names,
@@ -238,16 +243,24 @@ def inspect(c: Context,
       help={
           "local_dir": LOCAL_DIR_HELP,
           "save_dir": VERIFY_DIR_HELP,
+          "base_model": "Folder of the base model under LoRA weights (default: the one that was merged).",
           "json": "Print one JSON object in place of the table.",
           "runner": RUNNER_HELP
       })
 def verify(c: Context,
            local_dir: list[str] | None = None,
            save_dir: str = "",
+           base_model: str = "",
            json: bool = False,
            runner: str = "auto") -> None:
     """Compare a merged model with its shards."""
-    run_merger(c, runner, local_dir, save_dir=resolve_path("SAVE_DIR", save_dir), verify_only=True, json=json)
+    run_merger(c,
+               runner,
+               local_dir,
+               save_dir=resolve_path("SAVE_DIR", save_dir),
+               base_model=os.path.expanduser(base_model),
+               verify_only=True,
+               json=json)
 
 
 @task(positional=[],

@@ -18,6 +18,8 @@ from tasks.lib.notices import put
 
 # A word that stands alone is most often meant for the first of these that the task has.
 MEANT = ("--local-dir", "--env", "--name", "--run")
+# What verl's merger calls flags of ours.
+OF_VERL = {"--hf-model-path": "--config-dir", "--target-dir": "--save-dir"}
 AFTER_DASHES = ("train.run", "train.start", "train.check")
 
 
@@ -94,6 +96,9 @@ def unknown_word(context: ParserContext, word: str, words: Sequence[str], tasks:
     flags = [flag for flag in context.flags if flag.startswith("--")]
     if word.startswith("-"):
         typed = word.partition("=")[0]
+        ours = OF_VERL.get(typed.replace("_", "-"))
+        if ours and ours in flags:
+            return f"no flag {typed}; did you mean {ours}?"
         return f"no flag {typed}; {close(typed, flags) or f'`invoke --help {context.name}` shows them'}"
     if context.name == "train.run":
         rest = [one for one in words[words.index(word):] if one != "--"] if word in words else [word]

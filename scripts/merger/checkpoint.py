@@ -96,6 +96,10 @@ class Checkpoint:
         """Return the places of `rank`'s file of which it names a CRC32, by key."""
         return read_shard_file(self.path(rank), None, self.files.seen).records
 
+    def piece_of(self, rank: int) -> str:
+        """Return what holds a piece in the file of `rank`, for a refusal."""
+        return f"rank {rank}'s piece"
+
     def path(self, rank: int) -> Path:
         """Return the file of `rank`."""
         return self.files.paths[rank]

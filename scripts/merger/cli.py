@@ -130,6 +130,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--lora",
                    choices=("adapter", "fuse"),
                    help="LoRA weights: save the adapter, or add it to the base weights (default: stop and say so)")
+    p.add_argument(
+        "--base-model",
+        type=folder_name,
+        metavar="DIR",
+        help="with --lora fuse: the base model's folder (config and safetensors), where the checkpoint holds "
+        "LoRA weights alone")
     p.add_argument("--lora-alpha",
                    type=lora_alpha,
                    metavar="A",
@@ -278,6 +284,7 @@ def _run(args: argparse.Namespace) -> int:
     options = Options(local_dirs=tuple(args.local_dir),
                       save_dir=args.save_dir,
                       config_dir=args.config_dir,
+                      base_model=args.base_model,
                       dtype=args.dtype,
                       device=args.device,
                       max_shard_size=args.max_shard_size,

@@ -139,9 +139,20 @@ def _without_folders(text: str) -> str:
 
 def public_record(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the record of a merge without this machine's folders: of each source, the folder's name."""
-    sources = [{**source, "folder": Path(source["folder"]).name} for source in record["sources"]]
+    named = {
+        kind: [{**source, "folder": Path(source["folder"]).name} for source in record[kind]]
+        for kind in ("sources", "base_sources") if kind in record
+    }  # yapf: disable
+    asked = dict(record.get("requested", {}))
+    if asked.get("base_model"):
+        asked["base_model"] = Path(asked["base_model"]).name
     told = _without_folders(record["model_check"])  # transformers may name the config's folder
-    return {**record, "sources": sources, "base_model": hub_name(record.get("base_model")), "model_check": told}
+    return {
+        **record,
+        **named, "requested": asked,
+        "base_model": hub_name(record.get("base_model")),
+        "model_check": told
+    }
 
 
 def model_card(record: Mapping[str, Any]) -> str:

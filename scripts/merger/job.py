@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from merger import MergeError, lora, model_check, publish
+from merger.base import OverBase, check_apart, over_base
 from merger.checkpoint import Checkpoint, ChunkCheckpoint, Tensor, read_checkpoint
 from merger.companions import check_documents, check_free, companions
 from merger.discover import RankFiles, find_checkpoint
@@ -46,6 +47,7 @@ class Options:
     local_dirs: tuple[str, ...]
     save_dir: str | None = None
     config_dir: str | None = None
+    base_model: str | None = None
     dtype: str = "bfloat16"
     device: str = "auto"
     max_shard_size: int = 5_000_000_000
@@ -140,6 +142,8 @@ def prepare(options: Options,
     files = files or find_checkpoint(options.local_dirs)
     target = target_folder(options, files)
     publish.check_target(target, files.folders)
+    if options.base_model:
+        check_apart(Path(options.base_model), target)
     check_free(target, options.force)
     try:
         job = lay_out(options, files, target, config_folder(options, files, target), checkpoint, ask)
@@ -168,18 +172,30 @@ def lay_out(options: Options,
         MergeError: the first fault found.
     """
     device, allow_buffers = check_device(options.device), "buffers" in options.allow
+    if options.base_model and options.lora != "fuse":
+        raise MergeError(
+            "--base-model is for --lora fuse, which adds LoRA weights to it; add --lora fuse, or leave it out")
     if options.lora == "adapter":
         return _lay_out_adapter(options, checkpoint or read_checkpoint(files, allow_buffers, options.model_key), target,
                                 device)
     if checkpoint is None and (files.missing or files.form != RANKS) and not (config_dir / CONFIG).is_file():
         checkpoint = read_checkpoint(files, allow_buffers,
                                      options.model_key)  # of two faults, files that are not there come first
-    config = read_config(config_dir, files.seen)
+    if options.lora == "fuse":
+        checkpoint = checkpoint or read_checkpoint(files, allow_buffers, options.model_key)
+        if options.base_model:
+            checkpoint = over_base(checkpoint, Path(options.base_model))
+        elif lora.has_lora(checkpoint.tensors) and lora.is_alone(checkpoint.tensors):
+            raise MergeError(
+                "the checkpoint holds LoRA weights alone; name the folder of the model that was trained with "
+                "--base-model DIR, or use --lora adapter")
+    told_by = Path(options.config_dir or options.base_model or config_dir)
+    config = read_config(told_by, files.seen)
     checkpoint = checkpoint or read_checkpoint(files, allow_buffers, options.model_key)
     named = _plain_weights(options, checkpoint)
     config, changed = for_critic(config, named)
     config, cleaned = without_quantization(config, {name: tensor.dtype for name, (tensor, _) in named.items()})
-    verdict = (ask or model_check.ask)(config_dir, {
+    verdict = (ask or model_check.ask)(told_by, {
         name: tensor.shape
         for name, (tensor, _) in named.items()
     }, options.trust_remote_code, config["architectures"][0] if changed else "", bool(cleaned), files.seen)
@@ -188,12 +204,12 @@ def lay_out(options: Options,
         asked = "; they are the checkpoint's, whatever model files have" if options.names == "files" else ""
         notes.append(f"keys were not checked against a model: {verdict.silent}{asked}")
         _check_extents(checkpoint, options)
-    if "keys" not in options.allow and (fault := complaint(verdict, config, config_dir / CONFIG)):
+    if "keys" not in options.allow and (fault := complaint(verdict, config, told_by / CONFIG)):
         raise MergeError(fault)
     tied = config
     config, dropped = _resolve_ties(options, tied, named, verdict)
     if options.tied_weights and config is tied and not dropped:
-        notes.append(f"--tied-weights {options.tied_weights} has nothing to do: {config_dir / CONFIG} ties no two of "
+        notes.append(f"--tied-weights {options.tied_weights} has nothing to do: {told_by / CONFIG} ties no two of "
                      "the checkpoint's tensors")
     scales = quantization_parts({name: tensor.dtype for name, (tensor, _) in named.items()})
     kept = kept_whole(named, options.dtype, verdict)
@@ -219,6 +235,7 @@ def _check_extents(checkpoint: Checkpoint, options: Options) -> None:
     Raises:
         MergeError: only `--allow keys` lets them pass.
     """
+    checkpoint = checkpoint.shards if isinstance(checkpoint, OverBase) else checkpoint
     if isinstance(checkpoint, ChunkCheckpoint) and checkpoint.guessed and "keys" not in options.allow:
         raise MergeError(
             f"{checkpoint.files.folders[0]} does not say how large its tensors are, so only a config that transformers knows "
@@ -415,13 +432,20 @@ def config_folder(options: Options, files: RankFiles, *others: Path) -> Path:
         *(path for folder in files.folders for path in (folder / MODEL_FOLDER, folder)), *files.configs, *others,
         *(folder.parent for folder in files.folders if files.form != RANKS)
     ]
+    if options.base_model:  # its config it is, and its tokenizer where the checkpoint has none
+        return next((path for path in candidates if _has_tokenizer(path) and (path / CONFIG).is_file()),
+                    Path(options.base_model))
     return next((path for path in candidates if (path / CONFIG).is_file()), candidates[0])
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return folder.is_dir() and any(path.name.startswith(TOKENIZERS) for path in folder.iterdir())
 
 
 def link_roots(options: Options, files: RankFiles) -> tuple[Path, ...]:
     """Return the folders that the user named, into which links may lead."""
-    return (*files.folders, *files.configs, *([Path(options.config_dir)] if options.config_dir else []),
-            *([Path(options.save_dir)] if options.save_dir else []))  # yapf: disable
+    named = (options.config_dir, options.base_model, options.save_dir)
+    return (*files.folders, *files.configs, *(Path(folder) for folder in named if folder))
 
 
 def target_folder(options: Options, files: RankFiles) -> Path:

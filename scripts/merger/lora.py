@@ -8,7 +8,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,8 @@ DEFAULTS = {"peft_type": "LORA", "megatron_core": "megatron.core", "qalora_group
 OPEN = ("base_model_name_or_path", "task_type", "modules_to_save")
 # What trains tensors that are no LoRA weights; an adapter of ours would lack them.
 MORE_TENSORS = ("bias", "trainable_token_indices")
+# How factors may be initialised without a change of the base weights; all other ways take something off those.
+BASE_KEPT = (True, False, "gaussian", "orthogonal", "eva")
 
 
 @dataclass(frozen=True)
@@ -207,8 +209,58 @@ def fuse(tensors: Mapping[str, Tensor], lora: Lora) -> dict[str, tuple[Tensor, F
         fused[f"{layer}.{kind}".removeprefix(PREFIX)] = (tensor, fusion)
     lost = [layer for layer in lora.factors if f"{layer}.weight".removeprefix(PREFIX) not in fused]
     if lost:
-        raise MergeError(f"the base weight of {lost[0]} is not in the checkpoint; use --lora adapter")
+        raise MergeError(f"{lost[0].removeprefix(PREFIX)} has LoRA weights, but its base weight is not there; name the "
+                         "folder of the model that was trained with --base-model DIR, or use --lora adapter")
     return fused
+
+
+def is_alone(tensors: Mapping[str, Tensor]) -> bool:
+    """Return True if all tensors are an adapter's, and no base weight is among them."""
+    return all(".lora_" in name or SAVED.fullmatch(name) for name in tensors)
+
+
+def check_alone(tensors: Mapping[str, Tensor], files: RankFiles) -> None:
+    """Refuse what is no adapter alone, or one that is not whole without what its training made of the base weights.
+
+    Raises:
+        MergeError: naming what is there or lacking.
+    """
+    if not has_lora(tensors):
+        raise MergeError("the checkpoint holds no LoRA weights; leave --lora and --base-model out")
+    if not is_alone(tensors):
+        name = next(name for name in tensors if ".lora_" not in name and not SAVED.fullmatch(name))
+        raise MergeError(f"the checkpoint holds base weights itself ({name}); leave --base-model out")
+    record = _recorded(files, PEFT_RECORD)
+    start = record.get("init_lora_weights", True)
+    if type(start) not in (bool, str) or start not in BASE_KEPT:
+        raise MergeError(
+            f"{PEFT_RECORD} has init_lora_weights {printable(json.dumps(start), 60)}, which changes the base weights before "
+            "the training, and those are not in the checkpoint; merge it with PEFT")
+    if record.get("bias") not in (None, "none"):
+        raise MergeError(
+            f"{PEFT_RECORD} has bias {shown(record['bias'])}, and the checkpoint does not hold the biases that "
+            "were trained; save it whole")
+
+
+def check_saved(tensors: Mapping[str, Tensor], base: Iterable[str], files: RankFiles) -> None:
+    """Refuse an adapter without a module that was trained whole and that the base model, of tensors `base`, has.
+
+    PEFT's record also names some that only other models have.
+
+    Raises:
+        MergeError: naming the module.
+    """
+    saved = {match["module"] for name in tensors if (match := SAVED.fullmatch(name))}
+    listed = _recorded(files, PEFT_RECORD).get("modules_to_save") or []
+    if type(listed) is not list:
+        raise MergeError(f"{PEFT_RECORD} has modules_to_save {shown(listed)}, which is no list; mend the file")
+    for module in {name.rpartition(".")[0] for name in base}:
+        for name in listed:
+            inside = f".{module}.".partition(f".{name}.")
+            if inside[1] and not any(f".{whole}".endswith(f"{inside[0]}.{name}") for whole in saved):
+                raise MergeError(
+                    f"{PEFT_RECORD} says that {shown(name)} was trained whole, and the checkpoint does not "
+                    "hold it; save it whole")
 
 
 def adapter(lora: Lora) -> dict[str, Tensor]:

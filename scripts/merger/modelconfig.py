@@ -60,13 +60,18 @@ def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield from _parts(value)
 
 
+def quantized_part(dtypes: Mapping[str, str]) -> str | None:
+    """Return the first of the tensors of `dtypes` (by name) that a quantized model is made of, None where there is none."""
+    return next((name for name, dtype in dtypes.items() if dtype not in WHOLE_TYPES or name.endswith(SCALES)), None)
+
+
 def without_quantization(config: dict[str, Any], dtypes: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
     """Return `config` without a `quantization_config` that tensors of `dtypes` (by name) are not of, and a note of it.
 
     A base model in FP8 or MXFP4 is trained in bfloat16 under its old config; by that its weights would be read as 8-bit
     ones whose scales are missing.
     """
-    if set(dtypes.values()) - WHOLE_TYPES or any(name.endswith(SCALES) for name in dtypes):
+    if quantized_part(dtypes):
         return config, []
     changed, methods = copy.deepcopy(config), []
     for part in _parts(changed):

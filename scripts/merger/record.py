@@ -8,6 +8,7 @@ from types import NoneType
 from typing import Any
 
 from merger import DTYPES, NAMES, MergeError, __version__
+from merger.base import OverBase, with_base_files
 from merger.companions import weights_in
 from merger.copying import Tally
 from merger.discover import RankFiles
@@ -19,7 +20,7 @@ from merger.job import Job, Options
 NUMBERS = ("world_size", "tensors", "parameters", "fused", "nan", "inf", "threads", "bytes_read", "bytes_written",
            "seconds")  # yapf: disable
 
-BEFORE = {"names": "memory", "model_key": None}  # how it was before there was a choice
+BEFORE = {"names": "memory", "model_key": None, "base_model": None}  # how it was before there was a choice
 
 
 def sources(files: RankFiles) -> list[dict[str, Any]]:
@@ -37,11 +38,21 @@ def sources(files: RankFiles) -> list[dict[str, Any]]:
     return found
 
 
+def base_sources(files: RankFiles, folder: str | None) -> list[dict[str, Any]]:
+    """Return the files of the base model in `folder` as `sources` does those of the ranks, `files`."""
+    if not folder:
+        return []
+    read = with_base_files(files, Path(folder))
+    return [{key: value for key, value in source.items() if key != "rank"}
+            for source in sources(read) if source["rank"] not in files.paths]  # yapf: disable
+
+
 def requested(options: Options) -> dict[str, Any]:
     """Return those of the user's choices that the output's bytes depend on."""
     return {
         "dtype": options.dtype,
         "lora": options.lora,
+        "base_model": os.path.realpath(options.base_model) if options.base_model else None,
         "model_key": options.model_key,
         "lora_alpha": options.lora_alpha,
         "tied_weights": options.tied_weights,
@@ -52,11 +63,13 @@ def requested(options: Options) -> dict[str, Any]:
 
 def make_record(job: Job, options: Options, tally: Tally, threads: int, seconds: float) -> dict[str, Any]:
     """Return the record of a merge that took `seconds`."""
+    checkpoint = job.checkpoint.shards if isinstance(job.checkpoint, OverBase) else job.checkpoint
     return {
         "merger": __version__,
         "versions": _versions(),
         "requested": requested(options),
-        "sources": sources(job.checkpoint.files),
+        "sources": sources(checkpoint.files),
+        "base_sources": base_sources(checkpoint.files, options.base_model),
         "world_size": job.checkpoint.files.world_size,
         "meshes": job.checkpoint.meshes,
         "dtype": options.dtype,
@@ -129,9 +142,10 @@ def _is_request(value: Any) -> bool:
     """Return True if `value` is what `requested` returns for some options."""
     return (isinstance(value, dict) and set(value) == set(requested(Options(
         ()))) and value["dtype"] in DTYPES and value["lora"] in (None, "adapter", "fuse") and value["names"] in NAMES
-            and isinstance(value["model_key"], (str, NoneType)) and value["tied_weights"] in (None, "keep", "drop")
-            and isinstance(value["lora_alpha"], (int, float, NoneType)) and isinstance(value["allow"], list)
-            and all(isinstance(name, str) for name in value["allow"]))
+            and all(isinstance(value[name], (str, NoneType)) for name in ("model_key", "base_model"))
+            and value["tied_weights"] in (None, "keep", "drop") and isinstance(value["lora_alpha"],
+                                                                               (int, float, NoneType))
+            and isinstance(value["allow"], list) and all(isinstance(name, str) for name in value["allow"]))
 
 
 def _is_record(record: dict[str, Any]) -> bool:
@@ -143,6 +157,7 @@ def _is_record(record: dict[str, Any]) -> bool:
             and _are(record.get("tied_dropped"), lambda name: isinstance(name, str))
             and _are(record.get("meshes"), lambda mesh: isinstance(mesh, dict) and all(map(_is_number, mesh.values())))
             and _are(record.get("files"), lambda file: _has(file, ("name", ), ("bytes", )))
+            and _are(record.get("base_sources", []), lambda file: _has(file, ("file", "folder"), ("bytes", "modified")))
             and _are(record.get("sources"), lambda file: _has(file, ("file", "folder"), ("rank", "bytes", "modified"))))
 
 
@@ -160,9 +175,13 @@ def _is_number(value: Any) -> bool:
 
 
 def as_requested(options: Options, record: dict[str, Any]) -> Options:
-    """Return `options` with the choices that a merge was made with."""
+    """Return `options` with the choices that a merge was made with; a base model may lie elsewhere by now."""
     wanted = record["requested"]
-    return replace(options, **{**wanted, "allow": frozenset(wanted["allow"])})
+    return replace(
+        options, **{
+            **wanted, "allow": frozenset(wanted["allow"]),
+            "base_model": options.base_model or wanted["base_model"]
+        })
 
 
 def same_merge(options: Options, files: RankFiles, folder: Path) -> dict[str, Any] | None:
@@ -171,7 +190,8 @@ def same_merge(options: Options, files: RankFiles, folder: Path) -> dict[str, An
         record = read_record(folder)
     except MergeError:
         return None
-    same = record["requested"] == requested(options) and record["sources"] == sources(files)
+    same = record["requested"] == requested(options) and record["sources"] == sources(files) and record.get(
+        "base_sources", []) == base_sources(files, options.base_model)
     return record if same and is_whole(record, folder) else None
 
 

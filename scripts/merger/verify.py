@@ -198,7 +198,7 @@ def _compare(sources: Sources, output: Output, stored: Stored, maps: _Maps, rank
                 a, b = factors(sources, output.fusion.a, output.fusion.b)
                 same = is_fused(found, values, a[:, part.slices[1]], b[part.slices[0]], output.fusion.scale)
         if not same.all():
-            raise MergeError(f"{output.name} in {stored.path} differs from rank {rank}'s piece in "
+            raise MergeError(f"{output.name} in {stored.path} differs from {sources.checkpoint.piece_of(rank)} in "
                              f"{int(np.size(same) - np.count_nonzero(same))} elements of the block at "
                              f"{list(part.start)}; merge again with --force")
 
@@ -218,7 +218,7 @@ def _compare_view(sources: Sources, output: Output, view: View, stored: Stored, 
                     same = _bits(values.astype(found.dtype)) == _bits(found)
                 if not same.all():
                     raise MergeError(
-                        f"{output.name} in {stored.path} differs from rank {rank}'s piece of {tensor.name} in "
+                        f"{output.name} in {stored.path} differs from {sources.checkpoint.piece_of(rank)} of {tensor.name} in "
                         f"{int(np.size(same) - np.count_nonzero(same))} elements; merge again with --force")
 
 

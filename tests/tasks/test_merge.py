@@ -298,3 +298,20 @@ def test_reading_and_merging_need_neither_torch_nor_transformers() -> None:
             "print({'torch', 'transformers', 'safetensors', 'huggingface_hub'} & set(sys.modules))")
     done = subprocess.run([sys.executable, "-c", code, SCRIPTS], capture_output=True, text=True, timeout=60)
     assert done.stdout == "set()\n", done.stderr
+
+
+@pytest.mark.parametrize("task", ["merge", "merge.verify"])
+def test_a_base_model_is_given_to_the_merger_and_mounted_for_the_container(task: str, tmp_path: Path,
+                                                                           capfd: pytest.CaptureFixture[str]) -> None:
+    for name in ("only", "base"):
+        (tmp_path / name).mkdir()
+    args = ["--dry", task, "--local-dir", tmp_path / "only", "--base-model", tmp_path / "base"]
+    more = ["--lora", "fuse"] if task == "merge" else []
+    assert invoke(*args, *more, "--runner", "local") == 0
+    assert f"--base-model {tmp_path}/base" in capfd.readouterr().out
+    assert invoke(*args, *more, "--runner", "docker") == 0
+    said = capfd.readouterr().out
+    assert f"--base-model /host{tmp_path}/base" in said and f"{tmp_path}/base:/host{tmp_path}/base" in said
+    (tmp_path / "base").rmdir()
+    assert invoke(*args, *more, "--runner", "docker") == 2
+    assert "give --base-model the base model's folder" in capfd.readouterr().err
