@@ -44,7 +44,7 @@ from training.status import status
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "benchmark-of-status"
-IDLE = 20.0  # s for which the watcher's CPU time is counted
+IDLE = 130.0  # s for which the watcher's CPU time is counted: two of its looks at least
 FIGURES = ("max_rounds", "actor/kl_loss", "actor/entropy_loss", "actor/pg_loss", "actor/grad_norm", "critic/score/mean",
            "critic/task_score/mean", "critic/rewards/mean", "response_length/mean", "prompt_length/mean",
            "timing_s/gen", "timing_s/update_actor", "timing_s/step", *(f"other/figure_{number}"

@@ -35,7 +35,7 @@ from tests.merger.fsdp_samples import SAMPLES, laid_out, write_samples  # noqa: 
 from tests.merger.merging import Sample  # noqa: E402
 
 # They start servers from this checkout, whose state is one.
-DEMO_OF_THIS_CHECKOUT = ("tests/tasks/test_evaluate.py", "tests/tasks/test_evaluate_checkpoint.py")
+DEMO_OF_THIS_CHECKOUT = tuple(f"tests/tasks/test_{name}.py" for name in ("evaluate", "evaluate_checkpoint", "evaluate_suite", "quickstart"))
 DOCKER = Path(__file__).parent / "docker"
 MOST_WORKERS = 4
 

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,20 @@ def lives(process: dict[str, Any]) -> bool | None:
 def adopt_orphans() -> None:
     """Become the parent of what the trainer leaves behind, so that it can be found and ended."""
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def lower_priority(nice: int) -> None:
+    """Let others on this machine come first, by `nice` as of `os.nice`; where that is 0, nothing changes.
+
+    Linux shares the processors between sessions before it looks at a process's own value (sched_autogroup), so a session
+    that is the caller's or its parent's alone is lowered as a whole.
+    """
+    if not nice:
+        return
+    os.nice(nice)
+    if os.getsid(0) in (os.getpid(), os.getppid()):
+        with suppress(OSError):  # no such grouping in this kernel, or not in this container
+            Path("/proc/self/autogroup").write_text(str(nice))
 
 
 def die_with_parent() -> None:

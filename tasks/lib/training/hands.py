@@ -27,11 +27,11 @@ NICE = 10  # of a merge and an evaluation: the trainer on the same machine comes
 # hang, for the watcher has a second thread.
 TETHER = """
 import os, sys
-from training.machine import die_with_parent
+from training.machine import die_with_parent, lower_priority
 die_with_parent()
 if os.getppid() != int(sys.argv[1]):
     sys.exit(143)
-os.nice(int(sys.argv[2]))
+lower_priority(int(sys.argv[2]))
 os.execv(sys.executable, [sys.executable, *sys.argv[3:]])
 """
 SPEAKERS = ("merge: ", "eval: ", "docker: ", "eval.report: ", "training: ", "train.sync: ")
