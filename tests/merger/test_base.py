@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from tests.merger.merging import differences, merge
-from tests.merger.test_lora import IDS, causal, critic, train
+from tests.merger.test_lora import IDS, causal, critic, train, trained_critic
 
 BASE_KEPT = ["init True", "init False", "init gaussian", "init orthogonal", "some layers",
              "modules by a regular expression"]  # yapf: disable
@@ -113,13 +113,7 @@ def test_the_same_merge_is_one_of_the_same_base(tmp_path: Path) -> None:
 
 
 def test_modules_that_were_trained_whole_stand_for_the_base_s(tmp_path: Path) -> None:
-    from peft import LoraConfig, TaskType, get_peft_model
-    model = get_peft_model(
-        critic(), LoraConfig(task_type=TaskType.TOKEN_CLS, r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".lora_" in name or ".modules_to_save." in name:
-                parameter.normal_(std=0.5)
+    model = trained_critic()
     critic().save_pretrained(tmp_path / "base")
     only = tmp_path / "only"
     model.save_pretrained(only / "lora_adapter")

@@ -21,9 +21,8 @@ def critic() -> Any:
     return transformers.Qwen2ForTokenClassification(config).eval()
 
 
-@pytest.fixture
-def trained(tmp_path: Path) -> tuple[Path, Any]:
-    """A LoRA critic as verl saves it on one rank, whose head differs from the base model's, and PEFT's model of it."""
+def trained_critic() -> Any:
+    """Return PEFT's model of a critic whose adapter and head are trained: at random."""
     from peft import LoraConfig, TaskType, get_peft_model
     model = get_peft_model(
         critic(), LoraConfig(task_type=TaskType.TOKEN_CLS, r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
@@ -31,6 +30,13 @@ def trained(tmp_path: Path) -> tuple[Path, Any]:
         for name, parameter in model.named_parameters():
             if ".lora_" in name or ".modules_to_save." in name:
                 parameter.normal_(std=0.5)
+    return model
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> tuple[Path, Any]:
+    """A LoRA critic as verl saves it on one rank, whose head differs from the base model's, and PEFT's model of it."""
+    model = trained_critic()
     actor = tmp_path / "actor"
     (actor / "huggingface").mkdir(parents=True)
     config = model.config.to_dict() | {"architectures": ["Qwen2ForCausalLM"]}  # verl saves the causal model's
