@@ -43,6 +43,7 @@ class Pace:
         self.changes: list[Change] = []
         self.wake = asyncio.Event()  # an attempt ended, or more may be played
         self.playing = 0
+        self.queued = 0  # attempts that nobody has begun
         self._asking = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._begun = clock()
@@ -100,7 +101,8 @@ class Pace:
     def _answered(self) -> None:
         if not self.auto:
             return
-        if self.playing < self.limit:  # the last attempts, or the first: fewer ask than might
+        # The last attempts: fewer ask than might. One that has ended a moment ago and has no successor yet says nothing.
+        if not self.queued and self.playing < self.limit:
             self._measure()
             return
         now = self._clock()

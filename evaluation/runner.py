@@ -203,6 +203,7 @@ class Stage:
                     task = asyncio.create_task(self._one(*queue.popleft()))
                     tasks.add(task)
                     pace.playing += 1
+                    pace.queued = len(queue)
                     task.add_done_callback(ended)
                 pace.wake.clear()
                 await pace.wake.wait()

@@ -57,6 +57,8 @@ class Simulated:
             self.at_once += 1
             await asyncio.sleep(self.latency * self.rng.uniform(1 - self.spread, 1 + self.spread) * max(1.0, self.at_once / self.crowd)**2)
             self.at_once -= 1
+        for _ in range(self.rng.randrange(5)):  # answers that arrive together are not all read in one turn of the loop
+            await asyncio.sleep(0)
         return Completion("add")
 
 
@@ -105,6 +107,14 @@ def test_auto_goes_up_while_answers_come_faster_and_no_further(tmp_path):
     assert all(change.why in ("more answers a second", "no more answers a second", "to see") for change in pace.changes)
 
 
+@pytest.mark.parametrize("rounds", [1, 2, 3])
+@pytest.mark.parametrize("spread", [0.0, 0.5])
+def test_attempts_of_few_rounds_are_measured_too(tmp_path, rounds, spread):
+    # Each answer, or nearly each, ends an attempt, whose successor begins a moment later.
+    rate, pace, _ = played(0, tmp_path, 3000 // rounds, rounds=rounds, latency=0.5, slots=128, spread=spread)
+    assert pace.limit >= 64 and rate > 0.6 * 128 / 0.5
+
+
 def test_a_429_takes_auto_down_to_what_the_endpoint_gives(tmp_path):
     rate, pace, model = played(0, tmp_path, 400, latency=0.5, slots=24, strict=True)
     _, _, hard = played(256, tmp_path, 400, latency=0.5, slots=24, strict=True)
@@ -142,14 +152,14 @@ def work(out):
 
 
 def test_auto_is_in_the_record_and_no_part_of_the_configuration(tmp_path):
-    slowly = lambda messages, body: Answer(completion(counter_player(messages, body)), delay=0.02)  # noqa: E731
-    with environment() as env, endpoint(slowly) as model:
-        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0-9", "--samples", "6", "--concurrency", "auto") == 0
-        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0-9", "--samples", "7", "--concurrency", "3") == 0
+    slowly = lambda messages, body: Answer(completion(counter_player(messages, body)), delay=0.05)  # noqa: E731
+    with environment() as env, endpoint(slowly) as model:  # enough answers for a measurement, on a fast machine too
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0-9", "--samples", "12", "--concurrency", "auto") == 0
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0-9", "--samples", "13", "--concurrency", "3") == 0
     first, second = work(tmp_path / "out")
     assert (first["concurrency"], second["concurrency"]) == ("auto", 3) and "pace" not in second
     assert first["pace"][0]["limit"] == 2 * START and first["pace"][0]["why"] == "more answers a second"
-    assert len(attempts(tmp_path / "out")) == 70
+    assert len(attempts(tmp_path / "out")) == 130
 
 
 def test_the_servers_sessions_bound_it(tmp_path):
