@@ -7,10 +7,10 @@ copies. It runs with every environment's own Python, so: Python 3.8, and nothing
     python -m environment_rows json FILE FOLDER      # every row of a TOML file, checked, as FOLDER/<name>.json
 """
 from environment_rows.row import ABOUT, Check, Data, Environment, Items, Key, Prompt, Protocol, Row, Success, about
-from environment_rows.tables import environment, environments, near, read_toml, refusal, row
+from environment_rows.tables import environment, environments, near, read_toml, refusal, row, toml_tables
 from environment_rows.typed import Misfit
 
 __all__ = [
     "ABOUT", "Check", "Data", "Environment", "Items", "Key", "Misfit", "Prompt", "Protocol", "Row", "Success", "about",
-    "environment", "environments", "near", "read_toml", "refusal", "row"
+    "environment", "environments", "near", "read_toml", "refusal", "row", "toml_tables"
 ]

@@ -1,27 +1,60 @@
 """Read files of rows, and say what keeps a row's server from starting."""
 import difflib
+import os
 import re
-from typing import Any, Dict, Iterable, Mapping, Optional
+import stat
+from typing import Any, Dict, Iterable, List, Mapping, Optional
 
 from environment_rows.row import Environment, Folder, Row
 from environment_rows.typed import Misfit, plain
 
 NAME = r"[a-z0-9]+([-_][a-z0-9]+)*"
+TOML_BYTES, TOML_DEPTH = 1 << 20, 100  # a file that somebody writes by hand
+TOO_LONG, TOO_DEEP = f"it has more than {TOML_BYTES >> 20} MiB", f"it is nested deeper than {TOML_DEPTH} levels"
+PART = r"""(?:(?<![\w-])[\w-]+|"[^"\n]*"|'[^'\n]*')"""
+LONG_KEY = re.compile(rf"{PART}(?:[ \t]*\.[ \t]*{PART}){{{TOML_DEPTH}}}")
 
 
 def read_toml(path: Any) -> Dict[str, Any]:
     """Return the tables of the TOML file `path`.
 
     Raises:
-        ValueError: it is no TOML; one line.
+        ValueError: it is no TOML, or no regular file (a pipe would hang), or one that `toml_tables` refuses; one line.
         OSError: it cannot be read.
     """
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(number, "rb") as file:
+        if not stat.S_ISREG(os.fstat(number).st_mode):
+            raise ValueError("it is no regular file")
+        data = file.read(TOML_BYTES + 1)
+    if len(data) > TOML_BYTES:
+        raise ValueError(TOO_LONG)
+    return toml_tables(data.decode("utf-8-sig"))
+
+
+def toml_tables(text: str) -> Dict[str, Any]:
+    """Return the tables in a TOML text.
+
+    Raises:
+        ValueError: it is no TOML; or longer than TOML_BYTES, nested deeper than TOML_DEPTH, or has a key of more parts,
+            for which the time to read it grows with the square; one line.
+    """
     import tomllib  # not in the Pythons of the servers, which get their row as JSON
-    text = path.read_text(encoding="utf-8")
+    if len(text) > TOML_BYTES:
+        raise ValueError(TOO_LONG)
+    if LONG_KEY.search(text):
+        raise ValueError(TOO_DEEP)
     try:
-        return tomllib.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(str(error) if isinstance(error, ValueError) else "nested too deep") from None
+        tables = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
+    level: List[Any] = [tables]
+    for _ in range(TOML_DEPTH + 1):
+        level = [one for one in level if isinstance(one, (list, dict))]
+        level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)]
+    if any(isinstance(one, (list, dict)) for one in level):
+        raise ValueError(TOO_DEEP)
+    return tables
 
 
 def named(name: str, table: Any) -> Mapping[str, Any]:

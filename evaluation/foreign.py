@@ -1,4 +1,4 @@
-"""What others wrote: the one gate that files, JSON, TOML and the bodies of HTTP answers pass before they are used.
+"""What others wrote: the one gate that files, JSON and the bodies of HTTP answers pass before they are used.
 
 JSON that is refused: deeper than DEPTH, a key that comes twice, NaN and infinite numbers, integers of more digits than
 DIGITS, more values than VALUES. A lone surrogate (`"\\ud83d"`), which no UTF-8 and so no request and no file can
@@ -9,7 +9,6 @@ import math
 import os
 import re
 import stat
-import tomllib
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,20 +95,6 @@ def loads(data: bytes | str, depth: int = DEPTH) -> Any:
     if text.count("[") + text.count("{") > depth:  # else it cannot be that deep
         _check_depth(value, depth)
     return replaced(value) if "\\ud" in text or "\\uD" in text or LONE.search(text) else value
-
-
-def toml_loads(text: str) -> dict[str, Any]:
-    """Return the table in a TOML text.
-
-    Raises:
-        ValueError: it is no TOML, or nested too deeply.
-    """
-    try:
-        table = tomllib.loads(text)
-    except RecursionError:
-        raise ValueError(f"it is nested deeper than {DEPTH} levels") from None
-    _check_depth(table, DEPTH)
-    return table
 
 
 def read_bytes(path: Path, limit: int = LARGEST_FILE) -> bytes:

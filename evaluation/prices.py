@@ -1,10 +1,12 @@
 """What tokens cost: a table that the user gives. There is none built in, because prices change and vary by contract."""
 from pathlib import Path
 
+import environment_rows
 from evaluation import foreign
 from evaluation.problems import Misuse, reason
 
 Price = dict[str, float]
+KEYS = ("input", "output", "cached")
 MOST = 1e12  # for a million tokens, in any currency
 
 
@@ -19,8 +21,8 @@ def read_price(file: str, model: str) -> Price | None:
     if not file:
         return None
     try:
-        text = foreign.read_text(Path(file))
-        tables = foreign.loads(text) if file.endswith(".json") else foreign.toml_loads(text)
+        path = Path(file)
+        tables = foreign.loads(foreign.read_text(path)) if path.suffix == ".json" else environment_rows.read_toml(path)
     except (OSError, ValueError) as error:
         raise Misuse(
             f"--prices {file} cannot be read: {reason(error)}; name a TOML or JSON file with a table a model") from None
@@ -28,10 +30,10 @@ def read_price(file: str, model: str) -> Price | None:
     if price is None:
         return None
     try:
-        found = {key: float(price[key]) for key in ("input", "output", "cached") if key in price or key != "cached"}
-        if not all(0 <= value < MOST for value in found.values()):
+        found = {key: value for key, value in price.items() if type(value) in (int, float) and 0 <= value < MOST}
+        if not {"input", "output"} <= price.keys() <= found.keys() <= set(KEYS):
             raise ValueError
-        return found
-    except (KeyError, TypeError, ValueError, OverflowError):
-        raise Misuse(
-            f"--prices {file}: {model} needs input and output, numbers of at least 0 for a million tokens") from None
+        return {key: float(value) for key, value in found.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise Misuse(f"--prices {file}: {model} needs input and output, and may have cached, and nothing else: numbers "
+                     "of at least 0 for a million tokens") from None

@@ -5,7 +5,6 @@ from typing import Any
 
 import environment_rows
 from environment_rows import Protocol, Row, Success
-from evaluation import foreign
 from evaluation.problems import Misuse
 
 __all__ = [
@@ -43,7 +42,7 @@ def tables(path: Path) -> dict[str, Any]:
         Misuse: it cannot be read.
     """
     try:
-        return foreign.toml_loads(foreign.read_text(path))
+        return environment_rows.read_toml(path)
     except OSError as error:
         raise Misuse(f"no rows in {path}: {error.strerror}; name the file with --environments") from None
     except ValueError as error:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tasks.lib.env_file import parse
 from tasks.lib.errors import BadSetting
+from training import foreign
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -174,9 +175,14 @@ def read_dotenv(path: Path = ROOT / ".env") -> dict[str, str]:
     Raises:
         BadSetting: it is no text, or a line of it is refused.
     """
-    if not path.is_file():
+    if not path.exists() or path.resolve() == Path(os.devnull):
         return {}
-    contents = path.read_bytes()
+    try:
+        contents = foreign.read_bytes(path, foreign.LARGEST_LINE)
+    except (OSError, ValueError) as error:
+        told = f"cannot be read: {error.strerror}" if isinstance(error,
+                                                                 OSError) else str(error).removeprefix(f"{path} ")
+        raise BadSetting(f"{path} {told}; it is a file with a line NAME=VALUE for each setting") from None
     try:
         return parse(contents.decode(), os.environ, str(path))
     except UnicodeDecodeError:

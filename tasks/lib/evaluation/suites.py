@@ -1,12 +1,12 @@
 """Suites: models on environments, from flags and TOML files to the pairs that are played."""
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import environment_rows
 from environment_rows import near
 from tasks.lib.errors import UserError
 from tasks.lib.evaluation.asked import Asked
@@ -105,10 +105,10 @@ def read(path: Path) -> File:
         UserError: it cannot be read, or says what no suite has; where and what, in one line.
     """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = environment_rows.read_toml(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; give another file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is no TOML: {error}; see suites/agentgym-rl.toml") from None
     sides: dict[str, list[Side]] = {"environment": [], "model": []}
     for kind, found in sides.items():

@@ -1,11 +1,11 @@
 """Presets: tables of the trainer's keys, of training.toml or of a file of the user's own."""
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import environment_rows
 from tasks.lib.errors import UserError
 from tasks.lib.settings import ROOT
 from tasks.lib.training.overrides import Override, flat, layer, make
@@ -17,12 +17,12 @@ COMMON = "common"
 
 def _read(path: Path, shown: str) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text())
+        return environment_rows.read_toml(path)
     except OSError as error:
         raise UserError(
             f"{shown}: {error.strerror}; give a TOML file such as training.toml's tables, or fixed or scaling"
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UserError(f"{shown}: no TOML: {error}") from None
 
 

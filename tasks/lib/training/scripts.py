@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tasks.lib.errors import UserError
 from tasks.lib.training.overrides import Override, parse
+from training import foreign
 
 MODULE = "verl.agent_trainer.main_ppo"
 # Variables that a script exports and a run does not take from it: keys and where they go, and what `--gpus`, the
@@ -381,9 +382,10 @@ def load(path: Path, environ: Mapping[str, str]) -> Script:
         UserError: it cannot be read; see `read_script`.
     """
     try:
-        text = path.read_text()
-    except UnicodeDecodeError:
-        raise UserError(f"--script {path} is no text; give one of AgentGym-RL's examples/train/*/*.sh") from None
+        text = foreign.read_bytes(path, foreign.LARGEST_LINE).decode()
+    except ValueError as error:
+        fault = "is no text" if isinstance(error, UnicodeDecodeError) else str(error).removeprefix(f"{path} ")
+        raise UserError(f"--script {path} {fault}; give one of AgentGym-RL's examples/train/*/*.sh") from None
     except OSError as error:
         raise UserError(f"--script {path}: {error.strerror}; give one of AgentGym-RL's examples/train/*/*.sh") from None
     return read_script(text, path.name, environ)
