@@ -1,16 +1,17 @@
 """Remove what the tasks made: never saves, models or data."""
 import shutil
-import sys
 
 from invoke.context import Context
 from invoke.tasks import task
 
+from tasks.lib.asking import agrees, require_somebody
 from tasks.lib.engine import containers
 from tasks.lib.engine.client import drive, require_engine
-from tasks.lib.engine.images import EVERY, environment_images, image_exists, image_name
-from tasks.lib.errors import DockerError, UserError
+from tasks.lib.engine.images import EVERY, environment_images, image_exists, image_facts, image_name
+from tasks.lib.engine.ownership import is_ours
+from tasks.lib.errors import DockerError
 from tasks.lib.host.leftovers import bytecode_folders
-from tasks.lib.notices import note, put
+from tasks.lib.notices import note, put, say
 from tasks.lib.settings import ROOT
 
 YES = {"yes": "Do not ask."}
@@ -35,18 +36,8 @@ def confirm(c: Context, what: list[str], yes: bool) -> bool:
     note(removes=what)
     if yes:
         return True
-    if sys.stdin is None or not sys.stdin.isatty():
-        raise UserError("nobody is here to answer; add --yes")
-    try:
-        return input("Go on? [y/N] ").strip().lower() in ("y", "yes")
-    except EOFError:  # Ctrl-D
-        print()
-        return False
-
-
-def remove_containers(c: Context) -> None:
-    """Stop and remove the project's containers and network."""
-    containers.remove_ours(c)
+    require_somebody("add --yes")
+    return agrees("Go on?")
 
 
 def remove_images(c: Context, names: list[str]) -> None:
@@ -77,21 +68,37 @@ def container_lines(c: Context) -> list[str]:
     """Return a line for each of the project's containers and networks."""
     if c.config.run.dry:
         return []
+    around = containers.around()
+    networks = [] if around.strangers else containers.networks(around.project)  # in which theirs are
     return [
-        *(f"container {found.name} ({found.state})" for found in containers.ours()),
-        *(f"network {name}" for name in containers.networks_of_project())
+        *(f"container {found.name} ({found.state})" for found in around.ours), *(f"network {name}" for name in networks)
     ]
 
 
-def image_names(c: Context) -> list[str]:
-    """Return the names of the project's images that exist; under `--dry` without an engine, of all that might."""
+def image_names(c: Context, any_: bool = False) -> list[str]:
+    """Return the names of the project's images that exist; under `--dry` without an engine, of all that might.
+
+    What another checkout built under the same name is left out, which is said, or asked about with `any_`.
+
+    Raises:
+        UserError: nobody is there to answer.
+    """
     names = [image_name(image.name) for image in EVERY]
     try:
-        return [*filter(image_exists, names), *environment_images()]
+        found = [*filter(image_exists, names), *environment_images()]
+        builders = {} if c.config.run.dry else {name: facts.built_by for name in found if (facts := image_facts(name))}
     except DockerError:
         if c.config.run.dry:
             return names
         raise
+    theirs = {name: owner for name, owner in builders.items() if owner.folder and not is_ours(owner)}
+    if any_ and theirs:
+        require_somebody("--any asks about each")
+    for name, owner in theirs.items():
+        if not (any_ and agrees(f"Remove {name}, which is {owner}?")):
+            say(f"left {name} alone, which is {owner}")
+            found.remove(name)
+    return found
 
 
 def cache_lines(older_than: str) -> list[str]:
@@ -107,19 +114,31 @@ def bytecode_lines() -> list[str]:
     return [str(folder.relative_to(ROOT)) for folder in bytecode_folders(ROOT)]
 
 
-@task(name="containers", positional=[], auto_shortflags=False, help=YES)
-def clean_containers(c: Context, yes: bool = False) -> None:
+@task(name="containers",
+      positional=[],
+      auto_shortflags=False,
+      help={
+          **YES, "any_": "Ask about each container of others on this engine, too."
+      })
+def clean_containers(c: Context, yes: bool = False, any_: bool = False) -> None:
     """Remove this project's containers and network."""
     require_engine(c)
-    if confirm(c, container_lines(c), yes):
-        remove_containers(c)
+    if any_ and not c.config.run.dry:
+        require_somebody(containers.ONLY_BY_ASKING)
+    if confirm(c, container_lines(c), yes) or any_:
+        containers.remove_ours(c, any_)
 
 
-@task(name="images", positional=[], auto_shortflags=False, help=YES)
-def clean_images(c: Context, yes: bool = False) -> None:
+@task(name="images",
+      positional=[],
+      auto_shortflags=False,
+      help={
+          **YES, "any_": "Ask about each image that another checkout built, too."
+      })
+def clean_images(c: Context, yes: bool = False, any_: bool = False) -> None:
     """Remove the images that the tasks built."""
     require_engine(c)
-    names = image_names(c)
+    names = image_names(c, any_)
     if confirm(c, [f"image {name}" for name in names], yes):
         remove_images(c, names)
 
@@ -146,7 +165,7 @@ def clean_all(c: Context, yes: bool = False, older_than: str = "") -> None:
     names = image_names(c)
     lines = [*container_lines(c), *(f"image {name}" for name in names), *cache_lines(older_than), *bytecode_lines()]
     if confirm(c, lines, yes):
-        remove_containers(c)
+        containers.remove_ours(c)
         remove_images(c, names)
         remove_cache(c, older_than)
         remove_bytecode(c)

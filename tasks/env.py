@@ -124,8 +124,13 @@ def announce(row: "Environment", options: "Options", runner: str, url: str) -> N
         put(f"{row.name} plays on {', '.join(f'{key} {value}' for key, value in told.items())}; evaluations record it")
 
 
-@task(positional=[], auto_shortflags=False, help={"env": "Environment to stop (default: all of them)."})
-def down(c: Context, env: str = "") -> None:
+@task(positional=[],
+      auto_shortflags=False,
+      help={
+          "env": "Environment to stop (default: all of them).",
+          "any_": "Ask about each server container of others on this engine, too."
+      })
+def down(c: Context, env: str = "", any_: bool = False) -> None:
     """Stop one environment server, or all."""
     from tasks.lib.environments.lookup import find_row
     from tasks.lib.environments.running import running_servers
@@ -133,6 +138,9 @@ def down(c: Context, env: str = "") -> None:
     names = [find_row(env).name] if env else sorted(running_servers())
     stopped: list[str] = []
     note(stopped=stopped)
+    if any_ and not c.config.run.dry:
+        from tasks.lib.environments.docker import remove_others
+        remove_others(c, find_row(env) if env else None)
     for name in names:
         if not stop_server(c, name):
             put(f"{name} was not up")

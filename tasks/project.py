@@ -10,7 +10,7 @@ from tasks.lib.doctor import checks
 from tasks.lib.engine import containers
 from tasks.lib.engine.client import drive, require_engine
 from tasks.lib.engine.images import EVERY, environment_filter, environment_images, image_facts, image_name
-from tasks.lib.engine.ownership import PROJECT
+from tasks.lib.engine.ownership import PROJECT, Owner, is_ours
 from tasks.lib.errors import UserError
 from tasks.lib.tables import human_age, human_size, print_table
 
@@ -34,9 +34,9 @@ def status(c: Context, json: bool = False) -> None:
         return
     now = datetime.now(timezone.utc)
     names = [*(image_name(image.name) for image in EVERY), *environment_images()]
+    around = containers.around()
     if json:
-        mine, theirs = [asdict(found)
-                        for found in containers.ours()], [asdict(found) for found in containers.strangers()]
+        mine, theirs = ([asdict(found) for found in group] for group in (around.ours, around.others))
         facts_of = {name: image_facts(name) for name in names}
         print(
             json_format.dumps({
@@ -48,27 +48,36 @@ def status(c: Context, json: bool = False) -> None:
                     "name": name,
                     "id": fact.id if fact else None,
                     "bytes": fact.size if fact else None,
-                    "created": fact.created.isoformat() if fact else None
+                    "created": fact.created.isoformat() if fact else None,
+                    "built_by": asdict(fact.built_by) if fact else None
                 } for name, fact in facts_of.items()]
             }))
         return
-    rows = [(found.name, found.state, found.health, found.ports) for found in containers.ours()]
+    rows = [(found.name, found.state, found.health, found.ports) for found in around.ours]
     print_table(("container", "state", "health", "ports"), rows or [("none", "", "", "")])
     print()
-    others = [(found.name, found.state, found.owner.folder, found.owner.uid) for found in containers.strangers()]
-    if others:  # under our project's name: what is theirs is shown, and left alone
+    others = [(found.name, found.state, found.owner.folder, found.owner.uid) for found in around.others]
+    if others:  # shown, and left alone
         print_table(("of others", "state", "folder", "user id"), others)
         print()
     facts = [(name, image_facts(name)) for name in names]
-    print_table(("image", "size", "age"), [(name, human_size(fact.size), human_age(now - fact.created)) if fact else
-                                           (name, "not built", "") for name, fact in facts])
+    print_table(("image", "size", "age", "built by"),
+                [(name, human_size(fact.size), human_age(now - fact.created), told_builder(fact.built_by)) if fact else
+                 (name, "not built", "", "") for name, fact in facts])
 
 
-@task(positional=[], auto_shortflags=False)
-def down(c: Context) -> None:
+def told_builder(owner: Owner) -> str:
+    """Return what `status` shows of who built an image."""
+    if not owner.folder:
+        return "not told"
+    return "this checkout" if is_ours(owner) else f"{owner.folder}, user id {owner.uid}"
+
+
+@task(positional=[], auto_shortflags=False, help={"any_": "Ask about each container of others on this engine, too."})
+def down(c: Context, any_: bool = False) -> None:
     """Stop and remove this checkout's containers."""
     require_engine(c)
-    containers.remove_ours(c)
+    containers.remove_ours(c, any_)
 
 
 @task(positional=[], auto_shortflags=False, help={"json": "Print one JSON object in place of the lines."})

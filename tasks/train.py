@@ -38,12 +38,16 @@ def container_variables(shm_size: str) -> dict[str, str]:
     return {"SHM_SIZE": shm_size} if shm_size else {}
 
 
-@task(positional=[], auto_shortflags=False, help=FLAGS)
-def shell(c: Context, shm_size: str = "", gpus: str = "", user: str = "") -> None:
+@task(positional=[],
+      auto_shortflags=False,
+      help={
+          **FLAGS, "any_": "Where you have none that runs, ask about joining others' on this engine."
+      })
+def shell(c: Context, shm_size: str = "", gpus: str = "", user: str = "", any_: bool = False) -> None:
     """Open a shell in the training container."""
     from tasks.lib.engine import containers
     variables = container_variables(shm_size)
-    running = containers.running(c, "train")
+    running = containers.running(c, "train", any_)
     if running:
         if shm_size or gpus:
             put("train: joining the running container, so --shm-size and --gpus do not count", file=sys.stderr)
@@ -118,11 +122,12 @@ def logs(c: Context, name: str = "", follow: bool = False, lines: str = "200", a
       help={
           "name": "The run's name (default: the one that runs, or the last one made).",
           "now": "Kill the trainer at once in place of asking it to end.",
+          "any_": "Ask about a run whose container another checkout or user has.",
       })
-def stop(c: Context, name: str = "", now: bool = False) -> None:
+def stop(c: Context, name: str = "", now: bool = False, any_: bool = False) -> None:
     """Stop a run and say what is left of it."""
     from tasks.lib.training import runs, stopping
-    said = stopping.stop(c, runs.find(name), now)
+    said = stopping.stop(c, runs.find(name), now, any_)
     if said:
         note(said=said)
         put(f"train.stop: {said}")

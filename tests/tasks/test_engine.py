@@ -361,7 +361,7 @@ def test_env_example_and_the_table_agree() -> None:
 def test_compose_and_the_table_agree() -> None:
     text = (ROOT / "docker-compose.yml").read_text()
     # Set by the tasks for one build; no setting of a user.
-    internal = {"REVISION", "SOURCE_URL", "AGENTGYM_RL_REVISION", "AGENTGYM_REVISION"}
+    internal = {"REVISION", "SOURCE_URL", "AGENTGYM_RL_REVISION", "AGENTGYM_REVISION", "CHECKOUT"}
     defaults = [(name, default) for name, default in re.findall(r"\$\{(\w+):?-([^}]*)\}", text) if name not in internal]
     for name, default in defaults:
         # The formatter mounts a folder, which a URL is not; a label says who started a container, where that is told.
@@ -375,7 +375,7 @@ def test_compose_and_the_table_agree() -> None:
 
 
 def test_plain_compose_passes_every_key_of_an_environment() -> None:
-    text = (ROOT / "docker-compose.yml").read_text().partition("  env-server:")[2].partition("    labels:")[0]
+    text = (ROOT / "docker-compose.yml").read_text().partition("  env-server:")[2].partition("\n    labels:")[0]
     passed = set(re.findall(r"^      (\w+):$", text, re.M))
     assert {key.name for row in environments().values() for key in row.keys} <= passed
     assert {key.name for row in environments().values() for key in row.keys} <= key_names()
@@ -429,3 +429,9 @@ def test_human_size(size: int, expected: str) -> None:
 @pytest.mark.parametrize("seconds, expected", [(5, "seconds"), (60, "1 minute"), (7200, "2 hours"), (90000, "1 day")])
 def test_human_age(seconds: int, expected: str) -> None:
     assert human_age(timedelta(seconds=seconds)) == expected
+
+
+def test_an_image_names_its_checkout_unless_it_is_pushed() -> None:
+    assert ownership.builder_of({ownership.CHECKOUT: build_variables("")["CHECKOUT"]}) == ownership.Owner(os.path.realpath(ROOT), ownership.caller())
+    assert build_variables("", push=True)["CHECKOUT"] == ""
+    assert ownership.builder_of({}) == ownership.Owner("", "")

@@ -7,6 +7,7 @@ from invoke.context import Context
 
 from tasks.lib.engine.client import drive, require_engine
 from tasks.lib.engine.images import TAG, Image, ImageFacts, image_facts, image_name, image_of, require_image
+from tasks.lib.engine.ownership import builder
 from tasks.lib.engine.sources import GYM, RL, choose_sources, origin, revision
 from tasks.lib.errors import UserError
 from tasks.lib.notices import note, note_one
@@ -14,8 +15,10 @@ from tasks.lib.settings import ROOT, SETTINGS, read_dotenv
 from tasks.lib.tables import human_size, print_table
 
 
-def build_variables(tag: str) -> dict[str, str]:
-    """Return what Compose interpolates into a build: the sources, their commits, the tag.
+def build_variables(tag: str, push: bool = False) -> dict[str, str]:
+    """Return what Compose interpolates into a build: the sources, their commits, the tag, who builds.
+
+    An image that is pushed does not name a folder of this machine.
 
     Raises:
         UserError: a tag or a source that cannot be.
@@ -24,7 +27,11 @@ def build_variables(tag: str) -> dict[str, str]:
         raise UserError(f"--tag {tag!r} is no image tag; use letters, digits, dot, dash, underscore")
     settings = {**read_dotenv(), **os.environ}
     sources = choose_sources(ROOT, settings)
-    variables = {**sources, "REVISION": revision(str(ROOT)), "SOURCE_URL": origin(ROOT)}
+    variables = {
+        **sources, "REVISION": revision(str(ROOT)),
+        "SOURCE_URL": origin(ROOT),
+        "CHECKOUT": "" if push else builder()
+    }
     for name, label in ((RL, "AGENTGYM_RL_REVISION"), (GYM, "AGENTGYM_REVISION")):
         variables[label] = revision(sources.get(name) or SETTINGS[name].default)
     if tag:
@@ -77,7 +84,7 @@ def push_image(c: Context, image: Image, variables: dict[str, str], cpu: bool) -
 def build_images(c: Context, images: tuple[Image, ...], no_cache: bool, pull: bool, cpu: bool, push: bool,
                  tag: str) -> None:
     """Build `images` in this order, then push them if asked; print size, seconds and whether anything changed."""
-    variables = build_variables(tag)
+    variables = build_variables(tag, push)
     require_engine(c)
     note(images=[])
     rows = []

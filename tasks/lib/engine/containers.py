@@ -4,7 +4,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from secrets import token_hex
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from invoke.context import Context
 
+from tasks.lib.asking import agrees, require_somebody
 from tasks.lib.engine.client import (
     ask,
     drive,
@@ -24,14 +25,11 @@ from tasks.lib.engine.client import (
 from tasks.lib.engine.gpus import GpuChoice, choose_gpus
 from tasks.lib.engine.images import image_name, image_of, require_image
 from tasks.lib.engine.mounts import ensure_folders
-from tasks.lib.engine.ownership import PROJECT, SERVICE, Owner, is_ours, owner_of, project_name
+from tasks.lib.engine.ownership import PROJECT, SERVICE, UID, Owner, is_ours, owner_of, project_name
 from tasks.lib.errors import INTERRUPTED, DockerError, UserError
 from tasks.lib.interrupts import as_ctrl_c
 from tasks.lib.notices import note, put, say
 from tasks.lib.settings import ROOT, read_dotenv, resolve
-
-if TYPE_CHECKING:
-    from python_on_whales import Container, DockerClient
 
 if TYPE_CHECKING:
     from python_on_whales import Container, DockerClient
@@ -157,11 +155,36 @@ class Found:
     owner: Owner
 
 
-def every() -> list[Found]:
-    """Return this checkout's containers and those of its project's name, whoever has them; the latest first."""
+@dataclass(frozen=True)
+class Around:
+    """The containers on this engine that concern us, running or not, the latest first; `compose run`'s too.
+
+    Attributes:
+        project: our Compose project's name.
+        ours: this checkout's and this caller's, under whichever project name.
+        strangers: of our project's name, and another checkout's or user's.
+        elsewhere: of the workbench's other checkouts and users, under names of their own.
+    """
+    project: str
+    ours: list[Found]
+    strangers: list[Found]
+    elsewhere: list[Found]
+
+    @property
+    def others(self) -> list[Found]:
+        """Return all that is not ours."""
+        return [*self.strangers, *self.elsewhere]
+
+
+def around() -> Around:
+    """Look at the engine's containers."""
+    project: str = ask(lambda client: client.compose.config(return_json=True), profiles=["*"])["name"]
     # By label: `compose ps` leaves out what `compose run` started.
-    project = _project()
-    return [one for one in look(PROJECT, describe) if one.project == project or is_ours(one.owner)]
+    found = look(PROJECT, lambda one: (UID in (one.config.labels or {}), describe(one)))
+    theirs = [(workbench, one) for workbench, one in found if not is_ours(one.owner)]
+    return Around(project, [one for _, one in found if is_ours(one.owner)],
+                  [one for _, one in theirs if one.project == project],
+                  [one for workbench, one in theirs if workbench and one.project != project])
 
 
 def look(label: str, describe: Callable[[Container], Answer]) -> list[Answer]:
@@ -181,43 +204,50 @@ def look(label: str, describe: Callable[[Container], Answer]) -> list[Answer]:
     return ask(seen)
 
 
-def ours() -> list[Found]:
-    """Return this checkout's containers, running or not, with those of `compose run` and of earlier project names."""
-    return [one for one in every() if is_ours(one.owner)]
+ONLY_BY_ASKING = "--any asks about each; `docker stop NAME` stops what is theirs without a question"
 
 
-def strangers() -> list[Found]:
-    """Return the containers of our project's name that another checkout or another user has."""
-    return [one for one in every() if not is_ours(one.owner)]
+def agreed(c: Context, deed: str, found: Sequence[Found]) -> Iterator[Found]:
+    """Give those of others' containers to which whoever sits here wants to do `deed`, one question each.
+
+    Raises:
+        UserError: nobody is there to answer.
+    """
+    if c.config.run.dry or not found:
+        return
+    require_somebody(ONLY_BY_ASKING)
+    for one in found:
+        if agrees(f"{deed} {one.name}, which is {one.owner}?"):
+            yield one
 
 
-def networks_of_project() -> list[str]:
-    """Return the names of the project's networks."""
-    filters = {"label": f"{PROJECT}={_project()}"}
+def networks(project: str) -> list[str]:
+    """Return the names of the networks of the Compose project `project`."""
+    filters = {"label": f"{PROJECT}={project}"}
     return ask(lambda client: [network.name for network in client.network.list(filters=filters)])
 
 
-def _project() -> str:
-    name: str = ask(lambda client: client.compose.config(return_json=True), profiles=["*"])["name"]
-    return name
+def remove_ours(c: Context, any_: bool = False) -> None:
+    """Stop and remove this checkout's containers and network; what a stranger has under our project's name stays.
 
+    With `any_`, ask about each container that others have on this engine, before anything is removed.
 
-def remove_ours(c: Context) -> None:
-    """Stop and remove this checkout's containers and network; what a stranger has under our project's name stays."""
-    if c.config.run.dry:
-        mine, others, project = [], [], ""
-    else:
-        project, found = _project(), every()
-        mine = [one for one in found if is_ours(one.owner)]
-        others = [one for one in found if not is_ours(one.owner)]
-    for one in others:
-        say(f"left {one.name} alone, which is {one.owner}")
-    note(removed=[one.name for one in mine], left=[one.name for one in others])
-    by_hand = [one.id for one in mine if others or one.project != project]
+    Raises:
+        UserError: nobody is there to answer.
+    """
+    by_hand, left = [], []
+    if not c.config.run.dry:
+        found = around()
+        more = list(agreed(c, "Stop and remove", found.others)) if any_ else []
+        left = [one for one in found.strangers if one not in more]
+        by_hand = [one.id for one in found.ours if left or one.project != found.project] + [one.id for one in more]
+        for one in left:
+            say(f"left {one.name} alone, which is {one.owner}")
+        note(removed=[one.name for one in (*found.ours, *more)], left=[one.name for one in left])
     if by_hand:
         drive(c, lambda client: client.container.stop(by_hand, time=10))
         drive(c, lambda client: client.container.remove(by_hand, force=True, volumes=True))
-    if not others:
+    if not left:
         # Orphans are containers of this project that the file no longer names, and those of `compose run`.
         drive(c, lambda client: client.compose.down(remove_orphans=True), profiles=["*"])
 
@@ -241,16 +271,28 @@ def describe(container: Container) -> Found:
                  owner=owner_of(container))
 
 
-def running(c: Context, service: str) -> str:
-    """Return the id of our running container of `service`, the latest; empty where none runs, and under `--dry`."""
+def running(c: Context, service: str, any_: bool = False) -> str:
+    """Return the id of our running container of `service`, the latest; empty where none runs, and under `--dry`.
+
+    With `any_`, where none of ours runs, ask about each that a stranger has.
+
+    Raises:
+        UserError: nobody is there to answer.
+    """
     require_engine(c)
     if c.config.run.dry:
         return ""
-    found = [one for one in every() if one.service == service and one.state == "running"]
-    for one in found:
-        if not is_ours(one.owner):
-            say(f"not joining {one.name}, which is {one.owner}")
-    return next((one.id for one in found if is_ours(one.owner)), "")
+    found = around()
+    mine, strangers, others = ([one for one in group if one.service == service and one.state == "running"]
+                               for group in (found.ours, found.strangers, found.others))
+    if mine:
+        return mine[0].id
+    wanted = next(agreed(c, "Join", others), None) if any_ else None
+    if wanted:
+        return wanted.id
+    for one in strangers:
+        say(f"not joining {one.name}, which is {one.owner}")
+    return ""
 
 
 def join(c: Context, container: str, command: Sequence[str], user: str) -> None:

@@ -10,6 +10,7 @@ from fnmatch import fnmatch
 from invoke.context import Context
 
 from tasks.lib.engine.client import ask, require_engine
+from tasks.lib.engine.ownership import Owner, builder_of
 from tasks.lib.errors import DockerError, UserError
 from tasks.lib.settings import resolve
 
@@ -112,10 +113,11 @@ def environment_filter() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What the engine knows of an image: its id, its size in bytes, when it was created."""
+    """What the engine knows of an image: its id, its size in bytes, when it was created, which checkout built it."""
     id: str
     size: int
     created: datetime
+    built_by: Owner
 
 
 def image_facts(name: str) -> ImageFacts | None:
@@ -123,4 +125,4 @@ def image_facts(name: str) -> ImageFacts | None:
     if not image_exists(name):
         return None
     image = ask(lambda docker: docker.image.inspect(name))
-    return ImageFacts(image.id, image.size, image.created)
+    return ImageFacts(image.id, image.size, image.created, builder_of((image.config and image.config.labels) or {}))

@@ -21,11 +21,12 @@ PROJECT = "com.docker.compose.project"
 FOLDER = "com.docker.compose.project.working_dir"
 SERVICE = "com.docker.compose.service"
 UID = "org.agentgym-rl.uid"
+CHECKOUT = "org.agentgym-rl.checkout"  # of an image: UID:FOLDER of who built it here
 
 
 @dataclass(frozen=True)
 class Owner:
-    """Whose a container is: the checkout's folder, and the id of who started it; empty where nobody noted it."""
+    """Whose a container or an image is: the checkout's folder, and the id of who made it; empty where nobody noted it."""
     folder: str
     uid: str
 
@@ -52,6 +53,17 @@ def owner_of(container: Container) -> Owner:
     """Return whose `container` is. Plain `docker compose` without HOST_UID notes no user."""
     labels = container.config.labels or {}
     return Owner(labels.get(FOLDER, ""), labels.get(UID, ""))
+
+
+def builder() -> str:
+    """Return what an image is labelled with that this checkout builds."""
+    return f"{caller()}:{os.path.realpath(ROOT)}"
+
+
+def builder_of(labels: Mapping[str, str]) -> Owner:
+    """Return which checkout built the image with these labels; a pushed one does not say, nor does plain Compose's."""
+    uid, _, folder = labels.get(CHECKOUT, "").partition(":")
+    return Owner(folder, uid)
 
 
 def is_ours(owner: Owner, root: Path = ROOT) -> bool:

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 from invoke.context import Context
 
 from tasks.lib.atomic import write_private
+from tasks.lib.engine import containers
 from tasks.lib.engine.client import ask, drive
 from tasks.lib.engine.compose_files import QUIET
 from tasks.lib.engine.containers import last_line, look
 from tasks.lib.engine.images import image_name
-from tasks.lib.engine.ownership import PROJECT, is_ours, owner_of, project_name
+from tasks.lib.engine.ownership import CHECKOUT, PROJECT, is_ours, owner_of, project_name
 from tasks.lib.environments.compose_model import (
     LABEL,
     PORT_LABEL,
@@ -49,7 +50,7 @@ CONTEXT = "agentgym"
 
 @dataclass(frozen=True)
 class Server:
-    """One container of an environment."""
+    """One container of an environment; `image` is the id of what it runs, a digest."""
     id: str
     environment: str
     service: str
@@ -57,6 +58,7 @@ class Server:
     port: int
     bind: str
     state: str
+    image: str = ""
 
 
 def servers(name: str = "") -> list[Server]:
@@ -78,13 +80,27 @@ def refuse_strangers(row: Environment) -> None:
                             "COMPOSE_PROJECT_NAME to another one in .env")
 
 
+def remove_others(c: Context, row: Environment | None) -> None:
+    """Ask about the server containers that others have on this engine, of `row` or of all, and remove those agreed to.
+
+    Raises:
+        UserError: nobody is there to answer.
+    """
+    found = look(f"{LABEL}={row.name}" if row else LABEL, containers.describe)
+    ids = [one.id for one in containers.agreed(c, "Stop and remove", [one for one in found if not is_ours(one.owner)])]
+    if ids:
+        drive(c, lambda client: client.container.stop(ids, time=10))
+        drive(c, lambda client: client.container.remove(ids, force=True, volumes=True))
+
+
 def describe(container: Container) -> Server:
     """Return what the tasks want to know of a container."""
     labels = container.config.labels or {}
     published = (container.host_config.port_bindings or {}).values()
     bind = next((place.host_ip for places in published for place in places or [] if place.host_ip), "")
     return Server(container.id, labels[LABEL], labels.get("com.docker.compose.service", ""),
-                  labels.get(ROLE_LABEL, "server"), int(labels[PORT_LABEL]), bind, container.state.status or "")
+                  labels.get(ROLE_LABEL, "server"), int(labels[PORT_LABEL]), bind, container.state.status or "",
+                  container.image or "")
 
 
 def build_section(row: Environment, root: Path, gym: str, rows_file: str) -> dict[str, Any]:
@@ -107,6 +123,9 @@ def build_section(row: Environment, root: Path, gym: str, rows_file: str) -> dic
         "target": "server",
         "args": arguments,
         "secrets": ["package_index", "ca_bundle"],
+        "labels": {
+            CHECKOUT: Variable("${CHECKOUT:-}")
+        },
     }
     if row.source == "agentgym":
         section["additional_contexts"] = {CONTEXT: gym}

@@ -30,6 +30,7 @@ class Running:
         state: running, or what Docker says of what does not run, where it does not serve.
         up: whether it serves: its entry runs, and a server behind it.
         service: its name for containers of this project; empty for a process of this machine.
+        image: id of the image that serves, a digest; empty for a process of this machine.
     """
     runner: str
     url: str
@@ -39,6 +40,7 @@ class Running:
     state: str
     up: bool
     service: str = ""
+    image: str = ""
 
 
 def running_servers() -> dict[str, list[Running]]:
@@ -64,7 +66,10 @@ def running_servers() -> dict[str, list[Running]]:
         up = count > 0 and entry.state == "running"
         shown = "running" if up else next((server.state for server in mine if server.state != "running"), "running")
         replicas = sum(server.role != "proxy" for server in mine)
-        found.setdefault(name, []).append(Running("docker", url, entry.port, count, replicas, shown, up, entry.service))
+        image = next((server.image for server in mine if server.role != "proxy"), "")
+        found.setdefault(name,
+                         []).append(Running("docker", url, entry.port, count, replicas, shown, up, entry.service,
+                                            image))
     return found
 
 

@@ -18,7 +18,7 @@ from tasks.lib import notices
 from tasks.lib.engine import client as docker
 from tasks.lib.engine.images import image_facts, image_name, image_of
 from tasks.lib.engine.mounts import ensure_folders
-from tasks.lib.engine.ownership import project_name
+from tasks.lib.engine.ownership import is_ours, owner_of, project_name
 from tasks.lib.engine.sources import GYM, RL, choose_sources, revision
 from tasks.lib.errors import UserError
 from tasks.lib.host import processes
@@ -310,6 +310,10 @@ def remove_ended(container: str) -> None:
     """
     if not docker.ask(lambda client: client.container.exists(container)):
         return
-    if docker.ask(lambda client: client.container.inspect(container)).state.running:
+    found = docker.ask(lambda client: client.container.inspect(container))
+    if not is_ours(owner_of(found)):
+        raise UserError(f"the container {container} is {owner_of(found)}; choose another --name, or set "
+                        "COMPOSE_PROJECT_NAME to another one in .env")
+    if found.state.running:
         raise UserError(f"the container {container} runs; `invoke train.stop` ends it")
     docker.ask(lambda client: client.container.remove(container, volumes=True))

@@ -10,6 +10,8 @@ from typing import Any
 from invoke.context import Context
 
 from tasks.lib.engine import client as docker
+from tasks.lib.engine import containers
+from tasks.lib.engine.ownership import is_ours
 from tasks.lib.errors import UserError
 from tasks.lib.training import runs
 from training import machine
@@ -20,14 +22,15 @@ from training.supervisor import ORPHAN_SECONDS, Options
 SPARE_SECONDS = ORPHAN_SECONDS + 10  # for what the trainer leaves behind, and the records
 
 
-def stop(c: Context, run: RunFolder, now: bool = False) -> str:
+def stop(c: Context, run: RunFolder, now: bool = False, any_: bool = False) -> str:
     """End a run; return what to tell the user.
 
     Args:
         now: SIGKILL at once to the trainer, which saves nothing on SIGTERM either.
+        any_: ask where another checkout or user has the run's container.
 
     Raises:
-        UserError: it runs where it cannot be reached from.
+        UserError: it runs where it cannot be reached from, or is not ours.
     """
     found, record = runs.read(run)
     if found.state not in ("running", "starting"):
@@ -36,6 +39,7 @@ def stop(c: Context, run: RunFolder, now: bool = False) -> str:
     seconds = options.stop_seconds + SPARE_SECONDS
     if record.get("runner") == "docker" and record.get("container"):
         name = str(record["container"])
+        require_ours(c, name, any_)
         if now:
             docker.drive(c, lambda client: client.container.kill(name, signal="SIGTERM"))
             docker.drive(c, lambda client: client.container.kill(name, signal="SIGTERM"))
@@ -57,6 +61,20 @@ def stop(c: Context, run: RunFolder, now: bool = False) -> str:
                     f"{run.name} runs as another user (process {state['pid']}); only they, or root, can stop it"
                 ) from None
     return told(run)
+
+
+def require_ours(c: Context, name: str, any_: bool) -> None:
+    """Stop where the container `name` is another checkout's or user's, unless who sits here agrees (`any_`).
+
+    Raises:
+        UserError: see above.
+    """
+    if c.config.run.dry:
+        return
+    found = docker.ask(lambda client: containers.describe(client.container.inspect(name)))
+    if is_ours(found.owner) or (any_ and any(containers.agreed(c, "Stop", [found]))):
+        return
+    raise UserError(f"left {name} alone, which is {found.owner}" + ("" if any_ else "; --any asks"))
 
 
 def _end(state: dict[str, Any], seconds: float, now: bool) -> None:
