@@ -1,4 +1,5 @@
 """The Docker wing's decisions: values in, values out, no engine."""
+import os
 import re
 import socket
 import subprocess
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tasks.lib.doctor import checks
-from tasks.lib.engine import client
+from tasks.lib.engine import client, ownership
+from tasks.lib.engine.builds import build_variables
 from tasks.lib.engine.compose_files import caller_variables, compose_files
 from tasks.lib.engine.dry_run import command_line
 from tasks.lib.engine.gpus import NO_RUNTIME, GpuChoice, choose_gpus, refusal
