@@ -65,7 +65,7 @@ def contender_table(results: Results) -> str:
          "largest process MB", "all processes MB (anon + file)", "read / written GB, cold", "exit")
     ]
     rows += [_contender_row(results, name) for name in results.contenders if name not in results.skipped]
-    text = _table(rows)
+    text = table(rows)
     for name, reason in results.skipped.items():
         text += f"\n\n{name}: not run, {reason}."
     return text
@@ -120,7 +120,7 @@ def limit_table(results: Results) -> str:
         rows.append(
             (LIMITS[name], f"{size / GB:.2f}", spread(seconds), f"{size / GB / statistics.median(seconds):.2f}"))
     rows += [(f'`python -c "import {name}"`', "", spread(seconds), "") for name, seconds in results.startup.items()]
-    return _table(rows)
+    return table(rows)
 
 
 LIMITS = {
@@ -216,6 +216,6 @@ def _met(met: bool) -> str:
     return "met" if met else "missed"
 
 
-def _table(rows: Sequence[tuple[str, ...]]) -> str:
+def table(rows: Sequence[tuple[str, ...]]) -> str:
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])

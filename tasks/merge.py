@@ -136,7 +136,7 @@ def run_in_container(c: Context, folders: list[str], save_dir: str, gpus: str, f
         "max_shard_size":
         "Largest output file, such as 5GB (default: 5GB).",
         "threads":
-        "Copying threads (default: 4).",
+        "Copying threads (default: as many as pay, 4 to 32, by the first blocks).",
         "lora":
         "What to do with LoRA weights: adapter or fuse (default: stop and say so).",
         "base_model":

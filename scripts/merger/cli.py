@@ -126,7 +126,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="DEVICE",
         help="auto (the CPU; where a GPU is, the faster of both by the first blocks, remembered for the host), cpu, "
         "cuda or cuda:N (default: auto)")
-    p.add_argument("--threads", type=thread_count, default=0, metavar="N", help="copying threads (default: 4)")
+    p.add_argument(
+        "--threads",
+        type=thread_count,
+        default=0,
+        metavar="N",
+        help="copying threads (default: as many as the storage and the cores make use of, 4 to 32, by the first blocks)"
+    )
     p.add_argument("--lora",
                    choices=("adapter", "fuse"),
                    help="LoRA weights: save the adapter, or add it to the base weights (default: stop and say so)")

@@ -16,11 +16,11 @@ import numpy as np
 
 from merger import MergeError
 from merger.checkpoint import Checkpoint, Tensor
+from merger.crew import Crew
 from merger.direct import PAGE, OutputStream, open_direct, page_buffer, read_pages
 from merger.dtypes import NUMPY
-from merger.plan import BLOCK_BYTES, Block, OutputFile, Part, all_blocks, tensor_blocks
+from merger.plan import BLOCK_BYTES, SMALL_BYTES, Block, OutputFile, Part, all_blocks, tensor_blocks
 
-THREADS = 4  # some wait for the disk while others cast; more were no faster
 CACHED_ELEMENTS = 1 << 17  # cast and looked at while they are in the processor's cache
 EXPONENT: dict[str, np.unsignedinteger[Any]] = {
     "bfloat16": np.uint16(0x7F80),
@@ -36,7 +36,8 @@ Progress = Callable[[int], None]
 
 @dataclass
 class Tally:
-    """What the copying saw: bytes read and written, NaN and infinite elements by tensor."""
+    """What the copying saw: bytes read and written, NaN and infinite elements by tensor; and how many threads copied at last."""
+    threads: int = 0
     bytes_read: int = 0
     bytes_written: int = 0
     nan: dict[str, int] = field(default_factory=dict)
@@ -147,7 +148,7 @@ class HostConverter:
 
     def __init__(self, sources: Sources) -> None:
         self.sources = sources
-        self._grow(BLOCK_BYTES)
+        self._grow(SMALL_BYTES)
 
     def _grow(self, nbytes: int) -> None:
         self._nbytes = nbytes
@@ -159,8 +160,8 @@ class HostConverter:
         output, read, finite = block.output, 0, True
         source_type, target_type = NUMPY[output.source.dtype], NUMPY[output.dtype]
         needed = block.numel * max(source_type.itemsize, target_type.itemsize)
-        if needed > self._nbytes:  # a wider output type, or a row of a fused weight longer than a block
-            self._grow(needed)
+        if needed > self._nbytes:
+            self._grow(max(needed, 2 * self._nbytes))
         target = self._target[block.offset % PAGE:][:block.numel * target_type.itemsize].view(target_type)
         if output.fusion is not None or output.twins:
             values, read = self._read_whole(block)
@@ -230,19 +231,20 @@ def factors(sources: Sources, a: Tensor, b: Tensor) -> tuple[np.ndarray, np.ndar
 
 
 def copy_blocks(blocks: Iterator[Block], make_converter: Callable[[], Converter], streams: Sequence[OutputStream],
-                threads: int, progress: Progress) -> Tally:
-    """Copy `blocks` into the output files `streams` (by number) with `threads` threads.
+                crew: Crew, progress: Progress) -> Tally:
+    """Copy `blocks` into the output files `streams` (by number) with the threads of `crew`.
 
     Raises:
         MergeError, OSError: the first fault of any thread; the others stop at their next block.
     """
     tally, lock, stop = Tally(), threading.Lock(), threading.Event()
     faults: list[BaseException] = []
+    workers: list[threading.Thread] = []
 
-    def work() -> None:
+    def work(number: int) -> None:
         try:
             converter = make_converter()
-            while not stop.is_set():
+            while not stop.is_set() and number < crew.size:
                 with lock:
                     block = next(blocks, None)
                 if block is None:
@@ -251,30 +253,40 @@ def copy_blocks(blocks: Iterator[Block], make_converter: Callable[[], Converter]
                 streams[block.file].write(values, block.offset)
                 with lock:
                     tally.add(block, read, values.nbytes, counts)
+                    crew.count(read, len(block.parts))
+                    enlist()
                     progress(values.nbytes)
         except BaseException as error:
             faults.append(error)
             stop.set()
 
-    run_threads(work, threads, stop)
-    if faults:
-        raise faults[0]
-    return tally
+    def enlist() -> None:
+        while len(workers) < crew.size and not stop.is_set():
+            worker = threading.Thread(target=work, args=(len(workers), ), daemon=True)
+            try:
+                worker.start()
+            except RuntimeError:  # a container's limit, say; those that there are will do
+                if not workers:
+                    raise
+                return crew.settle(len(workers))
+            workers.append(worker)
 
-
-def run_threads(work: Callable[[], None], threads: int, stop: threading.Event) -> None:
-    """Run `work` in `threads` threads; set `stop` when the user interrupts."""
-    workers = [threading.Thread(target=work, daemon=True) for _ in range(threads)]
-    for worker in workers:
-        worker.start()
     try:
-        for worker in workers:
+        with lock:
+            enlist()
+        for worker in workers:  # it may grow meanwhile, but not after its last thread has ended
             worker.join()
-    except BaseException:
+    except BaseException:  # Ctrl-C
         stop.set()
-        for worker in workers:
+        with lock:
+            begun = list(workers)
+        for worker in begun:
             worker.join()
         raise
+    if faults:
+        raise faults[0]
+    tally.threads = crew.size
+    return tally
 
 
 def write_files(checkpoint: Checkpoint,
@@ -286,6 +298,9 @@ def write_files(checkpoint: Checkpoint,
                 bytes_now: Callable[[], int] = lambda: BLOCK_BYTES) -> Tally:
     """Write `files` into `folder` and flush them to disk; `bytes_now` is that of `all_blocks`.
 
+    Args:
+        threads: how many copy; 0 for as many as pay.
+
     Raises:
         MergeError, OSError: a source became shorter, tied weights differ; no space, no permission.
     """
@@ -294,8 +309,9 @@ def write_files(checkpoint: Checkpoint,
         for file, stream in zip(files, streams, strict=True):
             stream.write(np.frombuffer(file.header, np.uint8), 0)
         sources = stack.enter_context(Sources(checkpoint))
-        tally = copy_blocks(all_blocks(checkpoint, files, bytes_now), lambda: converter(sources), streams, threads,
-                            progress)
+        crew = Crew(threads)
+        blocks = all_blocks(checkpoint, files, lambda: min(bytes_now(), crew.block_bytes))
+        tally = copy_blocks(blocks, lambda: converter(sources), streams, crew, progress)
         for stream in streams:
             stream.flush()
         return tally

@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from merger import MergeError, hub, lora, model_check, publish, show, verify
+from merger import MergeError, crew, hub, lora, model_check, publish, show, verify
 from merger.checkpoint import ChunkCheckpoint, read_checkpoint, read_ranks
 from merger.companions import check_free, check_tree, copy_companions, holds, keep_companions, weights_in
-from merger.copying import THREADS, Converter, HostConverter, Sources, Tally, write_files
+from merger.copying import Converter, HostConverter, Sources, Tally, write_files
 from merger.discover import RankFiles, find_checkpoint
 from merger.dtypes import CONVERTED
 from merger.filenames import CONFIG, MODEL_STEM, RANKS, RECORD, TRACKER, weight_index
@@ -103,7 +103,6 @@ def carry_out(job: Job, options: Options, began: float, beside: model_check.Besi
     """
     if beside is None or not beside.pending:
         _say(job, options)
-    threads = options.threads or THREADS
     choice = gpu_choice() if job.device == "auto" else None
     converter = choice.converter if choice else HostConverter if job.device == "cpu" else partial(TorchConverter,
                                                                                                   device=job.device)
@@ -113,7 +112,7 @@ def carry_out(job: Job, options: Options, began: float, beside: model_check.Besi
         copy_companions(job.config_dir, staging.folder, job.target, files.seen, link_roots(options, files))
         own = any(holds(folder, job.target) for folder in files.folders)
         keep_companions(job.target, staging.folder, files.seen, files.folders if own else (), job.texts)
-        write = partial(_write, options=options, folder=staging.folder, threads=threads, converter=converter)
+        write = partial(_write, options=options, folder=staging.folder, converter=converter)
         tally = _write_checked(job, options, beside, staging.folder, write) if beside and beside.pending else write(job)
         if choice:
             job.device = choice.chosen or "cpu, and a GPU for some blocks"
@@ -126,8 +125,8 @@ def carry_out(job: Job, options: Options, began: float, beside: model_check.Besi
         for name, text in job.texts.items():
             atomic_write(staging.folder / name, text.encode())
         if options.verify:
-            _verify(job, options, staging.folder, threads, Seen())  # it goes with the staging folder
-        record = make_record(job, options, tally, threads, time.monotonic() - began)
+            _verify(job, options, staging.folder, tally.threads, Seen())  # it goes with the staging folder
+        record = make_record(job, options, tally, time.monotonic() - began)
         atomic_write(staging.folder / RECORD, dump_json(record).encode())
         if options.hf_upload_path:
             hub.add_card(staging.folder, record)
@@ -145,7 +144,6 @@ class _Superseded(Exception):
 def _write(job: Job,
            options: Options,
            folder: Path,
-           threads: int,
            converter: Callable[[Sources], Converter],
            look: Callable[[], int] = lambda: BLOCK_BYTES) -> Tally:
     """Write the weights into `folder`; `look` is called for each block, returns what one may have, and may raise."""
@@ -155,7 +153,7 @@ def _write(job: Job,
             look()
             bar(count)
 
-        return write_files(job.checkpoint, job.files, folder, threads, step, converter, look)
+        return write_files(job.checkpoint, job.files, folder, options.threads, step, converter, look)
 
 
 def _write_checked(job: Job, options: Options, beside: model_check.Beside, folder: Path,
@@ -263,7 +261,7 @@ def verify_only(options: Options) -> dict[str, Any]:
         job = lay_out(again, files, target, config_folder(options, files, target))
     else:
         again, job = _as_found(options, files, target)
-    _verify(job, again, target, options.threads or THREADS, files.seen)
+    _verify(job, again, target, options.threads or crew.first(crew.cores()), files.seen)
     files.seen.check()
     return {
         "folder": str(target),
@@ -314,7 +312,7 @@ def plan_only(options: Options) -> dict[str, Any]:
         "files": file_sizes(job),
         "bytes_written": job.nbytes,
         "bytes_free": free_bytes(job.target),
-        "buffer_bytes": (options.threads or THREADS) * 2 * BLOCK_BYTES,
+        "buffer_bytes": 2 * (options.threads * BLOCK_BYTES or crew.IN_FLIGHT),
         "tied_dropped": job.dropped,
         "device": job.device,
         "notes": job.notes,

@@ -61,7 +61,7 @@ def requested(options: Options) -> dict[str, Any]:
     }
 
 
-def make_record(job: Job, options: Options, tally: Tally, threads: int, seconds: float) -> dict[str, Any]:
+def make_record(job: Job, options: Options, tally: Tally, seconds: float) -> dict[str, Any]:
     """Return the record of a merge that took `seconds`."""
     checkpoint = job.checkpoint.shards if isinstance(job.checkpoint, OverBase) else job.checkpoint
     return {
@@ -86,7 +86,7 @@ def make_record(job: Job, options: Options, tally: Tally, threads: int, seconds:
         "model_check": _check_text(job, options),
         "verified": options.verify,
         "device": job.device,
-        "threads": threads,
+        "threads": tally.threads,
         "bytes_read": tally.bytes_read,
         "bytes_written": tally.bytes_written,
         "seconds": round(seconds, 3),

@@ -202,7 +202,8 @@ def summary_rows(record: Mapping[str, Any]) -> Rows:
         ("NaN, infinite", f"{record['nan']}, {record['inf']}"),
         ("config check", record["model_check"]),
         ("verified", f"yes, {equality_text(record)}" if record["verified"] else "no (--verify does)"),
-        ("time", f"{record['seconds']:.1f} s, {size_text(rate)}/s read, on {record['device']}"),
+        ("time", f"{record['seconds']:.1f} s, {size_text(rate)}/s read, on {record['device']}, by {record['threads']} "
+         f"thread{'s' if record['threads'] > 1 else ''}"),
         ("folder", record["folder"]),
         *([("uploaded", record["uploaded"])] if "uploaded" in record else []),
     ]
