@@ -154,13 +154,12 @@ def run_evaluation(c: Context, runner: str, words: list[str], variables: Mapping
         UserError: its exit code.
     """
     from tasks.lib.engine import containers
-    from tasks.lib.engine.compose_files import QUIET
     from tasks.lib.environments.lookup import gym_source
     from tasks.lib.settings import effective_environment
     settings = effective_environment()
     words = [*words, "--json"] if reporting() else words
     if runner == "docker":
-        containers.run(c, "eval-runner", words, variables={**QUIET, **(variables or {})})
+        containers.run(c, "eval-runner", words, variables=variables)
         return
     absent = lacking()
     if absent:

@@ -86,3 +86,66 @@ def test_two_checkouts_have_names_of_their_own(checkout, tmp_path):
         assert found, said.stdout
         names.add(found[1])
     assert len(names) == 2
+
+
+@pytest.fixture
+def with_image(checkout: Workbench) -> Iterator[Workbench]:
+    """The copy, with an image that stands in for the trainer's."""
+    checkout.docker("tag", IMAGE, checkout.image("agentgym-rl/train"))
+    yield checkout
+    checkout.run("docker", "rmi", checkout.image("agentgym-rl/train"))
+
+
+def test_a_running_server_is_never_called_an_orphan(with_image):
+    """Plain Compose advises to remove it: it is of the project and not in the file."""
+    server = start(with_image, with_image.root, "env-demo", os.getuid(), **{
+        "com.docker.compose.oneoff": "False", "com.docker.compose.config-hash": "x", "com.docker.compose.container-number": "1", "org.agentgym-rl.env": "demo",
+        "org.agentgym-rl.env.port": "26016"
+    })
+    for folder in ("models", "saves", "data", "AgentItemId", "AgentEval"):
+        (with_image.root / folder).mkdir(exist_ok=True)
+    plain = with_image.compose("--profile", "train", "run", "--rm", "-T", "train", "true")
+    assert plain.returncode == 0 and "orphan" in plain.stderr and "--remove-orphans" in plain.stderr, plain.stderr
+    (with_image.root / ".env").write_text("COMPOSE_IGNORE_ORPHANS=true\n")  # what the guide says of it
+    assert "orphan" not in with_image.compose("--profile", "train", "run", "--rm", "-T", "train", "true").stderr
+    (with_image.root / ".env").unlink()
+    for words in (["train.run", "--gpus", "none", "--", "true"], ["--dry", "train.run", "--gpus", "none", "--", "true"], ["train.shell", "--gpus", "none"],
+                  ["status"]):
+        said = with_image.invoke(*words)
+        assert said.returncode == 0 and "orphan" not in said.stderr, said.stderr
+    printed = with_image.invoke("--dry", "train.run", "--gpus", "none", "--", "true").stdout
+    typed = with_image.run("sh", "-c", printed)
+    assert typed.returncode == 0 and "orphan" not in typed.stderr, typed.stderr
+    assert runs(with_image, server)
+
+
+@pytest.mark.parametrize("where", ["environment", ".env"])
+def test_another_platform_is_neither_pulled_nor_built(with_image, where):
+    asked = {"DOCKER_DEFAULT_PLATFORM": "linux/s390x"}
+    if where == ".env":
+        (with_image.root / ".env").write_text("DOCKER_DEFAULT_PLATFORM=linux/s390x\n")
+    done = with_image.invoke("train.run", "--gpus", "none", "--", "true", env=asked if where == "environment" else {})
+    assert done.returncode == 2 and "DOCKER_DEFAULT_PLATFORM=linux/s390x; unset it" in done.stderr, done.stderr
+    assert not re.search(r"Pulling|Building|load build definition", done.stdout + done.stderr)
+
+
+def test_an_image_that_is_not_here_is_neither_pulled_nor_built(checkout):
+    for words in (["train.run", "--", "true"], ["train.shell"], ["merge.shell"]):
+        done = checkout.invoke(*words, "--gpus", "none") if "--" not in words else checkout.invoke("train.run", "--gpus", "none", "--", "true")
+        assert done.returncode == 1 and "IMAGE_TAG and REGISTRY choose the name" in done.stderr, done.stderr
+        assert not re.search(r"Pulling|Building|load build definition", done.stdout + done.stderr)
+
+
+def test_a_builder_that_cannot_see_the_base_is_told_by_its_variable(checkout, tmp_path):
+    own = {"BUILDX_CONFIG": str(tmp_path / "buildx")}
+    assert checkout.run("docker", "buildx", "create", "--name", "elsewhere", "--driver", "docker-container", env=own).returncode == 0
+    named = checkout.invoke("build.train", env={**own, "BUILDX_BUILDER": "elsewhere"})
+    assert named.returncode == 2 and "BUILDX_BUILDER=elsewhere; unset it" in named.stderr and "agentgym-rl/train" in named.stderr, named.stderr
+    absent = checkout.invoke("build.all", env={**own, "BUILDX_BUILDER": "nobody"})
+    assert absent.returncode and "BUILDX_BUILDER names no builder" in absent.stderr, absent.stderr
+    assert checkout.run("docker", "buildx", "use", "elsewhere", env=own).returncode == 0
+    used = checkout.invoke("build.scripts", env=own)
+    assert used.returncode == 2 and "run `docker buildx use default`" in used.stderr, used.stderr
+    assert checkout.run("docker", "buildx", "use", "default", env=own).returncode == 0  # the remedy, as it is typed
+    assert "invoke build.base" in checkout.invoke("build.scripts", env=own).stderr
+    assert checkout.run("docker", "ps", "-q", "--filter", "name=buildx_buildkit_elsewhere").stdout == "", "nothing was built"

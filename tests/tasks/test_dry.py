@@ -26,7 +26,7 @@ case "$*" in
 esac
 """
 # What only asks. `--dry` asks nothing, and prints no question but those that are all that a task does.
-QUESTION = re.compile(r"version |system info |(.* )?version$|(.*)(container (list|inspect)|image (inspect|list)|network (ls|inspect)|exists) |compose .* config ")
+QUESTION = re.compile(r"version |system info |(.* )?version$|(.*)(buildx inspect|container (list|inspect)|image (inspect|list)|network (ls|inspect)|exists) |compose .* config ")
 GPUS = ["--gpus", "none"]
 # Of the tasks that have Docker do something, words with which they get that far. The others have Docker do nothing.
 DRIVING = {

@@ -23,7 +23,7 @@ from tasks.lib.settings import FOLDERS, ROOT, SETTINGS, read_dotenv
 OK, NOTE, MISSING = "ok", "note", "missing"
 DISK_GB = 32
 # What may stand in .env and is no setting: Compose's own, and the consent that plain Compose passes on.
-NO_SETTINGS = {"COMPOSE_FILE", "COMPOSE_PROFILES", "I_UNDERSTAND"}
+NO_SETTINGS = {"COMPOSE_FILE", "COMPOSE_PROFILES", "COMPOSE_IGNORE_ORPHANS", "DOCKER_DEFAULT_PLATFORM", "I_UNDERSTAND"}
 FILES = ("docker-compose.yml", "docker-compose.cpu.yml", "docker-compose.gpu-env.yml", "docker/base.Dockerfile",
          "docker/train.Dockerfile", "docker/scripts.Dockerfile", "docker/serve.Dockerfile", "docker/env.Dockerfile",
          "Dockerfile.eval", "environments.toml", "training.toml")

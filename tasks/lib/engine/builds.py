@@ -2,16 +2,17 @@
 import os
 import re
 import time
+from collections.abc import Sequence
 
 from invoke.context import Context
 
-from tasks.lib.engine.client import drive, require_engine
+from tasks.lib.engine.client import ask, drive, require_engine
 from tasks.lib.engine.images import TAG, Image, ImageFacts, image_facts, image_name, image_of, require_image
 from tasks.lib.engine.ownership import builder
 from tasks.lib.engine.sources import GYM, RL, choose_sources, origin, revision
-from tasks.lib.errors import UserError
+from tasks.lib.errors import DockerError, UserError
 from tasks.lib.notices import note, note_one
-from tasks.lib.settings import ROOT, SETTINGS, read_dotenv
+from tasks.lib.settings import ROOT, SETTINGS, read_dotenv, resolve
 from tasks.lib.tables import human_size, print_table
 
 
@@ -37,6 +38,30 @@ def build_variables(tag: str, push: bool = False) -> dict[str, str]:
     if tag:
         variables["IMAGE_TAG"] = tag
     return variables
+
+
+def require_builder(images: Sequence[Image]) -> None:
+    """Stop where one of `images` starts from another of ours and the builder cannot see the engine's images.
+
+    Such a builder would ask a public registry for a name that is anybody's.
+
+    Raises:
+        UserError: see above.
+    """
+    if resolve("REGISTRY") or not any(image.needs for image in images):
+        return
+    try:
+        builder = ask(lambda client: client.buildx.inspect())
+        driver = builder.driver
+    except (DockerError, ValueError, IndexError) as error:
+        if isinstance(error, DockerError) and os.environ.get("BUILDX_BUILDER"):
+            raise
+        return  # an older Buildx, which tells otherwise; the build says what it lacks
+    if driver != "docker":
+        said = f"BUILDX_BUILDER={name}; unset it" if (name := os.environ.get("BUILDX_BUILDER")) else (
+            f"the builder is {builder.name}; run `docker buildx use default`")
+        raise UserError(f"{said}: its driver {driver} does not see this engine's images, from which "
+                        f"{next(image.name for image in images if image.needs)} starts (or push them, with REGISTRY)")
 
 
 def build_image(c: Context, image: Image, variables: dict[str, str], no_cache: bool, pull: bool,
@@ -86,6 +111,8 @@ def build_images(c: Context, images: tuple[Image, ...], no_cache: bool, pull: bo
     """Build `images` in this order, then push them if asked; print size, seconds and whether anything changed."""
     variables = build_variables(tag, push)
     require_engine(c)
+    if not c.config.run.dry:
+        require_builder(images)
     note(images=[])
     rows = []
     for image in images:

@@ -22,6 +22,7 @@ from tasks.lib.engine.client import (
     interactive,
     require_engine,
 )
+from tasks.lib.engine.compose_files import QUIET
 from tasks.lib.engine.gpus import GpuChoice, choose_gpus
 from tasks.lib.engine.images import image_name, image_of, require_image
 from tasks.lib.engine.mounts import ensure_folders
@@ -107,6 +108,7 @@ def run(c: Context,
                   profiles=[profile],
                   cpu=choice.cpu,
                   variables={
+                      **QUIET,
                       **choice.variables,
                       **(variables or {})
                   })

@@ -1,7 +1,6 @@
 """Which images there are, what builds them, and in which order."""
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,7 +11,7 @@ from invoke.context import Context
 from tasks.lib.engine.client import ask, require_engine
 from tasks.lib.engine.ownership import Owner, builder_of
 from tasks.lib.errors import DockerError, UserError
-from tasks.lib.settings import resolve
+from tasks.lib.settings import effective_environment, resolve
 
 TAG = r"[\w][\w.-]{0,127}"
 
@@ -76,9 +75,20 @@ def require_image(c: Context, name: str, task: str) -> None:
     if not image_exists(name):
         raise DockerError(
             f"no image {name} yet; build it with `invoke {task}` (IMAGE_TAG and REGISTRY choose the name)", code=1)
-    asked = os.environ.get("DOCKER_DEFAULT_PLATFORM", "")
+    require_platform(name, task)
+
+
+def require_platform(name: str, task: str) -> None:
+    """Stop where the image `name`, which `task` builds, is for another platform than the one asked for.
+
+    Raises:
+        UserError: exit code 2; Compose would build or pull another one.
+    """
+    asked = effective_environment().get("DOCKER_DEFAULT_PLATFORM", "")  # Compose reads it in .env, too
+    if not asked:
+        return
     image = ask(lambda docker: docker.image.inspect(name))
-    if asked and asked.split("/")[:2] != [image.os, image.architecture]:  # Compose would build or pull another one
+    if asked.split("/")[:2] != [image.os, image.architecture]:
         raise DockerError(
             f"image {name} is for {image.os}/{image.architecture}, and DOCKER_DEFAULT_PLATFORM={asked}; unset it, or "
             f"build it with `invoke {task}`",

@@ -22,6 +22,7 @@ REMEDIES = (
     (r"port is already allocated|address already in use", "the port is in use; choose another with ENV_PORT"),
     (r"could not select device driver",
      "the engine has no NVIDIA runtime; install nvidia-container-toolkit, or pass --gpus none"),
+    (r"no builder .* found", "BUILDX_BUILDER names no builder; unset it, or choose one of `docker buildx ls`"),
     (r"error setting rlimit",
      "the engine may not lift the limit on locked memory (rootless?); set MEMLOCK to what `ulimit -l` allows, in bytes"
      ),

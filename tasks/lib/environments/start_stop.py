@@ -18,7 +18,7 @@ from tasks.lib.engine.client import (
     has_nvidia_runtime,
     require_engine,
 )
-from tasks.lib.engine.images import image_exists
+from tasks.lib.engine.images import image_exists, require_platform
 from tasks.lib.environments import docker as env_docker
 from tasks.lib.environments import lease
 from tasks.lib.environments import local as env_local
@@ -109,6 +109,8 @@ def start_server(c: Context, row: Environment, options: Options, runner: str, bu
     file = write_compose_file(c, row, options, "compose.json")
     if build or not images_exist(row, options):
         env_docker.build(c, row, options, file, given)
+    elif not c.config.run.dry:
+        require_platform(env_docker.server_image(row), f"build.env --env {row.name}")
     return env_docker.up(c, row, options, file, wait, given)
 
 

@@ -16,6 +16,7 @@ from invoke.context import Context
 
 from tasks.lib import notices
 from tasks.lib.engine import client as docker
+from tasks.lib.engine.compose_files import QUIET
 from tasks.lib.engine.images import image_facts, image_name, image_of
 from tasks.lib.engine.mounts import ensure_folders
 from tasks.lib.engine.ownership import is_ours, owner_of, project_name
@@ -283,10 +284,10 @@ def _launch_container(c: Context, place: Place, name: str, folder: Path, inside:
 
     cpu = bool(place.gpus and place.gpus.cpu)
     if c.config.run.dry:
-        docker.drive(c, run, profiles=["train"], cpu=cpu, variables=place.variables)
+        docker.drive(c, run, profiles=["train"], cpu=cpu, variables={**QUIET, **place.variables})
         return
     remove_ended(container)
-    docker.ask(run, profiles=["train"], cpu=cpu, variables=place.variables)
+    docker.ask(run, profiles=["train"], cpu=cpu, variables={**QUIET, **place.variables})
     end = time.monotonic() + START_SECONDS
     while time.monotonic() < end:
         if has_begun(folder):
