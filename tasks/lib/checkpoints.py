@@ -9,6 +9,10 @@ from tasks.lib.errors import UserError
 from training import foreign
 
 RANK_FILE = re.compile(r"model_world_size_\d+_rank_\d+\.pt")
+# The files of torch's own forms, which the merger reads too, and where the shards may lie below a step.
+SHARD_FILE = re.compile(r"shard-\d{5,}-model-\d{5,}-of-\d{5,}\.safetensors")
+DCP_SUFFIX, MEGATRON = ".distcp", "common.pt"
+BELOW = ("policy", "actor/policy", "pytorch_model_fsdp_0", "pytorch_model_fsdp", "sharded", "model", "trainer", "dcp")
 MERGED = "huggingface"
 RECORD = "merge.json"
 CONTENTS = "ckpt_contents.json"  # of verl's Megatron layout: where the weights are
@@ -41,7 +45,8 @@ def find(folder: Path) -> Checkpoint:
     """
     if not folder.is_dir():
         raise UserError(f"--checkpoint {folder}: no such folder; name one with shards, or a Hugging Face model")
-    shards = next((place for place in (folder, folder / "actor") if rank_files(place)), None)
+    shards = next((place for place in (folder, *(folder / name for name in (*BELOW, "actor"))) if shard_files(place)),
+                  None)
     if shards is None:
         actor = folder / "actor"
         for place in (folder, folder / MERGED, *listed(folder), actor / MERGED, *listed(actor)):
@@ -49,7 +54,7 @@ def find(folder: Path) -> Checkpoint:
                 return Checkpoint(place)
         below = sorted((path.parent for path in folder.glob("global_step_*/actor/*.pt")), key=step_of)
         raise UserError(
-            f"--checkpoint {folder}: neither shards (model_world_size_*_rank_*.pt) nor a Hugging Face model "
+            f"--checkpoint {folder}: neither shards (model_world_size_*_rank_*.pt, *.distcp) nor a Hugging Face model "
             f"(config.json, *.safetensors); " +
             (f"did you mean {below[-1]}?" if below else "name a folder such as …/global_step_100/actor"))
     model = shards / MERGED
@@ -86,20 +91,38 @@ def rank_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.pt") if RANK_FILE.fullmatch(path.name))
 
 
+def shard_files(folder: Path) -> list[Path]:
+    """Return the files in `folder` that a merge would read, in the order of their names: the ranks', or of torch's own forms."""
+    if found := rank_files(folder):
+        return found
+    paths = sorted(folder.glob("*"))
+    if found := [path for path in paths if SHARD_FILE.fullmatch(path.name)]:
+        return found
+    return [] if (folder / MEGATRON).exists() else [path for path in paths if path.suffix == DCP_SUFFIX]
+
+
 def has_weights(folder: Path) -> bool:
     """Tell whether `folder` is a Hugging Face model."""
-    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+    return (folder / "config.json").is_file() and any(not SHARD_FILE.fullmatch(path.name)
+                                                      for path in folder.glob("*.safetensors"))
 
 
 def is_current(model: Path, shards: Path) -> bool:
-    """Tell whether `model` was merged, in whatever way, from the files that `shards` holds now."""
+    """Tell whether `model` was merged, in whatever way, from the files that `shards` holds now, and a base as it is now."""
     try:
-        sources = foreign.read_object(model / RECORD)["sources"]
-        merged = sorted((file["file"], file["bytes"], file["modified"]) for file in sources)
+        record = foreign.read_object(model / RECORD)
+        merged = sorted((file["file"], file["bytes"], file["modified"]) for file in record["sources"])
+        base = [(Path(file["folder"], file["file"]), file["bytes"], file["modified"])
+                for file in record.get("base_sources", [])]
     except (ValueError, KeyError, TypeError):
         return False
-    # The folder is left out: a merge in a container knows it by another name.
-    return merged == [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in rank_files(shards)]
+    # The folder is left out: a merge in a container knows it by another name. So is a base that is not here.
+    return merged == [_identity(path) for path in shard_files(shards)] and all(
+        _identity(path)[1:] == (size, modified) for path, size, modified in base if path.exists())
+
+
+def _identity(path: Path) -> tuple[str, int, int]:
+    return path.name, path.stat().st_size, path.stat().st_mtime_ns
 
 
 def served_name(model: Path) -> str:

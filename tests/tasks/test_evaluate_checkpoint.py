@@ -63,6 +63,47 @@ def test_a_folder_with_shards_a_step_and_a_model_are_found(tmp_path):
     assert checkpoints.find(actor) == checkpoints.Checkpoint(actor / "huggingface", actor, merge=True, force=True)
 
 
+DCP_FILES, SHARDED_FILES = (".metadata", "__0_0.distcp", "__1_0.distcp"), ("shard-00001-model-00001-of-00001.safetensors", )
+
+
+@pytest.mark.parametrize("place", ["", "policy", "actor/policy", "actor", "pytorch_model_fsdp_0", "sharded", "dcp"])
+@pytest.mark.parametrize("names", [("model_world_size_1_rank_0.pt", ), DCP_FILES, SHARDED_FILES], ids=["ranks", "DCP", "sharded"])
+def test_shards_of_every_form_are_found_where_the_merger_finds_them(names, place, tmp_path):
+    from merger import discover
+    step = tmp_path / "global_step_3"
+    shards = fill(step / place, *names, config={})
+    assert checkpoints.find(step) == checkpoints.Checkpoint(shards / "huggingface", shards, merge=True)
+    files = discover.find_checkpoint([str(step)])
+    assert files.folders[0] == shards and sorted(files.paths.values()) == checkpoints.shard_files(shards)
+    sources = [{"file": path.name, "bytes": path.stat().st_size, "modified": path.stat().st_mtime_ns}
+               for path in files.paths.values()]  # yapf: disable
+    fill(shards / "huggingface", "model.safetensors", config={}, merge={"sources": sources})
+    assert checkpoints.find(step) == checkpoints.Checkpoint(shards / "huggingface", shards)
+    os.utime(checkpoints.shard_files(shards)[-1], (1, 1))
+    assert checkpoints.find(step).force
+
+
+def test_megatron_s_own_checkpoint_is_none_of_torch_s(tmp_path):
+    fill(tmp_path, *DCP_FILES, "common.pt")
+    with pytest.raises(UserError, match="neither shards"):
+        checkpoints.find(tmp_path)
+
+
+def test_a_base_model_that_changed_since_makes_a_merge_old(tmp_path):
+    """One that is not here, as of a merge in a container or one that was moved, does not."""
+    actor, base = shards(tmp_path / "actor"), fill(tmp_path / "base", "model.safetensors")
+    file = base / "model.safetensors"
+    told = {"file": file.name, "folder": str(base), "bytes": file.stat().st_size, "modified": file.stat().st_mtime_ns}
+    fill(actor / "huggingface", "model.safetensors", config={}, merge={**record(actor), "base_sources": [told]})
+    assert not checkpoints.find(actor).merge
+    os.utime(file, (1, 1))
+    assert checkpoints.find(actor).force
+    file.unlink()
+    assert not checkpoints.find(actor).merge
+    fill(actor / "huggingface", merge={**record(actor), "base_sources": [{"file": 3}]})
+    assert checkpoints.find(actor).force
+
+
 @pytest.mark.parametrize("place", ["huggingface", "model/huggingface", "weights/hf"])
 def test_a_whole_model_that_the_training_saved_is_found_from_the_step_and_the_actor(place, tmp_path):
     """`save_contents=['hf_model']` of FSDP, and verl's Megatron layout, whose manifest says where the weights are."""
@@ -84,7 +125,10 @@ def test_a_manifest_leads_to_nothing_outside_its_checkpoint(contents, tmp_path):
 
 
 def test_the_merger_and_the_tasks_call_a_checkpoint_s_files_the_same():
-    from merger import filenames
+    from merger import discover, filenames
+    assert (checkpoints.BELOW, checkpoints.DCP_SUFFIX, checkpoints.MEGATRON) == (discover.PLACES, filenames.DCP_SUFFIX,
+                                                                                filenames.MEGATRON)
+    assert checkpoints.SHARD_FILE.pattern == filenames.SHARD_FILE.pattern.replace("(", "").replace(")", "")
     assert checkpoints.RANK_FILE.pattern == filenames.RANK_FILE.pattern.replace("(", "").replace(")", "")
     assert (checkpoints.MERGED, checkpoints.RECORD, checkpoints.CONTENTS) == (
         filenames.MODEL_FOLDER, filenames.RECORD, filenames.CONTENTS)
