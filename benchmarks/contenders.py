@@ -4,15 +4,29 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fsdp_checkpoint import Checkpoint, Size
+from fsdp_checkpoint import DCP, RANKS, SHARDED, Checkpoint, Size
 
 # Ours remembers what transformers said of a config and its keys; a config that it has not seen costs it a process with
 # torch and transformers in it. Both are measured.
 OURS, FIRST, AGENTGYM, VERL = "this merger", "this merger, config not seen before", "AgentGym-RL", "verl"
+# Torch's own forms, and torch's own tools for them, which keep the element type (fp32): ours does so beside them.
+FROM_DCP, FROM_SHARDED = "this merger, from torch's DCP, fp32", "this merger, from torch's sharded safetensors, fp32"
+DCP_TO_TORCH, CONSOLIDATE = "torch's dcp_to_torch_save, fp32", "torch's consolidate_safetensors_files, fp32"
+FORMS = {FROM_DCP: DCP, DCP_TO_TORCH: DCP, FROM_SHARDED: SHARDED, CONSOLIDATE: SHARDED}
+BESIDE = {DCP_TO_TORCH: FROM_DCP, CONSOLIDATE: FROM_SHARDED}  # whose time a tool's is compared with; else ours
+TORCH_TOOLS = {
+    DCP_TO_TORCH:
+    "import sys; from torch.distributed.checkpoint.format_utils import dcp_to_torch_save as run; "
+    "run(sys.argv[1], sys.argv[2] + '/model.pt')",
+    CONSOLIDATE:
+    "import json, sys; from torch.distributed.checkpoint._consolidate_hf_safetensors import "
+    "consolidate_safetensors_files as run; "
+    "run(sys.argv[1], sys.argv[2], dict.fromkeys(json.load(open(sys.argv[3])), 1), num_threads=4)",
+}
 GIB = 1 << 30
 
 
@@ -24,9 +38,15 @@ class Contender:
     source: Path
     extra: tuple[str, ...] = ()
 
+    @property
+    def form(self) -> str:
+        """The form of the checkpoint that it reads."""
+        return FORMS.get(self.name, RANKS)
+
     def memory_needed(self, size: Size) -> int:
         """Bytes of memory to have before it is started: a peer holds all shards at once (measured: 1.0-1.12 times)."""
-        return GIB if self.name in (OURS, FIRST) else GIB + size.shard_bytes() * 6 // 5
+        return GIB if self.name in (OURS, FIRST, FROM_DCP, FROM_SHARDED,
+                                    CONSOLIDATE) else GIB + size.shard_bytes() * 6 // 5
 
 
 @dataclass(frozen=True)
@@ -59,10 +79,18 @@ def prepare(contender: Contender, checkpoint: Checkpoint, folder: Path) -> Job:
     """Lay out `folder` (new) for one run. The peers read hard links: one writes into the checkpoint it merges."""
     folder.mkdir(parents=True)
     output, env = folder / "merged", _environment(os.environ)
-    command: Sequence[str]
+    command: list[str]
     if contender.name in (OURS, FIRST):
         env["XDG_CACHE_HOME"] = str(folder / "cache" if contender.name == FIRST else folder.parent / "cache")
         command = [str(contender.source), "--local-dir", str(checkpoint.actor), "--save-dir", str(output)]
+    elif contender.name in (FROM_DCP, FROM_SHARDED):
+        env["XDG_CACHE_HOME"] = str(folder.parent / "cache")
+        command = [str(contender.source), "--local-dir", str(checkpoint.actor), "--save-dir", str(output)]
+        command += ["--config-dir", str(checkpoint.actor.parent / "actor/huggingface"), "--dtype", "keep"]
+    elif contender.name in TORCH_TOOLS:
+        output.mkdir()
+        (folder / "names").write_text(json.dumps(list(checkpoint.expected)))
+        command = ["-c", TORCH_TOOLS[contender.name], str(checkpoint.actor), str(output), str(folder / "names")]
     elif contender.name == AGENTGYM:
         actor = _link(checkpoint, folder / "actor")
         output = actor / "huggingface"

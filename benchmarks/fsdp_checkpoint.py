@@ -1,9 +1,10 @@
-"""Makes sharded FSDP1 checkpoints of Qwen2.5's shapes, as verl leaves them in `global_step_N/actor`.
+"""Makes sharded FSDP1 checkpoints of Qwen2.5's shapes, as verl leaves them in `global_step_N/actor`; also in torch's own forms.
 
 The files are `torch.save` outputs of DTensors that torch made itself, one rank after the other in one process with
 torch's "fake" process group; their pickles are byte for byte those of a `gloo` group. The values are one random tile
 repeated, from another offset for each tensor, so a swapped rank, row or tensor shows. Beside the checkpoint,
-`expected.json` keeps a digest of each tensor as torch casts it to bf16: a truth that no merger had a hand in.
+`expected.json` keeps a digest of each tensor as torch casts it to bf16, and as it is: a truth that no merger had a hand in.
+Torch's forms (distributed checkpoint, sharded safetensors) are written by its own writers, a process a rank, over gloo.
 """
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # torch takes over a second to import; merge.py needs only the names and sizes of this module
     from torch import Tensor
 
-FORMAT = 1  # raise it when the files change: a kept checkpoint of another format is made anew
+FORMAT = 2  # raise it when the files change: a kept checkpoint of another format is made anew
 TILE = 1_048_583  # values; a prime, so that no row length or shard length divides it
 STD = 0.02  # Qwen2's initializer_range
+RANKS, DCP, SHARDED = "ranks", "dcp", "sharded"  # forms of a checkpoint
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -84,12 +86,19 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A finished checkpoint: `actor/` holds what a merger reads, `expected` maps names to `[dtype, shape, digest]`."""
+    """A finished checkpoint: `actor/` holds what a merger reads, `expected` maps names to `[dtype, shape, digest]` in bf16.
+
+    `expected_fp32` does so as the values are; of another form than the ranks' files the folder is `actor/../FORM`.
+    """
     actor: Path
     size: Size
     expected: dict[str, list[Any]]
+    expected_fp32: dict[str, list[Any]]
+    form: str = RANKS
 
     def shards(self) -> list[Path]:
+        if self.form != RANKS:
+            return sorted(path for path in self.actor.iterdir() if path.suffix in (".distcp", ".safetensors"))
         return [self.actor / shard_name(self.size.world_size, rank) for rank in range(self.size.world_size)]
 
 
@@ -97,17 +106,19 @@ def shard_name(world_size: int, rank: int) -> str:
     return f"model_world_size_{world_size}_rank_{rank}.pt"
 
 
-def find(folder: Path, name: str) -> Checkpoint | None:
+def find(folder: Path, name: str, form: str = RANKS) -> Checkpoint | None:
     """The checkpoint of size `name` in `folder` if it is there and complete, else None."""
     try:
         record = json.loads((folder / "expected.json").read_text())
-        if record["format"] != FORMAT or record["size"] != name:
+        written = form == RANKS or (folder / form / "complete").is_file()
+        if record["format"] != FORMAT or record["size"] != name or not written:
             return None
         if any((folder / "actor" / path).stat().st_size != size for path, size in record["files"].items()):
             return None
     except (OSError, ValueError, KeyError):
         return None
-    return Checkpoint(folder / "actor", SIZES[name], record["tensors"])
+    return Checkpoint(folder / ("actor" if form == RANKS else form), SIZES[name], record["tensors"], record["fp32"],
+                      form)
 
 
 def make(folder: Path, name: str) -> None:
@@ -131,7 +142,7 @@ def make(folder: Path, name: str) -> None:
             str(path.relative_to(actor)): path.stat().st_size
             for path in actor.rglob("*") if path.is_file()
         },
-        "tensors": _digests(size),
+        **_digests(size),
     }
     (folder / "expected.json").write_text(json.dumps(record, indent=1))
 
@@ -175,25 +186,11 @@ def _write_rank(path: Path, size: Size, rank: int) -> None:
     """Save one rank's state dict; rows are dealt as torch.chunk deals them, and an empty shard is normal."""
     import torch
     import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Shard
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=rank, world_size=size.world_size, store=FakeStore())
     try:
-        mesh = init_device_mesh("cpu", (size.world_size, ), mesh_dim_names=("fsdp", ))
-        tile, state = _tile(), {}
-        for name, shape in size.shapes().items():
-            rows, width = shape[0], _count(shape[1:])
-            step = -(-rows // size.world_size)
-            first, last = min(rank * step, rows), min((rank + 1) * step, rows)
-            local = _fill(tile, _begin(name, size) + first * width, (last - first) * width).view(-1, *shape[1:])
-            stride = (width, 1) if len(shape) == 2 else (1, )
-            state[name] = DTensor.from_local(local,
-                                             mesh, (Shard(0), ),
-                                             run_check=False,
-                                             shape=torch.Size(shape),
-                                             stride=stride)
+        state = _rank_state(size, rank)
         with path.open("wb") as file:
             torch.save(state, file)
             file.flush()
@@ -202,24 +199,66 @@ def _write_rank(path: Path, size: Size, rank: int) -> None:
         dist.destroy_process_group()
 
 
-def _digests(size: Size) -> dict[str, list[Any]]:
-    """`{name: ["BF16", shape, SHA-256 of the little-endian values]}`, rounded to nearest even by torch."""
+def _rank_state(size: Size, rank: int) -> dict[str, Any]:
+    """The state dict of one rank, under the process group that there is."""
+    import torch
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+    mesh = init_device_mesh("cpu", (size.world_size, ), mesh_dim_names=("fsdp", ))
+    tile, state = _tile(), {}
+    for name, shape in size.shapes().items():
+        rows, width = shape[0], _count(shape[1:])
+        step = -(-rows // size.world_size)
+        first, last = min(rank * step, rows), min((rank + 1) * step, rows)
+        local = _fill(tile, _begin(name, size) + first * width, (last - first) * width).view(-1, *shape[1:])
+        stride = (width, 1) if len(shape) == 2 else (1, )
+        state[name] = DTensor.from_local(local,
+                                         mesh, (Shard(0), ),
+                                         run_check=False,
+                                         shape=torch.Size(shape),
+                                         stride=stride)
+    return state
+
+
+def make_form(folder: Path, name: str, form: str) -> None:
+    """Write the checkpoint of size `name` into `folder`/`form` by torch's own writer; it holds the weights in memory."""
+    import torch.multiprocessing as processes
+    shutil.rmtree(folder / form, ignore_errors=True)
+    (folder / form).mkdir()
+    (folder / "store").unlink(missing_ok=True)
+    processes.spawn(_save_form, (folder, SIZES[name], form), SIZES[name].world_size)
+    (folder / "store").unlink(missing_ok=True)
+    (folder / form / "complete").touch()
+
+
+def _save_form(rank: int, folder: Path, size: Size, form: str) -> None:
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+    store = dist.FileStore(str(folder / "store"), size.world_size)
+    dist.init_process_group("gloo", rank=rank, world_size=size.world_size, store=store)
+    path = str(folder / form)
+    writer = dcp.FileSystemWriter(path) if form == DCP else dcp.HuggingFaceStorageWriter(path, save_distributed=True)
+    dcp.save(_rank_state(size, rank), storage_writer=writer)
+    dist.destroy_process_group()
+
+
+def _digests(size: Size) -> dict[str, dict[str, list[Any]]]:
+    """`{name: [type, shape, SHA-256 of the little-endian values]}`: `tensors` rounded to bf16 by torch, `fp32` not."""
     import torch
     tile = _tile()
 
-    def pieces(name: str, count: int) -> Iterator[memoryview]:
-        for at in range(0, count, 1 << 22):
-            part = _fill(tile, _begin(name, size) + at, min(1 << 22, count - at)).to(torch.bfloat16)
-            yield part.view(torch.int16).numpy().data
-
-    def digest(item: tuple[str, tuple[int, ...]]) -> tuple[str, list[Any]]:
-        sha = hashlib.sha256()
-        for piece in pieces(item[0], _count(item[1])):
-            sha.update(piece)
-        return item[0], ["BF16", list(item[1]), sha.hexdigest()]
+    def digest(item: tuple[str, tuple[int, ...]]) -> tuple[str, list[Any], list[Any]]:
+        name, shape = item
+        half, full = hashlib.sha256(), hashlib.sha256()
+        for at in range(0, _count(shape), 1 << 22):
+            part = _fill(tile, _begin(name, size) + at, min(1 << 22, _count(shape) - at))
+            full.update(part.numpy().data)
+            half.update(part.to(torch.bfloat16).view(torch.int16).numpy().data)
+        return name, ["BF16", list(shape), half.hexdigest()], ["F32", list(shape), full.hexdigest()]
 
     with ThreadPoolExecutor(2) as pool:
-        return dict(pool.map(digest, size.shapes().items()))
+        found = list(pool.map(digest, size.shapes().items()))
+    return {"tensors": {name: half for name, half, _ in found}, "fp32": {name: full for name, _, full in found}}
 
 
 def _write_huggingface(folder: Path, size: Size) -> None:
@@ -302,8 +341,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Make one sharded FSDP1 checkpoint (merge.py starts this itself).")
     parser.add_argument("--size", choices=SIZES, required=True, help="shapes of the model")
     parser.add_argument("--folder", type=Path, required=True, help="where actor/ and expected.json go")
+    parser.add_argument("--form", choices=(RANKS, DCP, SHARDED), default=RANKS, help="the ranks' files, or torch's own")
     options = parser.parse_args()
     try:
-        make(options.folder, options.size)
+        if options.form == RANKS:
+            make(options.folder, options.size)
+        else:
+            make_form(options.folder.resolve(), options.size, options.form)
     except ImportError as error:
         sys.exit(f"{error}: {sys.executable} needs torch and NumPy")

@@ -1,4 +1,4 @@
-"""Measures our checkpoint merger beside AgentGym-RL's and verl's, and beside what the disk can do at all.
+"""Measures our checkpoint merger beside AgentGym-RL's and verl's, beside torch's own tools, and beside what the disk can do.
 
     python benchmarks/merge.py --size 1.5B --work-dir DIR --agentgym-rl CHECKOUT --verl CHECKOUT --peer-python PYTHON
 
@@ -29,8 +29,22 @@ from pathlib import Path
 import disk_limit
 import fsdp_checkpoint
 import machine
-from contenders import AGENTGYM, FIRST, OURS, VERL, Contender, find_agentgym, find_verl, prepare
-from fsdp_checkpoint import SIZES, Checkpoint
+import tensor_digest
+from contenders import (
+    AGENTGYM,
+    FIRST,
+    FORMS,
+    FROM_DCP,
+    FROM_SHARDED,
+    OURS,
+    TORCH_TOOLS,
+    VERL,
+    Contender,
+    find_agentgym,
+    find_verl,
+    prepare,
+)
+from fsdp_checkpoint import DCP, RANKS, SHARDED, SIZES, Checkpoint
 from merge_report import Results, markdown
 from process_meter import Measurement, measure
 from tensor_digest import differences, digest_folder
@@ -80,6 +94,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--agentgym-rl", type=Path, metavar="PATH", help="checkout of WooooDyy/AgentGym-RL, or its model_merger.py")
     add("--verl", type=Path, metavar="PATH", help="checkout of volcengine/verl")
     add("--peer-python", default=sys.executable, metavar="PYTHON", help="interpreter for those two (default: as above)")
+    add("--forms",
+        nargs="+",
+        choices=(RANKS, DCP, SHARDED),
+        default=[RANKS, DCP, SHARDED],
+        help="what is merged: the ranks' files, torch's distributed checkpoint, its sharded safetensors (default: all)")
     add("--drop-caches",
         action="store_true",
         help="for a cold start empty the whole page cache (root) instead of the shards' part of it only")
@@ -104,7 +123,13 @@ def check(options: argparse.Namespace) -> None:
 
 def contenders(options: argparse.Namespace) -> list[Contender]:
     extra = tuple(shlex.split(options.script_args))
-    found = [Contender(name, interpreter(options.python), options.script.resolve(), extra) for name in (OURS, FIRST)]
+    names = [
+        *((OURS, FIRST) if RANKS in options.forms else ()), *(name for name in FORMS if FORMS[name] in options.forms)
+    ]
+    found = [Contender(name, interpreter(options.python), options.script.resolve(), () if name in TORCH_TOOLS else extra)
+             for name in names]  # yapf: disable
+    if RANKS not in options.forms:
+        return found
     if options.agentgym_rl:
         found.append(Contender(AGENTGYM, interpreter(options.peer_python), find_agentgym(options.agentgym_rl)))
     if options.verl:
@@ -146,8 +171,9 @@ def run(options: argparse.Namespace, folder: Path, found: list[Contender]) -> in
     size = SIZES[options.size]
     results = Results(options.size, size.shard_bytes(), size.output_bytes(), [each.name for each in found])
     results.machine = facts(folder, found)
-    check_disk(folder, options.size)
-    tiny, checkpoint = (checkpoint_in(folder, name, options.python) for name in ("tiny", options.size))
+    check_disk(folder, options.size, options.forms)
+    tiny, checkpoint = ({form: checkpoint_in(folder, name, options.python, form)
+                         for form in dict.fromkeys((RANKS, *options.forms))} for name in ("tiny", options.size))  # yapf: disable
     scratch = Path(tempfile.mkdtemp(prefix="run-", dir=folder))
     try:
         bench = Benchmark(options, results, checkpoint, tiny, scratch)
@@ -172,28 +198,29 @@ def facts(folder: Path, found: list[Contender]) -> dict[str, str]:
     return described
 
 
-def check_disk(folder: Path, name: str) -> None:
-    """Raise ValueError unless the checkpoint, one output (a tied head may be saved twice) and 1 GB fit."""
+def check_disk(folder: Path, name: str, forms: Sequence[str]) -> None:
+    """Raise ValueError unless the checkpoint in each form, one output (a tied head may be saved twice) and 1 GB fit."""
     size = SIZES[name]
-    needed = (2 if size.tied else 1) * size.output_bytes() + GB + (0 if fsdp_checkpoint.find(folder / name, name) else
-                                                                   size.shard_bytes())
+    made = sum(fsdp_checkpoint.find(folder / name, name, form) is None for form in {RANKS, *forms})
+    output = size.shard_bytes() if {DCP, SHARDED} & {*forms} else (2 if size.tied else 1) * size.output_bytes()
+    needed = output + GB + made * size.shard_bytes()
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(f"--size {name} needs {needed / GB:.1f} GB in {folder}, and {free / GB:.1f} GB are free; "
                          "choose a smaller size or another --work-dir")
 
 
-def checkpoint_in(folder: Path, name: str, python: str) -> Checkpoint:
+def checkpoint_in(folder: Path, name: str, python: str, form: str = RANKS) -> Checkpoint:
     """The checkpoint of that size, made if it is not there; by a process of its own, because this one stays small.
 
     (A process inherits its starter's memory for a moment, so a large starter would blur what is measured.)
     """
-    found = fsdp_checkpoint.find(folder / name, name)
+    found = fsdp_checkpoint.find(folder / name, name, form)
     if not found:
-        say(f"making the {name} checkpoint in {folder / name}")
-        command = [python, fsdp_checkpoint.__file__, "--size", name, "--folder", str(folder / name)]
+        say(f"making the {name} checkpoint ({form}) in {folder / name}")
+        command = [python, fsdp_checkpoint.__file__, "--size", name, "--folder", str(folder / name), "--form", form]
         made = subprocess.run(command, stdout=sys.stderr)
-        found = fsdp_checkpoint.find(folder / name, name)
+        found = fsdp_checkpoint.find(folder / name, name, form)
         if made.returncode or not found:
             raise ValueError(f"the {name} checkpoint could not be made with {python} (exit {made.returncode}); "
                              "the lines above say why")
@@ -202,21 +229,26 @@ def checkpoint_in(folder: Path, name: str, python: str) -> Checkpoint:
 
 @dataclasses.dataclass
 class Benchmark:
-    """Runs the rounds and fills `results`; `tiny` warms a contender's libraries up."""
+    """Runs the rounds and fills `results`; `tiny` warms a contender's libraries up. Both by form."""
     options: argparse.Namespace
     results: Results
-    checkpoint: Checkpoint
-    tiny: Checkpoint
+    checkpoints: dict[str, Checkpoint]
+    tiny: dict[str, Checkpoint]
     scratch: Path
     failed: bool = False
     remaining: float = 0.0  # the largest share of the shards that an eviction left in the page cache
     count: int = 0
 
+    @property
+    def size(self) -> fsdp_checkpoint.Size:
+        """The shapes."""
+        return self.checkpoints[RANKS].size
+
     def ready(self, found: list[Contender]) -> list[Contender]:
         """Those that fit into memory; each merges the tiny checkpoint once, so that its libraries are in the cache."""
         available, kept = machine.memory_available(), []
         for contender in found:
-            needed = contender.memory_needed(self.checkpoint.size)
+            needed = contender.memory_needed(self.size)
             if needed > available:
                 reason = f"it needs about {needed / GB:.0f} GB of memory and {available / GB:.0f} GB are available"
                 self.results.skipped[contender.name] = reason
@@ -224,14 +256,14 @@ class Benchmark:
                 continue
             say(f"{contender.name}: warming up")
             self.warm_up(contender)
-            if contender.name == OURS:
+            if contender.name in (OURS, FROM_DCP, FROM_SHARDED):
                 self.remember_config(contender)
             kept.append(contender)
         return kept
 
     def remember_config(self, contender: Contender) -> None:
         """Let our merger see the checkpoint's config once, without merging."""
-        job = prepare(contender, self.checkpoint, self.scratch / "seen")
+        job = prepare(contender, self.checkpoints[contender.form], self.scratch / "seen")
         made = subprocess.run([*job.command, "--dry-run"], env=job.env, cwd=job.folder, capture_output=True, text=True)
         shutil.rmtree(job.folder)
         if made.returncode:
@@ -239,7 +271,7 @@ class Benchmark:
                 f"{contender.name} --dry-run failed (exit {made.returncode}): {made.stderr.strip()[-300:]}")
 
     def warm_up(self, contender: Contender) -> None:
-        self.merge(contender, self.tiny)
+        self.merge(contender, self.tiny[contender.form])
 
     def rounds(self, found: list[Contender]) -> None:
         """Contenders take turns, the first of a round being another each time; limits are measured in each round."""
@@ -256,7 +288,7 @@ class Benchmark:
 
     def fits(self, contender: Contender, state: str) -> bool:
         """Whether the shards can stay in memory beside the merger; a cold run has no such need."""
-        needed = self.checkpoint.size.shard_bytes() + contender.memory_needed(self.checkpoint.size)
+        needed = self.size.shard_bytes() + contender.memory_needed(self.size)
         if state == "cold" or needed < machine.meminfo("MemAvailable"):
             return True
         name = f"{contender.name}, warm"
@@ -267,10 +299,10 @@ class Benchmark:
 
     def measure(self, contender: Contender, state: str, label: str) -> None:
         if state == "warm":
-            disk_limit.warm(self.checkpoint.shards())
+            disk_limit.warm(self.checkpoints[contender.form].shards())
         else:
             self.make_cold(contender)
-        measured, durable, texts = self.merge(contender, self.checkpoint)
+        measured, durable, texts = self.merge(contender, self.checkpoints[contender.form])
         self.results.runs.setdefault(contender.name, {}).setdefault(state, []).append(measured)
         self.results.durable.setdefault(contender.name, {}).setdefault(state, []).append(durable)
         if not measured.exit_code and not self.options.no_compare:
@@ -285,8 +317,9 @@ class Benchmark:
             os.sync()
             DROP_CACHES.write_text("1")
             self.warm_up(contender)  # its interpreter and libraries went too, and are not what is measured
-        disk_limit.evict(self.checkpoint.shards())
-        self.remaining = max(self.remaining, disk_limit.cached_share(self.checkpoint.shards()))
+        shards = self.checkpoints[contender.form].shards()
+        disk_limit.evict(shards)
+        self.remaining = max(self.remaining, disk_limit.cached_share(shards))
 
     def merge(self, contender: Contender, checkpoint: Checkpoint) -> tuple[Measurement, float, list[str]]:
         """One run: its measurement, the seconds until the output was on the disk, and what is wrong with it."""
@@ -312,16 +345,28 @@ class Benchmark:
     def compare(self, contender: Contender, checkpoint: Checkpoint, output: Path) -> list[str]:
         if self.options.no_compare:
             return []
+        expected = checkpoint.expected_fp32 if contender.form != RANKS else checkpoint.expected
         try:
-            found = digest_folder(output)
+            found = self.digest(output / "model.pt") if (output / "model.pt").is_file() else digest_folder(output)
         except (ValueError, KeyError, OSError) as error:
             return [f"unreadable output: {error}"]
         self.results.heads[contender.name] = "lm_head.weight" in found
-        return differences(checkpoint.expected, found, checkpoint.size.tied)
+        return differences(expected, found, checkpoint.size.tied)
+
+    def digest(self, path: Path) -> tensor_digest.Digests:
+        """Digests of a `torch.save`, by a process of its own, because this one stays small."""
+        made = subprocess.run([interpreter(self.options.python), tensor_digest.__file__,
+                               str(path)],
+                              capture_output=True,
+                              text=True)
+        if made.returncode:
+            raise ValueError(made.stderr.strip()[-300:])
+        found: tensor_digest.Digests = json.loads(made.stdout)
+        return found
 
     def limits(self) -> None:
         """Reading, writing in both ways, and reading and writing at once; one of each."""
-        shards, total, limits = self.checkpoint.shards(), self.results.output_bytes, self.results.limits
+        shards, total, limits = self.checkpoints[RANKS].shards(), self.results.output_bytes, self.results.limits
         direct = disk_limit.can_write_directly(self.scratch)
         disk_limit.evict(shards)
         limits.setdefault("read", []).append(disk_limit.read_seconds(shards))

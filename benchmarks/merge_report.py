@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from contenders import AGENTGYM, FIRST, OURS, VERL
+from contenders import AGENTGYM, BESIDE, FIRST, FORMS, FROM_DCP, OURS, VERL
 from fsdp_checkpoint import SIZES
 from process_meter import Measurement
 
@@ -14,6 +14,7 @@ SPEED_GOALS = {AGENTGYM: 4.0, VERL: 2.5}  # times faster than a peer, cold
 SPEED_SIZE = "1.5B"  # the size that the speed goals are stated for
 LIMIT_GOAL = 1.15  # times the disk's own limit, beyond the interpreter's start-up
 MEMORY_GOAL = 300 * MB
+NEW_GOAL, NEW_SIZES, NEW_MEMORY = 1.2, ("1.5B", "7B"), 450 * MB  # of a config not seen before, beside a known one
 
 
 @dataclass
@@ -102,13 +103,13 @@ def _seconds_cell(results: Results, name: str, state: str) -> str:
 
 
 def _ratio_cell(results: Results, name: str, state: str) -> str:
-    ratio = times_ours(results, name, state)
+    ratio = times_ours(results, name, state) if name not in FORMS or name in BESIDE else None
     return f"{ratio:.1f}" if ratio else "-"
 
 
 def times_ours(results: Results, name: str, state: str, ours_name: str = OURS) -> float | None:
     """Median seconds of a contender over ours."""
-    ours, theirs = results.seconds(ours_name, state), results.seconds(name, state)
+    ours, theirs = results.seconds(BESIDE.get(name, ours_name), state), results.seconds(name, state)
     return statistics.median(theirs) / statistics.median(ours) if ours and theirs else None
 
 
@@ -134,11 +135,34 @@ LIMITS = {
 def verdicts(results: Results) -> list[str]:
     """One line a goal; a goal that this run cannot judge says why."""
     lines = []
-    for ours in (OURS, FIRST):
+    for ours in (name for name in (OURS, FIRST) if name in results.contenders):
         lines += ["", f"{ours[0].upper()}{ours[1:]}:", ""]
         lines += [_speed_verdict(results, ours, name, goal) for name, goal in SPEED_GOALS.items()]
-        lines += [_limit_verdict(results, ours), *_memory_verdicts(results, ours)]
+        lines += [_limit_verdict(results, ours), *(_memory_verdicts(results, ours) if ours == OURS else ())]
+    lines += [*_new_verdicts(results), *_dcp_verdict(results)]
     return ["Goals.", *lines, "", _equality(results)]
+
+
+def _new_verdicts(results: Results) -> list[str]:
+    """What a config not seen before may cost beside a known one."""
+    ratio = times_ours(results, FIRST, "cold")
+    if ratio is None:
+        return []
+    judged = _met(ratio <= NEW_GOAL) if results.size in NEW_SIZES else f"not judged at {results.size}"
+    peak = max(run.tree_rss for runs in results.runs[FIRST].values() for run in runs)
+    return [f"- a config not seen before at most {NEW_GOAL} times a known one, cold, at {' and '.join(NEW_SIZES)}: **{judged}** "
+            f"({ratio:.2f} times)",
+            f"- all its processes added up at most {NEW_MEMORY / MB:.0f} MB: **{_met(peak <= NEW_MEMORY)}** "
+            f"({peak / MB:.0f} MB)"]  # yapf: disable
+
+
+def _dcp_verdict(results: Results) -> list[str]:
+    runs = [run for measured in results.runs.get(FROM_DCP, {}).values() for run in measured if not run.exit_code]
+    if not runs:
+        return []
+    peak = max(run.tree_rss for run in runs)
+    return ["", f"From torch's distributed checkpoint: peak resident memory at most {MEMORY_GOAL / MB:.0f} MB, all processes "
+            f"added up: **{_met(peak <= MEMORY_GOAL)}** ({peak / MB:.0f} MB)"]  # yapf: disable
 
 
 def _speed_verdict(results: Results, ours: str, name: str, goal: float) -> str:
@@ -178,7 +202,7 @@ def _memory_verdicts(results: Results, name: str) -> list[str]:
 
 
 def _equality(results: Results) -> str:
-    text = "Every output equal to torch's own bf16 cast of the same weights, and so to each other: "
+    text = "Every output equal to torch's own bf16 cast of the same weights (where fp32 is said, to the weights): "
     if not results.comparison:
         return text + "**not judged** (not compared)"
     wrong = {name: texts for name, texts in results.comparison.items() if texts}

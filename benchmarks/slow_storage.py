@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import dataclasses
 import errno
 import json
 import multiprocessing
@@ -89,7 +90,7 @@ def run(options: argparse.Namespace, folder: Path) -> int:
                 extra = ("--threads", str(threads)) if threads else ()
                 contender = Contender(OURS, merge.interpreter(options.python), script, extra)
                 with mounted(checkpoint.actor, folder / "slow", latency / 1000) as actor:
-                    seen = Checkpoint(actor, checkpoint.size, checkpoint.expected)
+                    seen = dataclasses.replace(checkpoint, actor=actor)
                     measured = once(contender, seen, folder / "run")
                 if measured[0].exit_code:
                     print(f"benchmark: the merger failed: {measured[0].tail} (exit 1)", file=sys.stderr)
