@@ -4,6 +4,7 @@ JSON that is refused: deeper than DEPTH, a key that comes twice, NaN and infinit
 DIGITS, more values than VALUES. A lone surrogate (`"\\ud83d"`), which no UTF-8 and so no request and no file can
 hold, becomes U+FFFD.
 """
+import errno
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 MEGABYTE = 1 << 20
 LARGEST_FILE = 256 * MEGABYTE  # of configurations and lists
@@ -97,20 +98,52 @@ def loads(data: bytes | str, depth: int = DEPTH) -> Any:
     return replaced(value) if "\\ud" in text or "\\uD" in text or LONE.search(text) else value
 
 
+def open_file(path: Path, flags: int = os.O_RDONLY) -> int:
+    """Return a descriptor of a regular file.
+
+    To write it, it must lie there itself: through a link, whoever handed the folder on would have us write elsewhere.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: it is no regular file: a FIFO would hang, a device never end.
+    """
+    writes = flags & (os.O_WRONLY | os.O_RDWR)
+    try:
+        number = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC | (os.O_NOFOLLOW if writes else 0), 0o666)
+    except OSError as error:
+        if error.errno == errno.ENXIO or (writes
+                                          and error.errno == errno.ELOOP):  # a FIFO without a reader, a socket; a link
+            raise ValueError("it is no regular file" if error.errno == errno.ENXIO else "it is a link") from None
+        raise
+    mode = os.fstat(number).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(number)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        raise ValueError("it is no regular file")
+    return number
+
+
+def lines(file: BinaryIO, limit: int = LARGEST_FILE) -> Iterator[bytes]:
+    """Go over a file's lines, each with its end; a torn last one has none.
+
+    Raises:
+        TooLarge: a line has more than `limit` bytes.
+    """
+    while line := file.readline(limit + 1):
+        if len(line) > limit:
+            raise TooLarge(f"it has a line of more than {limit // MEGABYTE} MB")
+        yield line
+
+
 def read_bytes(path: Path, limit: int = LARGEST_FILE) -> bytes:
     """Return what a file holds.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no regular file (a FIFO would hang, a device never end), or larger than `limit` bytes.
+        OSError, ValueError: see `open_file`.
+        TooLarge: it has more than `limit` bytes.
     """
-    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(number, "rb") as file:
-        mode = os.fstat(number).st_mode
-        if stat.S_ISDIR(mode):
-            raise IsADirectoryError(21, os.strerror(21), str(path))
-        if not stat.S_ISREG(mode):
-            raise ValueError("it is no regular file")
+    with open(open_file(path), "rb") as file:
         pieces, size = [], 0
         while size <= limit and (piece := file.read(min(limit + 1 - size, 16 * MEGABYTE))):
             pieces.append(piece)

@@ -108,6 +108,7 @@ class Board:
         """Write the file, as before or whole; where that cannot be, nobody looks on."""
         new = self.path.with_name(self.path.name + ".new")
         with suppress(OSError):
+            new.unlink(missing_ok=True)  # a link must not be followed
             new.write_text(json.dumps(hide_in(self.now())), encoding="utf-8")
             new.replace(self.path)
 

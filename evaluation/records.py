@@ -37,14 +37,14 @@ ATTEMPTS, SUPERSEDED, RUN, SESSIONS = "attempts.jsonl", "superseded.jsonl", "run
 SUMMARY, REPORT, LOCK, RULE, BEFORE = "summary.json", "report.html", ".lock", "rule.json", ".before"
 DAMAGED, LIVE = "damaged.jsonl", "live.json"
 FILES = (RUN, ATTEMPTS, SUPERSEDED, SUMMARY, REPORT, RULE, DAMAGED)  # of one run
-LARGEST = 1 << 40  # bytes of a file of JSON lines: it is ours, and its lines are checked one by one
 
 
 def write_whole(path: Path, data: str | bytes) -> None:
     """Write a file so that it is either as before or whole; a text without secrets of ours."""
     beside = path.with_name(path.name + ".new")
     try:
-        with beside.open("wb") as file:
+        beside.unlink(missing_ok=True)  # left by whoever was killed; or a link, which must not be followed
+        with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666), "wb") as file:
             file.write(hide(data).encode("utf-8") if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
@@ -53,6 +53,19 @@ def write_whole(path: Path, data: str | bytes) -> None:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
         raise
+
+
+def _open_own(path: Path, flags: int) -> int:
+    """Return a descriptor of a file of the run's folder, to write it.
+
+    Raises:
+        Misuse: it is a link, which may lead out of the folder, or no regular file.
+        OSError: it cannot be opened.
+    """
+    try:
+        return foreign.open_file(path, flags)
+    except ValueError as error:
+        raise Misuse(f"{path} is not written: {error}; remove it, or choose another folder with --out") from None
 
 
 class Damaged(NamedTuple):
@@ -69,8 +82,8 @@ class ReadLines(NamedTuple, Generic[T]):
     size: int
 
 
-def whole_lines(data: bytes, read: Callable[[Any], T]) -> ReadLines[T]:
-    """Return what `read` makes of the JSON values in `data`, one a line.
+def whole_lines(lines: Iterable[bytes], read: Callable[[Any], T]) -> ReadLines[T]:
+    """Return what `read` makes of the JSON values in `lines`, one in each.
 
     Args:
         read: raises ValueError for a value that is none of the file's.
@@ -78,7 +91,7 @@ def whole_lines(data: bytes, read: Callable[[Any], T]) -> ReadLines[T]:
     values: list[T] = []
     damaged: list[Damaged] = []
     size = 0
-    for number, line in enumerate(data.splitlines(keepends=True), 1):
+    for number, line in enumerate(lines, 1):
         if not line.endswith(b"\n"):
             break  # torn, by whatever ended the run that wrote it
         size += len(line)
@@ -104,14 +117,14 @@ def read_lines(path: Path, read: Callable[[Any], T], repair: bool = False) -> Re
         Misuse: the file cannot be read.
     """
     try:
-        data = foreign.read_bytes(path, LARGEST)
+        with open(foreign.open_file(path, os.O_RDWR if repair else os.O_RDONLY), "r+b" if repair else "rb") as file:
+            found = whole_lines(foreign.lines(file), read)
+            if repair and found.size < os.fstat(file.fileno()).st_size:
+                file.truncate(found.size)
     except FileNotFoundError:
         return ReadLines([], [], 0)
     except (OSError, ValueError) as error:
         raise Misuse(f"{path} cannot be read: {reason(error)}; restore the file, or start anew with --fresh") from None
-    found = whole_lines(data, read)
-    if repair and found.size < len(data):
-        os.truncate(path, found.size)
     return found
 
 
@@ -263,7 +276,7 @@ class Lines:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.file: IO[bytes] = path.open("ab", buffering=0)
+        self.file: IO[bytes] = os.fdopen(_open_own(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab", buffering=0)
 
     def add(self, value: Any) -> None:
         """Write a line to the file.
@@ -302,7 +315,7 @@ class RunFolder:
     def __enter__(self) -> "RunFolder":
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.folder / LOCK).open("w")
+            self._lock = os.fdopen(_open_own(self.folder / LOCK, os.O_WRONLY | os.O_CREAT), "w")
         except OSError as error:
             raise Misuse(
                 f"{self.folder} cannot be written: {error.strerror}; choose another folder with --out") from None
@@ -419,8 +432,9 @@ class RunFolder:
             superseded.close()
         if damaged:
             kept = self.folder / DAMAGED
-            before = set(kept.read_bytes().splitlines(keepends=True)) if kept.exists() else set()
-            with kept.open("ab") as file:
+            with open(_open_own(kept, os.O_RDWR | os.O_CREAT | os.O_APPEND), "ab") as file:
+                with open(kept, "rb") as earlier:
+                    before = set(foreign.lines(earlier))
                 file.writelines(one.line for one in damaged if one.line not in before)
         write_whole(self.folder / ATTEMPTS, "".join(json_line(record) + "\n" for record in latest.values()))
 

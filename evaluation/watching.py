@@ -37,8 +37,8 @@ def goes_on(folder: Path) -> bool:
     except OSError:
         pass
     try:
-        descriptor = os.open(folder / LOCK, os.O_RDONLY)
-    except OSError:
+        descriptor = foreign.open_file(folder / LOCK)
+    except (OSError, ValueError):
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)

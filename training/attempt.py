@@ -15,6 +15,7 @@ from training import checkpoints, machine
 from training.console import Lines, Steps, speaker
 from training.diagnosis import RAY, WAITS, Evidence
 from training.folder import RunFolder
+from training.foreign import WRITE
 from training.rollouts import Errors, Played
 
 SHOWN_LINES = 20
@@ -72,7 +73,7 @@ class Attempt:
             OSError: it cannot be.
         """
         self.folder.logs.mkdir(exist_ok=True)
-        self._log = os.open(self.folder.log(self.number), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        self._log = os.open(self.folder.log(self.number), os.O_WRONLY | os.O_APPEND | WRITE, 0o666)
         self.process = subprocess.Popen(list(argv),
                                         stdin=subprocess.DEVNULL,
                                         stdout=subprocess.PIPE,

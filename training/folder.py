@@ -23,6 +23,7 @@ from typing import Any
 
 from training.foreign import (
     LARGEST_LINES,
+    WRITE,
     is_count,
     is_every,
     is_number,
@@ -146,7 +147,7 @@ def atomic_write(path: Path, text: str, durable: bool = True) -> None:
 def append_line(path: Path, fields: dict[str, Any]) -> None:
     """Append `fields` to `path` as one line, in one write: lines of several programs do not mix."""
     line = json.dumps(fields, allow_nan=True).encode() + b"\n"
-    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    handle = os.open(path, os.O_RDWR | os.O_APPEND | WRITE, 0o666)
     try:
         size = os.fstat(handle).st_size
         if size and os.pread(handle, 1, size - 1) != b"\n":  # somebody died in the middle of a line
@@ -264,7 +265,7 @@ class RunFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the lock of run.json; it goes with the process."""
-        handle = os.open(self.path / ".run.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        handle = os.open(self.path / ".run.lock", os.O_RDWR | WRITE, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield

@@ -19,6 +19,9 @@ LARGEST_FILE = 16 << 20  # bytes of a record; Hydra's resolved configuration, th
 LARGEST_LIST = 256 << 20  # of a list of items, and of a rank's trajectories
 LARGEST_LINES = 128 << 20  # of a file with a record a line; a step's figures have 2 kB
 LARGEST_LINE = 1 << 20
+# With which a file of a run's folder is opened to be written: never through a link, by which whoever handed the folder on
+# would have us write elsewhere, and without waiting for the other end of a pipe.
+WRITE = os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 DEPTH = 100
 DIGITS = 300  # of an integer: one that a float can hold
 VALUES = 2_000_000  # in one document, by its marks; a value of three bytes may take 200 in memory

@@ -24,6 +24,7 @@ from training.attempt import LINE_WIDTH, Attempt
 from training.diagnosis import Death, Facts
 from training.environment import EVERY, Monitor, ask
 from training.folder import RunFolder, atomic_write
+from training.foreign import WRITE
 from training.rollouts import Errors, Window
 from training.text import shown
 
@@ -147,7 +148,18 @@ class Supervisor:
                 "make a new run")
 
     def _take_folder(self) -> None:
-        self._lock = os.open(self.folder.path / ".supervisor.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        """Take the folder for this process alone.
+
+        Raises:
+            Refusal: another has it, or a file that is written in it is a link, which may lead out, a pipe or a device.
+        """
+        place = self.folder.path
+        for path in (self.folder.events, self.folder.metrics, place / ".supervisor.lock", place / ".run.lock"):
+            if path.is_symlink() or (path.exists() and not path.is_file()):
+                raise Refusal(
+                    f"{path} is {'a link' if path.is_symlink() else 'no regular file'}, so nothing is written "
+                    "there; put a file in its place, or remove it")
+        self._lock = os.open(self.folder.path / ".supervisor.lock", os.O_RDWR | WRITE, 0o666)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

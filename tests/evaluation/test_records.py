@@ -1,4 +1,5 @@
 """The files of a run's folder."""
+import io
 import json
 
 import pytest
@@ -13,7 +14,7 @@ from evaluation.problems import Stopped
 def test_whatever_is_cut_off_only_the_last_line_is_lost(values, data):
     text = b"".join(json.dumps(value).encode() + b"\n" for value in values)
     cut = data.draw(st.integers(0, len(text)))
-    read, damaged, size = records.whole_lines(text[:cut], records.read_object)
+    read, damaged, size = records.whole_lines(io.BytesIO(text[:cut]), records.read_object)
     assert not damaged
     assert read == values[:len(read)] and size <= cut
     assert len(read) >= text[:cut].count(b"\n") and text[:size].count(b"\n") == len(read)

@@ -630,3 +630,21 @@ def test_an_archive_that_is_whole_stays_where_it_is(run):
     assert supervise(folder)[0] == 0
     assert sorted(os.listdir(run / "aside" / "attempt-2")) == ["global_step_6"]
     assert (run / "merged" / "global_step_6").is_dir() and (run / "global_step_4").is_dir()
+
+
+@pytest.mark.parametrize("name", [".supervisor.lock", ".run.lock", "events.jsonl", "metrics.jsonl", "log/attempt-1.log"])
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_nothing_is_written_through_a_link_or_into_a_pipe(tmp_path: Path, name: str, kind: str) -> None:
+    run, outside = make(tmp_path / "run"), tmp_path / "outside"
+    outside.write_text("a file\nof mine")
+    path = run.path / name
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    if kind == "link":
+        path.symlink_to(outside)
+    else:
+        os.mkfifo(path)
+    process = begin(run)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode in (2, 127) and str(path) in said and said.count("\n") == 1 and "Traceback" not in said
+    assert outside.read_text() == "a file\nof mine"
