@@ -1,7 +1,9 @@
 """Figures and their intervals."""
+import functools
 import itertools
 import math
 import random
+from collections import Counter
 from statistics import fmean
 
 import numpy as np
@@ -116,17 +118,64 @@ def test_another_task_under_the_same_id_is_no_pair():
     assert numbers.compare(one, other, same_words=False)["items"] == 4
 
 
+@functools.cache
+def counted(solved, binary):
+    """The figure of items, of which so many have so many of their samples solved."""
+    samples = len(solved) - 1
+    return numbers.figure([one / samples for one, count in enumerate(solved) for _ in range(count)], binary=binary)
+
+
+def odds(samples, chance):
+    return [math.comb(samples, solved) * chance**solved * (1 - chance)**(samples - solved) for solved in range(samples + 1)]
+
+
+def drawn(rng, items, samples, chance, runs):
+    """How many items have so many samples solved, of each of `runs` simulated runs."""
+    return list(map(tuple, rng.multinomial(items, odds(samples, chance), runs).tolist()))
+
+
 @pytest.mark.parametrize("items", [20, 50, 200])
 @pytest.mark.parametrize("chance", [0.02, 0.1, 0.5])
-@pytest.mark.parametrize("k", [2, 4])
-def test_the_interval_of_pass_at_k_covers_as_often_as_it_says(items, chance, k):
-    rng = np.random.default_rng(items + k)
-    values = [numbers.pass_at_k(4, solved, k) for solved in range(5)]
-    truth, hits, runs = 1 - (1 - chance)**k, 0, 1200
-    for _ in range(runs):
-        found = numbers.figure([values[solved] for solved in rng.binomial(4, chance, items)], binary=k == 4)
-        hits += found["low"] <= truth <= found["high"]
-    assert 0.92 <= hits / runs <= 0.985  # 0.93 to 0.97 and what 1,200 draws, or the steps of 20 items, may add
+def test_the_interval_of_pass_at_k_covers_as_often_as_it_says(items, chance):
+    # Pass@4 of 4 samples is solved or not, so its coverage is known without simulation.
+    solved, covered = 1 - (1 - chance)**4, 0.0
+    for count, share in enumerate(odds(items, solved)):
+        found = counted((items - count, count), True)
+        covered += share * (found["low"] <= solved <= found["high"])
+    assert 0.93 <= covered <= 0.97
+    truth, runs, hits = 1 - (1 - chance)**2, 6000, 0  # of Pass@2; one of these runs' shares has an error of 0.003
+    values = [numbers.pass_at_k(4, solved, 2) for solved in range(5)]
+    for counts, times in Counter(drawn(np.random.default_rng(1), items, 4, chance, runs)).items():
+        found = numbers.figure([value for value, count in zip(values, counts, strict=True) for _ in range(count)])
+        hits += times * (found["low"] <= truth <= found["high"])
+    assert 0.93 <= hits / runs <= 0.97
+
+
+# Items and chance of each environment, and the most that may be covered: rare successes give few different averages, and
+# what lies at both ends claims more doubt than it has.
+@pytest.mark.parametrize("samples", [1, 4])
+@pytest.mark.parametrize("suite, most", [
+    ([(20, 0.02)] * 5, 0.99),
+    ([(50, 0.1)] * 5, 0.975),
+    ([(200, 0.5)] * 5, 0.975),
+    ([(20, 0.5)] * 2, 0.98),
+    ([(100, 0.6), (90, 0.8), (200, 0.1), (20, 0.05), (400, 0.35)], 0.98),
+    ([(20, 0.1), (200, 0.02), (400, 0.02)], 0.985),
+    ([(20, 0.02), (20, 0.98)], 1.0),
+], ids=["rare", "seldom", "often", "two", "lists of a paper", "few seldom, many rarely", "both ends"])
+def test_the_macro_averages_interval_covers_as_often_as_it_says(suite, most, samples):
+    rng, runs = np.random.default_rng(2), 1500  # 0.006 of error
+    truth = fmean(chance for _, chance in suite)
+    found = [numbers.macro([counted(one, samples == 1) for one in each]) for each in zip(*(drawn(rng, items, samples, chance, runs) for items, chance in suite), strict=True)]
+    assert 0.93 <= fmean(one["low"] <= truth <= one["high"] for one in found) <= most
+
+
+def test_a_macro_average_of_one_environment_is_no_narrower_than_its_own():
+    one = numbers.figure([0.0] * 19 + [1.0], binary=True)
+    found = numbers.macro([one])
+    assert found["mean"] == one["mean"] and found["low"] <= one["low"] and found["high"] >= one["high"]
+    nothing = numbers.macro([numbers.figure([0.0] * 20, binary=True)] * 5)
+    assert (nothing["mean"], nothing["low"]) == (0.0, 0.0) and 0.01 < nothing["high"] < 0.17 and nothing["items"] == 100
 
 
 def test_one_method_is_in_one_table():
