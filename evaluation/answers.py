@@ -13,6 +13,7 @@ from evaluation.attempts import MOST_TOKENS
 from evaluation.foreign import events, loads
 from evaluation.model import Completion, Usage
 from evaluation.text import short
+from evaluation.thoughts import split_thought
 
 RETRIED = (408, 409, 429)
 BROKE = "insufficient_quota"  # OpenAI says it with a 429
@@ -23,16 +24,16 @@ FINISHED = frozenset(("stop", "length", "tool_calls", "tool_call", "tool_use", "
 # The conversation and the answer fill the model's context: it is no failure, and no whole answer.
 FULL = frozenset(("model_length", "model_context_window_exceeded", "context_length_exceeded", "context_length",
                   "max_context_length", "context_window_exceeded", "context_limit"))
-_OPENED = re.compile(
-    r"\s*(?:<((?:seed:)?think(?:ing)?|thoughts?|reasoning|reflection|scratchpad)\s*>|(\[THINK\])|(◁think▷))",
-    re.IGNORECASE)
-_CLOSED = re.compile(r"</(?:seed:)?think(?:ing)?\s*>|\[/THINK\]|◁/think▷", re.IGNORECASE)
 # What OpenAI, vLLM, llama.cpp, TGI, Anthropic's, LiteLLM's and others' endpoints say of a conversation that is too long.
 _OVERFLOW = re.compile(
     r"context[_ -]?(length|window|size|limit)|maximum (context|model|sequence|input|prompt)|"
     r"(prompt|input|message)s? (is |are )?too long|reduce the length|too many (input |prompt )?tokens|input token count|"
     r"max_model_len|max_new_tokens`? must be|`?inputs`? must have less|range of input length|"
     r"exceed(s|ed)? (the )?(model|max(imum)?)( message| model)? (token|length)", re.IGNORECASE)
+_ERROR = re.compile(r"errors?(?:[_-]?(?:codes?|types?|messages?|msgs?|info|details?|reasons?|descriptions?))?",
+                    re.IGNORECASE)
+_FAILED = re.compile(r"(?:error|fail(?:ed|ure)?|cancel(?:l?ed)?|abort(?:ed)?|time(?:d[ _-]?)?out|expired)",
+                     re.IGNORECASE)
 _CONTEXT = re.compile(
     r"(?:maximum|max)?[ _]?(?:context|model|sequence)[ _](?:length|window|size|limit)(?: (?:is|of)|:| only)* (\d[\d,]*)|"
     r"(?:must be|limit is) <= (\d[\d,]*)", re.IGNORECASE)
@@ -43,7 +44,9 @@ _PROMPT = re.compile(
 _REQUESTED = re.compile(r"requested (?:a total of )?(\d[\d,]*) tokens", re.IGNORECASE)
 _UNSUPPORTED = re.compile(
     r"unsupported|not (?:be )?supported|(?:does|do|is|are) not (?:support|allowed|permitted|recogni[sz]ed)|only the default|"
-    r"unknown|unrecogni[sz]ed|unexpected|extra (?:inputs|fields)|deprecated|not available", re.IGNORECASE)
+    r"unknown|unrecogni[sz]ed|unexpected|extra (?:inputs|fields)|deprecated|not available|not (?:a )?(?:valid|accepted)|"
+    r"only \S+ (?:is|are) (?:allowed|supported|permitted)|(?:only|must) be set to|cannot (?:both )?be (?:used|set|specified)",
+    re.IGNORECASE)
 
 
 def overflowed(status: int, message: str, code: str = "") -> bool:
@@ -110,7 +113,10 @@ def said_in(body: Any) -> str:
     if isinstance(body, list):
         return "; ".join(filter(None, map(said_in, body)))
     if isinstance(body, dict):
-        return next(filter(None, (said_in(body.get(key)) for key in ("message", "error", "detail", "msg"))), "")
+        said = next(filter(None, (said_in(body.get(key)) for key in ("message", "error", "detail", "msg"))), "")
+        place = body.get("loc")  # FastAPI's: which field is meant is said nowhere else
+        named = ".".join(str(part) for part in place if part != "body") if isinstance(place, list) else ""
+        return f"{named}: {said}" if said and named else said
     return ""
 
 
@@ -135,37 +141,33 @@ def retry_after(headers: Mapping[str, str], now: float) -> float | None:
         return None
 
 
-def content_text(content: Any) -> str:
-    """Return the text of a message's content: null, a text, or a list of parts, of which thoughts are no text.
+class Said(NamedTuple):
+    """What a message's content holds."""
+    text: str
+    reasoning: str = ""
+    refusal: str = ""
+
+
+def content_of(content: Any) -> Said:
+    """Return what a message's content holds: null, a text, or a list of parts, of which each has a type.
 
     Raises:
         ValueError: it is something else. It must not pass for an empty answer, which has a score.
     """
     if content is None or isinstance(content, str):
-        return content or ""
-    parts = content if isinstance(content, list) and all(isinstance(part, dict) for part in content) else [{}]
-    texts = [part.get("text") for part in parts if part.get("type") not in ("thinking", "reasoning")]
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError("its content is no text")
-    return "".join(map(str, texts))
-
-
-def split_thought(text: str) -> tuple[str, str]:
-    """Return the thought that a completion begins with, and what follows it.
-
-    A thought is a block of `<think>`, `<thinking>`, `<reasoning>` and the like at the beginning; one that is never
-    closed is all thought, and one that a chat template has opened before the completion has only an end.
-    """
-    thoughts = []
-    while opened := _OPENED.match(text):
-        name = opened[1]
-        closing = rf"</{re.escape(name)}\s*>" if name else re.escape("[/THINK]" if opened[2] else "◁/think▷")
-        closed = re.compile(closing, re.IGNORECASE).search(text, opened.end())
-        thoughts.append(text[opened.end():closed.start() if closed else None].strip())
-        text = text[closed.end():].lstrip() if closed else ""
-    if not thoughts and (closed := _CLOSED.search(text)):
-        thoughts, text = [text[:closed.start()].strip()], text[closed.end():].lstrip()
-    return "\n".join(filter(None, thoughts)), text
+        return Said(content or "")
+    found: dict[str, list[str]] = {"text": [], "reasoning": [], "refusal": []}
+    for one in content if isinstance(content, list) else [None]:
+        part: dict[str, Any] = one if isinstance(one, dict) else {"type": "nothing"}
+        kind = part.get("type") or "text"
+        place = {"output_text": "text", "thinking": "reasoning"}.get(kind, kind) if isinstance(kind, str) else ""
+        value = part.get(kind, part.get("text")) if place in found else None
+        if isinstance(value, list) and place == "reasoning":  # Mistral's thought has parts of its own
+            value = content_of(value).text
+        if not isinstance(value, str):
+            raise ValueError("its content is no text")
+        found[place].append(value)
+    return Said("".join(found["text"]), "\n".join(found["reasoning"]), "".join(found["refusal"]))
 
 
 def usage_of(used: Any) -> Usage:
@@ -209,16 +211,36 @@ def failure_in(answer: Any) -> Failure | None:
     Routers such as OpenRouter send the headers before the provider has failed.
     """
     choice = first_choice(answer)
-    message = choice.get("message") if choice else None
-    for part in (answer, choice, message):
-        body = part.get("error") if isinstance(part, dict) else None
-        if body:
+    for part in (answer, choice, choice.get("message") if choice else None):
+        body = complaint(part)
+        if body is not None:
             said, code = said_in(body), body.get("code") if isinstance(body, dict) else None
             status = 400 if overflowed(400, said, code_in(body)) else 500
             if isinstance(code, int) and not isinstance(code, bool) and 400 <= code < 600:
                 status = code
             return Failure(status, body)
     return None
+
+
+def complaint(part: Any) -> Any:
+    """Return what an answer, or a part of one, says of an error; None where it says nothing."""
+    if not isinstance(part, dict):
+        return None
+    for key, value in part.items():
+        if _ERROR.fullmatch(key) and not _nothing(value):
+            return value
+    failed = any(
+        isinstance(part.get(key), str) and _FAILED.fullmatch(part[key]) for key in ("object", "type", "status"))
+    return part if failed or part.get("success") is False else None
+
+
+def _nothing(value: Any) -> bool:
+    """Return True for what a field of errors holds where there is none, such as `{"code": 0, "message": ""}`."""
+    if isinstance(value, dict):
+        return all(map(_nothing, value.values()))
+    if isinstance(value, list):
+        return all(map(_nothing, value))
+    return not value or (isinstance(value, str) and value.strip().lower() in ("", "0", "none", "null", "false"))
 
 
 def first_choice(answer: Any) -> dict[str, Any] | None:
@@ -264,14 +286,15 @@ def completion_of(answer: Any,
     if finish and finish.lower() not in FINISHED and finish not in finished:
         raise ValueError(f"its finish_reason is {finish[:60]}, which no whole answer has; if this endpoint's have, "
                          f"say so with --finish-reason {finish[:60]}")
-    text = content_text(message.get("content"))
-    reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
-    reasoning = reasoning if isinstance(reasoning, str) else ""
+    said = content_of(message.get("content"))
+    text = said.text
+    reasoning = message.get("reasoning_content") or message.get("reasoning") or said.reasoning
+    reasoning = reasoning if isinstance(reasoning, str) else json.dumps(reasoning, ensure_ascii=False)
     # What else was said: a refusal, tool calls, audio, citations. Empty and null is nothing.
     known = ("role", "content", "reasoning_content", "reasoning", "refusal", "error")
     extras = {key: value for key, value in message.items() if key not in known and value}
     refusal = message.get("refusal")
-    refusal = refusal if isinstance(refusal, str) else ""
+    refusal = refusal if refusal and isinstance(refusal, str) else said.refusal
     if not finish and not (text.strip() or refusal or extras):
         raise ValueError("it has neither text nor finish_reason")
     if not keep_think:
@@ -284,33 +307,39 @@ def streamed(text: str) -> Any:
     """Return the answer whose pieces are the events in `text`, in the form of an answer that came whole.
 
     Raises:
-        ValueError: an event is no JSON, there is none, or the stream ends without a finish_reason or [DONE].
+        ValueError: an event is no JSON, there is none, or the stream ends without a finish_reason.
     """
     answer: dict[str, Any] = {}
     message: dict[str, Any] = {"role": "assistant"}
     choice: dict[str, Any] = {"message": message}
-    ended, begun = False, False
-    for data in events(text):
+    begun = False
+    for kind, data in events(text):
+        if kind == "error":
+            return {"error": _json_or_text(data) or "an event named error"}
         if data.strip() == "[DONE]":
-            ended = True
             continue
         chunk = loads(data)
         if not isinstance(chunk, dict):
             raise ValueError("an event is no object")
-        if chunk.get("error"):
-            return {"error": chunk["error"]}
+        if (body := complaint(chunk)) is not None:
+            return {"error": body}
         answer["usage"] = chunk.get("usage") or answer.get("usage")
         part = first_choice(chunk)
         if part is None or part.get("index", 0) != 0:
             continue
         begun = True
+        delta = part.get("delta") or part.get("message") or {}
+        if not isinstance(delta, dict):
+            raise ValueError("an event's delta is no object")
+        if failure_in({"choices": [{**part, "message": delta}]}):  # a later piece could hide it
+            return {"choices": [{**part, "message": delta}]}
+        before = choice.get("finish_reason")
         choice.update({
             key: value
             for key, value in part.items() if key not in ("delta", "message") and value is not None
         })
-        delta = part.get("delta") or part.get("message") or {}
-        if not isinstance(delta, dict):
-            raise ValueError("an event's delta is no object")
+        if before not in (None, "") and not (isinstance(before, str) and before.lower() in FINISHED):
+            choice["finish_reason"] = before
         for key, value in delta.items():
             before = message.get(key)
             if key == "tool_calls" and isinstance(value, list):
@@ -323,9 +352,16 @@ def streamed(text: str) -> Any:
                 message[key] = value
     if not begun:
         raise ValueError("it has no events with choices")
-    if not ended and not choice.get("finish_reason"):
-        raise ValueError("the stream ends in the middle")
+    if not choice.get("finish_reason"):  # [DONE] alone also ends what failed
+        raise ValueError("the stream ends without a finish_reason")
     return {**answer, "choices": [choice]}
+
+
+def _json_or_text(data: str) -> Any:
+    try:
+        return loads(data)
+    except ValueError:
+        return data
 
 
 def _joined_calls(calls: list[Any], deltas: Sequence[Any]) -> list[Any]:

@@ -50,6 +50,7 @@ EMPTY = "(empty)"
 AS_OPENAI = Sampling()
 NO_KEY = "none"  # sent to an endpoint that needs none
 LESSONS = 8  # how often one request is changed and asked again
+_STREAM = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:data|event|id|retry)?:")
 _MODERATION = re.compile(r"moderat|flagged|content.?(filter|policy|management)", re.IGNORECASE)
 _CERTIFICATE = re.compile(r"certificate|CERT_|SSL", re.IGNORECASE)
 
@@ -242,8 +243,7 @@ class ChatModel:
         response: httpx2.Response = raw.http_response
         body = response.content
         try:
-            packed = "event-stream" in response.headers.get("content-type", "") or body.startswith(
-                (b"data:", b"event:"))
+            packed = "event-stream" in response.headers.get("content-type", "").lower() or _STREAM.match(body)
             answer = streamed(body.decode(errors="replace")) if packed else foreign.loads(body)
         except ValueError as error:
             raise ValueError(f"{error} ({describe(response.headers, body)})") from None

@@ -242,12 +242,17 @@ class Body:
         return b"".join(self._pieces)
 
 
-def events(text: str) -> Iterator[str]:
-    """Return the data of each server-sent event in `text` (WHATWG HTML, 9.2.6)."""
+def events(text: str) -> Iterator[tuple[str, str]]:
+    """Return the name, empty where it has none, and data of each server-sent event in `text` (WHATWG HTML, 9.2.6)."""
     lines: list[str] = []
-    for line in [*re.split(r"\r\n|\r|\n", text), ""]:
-        if line.startswith("data:"):
-            lines.append(line[5:].removeprefix(" "))
-        elif not line and lines:
-            yield "\n".join(lines)
-            lines = []
+    name = ""
+    for line in [*re.split(r"\r\n|\r|\n", text.removeprefix("\ufeff")), ""]:
+        field, _, value = line.partition(":")
+        if field == "data":
+            lines.append(value.removeprefix(" "))
+        elif field == "event":
+            name = value.strip()
+        elif not line:
+            if lines:
+                yield name, "\n".join(lines)
+            lines, name = [], ""

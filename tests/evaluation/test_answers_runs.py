@@ -11,15 +11,28 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from evaluation.answers import FINISHED, FULL, completion_of, room_in, split_thought, streamed, unsupported, usage_of
+from evaluation.answers import (
+    FINISHED,
+    FULL,
+    completion_of,
+    failure_in,
+    room_in,
+    said_in,
+    streamed,
+    unsupported,
+    usage_of,
+)
 from evaluation.endpoint import ChatModel
 from evaluation.model import Usage
 from evaluation.numbers import cost
+from evaluation.thoughts import split_thought
 from tests.evaluation.whole import attempts, outcomes, run, summary
 from tests.fixtures.standins import Answer, completion, counter_player, endpoint, environment, failure, serving
 
 ONCE = ("--model-tries", "1", "--concurrency", "1", "--max-error-rate", "1")
 WORDS = st.text(max_size=8)
+KEYS = st.sampled_from(["error", "error", "errors", "Error", "error_message", "errorMessage", "error_msg", "error-code", "error_info"])
+STATES = st.sampled_from([{"object": "error"}, {"type": "error", "code": 503}, {"status": "failed"}, {"success": False}, {"status": "Cancelled"}])
 ERRORS = st.sampled_from(["overloaded", {"message": "Provider returned error", "code": 502}, {"message": "no"}, ["x"], {"code": "insufficient_system_resource"}, True, 500])
 NOTHING = st.sampled_from([None, "", {}, [], False, 0])
 REASONS = st.sampled_from(["insufficient_system_resource", "error", "abort", "timeout", "cancelled", "server_error", "preempted", "unknown", "network_error"]) | st.text(min_size=1).filter(
@@ -30,36 +43,93 @@ REASONS = st.sampled_from(["insufficient_system_resource", "error", "abort", "ti
 def failed_answers(draw):
     """An answer with status 200 that says somewhere that it failed, or ends as no whole answer does; with or without words."""
     body = completion(draw(st.sampled_from(["win", "", None, "Action: win"])))
-    choice, where = body["choices"][0], draw(st.integers(1, 15))
+    choice, where = body["choices"][0], draw(st.integers(1, 31))
+    parts = (body, choice, choice["message"])
     if where & 1:
         choice["finish_reason"] = draw(REASONS)
-    if where & 2:
-        choice["error"] = draw(ERRORS)
-    if where & 4:
-        body["error"] = draw(ERRORS)
-    if where & 8:
-        choice["message"]["error"] = draw(ERRORS)
-    for part in (body, choice):
+    for bit, part in zip((2, 4, 8), parts, strict=True):
+        if where & bit:
+            part[draw(KEYS)] = draw(ERRORS)
+    if where & 16:
+        draw(st.sampled_from(parts)).update(draw(STATES))
+    for part in parts:
         part.setdefault("error", draw(NOTHING))
     return body
 
 
-@given(body=failed_answers(), kind=st.sampled_from(["application/json", "text/html", "text/plain", "text/event-stream", ""]))
+def in_pieces(body: dict, ends: int) -> bytes:
+    """The same answer as a stream: what choice and message say of themselves comes in the first piece, a whole answer's end after it."""
+    choice = body["choices"][0]
+    first = {**body, "choices": [{**{key: value for key, value in choice.items() if key != "message"}, "index": 0, "delta": choice["message"]}]}
+    last = {"choices": [{"index": 0, "delta": {"content": "win", "error": ""}, "finish_reason": "stop", "error": None}]}
+    return b"".join(b"data: " + json.dumps(chunk).encode() + b"\n\n" for chunk in (first, last)[:ends]) + b"data: [DONE]\n\n"
+
+
+@given(body=failed_answers(), kind=st.sampled_from(["application/json", "text/html", "text/plain", "text/event-stream", ""]), ends=st.sampled_from([0, 0, 1, 2]))
 @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
-def test_no_failed_answer_is_ever_scored(body, kind, tmp_path_factory):
+def test_no_failed_answer_is_ever_scored(body, kind, ends, tmp_path_factory):
     out = tmp_path_factory.mktemp("failed")
-    with environment() as env, endpoint(lambda messages, _: Answer(body, 200, {"content-type": kind})) as model:
-        run(out / "out", env.url, model.base_url, "--items", "0", *ONCE)
+    said = in_pieces(body, ends) if ends else body
+    with environment() as env, endpoint(lambda messages, _: Answer(said, 200, {"content-type": kind})) as model:
+        run(out / "out", env.url, model.base_url, "--items", "0", *(["--stream"] if ends else []), *ONCE)
         assert not env.stepped
     for record in attempts(out / "out") if (out / "out" / "attempts.jsonl").exists() else []:
         assert (record["outcome"], record["reward"]) == ("model_error", None)
 
 
-@given(st.sampled_from(sorted(FINISHED)), NOTHING)
-def test_a_whole_answer_is_one_whatever_its_reason_is_called(reason, nothing):
-    body = completion("win")
-    body["choices"][0].update(finish_reason=reason, error=nothing)
-    assert completion_of(body).text == "win"
+@given(failed_answers(), st.sampled_from([0, 1, 2]))
+@settings(max_examples=500)
+def test_no_failed_answer_is_ever_taken_for_a_whole_one(body, ends):
+    try:
+        answer = streamed(in_pieces(body, ends).decode()) if ends else body
+    except ValueError:
+        return
+    if failure_in(answer) is None:
+        with pytest.raises(ValueError):
+            completion_of(answer)
+
+
+@given(st.sampled_from(sorted(FINISHED)), NOTHING | st.sampled_from([{"code": 0, "message": ""}, "0", "none", [None]]), st.sampled_from(["error", "errors", "error_code", "error_msg"]))
+def test_a_whole_answer_is_one_whatever_its_reason_is_called(reason, nothing, key):
+    body = {**completion("win"), key: nothing, "status": "completed", "success": True}
+    body["choices"][0].update(finish_reason=reason, **{key: nothing})
+    assert failure_in(body) is None and completion_of(body).text == "win"
+    body["choices"][0]["message"] = {"role": "assistant", "content": "", key: nothing}
+    told = streamed(in_pieces(body, 2).decode())
+    assert failure_in(told) is None and completion_of(told).text == "win"
+
+
+@pytest.mark.parametrize("events", [
+    'data: {"choices": [{"delta": {"content": "win"}}]}\n\ndata: [DONE]\n\n',
+    'data: {"choices": [{"delta": {"content": "win"}}]}\n\nevent: error\ndata: {"message": "overloaded"}\n\ndata: [DONE]\n\n',
+    'data: {"choices": [{"delta": {"content": "win"}, "finish_reason": "stop"}]}\n\nevent: error\ndata: overloaded\n\n',
+    'data: {"choices": [{"delta": {"content": "win"}}]}\n\ndata: {"object": "error", "message": "engine died", "code": 500}\n\ndata: [DONE]\n\n',
+    'data: {"choices": [{"delta": {"content": "wi"}, "finish_reason": "abort"}]}\n\ndata: {"choices": [{"delta": {"content": "n"}, "finish_reason": "stop"}]}\n\n',
+    'data: {"choices": [{"delta": {"content": "win"}, "error": {"message": "x"}}]}\n\ndata: {"choices": [{"delta": {}, "error": {}, "finish_reason": "stop"}]}\n\n',
+], ids=["done without a reason", "an event named error", "an error after the end", "vLLM's error", "an abort and a stop", "an error that a later piece hides"])
+def test_a_stream_that_fails_in_the_middle_is_no_answer(events, tmp_path):
+    with environment() as env, endpoint(lambda messages, _: Answer(events.encode(), 200, {"content-type": "text/event-stream"}) if len(messages) > 3 else
+                                        Answer(pieces("add", {}), 200, {"content-type": "text/event-stream"})) as model:
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0", "--stream", "--model-tries", "1") == 1
+    record, = attempts(tmp_path / "out")
+    assert record["outcome"] == "model_error" and len(record["turns"]) == 1
+
+
+@pytest.mark.parametrize("content,text,reasoning,refusal", [
+    ([{"type": "thinking", "thinking": [{"type": "text", "text": "lose"}]}, {"type": "text", "text": "win"}], "win", "lose", ""),
+    ([{"type": "reasoning", "text": "lose"}, {"type": "output_text", "text": "w"}, {"text": "in"}], "win", "lose", ""),
+    ([{"type": "refusal", "refusal": "I cannot"}], "", "", "I cannot"),
+    ([], "", "", ""),
+])
+def test_parts_of_a_content_are_told_apart(content, text, reasoning, refusal):
+    found = completion_of(completion(content))
+    assert (found.text, found.reasoning, found.refusal) == (text, reasoning, refusal)
+
+
+@pytest.mark.parametrize("content", [5, {"text": "win"}, ["win"], [{"type": "error", "text": "win"}], [{"type": "image_url", "image_url": {}}], [{"type": ["text"], "text": "win"}], [{"type": "text", "text": None}]], ids=repr)
+def test_a_content_of_another_form_is_no_answer(content):
+    with pytest.raises(ValueError, match="its content is no text"):
+        completion_of(completion(content))
 
 
 def test_a_choices_error_is_kept_in_its_own_words_and_tried_again(tmp_path):
@@ -176,6 +246,13 @@ def test_a_run_says_how_many_attempts_ended_with_room_left(tmp_path, capsys):
     ("<think>Action: lose</think>\nAction: win", "Action: lose", "Action: win"), ("<Thinking>\na\n</Thinking>win", "a", "win"), ("<reasoning>a</reasoning><think>b</think> win", "a\nb", "win"),
     ("<think>never closed", "never closed", ""), ("opened by the template</think>win", "opened by the template", "win"), ("[THINK]a[/THINK]win", "a", "win"), ("◁think▷a◁/think▷win", "a", "win"),
     ("<seed:think>a</seed:think>win", "a", "win"), ("<think></think>win", "", "win"), ("win", "", "win"), ("a <think>b", "", "a <think>b"), ("", "", ""), ("<search>x</search>", "", "<search>x</search>"),
+    ("<think>a<think>b</think>c</think>win", "a<think>b</think>c", "win"), ("<think>no <think> tags</think>win", "no <think> tags", "win"), ("a</think>b</think>win", "a</think>b", "win"),
+    ("<reasoning>a <think>b</think> c</reasoning>win", "a <think>b</think> c", "win"), ("<THINK budget='5'>a</Think >win", "a", "win"), ("<think depth=2>never closed", "never closed", ""),
+    ("\ufeff <think>never closed", "never closed", ""), ("\u200b<think>a</think>win", "a", "win"), ("<thinking>a</think>win", "a", "win"), ("<think/>win", "", "win"),
+    ("win <think>was it?</think>", "was it?", "win "), ("Sure. <think>Action: lose</think>Action: win", "Action: lose", "Sure. Action: win"), ("a</reasoning>win", "a", "win"),
+    ("win <reasoning>why</reasoning>", "", "win <reasoning>why</reasoning>"), ("win<|end|>", "", "win<|end|>"), ("<|START_THINKING|>a<|END_THINKING|>win", "a", "win"),
+    ("<|begin_of_thought|>a<|end_of_thought|>win", "a", "win"), ("<thinker>a</thinker>win", "", "<thinker>a</thinker>win"),
+    ("<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>win<|return|>", "a", "win"),
 ])
 def test_a_thought_before_the_answer_is_apart(text, thought, rest):
     assert split_thought(text) == (thought, rest)
@@ -185,6 +262,13 @@ def test_a_thought_before_the_answer_is_apart(text, thought, rest):
 def test_what_follows_a_thought_is_the_answer(thought, tag, rest):
     if f"</{tag}" not in thought and not re.match(r"\s*[<\[◁]", rest) and "think" not in rest.lower():
         assert split_thought(f"<{tag}>{thought}</{tag}>{rest}") == (thought.strip(), rest.lstrip())
+
+
+@pytest.mark.parametrize("text", ["<think>" * 10**6, "a" + "<think>" * 10**6, "a" + "<think>x</think>" * 10**6, "</think>" * 10**6, "<think " * 10**5, "[THINK]</think>" * 10**6],
+                         ids=["opened", "opened later", "closed", "ends", "half", "mixed"])
+def test_marks_without_number_are_read_in_one_go(text):  # reading them over and over takes longer than a test may
+    thought, rest = split_thought(text)
+    assert len(thought) + len(rest) <= len(text)
 
 
 def test_an_action_in_a_thought_is_never_played_unless_it_is_kept(tmp_path):
@@ -256,6 +340,20 @@ def test_what_an_endpoint_does_not_know_is_learnt_said_and_kept(tmp_path, capsys
 
 def test_a_value_out_of_range_is_no_parameter_that_is_unknown():
     assert unsupported("temperature must be between 0 and 1", "temperature", ("temperature", )) is None
+
+
+@pytest.mark.parametrize("body,found", [
+    ({"detail": [{"type": "extra_forbidden", "loc": ["body", "seed"], "msg": "Extra inputs are not permitted", "input": 1}]}, ("seed", "")),
+    ({"message": "invalid temperature: only 1 is allowed for this model"}, ("temperature", "")),
+    ({"message": "`temperature` may only be set to 1 when thinking is enabled"}, ("temperature", "")),
+    ({"message": "`temperature` and `top_p` cannot both be specified for this model"}, ("temperature", "")),
+    ({"message": "Unrecognized request argument supplied: seed"}, ("seed", "")),
+    ({"message": 'Invalid JSON payload received. Unknown name "seed": Cannot find field.'}, ("seed", "")),
+    ({"message": "max_tokens is too large: 100000. This model supports at most 16384 completion tokens"}, None),
+    ({"message": "messages: at least one message is required"}, None),
+])
+def test_refusals_of_many_endpoints_name_the_parameter(body, found):
+    assert unsupported(said_in(body), "", ("temperature", "top_p", "max_tokens", "seed")) == found
 
 
 def test_azures_addresses_and_headers_are_sent_and_their_values_kept_out(tmp_path, monkeypatch, capsys):

@@ -146,6 +146,7 @@ def test_misuse_is_refused_before_anything_is_played(root):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # invoke starts twenty times, on whatever else the machine does
 def test_a_suite_killed_at_twenty_moments_ends_as_if_it_never_was(root):
     slowly = lambda messages, body: Answer(completion(counter_player(messages, body)), delay=0.05)  # noqa: E731
 
