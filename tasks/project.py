@@ -7,11 +7,15 @@ from invoke.context import Context
 from invoke.tasks import task
 
 from tasks.lib.doctor import checks
+from tasks.lib.doctor.check import MISSING
 from tasks.lib.engine import containers
 from tasks.lib.engine.client import drive, require_engine
 from tasks.lib.engine.images import EVERY, environment_filter, environment_images, image_facts, image_name
 from tasks.lib.engine.ownership import PROJECT, Owner, is_ours
 from tasks.lib.errors import UserError
+from tasks.lib.flags import port_number
+from tasks.lib.host.ports import port_is_free
+from tasks.lib.settings import resolve
 from tasks.lib.tables import human_age, human_size, print_table
 
 
@@ -80,15 +84,32 @@ def down(c: Context, any_: bool = False) -> None:
     containers.remove_ours(c, any_)
 
 
+def environments_data() -> tuple[list[str], list[str]]:
+    """Return the names of the environments that lack data, and of those that have it."""
+    from tasks.lib.environments.lookup import all_rows, data_folder
+    lacking = {row.name: bool(row.missing_data(data_folder(row))) for row in all_rows().values() if row.data}
+    return [name for name, lacks in lacking.items() if lacks], [name for name, lacks in lacking.items() if not lacks]
+
+
+def taken_ports() -> dict[int, str]:
+    """Return the ports that environments and plain Compose's services would take and another program has."""
+    from tasks.lib.environments.lookup import all_rows
+    from tasks.lib.environments.running import running_servers
+    ours = {one.port for found in running_servers().values() for one in found}
+    wanted = {row.port: row.name for row in all_rows().values()}
+    wanted[port_number("SERVE_PORT", resolve("SERVE_PORT"))] = "SERVE_PORT"
+    return {port: name for port, name in wanted.items() if port not in ours and not port_is_free(port)}
+
+
 @task(positional=[], auto_shortflags=False, help={"json": "Print one JSON object in place of the lines."})
 def doctor(c: Context, json: bool = False) -> None:
-    """Check engine, plugins, GPUs, disk, settings, sources."""
+    """Check this host, its engine, images, data, settings."""
     from tasks.lib.environments.lookup import key_names
-    found = list(checks.all_checks(key_names))
+    found = list(checks.all_checks(key_names, environments_data, taken_ports))
     if json:
         print(json_format.dumps({"checks": [check.as_dict() for check in found]}, indent=2))
     else:
         print_table(("", "what", "found", "remedy"),
                     [(check.level, check.name, check.found, check.remedy) for check in found])
-    if any(check.level == checks.MISSING for check in found):
+    if any(check.level == MISSING for check in found):
         raise UserError(code=1)

@@ -113,3 +113,14 @@ def port_number(name: str, value: str) -> int:
     if not value.isdecimal() or not 1 <= int(value[:20]) <= 65535:
         raise UserError(f"{name} {value} is no port; choose one from 1 to 65535")
     return int(value)
+
+
+def size_bytes(text: str) -> int | None:
+    """Return the bytes of a size as Docker writes it, 32g; None for another text."""
+    number, unit = text.lower().rstrip("b"), 1
+    if number and number[-1] in "kmg":
+        unit, number = 1024**(" kmg".index(number[-1])), number[:-1]
+    try:
+        return int(float(number) * unit)
+    except ValueError:
+        return None

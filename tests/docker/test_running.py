@@ -401,10 +401,11 @@ def test_doctor_reports_every_check(built: Workbench) -> None:
     checks = {one["name"]: one for one in json.loads(done.stdout)["checks"]}
     assert set(checks) == {
         "engine", "environments", "compose", "buildx", "nvidia", "disk", "settings", ".env", "AGENTGYM_RL_SRC",
-        "AGENTGYM_SRC", "files"
+        "AGENTGYM_SRC", "files", "gpus", "memory", "/dev/shm", "ports", "clock", "images", "data", "models", "keys", "others", ".env and environment"
     }
+    assert checks["images"]["level"] == "ok", "all are built"
     assert checks["engine"]["found"] == built.docker("version", "--format", "{{.Server.Version}}")
-    assert checks["AGENTGYM_RL_SRC"]["found"] == str(built.sources)
+    assert checks["AGENTGYM_RL_SRC"]["found"].startswith(f"{built.sources}, commit ")
     assert done.returncode == int(any(one["level"] == "missing" for one in checks.values()))
     lines = built.invoke("doctor").stdout.splitlines()
     assert len(lines) == 1 + len(checks)

@@ -4,49 +4,36 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 
+import psutil
+
+from tasks.lib.doctor import surroundings
+from tasks.lib.doctor.check import MISSING, NOTE, OK, Check
+from tasks.lib.engine import containers
 from tasks.lib.engine.client import (
     COMMAND_NOT_FOUND,
     ENGINE_AT_LEAST,
     ENGINE_AT_LEAST_FOR_ENVIRONMENTS,
     ask,
+    elsewhere,
     engine_version,
     has_nvidia_runtime,
 )
-from tasks.lib.engine.sources import GYM, RL, choose_sources
+from tasks.lib.engine.images import IMAGES, image_facts, image_name
+from tasks.lib.engine.sources import GYM, RL, choose_sources, revision
 from tasks.lib.errors import BadSetting, DockerError, UserError
+from tasks.lib.flags import size_bytes
 from tasks.lib.redaction import hide_logins
-from tasks.lib.settings import FOLDERS, ROOT, SETTINGS, read_dotenv
+from tasks.lib.settings import FOLDERS, ROOT, SETTINGS, read_dotenv, resolve
 
-OK, NOTE, MISSING = "ok", "note", "missing"
 DISK_GB = 32
 # What may stand in .env and is no setting: Compose's own, and the consent that plain Compose passes on.
 NO_SETTINGS = {"COMPOSE_FILE", "COMPOSE_PROFILES", "COMPOSE_IGNORE_ORPHANS", "DOCKER_DEFAULT_PLATFORM", "I_UNDERSTAND"}
 FILES = ("docker-compose.yml", "docker-compose.cpu.yml", "docker-compose.gpu-env.yml", "docker/base.Dockerfile",
          "docker/train.Dockerfile", "docker/scripts.Dockerfile", "docker/serve.Dockerfile", "docker/env.Dockerfile",
          "Dockerfile.eval", "environments.toml", "training.toml")
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line of the doctor.
-
-    Attributes:
-        name: what was looked at.
-        level: ok, note (fine for some uses) or missing (needed).
-        found: what is there.
-        remedy: what to do about it; empty where nothing is to be done.
-    """
-    name: str
-    level: str
-    found: str
-    remedy: str = ""
-
-    def as_dict(self) -> dict[str, str]:
-        """Return the check for `--json`."""
-        return asdict(self)
 
 
 def check_engine(version: str) -> Check:
@@ -72,13 +59,13 @@ def check_compose(version: str) -> Check:
     return Check("compose", MISSING, version, "install the Compose v2 plugin (docker-compose-plugin)")
 
 
-def check_disk(free_bytes: int, place: str) -> Check:
-    """Judge the room for images."""
-    free = free_bytes / 1e9
-    if free >= DISK_GB:
-        return Check("disk", OK, f"{free:.0f} GB free in {place}")
+def check_disk(free_bytes: int, place: str, built_bytes: int = 0) -> Check:
+    """Judge the room for the images that are planned: all of ours, less `built_bytes` that are there."""
+    free, planned = free_bytes / 1e9, max(0, DISK_GB - built_bytes / 1e9)
+    if free >= planned:
+        return Check("disk", OK, f"{free:.0f} GB free in {place}, {planned:.0f} GB of images not built yet")
     return Check("disk", MISSING, f"{free:.0f} GB free in {place}",
-                 f"the images need {DISK_GB} GB; free some, or run `invoke clean.cache`")
+                 f"the images that are not built yet need {planned:.0f} GB; free some, or run `invoke clean.cache`")
 
 
 def check_dotenv(exists: bool, variables: Mapping[str, str], keys: Collection[str] = ()) -> Check:
@@ -99,8 +86,7 @@ def check_sources(root: Path, settings: Mapping[str, str]) -> list[Check]:
         return [Check("sources", MISSING, str(error), "see AGENTGYM_RL_SRC and AGENTGYM_SRC in .env.example")]
     return [
         Check(
-            name, OK,
-            hide_logins(chosen[name])
+            name, OK, f"{hide_logins(chosen[name])}, commit {revision(chosen[name])}"
             if name in chosen else f"{SETTINGS[name].default} (fetched when an image is built)") for name in (RL, GYM)
     ]
 
@@ -125,8 +111,15 @@ def check_nvidia(runtime: bool) -> Check:
                  "install nvidia-container-toolkit to train")
 
 
-def all_checks(keys: Callable[[], Collection[str]]) -> Iterator[Check]:
-    """Look at everything that the project needs, Docker first; `keys` are the variables that environments ask for."""
+def all_checks(keys: Callable[[], Collection[str]], data: Callable[[], tuple[list[str], list[str]]],
+               taken: Callable[[], Mapping[int, str]]) -> Iterator[Check]:
+    """Look at everything that the project needs, Docker first.
+
+    Args:
+        keys: gives the variables that environments ask for.
+        data: gives the names of environments that lack their data, and of those that have it.
+        taken: gives the ports that are taken, and what would listen there.
+    """
     try:
         dotenv = read_dotenv()
     except BadSetting as error:  # on which everything else depends
@@ -137,6 +130,22 @@ def all_checks(keys: Callable[[], Collection[str]]) -> Iterator[Check]:
     yield check_dotenv((ROOT / ".env").is_file(), dotenv, keys())
     yield from check_sources(ROOT, {**dotenv, **os.environ})
     yield check_files(ROOT)
+    yield surroundings.check_shared(shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else None)
+    yield _asked("ports", lambda: surroundings.check_ports(taken()))
+    yield _asked("data", lambda: surroundings.check_data(*data()))
+    yield surroundings.check_models(surroundings.models_in(ROOT / "models"), ROOT / "models")
+    environ = {**dotenv, **os.environ}
+    yield surroundings.check_keys(environ)
+    yield surroundings.check_differences(dotenv, os.environ)
+
+
+def _asked(name: str, judge: Callable[[], Check]) -> Check:
+    """Return what `judge` says, or what keeps it from saying anything."""
+    try:
+        return judge()
+    except UserError as error:
+        found, _, remedy = error.message.partition("; ")
+        return Check(name, MISSING, found or "docker gives no reason", remedy or "compare with .env.example")
 
 
 def _compose_reads() -> Check:
@@ -154,6 +163,9 @@ def _docker_checks() -> Iterator[Check]:
         version = engine_version()
     except DockerError as error:
         yield Check("engine", MISSING, "none answers", error.message or "start Docker")
+        yield surroundings.check_gpus(surroundings.gpus_here(), "")
+        yield _memory(psutil.virtual_memory().total)
+        yield _clock(None)
         if error.code != COMMAND_NOT_FOUND:  # Compose reads its files without an engine
             yield _compose_reads()
         return
@@ -168,8 +180,31 @@ def _docker_checks() -> Iterator[Check]:
         except DockerError:
             yield Check(name, MISSING, "not installed", f"install the plugin docker-{name}-plugin")
     yield _compose_reads()
+    said, host = ask(lambda client: client.system.info()), elsewhere()
+    yield surroundings.check_gpus(None if host else surroundings.gpus_here(), host)
     yield check_nvidia(has_nvidia_runtime())
-    place = Path(ask(lambda client: client.system.info().docker_root_dir) or "/")
-    # The engine may run elsewhere (Docker Desktop, a remote host), with a folder that is not here.
-    here = place if place.exists() else ROOT
-    yield check_disk(shutil.disk_usage(here).free, str(here))
+    facts = {image.name: image_facts(image_name(image.name)) for image in IMAGES}
+    place = Path(said.docker_root_dir or "/")
+    if host:
+        yield Check("disk", NOTE, f"the engine's is on {host}, in {place}", "docker system df")
+    else:  # Docker Desktop's folder is in its own machine
+        here = place if place.exists() else ROOT
+        yield check_disk(
+            shutil.disk_usage(here).free, str(here), max([fact.size for fact in facts.values() if fact], default=0))
+    if said.mem_total:
+        yield _memory(said.mem_total)
+    yield _clock(datetime.fromisoformat(said.system_time) if said.system_time else None)
+    now = datetime.now(timezone.utc)
+    yield surroundings.check_images({name: now - fact.created if fact else None for name, fact in facts.items()})
+    yield _asked("others", lambda: surroundings.check_others([str(one.owner) for one in containers.around().others]))
+
+
+def _memory(total: int) -> Check:
+    shared = resolve("SHM_SIZE")
+    return surroundings.check_memory(total, shared, size_bytes(shared))
+
+
+def _clock(engine: datetime | None) -> Check:
+    written = [(ROOT / name).stat().st_mtime for name in FILES if (ROOT / name).is_file()]
+    newest = datetime.fromtimestamp(max(written), timezone.utc) if written else None
+    return surroundings.check_clock(engine, datetime.now(timezone.utc), newest)

@@ -9,6 +9,7 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,9 +22,9 @@ from invoke.context import Context
 
 from tasks.lib.engine.compose_files import as_read, caller_variables, compose_files
 from tasks.lib.engine.dry_run import RECORDER, print_commands
-from tasks.lib.engine.remedies import NO_DOCKER, docker_said, engine_down, remedy
+from tasks.lib.engine.remedies import MOUNT_MISSING, NO_DOCKER, docker_said, engine_down, mount_missing_at, remedy
 from tasks.lib.errors import INTERRUPTED, DockerError, NoEngine, UserError
-from tasks.lib.redaction import redact, secret_values
+from tasks.lib.redaction import hide_logins, redact, secret_values
 from tasks.lib.settings import ROOT, read_dotenv
 
 if TYPE_CHECKING:
@@ -178,7 +179,18 @@ def has_nvidia_runtime() -> bool:
     The engine looks for the toolkit's hook on its PATH, whether or not a runtime named nvidia is registered too.
     """
     runtimes = ask(lambda docker: docker.system.info().runtimes) or {}
-    return "nvidia" in runtimes or has_nvidia_hook()
+    return "nvidia" in runtimes or (has_nvidia_hook() and not elsewhere())
+
+
+def elsewhere() -> str:
+    """Return the address of the engine in use where it is another machine's; empty where it is this one's."""
+    with suppress(DockerError, KeyError, AttributeError):  # an older docker has no contexts, and an address of its own
+        host = ask(lambda docker: docker.context.inspect(None).endpoints["docker"].host) or ""
+        if not host.startswith(
+            ("unix:", "npipe:",
+             "fd:")) and host and ask(lambda docker: docker.system.info().name) != socket.gethostname():
+            return hide_logins(host)
+    return ""
 
 
 def has_nvidia_hook() -> bool:
@@ -266,6 +278,8 @@ def _failures_as_errors(shown: bool) -> Iterator[None]:
     except DockerException as error:
         said = redact((error.stderr or error.stdout or "").strip(), secret_values())
         advice = remedy(docker_said(error.docker_command, said))
+        if advice == MOUNT_MISSING and (host := elsewhere()):
+            advice = mount_missing_at(host)
         code = 128 - error.return_code if error.return_code < 0 else error.return_code  # as a shell says it of a signal
         if advice:
             raise (NoEngine if advice == engine_down(os.environ) else DockerError)(advice, code=code) from None

@@ -6,9 +6,11 @@ import re
 from collections.abc import Mapping, Sequence
 
 from tasks.lib.redaction import hide_logins
+from tasks.lib.settings import ROOT
 
 NO_DOCKER = "no docker command on PATH; install Docker Engine 24 or newer with Compose v2 and Buildx"
 
+MOUNT_MISSING = "a mounted folder is missing; create the folder that Docker names"
 ENGINE_DOWN = "engine down"  # `engine_down` says more
 
 # What Docker says, and what a user can do about it. The first match counts.
@@ -26,7 +28,7 @@ REMEDIES = (
     (r"error setting rlimit",
      "the engine may not lift the limit on locked memory (rootless?); set MEMLOCK to what `ulimit -l` allows, in bytes"
      ),
-    (r"bind source path does not exist", "a mounted folder is missing; create the folder that Docker names"),
+    (r"bind source path does not exist", MOUNT_MISSING),
     (r"no space left on device", "the disk is full; see `docker system df`, then `invoke clean.cache`"),
     (r"no such host|dial tcp|i/o timeout",
      "the registry does not answer; check the network, or name an image that is here (BASE_IMAGE, EVAL_BASE_IMAGE)"),
@@ -55,6 +57,14 @@ def engine_down(environ: Mapping[str, str]) -> str:
     if host:
         return f"no Docker engine answers at DOCKER_HOST={hide_logins(host)}; start that one, or unset DOCKER_HOST"
     return "the Docker engine does not answer; start it (sudo systemctl start docker)"
+
+
+def mount_missing_at(host: str) -> str:
+    """Return what to do about a folder that is missing on the machine of the engine at `host`."""
+    return (
+        f"the engine at {host} mounts folders of its own machine, and one of ours is missing there; copy this checkout "
+        f"to the same path (`rsync -a {ROOT}/ HOST:{ROOT}/`), name volumes in docker-compose.override.yml, or take this "
+        "machine's engine (`unset DOCKER_HOST`, `docker context use default`)")
 
 
 def docker_said(argv: Sequence[str], said: str) -> str:

@@ -21,6 +21,7 @@ from tasks.lib.engine.images import image_exists, image_name, image_of
 from tasks.lib.engine.mounts import WORKSPACE, Translation, ensure_folders
 from tasks.lib.engine.sources import GYM, RL, choose_sources, is_url
 from tasks.lib.errors import MISUSE, UserError
+from tasks.lib.flags import size_bytes
 from tasks.lib.settings import ROOT, SETTINGS, effective_environment, resolve
 from training import probe
 
@@ -257,17 +258,6 @@ def check_size(flag: str) -> None:
     size = flag or resolve("SHM_SIZE")
     if not re.fullmatch(r"\d+(\.\d+)?[bkmg]b?", size, re.ASCII | re.IGNORECASE):
         raise UserError(f"{'--shm-size ' if flag else 'SHM_SIZE='}{size!r} is no size; write it as 512m or 32g")
-
-
-def size_bytes(text: str) -> int | None:
-    """Return the bytes of a size as Docker writes it, 32g; None for another text."""
-    number, unit = text.lower().rstrip("b"), 1
-    if number and number[-1] in "kmg":
-        unit, number = 1024**(" kmg".index(number[-1])), number[:-1]
-    try:
-        return int(float(number) * unit)
-    except ValueError:
-        return None
 
 
 def python_path(place: Place) -> str:
