@@ -22,6 +22,7 @@ from merger.dtypes import NUMPY
 from merger.plan import BLOCK_BYTES, SMALL_BYTES, Block, OutputFile, Part, all_blocks, tensor_blocks
 
 CACHED_ELEMENTS = 1 << 17  # cast and looked at while they are in the processor's cache
+AHEAD = 128 << 10  # bytes that Linux fetches ahead by default; it ignores what is asked for beyond
 EXPONENT: dict[str, np.unsignedinteger[Any]] = {
     "bfloat16": np.uint16(0x7F80),
     "float16": np.uint16(0x7C00),
@@ -102,6 +103,7 @@ class Sources:
         Raises:
             MergeError: the file ends before, as it was cut while being read.
         """
+        self._ask(rank, offset, nbytes)
         data = buffer[offset % PAGE:][:nbytes]
         view, fd = data.data, self._fds[rank]
         done = read_pages(self._direct[rank], offset, nbytes, buffer) if rank in self._direct else 0
@@ -116,9 +118,18 @@ class Sources:
 
     def rows(self, parts: Sequence[Part], dtype: np.dtype, buffer: np.ndarray) -> Iterator[tuple[Part, np.ndarray]]:
         """Yield each part with its elements, (rows, width), which live in `buffer` until the next."""
+        for part in parts[1:]:
+            self._ask(part.rank, part.offset, part.rows * part.width * dtype.itemsize)
         for part in parts:
             data = self.read(part.rank, part.offset, part.rows * part.width * dtype.itemsize, buffer)
             yield part, data.view(dtype).reshape(part.rows, part.width)
+
+    def _ask(self, rank: int, offset: int, nbytes: int) -> None:
+        """Let the system fetch bytes at once: a read fetches them in small steps, and a network answers each late."""
+        if rank in self._dropped:
+            for start in range(offset, offset + nbytes, AHEAD):
+                step = min(AHEAD, offset + nbytes - start)
+                os.posix_fadvise(self._fds[rank], start, step, os.POSIX_FADV_WILLNEED)
 
     def read_parts(self, parts: Sequence[Part], values: np.ndarray, buffer: np.ndarray) -> int:
         """Fill `values` (elements of a block) from `parts`; return the bytes read."""

@@ -115,3 +115,25 @@ def test_cold_shards_merge_to_the_same_bytes(name: str, dtype: str, way: str, sa
     warm, cold = listing(tmp_path / "warm"), listing(tmp_path / "cold")
     del warm["merge.json"], cold["merge.json"]
     assert warm == cold
+
+
+def test_through_the_cache_all_of_a_read_is_asked_for_at_once(samples: dict[str, Sample],
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    """In steps that Linux does not cut short, so that a network's file system has them all under way."""
+    monkeypatch.setattr(copying, "open_direct", lambda path, flags: None)
+    monkeypatch.setattr(copying, "is_cached", lambda fd, size: False)
+    monkeypatch.setattr(copying, "AHEAD", 1 << 12)
+    asked: list[tuple[int, int]] = []
+
+    def note(fd: int, offset: int, nbytes: int, advice: int) -> None:
+        if advice == os.POSIX_FADV_WILLNEED:
+            asked.append((offset, offset + nbytes))
+
+    monkeypatch.setattr(os, "posix_fadvise", note)
+    checkpoint = read_checkpoint(find_checkpoint([str(samples["FSDP1, 4 ranks"].actor)]))
+    size = checkpoint.sizes[1]
+    with Sources(checkpoint) as sources:
+        sources.read(1, 5, size - 10, page_buffer(size))
+    assert asked[0][0] == 5 and asked[-1][1] == size - 5
+    assert all(end - start <= 1 << 12 for start, end in asked)
+    assert all(end == start for (_, end), (start, _) in itertools.pairwise(asked))
