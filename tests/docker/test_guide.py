@@ -1,6 +1,8 @@
 """DOCKER.md's commands do what it says: its blocks run, its tables name tasks and profiles that work."""
+import json
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,5 +83,23 @@ def test_every_profile_and_every_old_target_is_in_the_guide() -> None:
 
 def test_variables_in_the_guide_are_settings() -> None:
     from tasks.lib.settings import SETTINGS
-    named = set(re.findall(r"`([A-Z][A-Z_]{3,})[=`]", GUIDE)) - {"COMPOSE_FILE", "CUDA_VISIBLE_DEVICES", "SSL_CERT_FILE"}  # not ours
+    named = set(re.findall(r"`([A-Z][A-Z_]{3,})[=`]", GUIDE)) - {
+        "BUILDX_BUILDER", "COMPOSE_FILE", "COMPOSE_IGNORE_ORPHANS", "CUDA_VISIBLE_DEVICES", "DOCKER_HOST", "SSL_CERT_FILE"
+    }  # not ours
     assert named and named <= set(SETTINGS)
+
+
+@pytest.mark.docker
+def test_a_script_that_reads_nothing_but_objects(bench: Workbench, tmp_path: Path) -> None:
+    """It builds, starts, evaluates, compares and stops; and says why where it cannot."""
+    script, = re.findall(r"^```python\n(.*?)^```$", GUIDE, re.M | re.S)
+    assert not re.search(r"\bsplit|\bimport re\b", script), "no table is read"
+    (tmp_path / "script.py").write_text(script)
+    done = bench.run(sys.executable, str(tmp_path / "script.py"), env={"PATH": bench.path_with_invoke()})
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(done.stdout)
+    assert told["image"] == bench.image("agentgym/env-demo") and told["stopped"] == ["demo"] and told["attempts"] == [6, 6]
+    assert 0 < told["better by"] <= 1, "the expert plays better than a random player"
+    assert bench.containers(service="env-demo") == []
+    refused = bench.run(sys.executable, str(tmp_path / "script.py"), env={"PATH": bench.path_with_invoke(), "IMAGE_TAG": "a b"})
+    assert refused.returncode == 1 and re.search(r"^build\.env: .*IMAGE_TAG='a b'", refused.stderr, re.M), refused.stderr
