@@ -13,7 +13,7 @@ from merger.plan import BLOCK_BYTES
 START, MOST = 4, 32  # threads
 PAYS = 1.25  # times as fast is what more threads must be to stay
 BUSY = 0.85  # of the cores' time, from which on more threads only take turns
-IN_FLIGHT = 64 << 20  # bytes of all threads' blocks: memory does not grow with the threads
+IN_FLIGHT = 32 << 20  # bytes of all threads' blocks: memory does not grow with the threads
 REQUEST = 256 << 10  # bytes that one more read counts as, so that a phase of small tensors compares with one of large
 TURNS, SECONDS = 2, 0.2  # blocks a thread, and s, that a measurement takes at least
 
@@ -53,8 +53,8 @@ def following(rates: Mapping[int, float], now: int, busy: float) -> int:
 def block_bytes(threads: int) -> int:
     """Return the source bytes that a block may have with so many threads.
 
-    >>> [block_bytes(number) >> 20 for number in (1, 8, 16, 32)]
-    [8, 8, 4, 2]
+    >>> [block_bytes(number) >> 20 for number in (1, 4, 8, 32)]
+    [8, 8, 4, 1]
     """
     return min(BLOCK_BYTES, IN_FLIGHT // threads)
 
