@@ -52,6 +52,7 @@ def save_rank(rank, sample, store, parts, writer):
         moments = {"state": {name: {"step": torch.tensor(3.0), "exp_avg": value} for name, value in twice.items()}}
         flat = {f"state.{name}.exp_avg": value for name, value in twice.items()}
         state = {"bare": state, "model": {"model": state}, "app": {"app": {"model": state, "optim": moments}, "step": 7},
+                 "adapter": {"model": {name: value for name, value in state.items() if ".lora_" in name}},
                  "flat": {**state, "optimizer": flat, "train_state": {"step": torch.tensor(1)}}}[parts]
         path = str(sample.save_dir)
         names = list(state)

@@ -18,7 +18,7 @@ from tests.merger.dcp_samples import SAMPLES as DCP_SAMPLES
 from tests.merger.dcp_samples import write_dcp
 from tests.merger.fsdp_samples import SAMPLES as RANK_SAMPLES
 from tests.merger.fsdp_samples import write_samples
-from tests.merger.merging import SAMPLE_PROGRAMS, Sample, differences, merge, untouched, weights
+from tests.merger.merging import SAMPLE_PROGRAMS, Sample, differences, edit_ranks, merge, untouched, weights
 
 WRITTEN = "pytorch_model_fsdp_0"
 # The sample's flags, and what else `save_fsdp_model` is asked for.
@@ -180,3 +180,21 @@ def test_fused_it_is_what_peft_merges_and_unloads(form: str, lora: dict[str, Sam
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-6, atol=1e-7)
     changed = differences(found, peft_s(lora[form]).unload().state_dict())
     assert len(changed) == 4, "two projections of two layers"
+
+
+@pytest.mark.parametrize("form", ["DCP", "ranks"])
+def test_lora_weights_alone_are_fused_with_their_base(form: str, lora: dict[str, Sample], tmp_path: Path) -> None:
+    """As PEFT over FSDP2 saves an adapter only, in both forms: equal to the fusion of all weights, bit by bit."""
+    if form == "DCP":
+        flags, _, writer = DCP_SAMPLES["LoRA"]
+        sample = write_dcp(tmp_path / "dcp", {"LoRA": (flags, "adapter", writer)})["LoRA"]
+        whole = lora["DCP"]
+    else:
+        whole, sample = lora["ranks"], lora["ranks"].copy(tmp_path / "ranks")
+        edit_ranks(sample, lambda state: [state.pop(name) for name in [*state] if ".lora_" not in name])
+    peft_s(whole).unload().save_pretrained(tmp_path / "base")
+    arguments_ = ["--lora", "fuse", "--dtype", "float32", "--verify"]
+    merge(*arguments(form, whole, tmp_path / "whole"), *arguments_).record()
+    record = merge(*arguments(form, sample, tmp_path / "alone"), *arguments_, "--base-model", tmp_path / "base").record()
+    assert record["fused"] and record["base_sources"]
+    assert differences(weights(tmp_path / "alone"), weights(tmp_path / "whole")) == []
