@@ -172,13 +172,14 @@ def suite_overhead(pairs: int, attempts: int) -> dict[str, float]:
         folder, plan = Path(place), []
         for number in range(pairs):
             words = [
-                "--env=demo", f"--model=m{number}", "--base-url=http://127.0.0.1:9/v1", "--items=0-239", "--samples=1"
+                "--env=demo", f"--model=m{number}", "--base-url=http://127.0.0.1:9/v1", f"--items=0-{attempts - 1}",
+                "--samples=1"
             ]
             words += [f"--out={folder / str(number)}", f"--root={folder}", f"--environments={rows_file().resolve()}"]
             settings = decide(parser().parse_args(["run", *words]))
             with RunFolder(settings.out) as kept:
                 kept.begin(settings.config, facts(settings))
-                for item, record in zip(settings.items, recorded(attempts, 10), strict=False):
+                for item, record in zip(settings.items, recorded(attempts, 10), strict=True):
                     kept.add({**record, "item": item.id, "index": item.number})
             plan.append({"env": "demo", "model": f"m{number}", "words": words})
         file = folder / "plan.json"
