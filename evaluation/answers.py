@@ -274,8 +274,8 @@ def completion_of(answer: Any,
     """
     choice = first_choice(answer)
     message = choice.get("message") if choice else None
-    if choice is None or not isinstance(message, dict):
-        raise ValueError("it has no choices")
+    if choice is None or not isinstance(message, dict) or not message:
+        raise ValueError("it has no message" if choice else "it has no choices")
     reason = choice.get("finish_reason")
     if reason is not None and not isinstance(reason, str):
         raise ValueError(f"its finish_reason is {short(reason, 60)}")

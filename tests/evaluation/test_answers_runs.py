@@ -126,6 +126,14 @@ def test_parts_of_a_content_are_told_apart(content, text, reasoning, refusal):
     assert (found.text, found.reasoning, found.refusal) == (text, reasoning, refusal)
 
 
+@pytest.mark.parametrize("message", [None, {}, [], "win", 0], ids=repr)
+def test_a_choice_without_a_message_is_no_empty_answer(message):
+    body = completion("win")
+    body["choices"][0]["message"] = message
+    with pytest.raises(ValueError, match="it has no message"):
+        completion_of(body)
+
+
 @pytest.mark.parametrize("content", [5, {"text": "win"}, ["win"], [{"type": "error", "text": "win"}], [{"type": "image_url", "image_url": {}}], [{"type": ["text"], "text": "win"}], [{"type": "text", "text": None}]], ids=repr)
 def test_a_content_of_another_form_is_no_answer(content):
     with pytest.raises(ValueError, match="its content is no text"):
@@ -303,7 +311,8 @@ def test_refusals_and_tool_calls_are_kept_and_empty_answers_are_said(tmp_path, c
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 def test_three_useless_answers_stop_a_run_in_which_none_was_of_use(tmp_path_factory, data):
     answer = data.draw(st.sampled_from([
-        Answer(b"<html>Welcome to nginx</html>", 200, {"content-type": "text/html"}), Answer({"choices": []}), Answer({"object": "list", "data": []}), failure(503, "loading"),
+        Answer(b"<html>Welcome to nginx</html>", 200, {"content-type": "text/html"}), Answer({"choices": []}), Answer({"object": "list", "data": []}), Answer({"choices": [{"message": {}, "finish_reason": "stop"}]}),
+        Answer({"object": "error", "message": "loading", "code": 503}), Answer(b"event: error\ndata: {}\n\n", 200, {"content-type": "text/event-stream"}), Answer(b"data: [DONE]\n\n"), failure(503, "loading"),
         failure(429, "daily limit", retry_after="86400"), Answer(b'{"choices": [{"mess'), Answer(drop=True), Answer(b""), failure(405, "no"), Answer({}, 301, {"location": "https://other.example/v1"}),
     ]) | st.builds(Answer, st.binary(max_size=30), st.sampled_from([200, 201, 204, 400, 500, 502]), st.just({"content-type": "text/plain"})))
     out = tmp_path_factory.mktemp("useless")
