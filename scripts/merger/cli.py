@@ -71,11 +71,28 @@ def folder_name(text: str) -> str:
     """Return a folder's name, with the user's home in place of a `~` that the shell has left (as in `--save-dir=~/x`).
 
     Raises:
-        argparse.ArgumentTypeError: it is empty, as an unset variable is, and would mean the current folder.
+        argparse.ArgumentTypeError: it is empty, as an unset variable is, and would mean the current folder; or it is an
+            address (s3://…), which would mean a folder of that name.
     """
     if not text:
         raise argparse.ArgumentTypeError("an empty name is no folder; is a variable unset?")
+    if re.match(r"[A-Za-z][\w+.-]+:/", text) and not os.path.exists(text):
+        raise argparse.ArgumentTypeError(
+            f"{text:.200} is an address, not a folder; give a folder of this machine, and copy from or to it")
     return os.path.expanduser(text)
+
+
+def backend(text: str) -> str:
+    """Return verl's name of the kind of checkpoint that is merged.
+
+    Raises:
+        argparse.ArgumentTypeError: it is another one.
+    """
+    if text != "fsdp":
+        raise argparse.ArgumentTypeError(
+            f"{text!r:.80} is not merged here, fsdp is; `python -m verl.model_merger merge "
+            "--backend megatron --local_dir DIR --target_dir OUT` merges Megatron's")
+    return text
 
 
 class _Parser(argparse.ArgumentParser):
@@ -102,6 +119,7 @@ def parser() -> argparse.ArgumentParser:
         help="checkpoint folder, such as saves/x/global_step_100/actor; repeat it for ranks in several folders")
     p.add_argument("--save-dir",
                    "--target-dir",
+                   "--test-hf-dir",
                    type=folder_name,
                    metavar="DIR",
                    help="folder for the merged model (default: LOCAL_DIR/huggingface, or LOCAL_DIR/lora_adapter with "
@@ -185,18 +203,22 @@ def parser() -> argparse.ArgumentParser:
     mode.add_argument("--dry-run", action="store_true", help="check and plan; write nothing")
     mode.add_argument("--inspect", action="store_true", help="show mesh, ranks, tensors and faults")
     mode.add_argument("--verify-only", action="store_true", help="compare a merged folder with its shards")
-    p.add_argument("--backend", choices=("fsdp", ), default="fsdp", help=argparse.SUPPRESS)  # of verl's command line
+    p.add_argument("--backend", type=backend, default="fsdp", help=argparse.SUPPRESS)  # of verl's command line
+    for flag in ("--use-cpu-initialization", "--tie-word-embedding",
+                 "--is-value-model"):  # of Megatron's checkpoints only
+        p.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
     p.add_argument("--version", action="version", version=f"model_merger {__version__}")
     return p
 
 
 def plain_words(words: Sequence[str]) -> list[str]:
-    """Return a command line as we spell it, from verl's spelling: a leading `merge`, underscores in flags.
+    """Return a command line as we spell it, from verl's spelling: a leading `merge` or `test`, underscores in flags.
 
     >>> plain_words(["merge", "--local_dir", "a_b", "--target_dir=c_d"])
     ['--local-dir', 'a_b', '--target-dir=c_d']
     """
-    words = list(words)[1:] if words[:1] == ["merge"] else list(words)
+    leading = {"merge": [], "test": ["--verify-only"]}.get(words[0]) if words else None
+    words = list(words) if leading is None else [*leading, *words[1:]]
     flags = [word.partition("=") for word in words]
     return ["".join((name.replace("_", "-"), sign, value)) if name.startswith("--") else name + sign + value
             for name, sign, value in flags]  # yapf: disable

@@ -8,7 +8,7 @@ from pathlib import Path
 from merger import MergeError
 from merger.filenames import ADAPTER_CONFIG, RANK_FILE, RECORD
 from merger.foreign.documents import check_loadable
-from merger.foreign.files import Seen, check_inside
+from merger.foreign.files import Seen, check_inside, lfs_pointer
 from merger.foreign.limits import each
 
 # The names that transformers and PEFT load weights by, and those of Mistral's and Llama's own format, which vLLM loads;
@@ -219,6 +219,8 @@ def copy_companions(source: Path,
 def _copy(path: Path, place: Path, seen: Seen) -> None:
     """Copy a file, as long as it was when it was first looked at and no longer."""
     with seen.descriptor(path) as fd, place.open("xb") as out:
+        if pointer := lfs_pointer(os.pread(fd, 64, 0)):
+            raise MergeError(f"{path}, which goes with the model, {pointer}")
         for start in range(0, seen.identity(path).size, CHUNK):
             out.write(os.pread(fd, CHUNK, start))
         seen.compare(path, fd)

@@ -209,8 +209,6 @@ def _checkpoint_folder(folder: Path, notes: list[str], alone: bool = True) -> Pa
     Raises:
         MergeError: there is none; or the last of several steps, where it holds the ranks `alone`, is not whole.
     """
-    if "://" in str(folder) or re.match(r"(s3|gs|hdfs|az|https?):/", str(folder)):
-        raise MergeError(f"--local-dir {folder} is an address, not a folder; copy the checkpoint to this machine first")
     names = _names(folder)
     if form_of(names):
         return folder

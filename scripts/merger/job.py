@@ -33,6 +33,8 @@ ROUTING_BIAS = "e_score_correction_bias"
 
 TOKENIZERS = ("tokenizer", "vocab", "spiece.model", "tekken.json", "qwen.tiktoken")  # how their files begin
 QUANTIZED = frozenset({"float8_e4m3fn", "float8_e5m2", "int8", "uint8", "int32"})
+CACHE_SCALES = frozenset({"k_scale", "v_scale", "q_scale", "prob_scale",
+                          "kv_scale"})  # of vLLM's and compressed-tensors' cache in 8 bits
 
 Named = dict[str, tuple[Tensor, Fusion | None]]
 Ask = Callable[..., Verdict]  # as `model_check.ask`
@@ -333,10 +335,13 @@ def quantization_parts(dtypes: Mapping[str, str]) -> list[str]:
     """Return the floating-point tensors that belong to a quantized weight, by all tensors' element types.
 
     A scale beside 8-bit or packed numbers is a part of what those mean, and is not rounded: `x.weight_scale_inv` of
-    `x.weight`, all but the bias beside `x.qweight`, `x.weight.absmax`, `experts.down_proj_scale` of `experts.down_proj`.
+    `x.weight`, all but the bias beside `x.qweight`, `x.weight.absmax`, `experts.down_proj_scale` of `experts.down_proj`;
+    and the attention's, of the cache in 8 bits, where its projections are quantized.
 
     >>> quantization_parts({"x.weight": "float8_e4m3fn", "x.weight_scale_inv": "float32", "x.bias": "float32"})
     ['x.weight_scale_inv']
+    >>> quantization_parts({"attn.k.weight": "float8_e4m3fn", "attn.k_scale": "float32", "attn.sinks": "float32"})
+    ['attn.k_scale']
     """
     quantized = {name for name, dtype in dtypes.items() if dtype in QUANTIZED}
     leaves: dict[str, list[str]] = {}
@@ -348,7 +353,8 @@ def quantization_parts(dtypes: Mapping[str, str]) -> list[str]:
         module, _, leaf = name.rpartition(".")
         beside = any(
             ("weight" in other and leaf != "bias") or leaf.startswith(other) for other in leaves.get(module, ()))
-        return beside or module in quantized
+        of_cache = leaf in CACHE_SCALES and any(other.startswith(f"{module}.") for other in leaves)
+        return beside or module in quantized or of_cache
 
     return [name for name, dtype in dtypes.items() if dtype in CONVERTED and belongs(name)]
 

@@ -372,12 +372,27 @@ def complaint(verdict: Verdict, config: Mapping[str, Any], config_path: Path) ->
         if ours and theirs and ours[0] != theirs[0] and vocabulary == theirs[0]:
             return f"{name} has {ours[0]} rows, but {config_path} says vocab_size {vocabulary}; mend the config"
         return f"{name} is of shape {ours}, but {config_path} makes it {theirs}; mend the config"
+    if prefix := _foreign_prefix(verdict):
+        return (
+            f"all names that the model of {config_path} has begin with {prefix!r} in the checkpoint, which holds it as a part of "
+            "another module: save that part's state, or pass --model-key where torch's own checkpoint has it as a part")
     for names, what in ((verdict.missing, "lacks"), (verdict.unexpected, "has the unexpected")):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             return (f"the checkpoint {what} {names[0]}{more}, by {config_path} and transformers "
                     f"{verdict.transformers}; if that is meant, pass --allow keys")
     return None
+
+
+def _foreign_prefix(verdict: Verdict) -> str:
+    """Return what stands before every missing name in the checkpoint, which is no wrapper's that is known; else nothing."""
+    there = set(verdict.unexpected)
+    if not verdict.missing:
+        return ""
+    first = verdict.missing[0]
+    prefixes = [name.removesuffix(first) for name in there if name.endswith("." + first)]
+    return next(
+        (prefix for prefix in sorted(prefixes, key=len) if all(prefix + name in there for name in verdict.missing)), "")
 
 
 def _end_with_parent(place: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from merger import MergeError
 from merger.dtypes import SAFETENSORS, itemsize
 from merger.foreign.documents import parse
+from merger.foreign.files import lfs_pointer
 from merger.foreign.values import as_name, as_shape
 
 MAX_HEADER = 100_000_000  # bytes; safetensors reads no longer one
@@ -26,7 +27,10 @@ def read_tensors(path: Path, fd: int, size: int, remedy: str, base: int = 0) -> 
         MergeError: it ends early, or its header places a tensor where it does not fit.
         ValueError, KeyError, TypeError: its header is none.
     """
-    length = int.from_bytes(os.pread(fd, 8, base), "little")
+    head = os.pread(fd, 64, base)
+    if pointer := lfs_pointer(head):
+        raise MergeError(f"{path} {pointer}")
+    length = int.from_bytes(head[:8], "little")
     if length > min(size, MAX_HEADER):
         raise MergeError(f"{path} is not a whole safetensors file; {remedy}")
     header: dict[str, Any] = parse(os.pread(fd, length, base + 8))

@@ -16,7 +16,7 @@ import numpy as np
 from merger import MergeError, pickles
 from merger.dtypes import itemsize
 from merger.foreign.archives import Record, check_version, read_directory
-from merger.foreign.files import Seen
+from merger.foreign.files import Seen, lfs_pointer
 from merger.foreign.limits import allow
 
 PICKLE = "data.pkl"
@@ -142,8 +142,8 @@ def read_shard_file(path: Path,
 
 def _told_apart(head: bytes) -> str:
     """Return what a file is that begins with `head` and is no archive, and the remedy; empty where it may be one."""
-    if head.startswith(b"version https://git-lfs.github.com/"):
-        return "is a pointer of Git LFS, not the file; fetch it with `git lfs pull`"
+    if pointer := lfs_pointer(head):
+        return pointer
     for magic, name in PACKED.items():
         if head.startswith(magic):
             return f"is packed ({name}), which torch.save never does; unpack it"

@@ -114,11 +114,21 @@ def test_verl_s_command_line_is_understood(samples: dict[str, Sample], tmp_path:
 
 
 def test_what_verl_merges_and_we_do_not_is_refused(samples: dict[str, Sample]) -> None:
-    assert "--backend" in merge("merge", "--backend", "megatron", "--local_dir", samples["FSDP2, 4 ranks"].actor).refusal
+    refusal = merge("merge", "--backend", "megatron", "--local_dir", samples["FSDP2, 4 ranks"].actor).refusal
+    assert "--backend" in refusal and "`python -m verl.model_merger merge --backend megatron" in refusal
+
+
+def test_verl_s_test_compares_a_merged_folder(samples: dict[str, Sample], tmp_path: Path) -> None:
+    actor = samples["FSDP2, 4 ranks"].actor
+    flags = ["--use_cpu_initialization", "--tie-word-embedding", "--is-value-model"]  # of Megatron's; verl ignores them here
+    assert merge("merge", "--backend", "fsdp", "--local_dir", actor, "--target_dir", tmp_path / "out", *flags).code == 0
+    run = merge("test", "--backend", "fsdp", "--local_dir", actor, "--test_hf_dir", tmp_path / "out")
+    assert run.code == 0 and "equal to the shards" in run.out, run.err
 
 
 @pytest.mark.parametrize(("words", "plain"), [
     (["merge", "--local_dir", "merge"], ["--local-dir", "merge"]),
+    (["test", "--test_hf_dir", "test"], ["--verify-only", "--test-hf-dir", "test"]),
     (["--local_dir=a_b=c_d", "x_y"], ["--local-dir=a_b=c_d", "x_y"]),
     ([], []),
 ])
@@ -190,8 +200,21 @@ def test_a_rank_s_file_that_is_something_else_is_called_that(head: bytes, culpri
     assert culprit in refusal and "rank_2.pt" in refusal
 
 
-def test_an_address_is_no_folder(tmp_path: Path) -> None:
-    assert "is an address" in merge("--local-dir", "s3://bucket/global_step_5/actor", "--save-dir", tmp_path / "out").refusal
+@pytest.mark.parametrize("address", ["s3://bucket/global_step_5/actor", "oss://b/x", "hf://u/m", "file:///x", "dbfs:/x"])
+@pytest.mark.parametrize("flag", ["--local-dir", "--save-dir", "--config-dir", "--base-model"])
+def test_an_address_is_no_folder(flag: str, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folders = {"--local-dir": "x", "--save-dir": "out", flag: address}
+    refusal = merge(*(word for pair in folders.items() for word in pair)).refusal
+    assert f"{flag}" in refusal and f"{address} is an address" in refusal and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer.model", "modeling_x.py"])
+def test_a_pointer_of_git_lfs_beside_the_shards_is_called_that(name: str, spoil: Callable[..., Sample], tmp_path: Path) -> None:
+    sample = spoil("FSDP1, 4 ranks")
+    (sample.huggingface / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n")
+    refusal = merge("--local-dir", sample.actor, "--save-dir", tmp_path / "out").refusal
+    assert "git lfs pull" in refusal and name in refusal and not (tmp_path / "out").exists()
 
 
 def test_a_folder_called_huggingface_may_hold_the_ranks_or_the_steps(samples: dict[str, Sample], tmp_path: Path) -> None:

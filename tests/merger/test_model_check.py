@@ -110,10 +110,12 @@ def test_the_real_process_answers_as_the_function_does(samples: dict[str, Sample
     (Verdict(missing=["x"]), "lacks x, by"),
     (Verdict(missing=["x", "y", "z"]), "lacks x and 2 more"),
     (Verdict(unexpected=["x"]), "has the unexpected x"),
+    (Verdict(missing=["a.x", "b"], unexpected=["critic.a.x", "critic.b", "critic.head"]), "begin with 'critic.' in the checkpoint"),
+    (Verdict(missing=["a.x", "b"], unexpected=["critic.a.x", "other.b"]), "lacks a.x and 1 more"),
     (Verdict(mismatched=[["emb", [5, 2], [7, 2]]], missing=["x"]), "emb has 5 rows, but c.json says vocab_size 7"),
     (Verdict(mismatched=[["w", [5, 2], [5, 3]]]), r"w is of shape \[5, 2\], but c.json makes it \[5, 3\]"),
 ],
-                         ids=["all is well", "one missing", "three missing", "unexpected", "vocabulary", "shape"])
+                         ids=["all is well", "one missing", "three missing", "unexpected", "a prefix", "two prefixes", "vocabulary", "shape"])
 @pytest.mark.parametrize("config", [{"vocab_size": 7}, {"text_config": {"vocab_size": 7}}], ids=["flat", "nested"])
 def test_the_complaint_names_the_culprit(config: dict[str, Any], verdict: Verdict, text: str | None) -> None:
     import re

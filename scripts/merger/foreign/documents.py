@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from merger import MergeError
-from merger.foreign.files import Seen
+from merger.foreign.files import Seen, lfs_pointer
 from merger.foreign.limits import allow
 from merger.foreign.text import printable
 
@@ -60,6 +60,8 @@ def check_loadable(path: Path, seen: Seen) -> None:
         OSError: it is not there, or may not be read.
     """
     data = seen.read(path, MAX_LOADED_BYTES)
+    if pointer := lfs_pointer(data):
+        raise MergeError(f"{path} {pointer}")
     allow(len(data))
     try:
         text = data.decode()
@@ -83,6 +85,9 @@ def parse(data: bytes, nonfinite: bool = False) -> Any:
     Raises:
         ValueError: in one line, why it is refused.
     """
+
+    if pointer := lfs_pointer(data):
+        raise ValueError(f"it {pointer}")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)

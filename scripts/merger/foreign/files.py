@@ -16,6 +16,12 @@ from merger import MergeError
 # Two writes within one tick of the kernel's clock leave the same times: a file is read when its last is older.
 TICK = 50_000_000  # ns
 HUB_REPOSITORY = ("models--", "datasets--", "spaces--")  # a cache's folders: huggingface_hub/file_download.py
+LFS_POINTER = b"version https://git-lfs.github.com/"
+
+
+def lfs_pointer(head: bytes) -> str:
+    """Return what a file is that begins with `head`, and the remedy, where Git LFS left a pointer in its place; else nothing."""
+    return "is a pointer of Git LFS, not the file; fetch it with `git lfs pull`" if head.startswith(LFS_POINTER) else ""
 
 
 class Identity(NamedTuple):
