@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ SCRIPTS, SAMPLES = ROOT / "scripts", ROOT / "samples"  # what merges; what train
 # The demo's items for training, and every third of those for evaluation: four of each level.
 LESSONS = range(48, 240)
 HELD_OUT = range(2, 48, 3)
+PACKAGES = ("fastapi", "uvicorn", "torch", "transformers", "safetensors", "numpy", "ml_dtypes", "rich")
 LONGEST_ACTION = 6  # tokens, which are bytes: north, and the end mark
 
 
@@ -47,6 +49,8 @@ def quickstart(c: Context) -> None:
     """Train a tiny agent, merge its shards, evaluate it."""
     actor, untrained, reference = FOLDER / "actor", FOLDER / "untrained" / "actor", FOLDER / "reference.safetensors"
     lessons, report = FOLDER / "lessons.jsonl", FOLDER / "report.html"
+    if not c.config.run.dry:
+        require_packages()
     steps = Steps(5)
     with as_ctrl_c(), demo_server(c) as url:
         with steps.step(f"the expert of the environment demo plays {len(LESSONS)} items over HTTP"):
@@ -77,6 +81,17 @@ def quickstart(c: Context) -> None:
     if not c.config.run.dry:
         show_result(steps.done)
         judge(runs[0], runs[2])
+
+
+def require_packages() -> None:
+    """Stop before anything is started where this Python lacks what trains, merges, serves and plays.
+
+    Raises:
+        UserError: see above.
+    """
+    absent = [name for name in PACKAGES if find_spec(name) is None]
+    if absent:
+        raise UserError(f"this Python has no {', '.join(absent)}; `pip install -r requirements-dev.txt`")
 
 
 @contextmanager

@@ -1,4 +1,5 @@
 """`--dry` is the truth: what it prints of Docker is what a recorded real run executes, word for word."""
+import json
 import os
 import re
 import shlex
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fixtures.project import copy_project
+from tests.fixtures.project import ROOT, copy_project
 
 # In docker's place: notes each command line and what Compose reads of the environment, and answers as an engine does that has
 # every image and runs nothing.
@@ -18,6 +19,8 @@ env >>"$ANSWERS/environment"
 case "$*" in
     *"image inspect"*) echo '[{"Id": "sha256:1", "Size": 5, "Created": "2026-01-01T00:00:00Z", "RepoTags": ["agentgym/env-demo:latest"]}]' ;;
     *"image list"*) echo sha256:1 ;;
+    *"container list"*) cat "$ANSWERS/up-ids" 2>/dev/null; exit 0 ;;
+    *"container inspect"*) cat "$ANSWERS/up" ;;
     *"network ls"*) echo n1 ;;
     *"network inspect"*) echo '[{"Id": "n1", "Name": "x_default"}]' ;;
     *" config "*) echo '{"name": "x"}' ;;
@@ -43,6 +46,7 @@ DRIVING = {
     "merge.inspect": [["--runner", "docker", "--local-dir", "saves"]],
     "merge.verify": [["--runner", "docker", "--local-dir", "saves", "--save-dir", "models/x"]],
     "merge.shell": [GPUS],
+    "format": [[], ["--check"]],
     "eval": [["--runner", "docker", "--env", "demo", "--model", "expert", "--server", "http://x:1", "--limit", "3"],
              ["--runner", "docker", "--env", "demo", "--model", "expert", "--server", "http://x:1", "--check"]],
     "env.up": [["--env", "demo", "--runner", "docker", "--wait", "1", "--build"]],
@@ -69,7 +73,7 @@ def invoke(place: Path, *words: str) -> tuple[subprocess.CompletedProcess[str], 
     """Run `invoke`; return what it said, and docker's command lines."""
     record = place / "docker/argv"
     record.unlink(missing_ok=True)
-    environ = {**os.environ, "ANSWERS": str(place / "docker"), "PATH": f"{place / 'docker'}:{os.environ['PATH']}"}
+    environ = {**os.environ, "ANSWERS": str(place / "docker"), "AGENTGYM_RL_SRC": str(ROOT / "tests/fixtures/sources/AgentGym-RL"), "PATH": f"{place / 'docker'}:{os.environ['PATH']}"}
     done = subprocess.run([sys.executable, "-m", "invoke", *words], cwd=place / "project", env=environ, stdin=subprocess.DEVNULL,
                           capture_output=True, text=True, check=False)
     words_left = iter(record.read_text().split("\0")[:-1] if record.exists() else [])
@@ -96,6 +100,27 @@ def printed(out: str) -> tuple[list[list[str]], dict[str, str]]:
 
 def is_question(argv: list[str]) -> bool:
     return QUESTION.match(" ".join(argv) + " ") is not None
+
+
+@pytest.mark.parametrize("task, words", [("env.down", ["--env", "demo"]), ("env.down", []), ("env.logs", ["--env", "demo"]), ("env.logs", ["--env", "demo", "--follow"]),
+                                         ("env.shell", ["--env", "demo"]), ("env.shell", ["--env", "demo", "--user", "root"]), ("env.up", ["--env", "demo"])],
+                         ids=lambda value: " ".join(value) if isinstance(value, list) else value)
+def test_of_a_server_that_is_up_too(task: str, words: list[str], place: Path) -> None:
+    root, label = place / "project", "com.docker.compose.project"
+    labels = {label: "x", f"{label}.working_dir": str(root), "com.docker.compose.service": "env-demo", "org.agentgym-rl.uid": str(os.getuid()),
+              "org.agentgym-rl.env": "demo", "org.agentgym-rl.env.port": "26016"}
+    (place / "docker/up-ids").write_text("c1\n")
+    (place / "docker/up").write_text(json.dumps([{"Id": "c1", "Name": "/x-env-demo-1", "Image": "sha256:1", "State": {"Status": "running", "Running": True},
+                                                  "Config": {"Labels": labels}, "HostConfig": {"PortBindings": {}}, "NetworkSettings": {"Ports": {}}}]))
+    try:
+        dry, asked = invoke(place, "--dry", task, *words)
+        assert not [argv for argv in asked if not is_question(argv)], "under --dry docker did something"
+        real, recorded = invoke(place, task, *words)
+    finally:
+        (place / "docker/up-ids").unlink()
+    assert [masked(argv) for argv in recorded if not is_question(argv)] == printed(dry.stdout)[0], (dry.stderr, real.stderr)
+    assert real.returncode == dry.returncode == 0, (dry.stderr, real.stderr)
+    assert printed(dry.stdout)[0] or "is up already" in dry.stdout
 
 
 @pytest.mark.parametrize("task, words", [(task, words) for task, several in DRIVING.items() for words in several],
