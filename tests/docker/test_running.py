@@ -314,7 +314,7 @@ def test_status_shows_containers_ports_health_and_images(built: Workbench, envir
     done = built.invoke("status")
     assert done.returncode == 0, done.stderr
     assert re.search(rf"^{built.name}-env-server-1 +running +127.0.0.1:{port}->{port}/tcp$", done.stdout, re.M)
-    assert re.search(rf"^agentgym-rl/train:{built.name} +[\d.]+GB +(seconds|\d+ \w+)$", done.stdout, re.M)
+    assert re.search(rf"^agentgym-rl/train:{built.name} +[\d.]+GB +(seconds|\d+ \w+) +this checkout$", done.stdout, re.M)
     missing = built.invoke("status", env={"IMAGE_TAG": "absent"})
     assert missing.stdout.count("not built") == 5
 
