@@ -1,6 +1,6 @@
 """What the evaluation runner costs: steps a second beside a bare load generator, overhead, memory, the report.
 
-    python benchmarks/eval_runner.py [--steps 200] [--sessions 1,64,512] [--attempts 10000] [--json]
+    python benchmarks/eval_runner.py [--steps 40] [--sessions 1,16,64,512] [--attempts 10000] [--json]
     python benchmarks/eval_runner.py --agentgym ../AgentGym --agentgym-python peers/bin/python
 
 The server answers like textcraft's, from a process of its own, and does next to nothing, so that what is measured is
@@ -97,7 +97,18 @@ class Instant:
         pass
 
 
-async def bare(url: str, sessions: int, steps: int) -> float:
+async def play_all(play: Callable[[int], Any], attempts: int, sessions: int) -> None:
+    """Play the attempts, so many at once."""
+    numbers = iter(range(attempts))
+
+    async def worker() -> None:
+        for number in numbers:
+            await play(number)
+
+    await asyncio.gather(*(worker() for _ in range(sessions)))
+
+
+async def bare(url: str, sessions: int, steps: int, attempts: int) -> float:
     """Return the steps a second of a generator that does nothing but post and read JSON."""
 
     async def one(http: aiohttp.ClientSession) -> None:
@@ -114,11 +125,11 @@ async def bare(url: str, sessions: int, steps: int) -> float:
 
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
         begun = time.perf_counter()
-        await asyncio.gather(*(one(http) for _ in range(sessions)))
-        return sessions * steps / (time.perf_counter() - begun)
+        await play_all(lambda number: one(http), attempts, sessions)
+        return attempts * steps / (time.perf_counter() - begun)
 
 
-async def runner(url: str, sessions: int, steps: int, folder: Path, latency: float = 0.0) -> float:
+async def runner(url: str, sessions: int, steps: int, attempts: int, folder: Path, latency: float = 0.0) -> float:
     """Return the steps a second of the runner's own episodes, records written and sessions noted."""
     row = read_row("textcraft", rows_file())
     prompt, model, limits = plain(row), Instant(latency), Limits(steps)
@@ -131,20 +142,21 @@ async def runner(url: str, sessions: int, steps: int, folder: Path, latency: flo
                                       limits, [], Place()))
 
         begun = time.perf_counter()
-        await asyncio.gather(*(one(number) for number in range(sessions)))
-        return sessions * steps / (time.perf_counter() - begun)
+        await play_all(one, attempts, sessions)
+        return attempts * steps / (time.perf_counter() - begun)
 
 
-def measured(kind: str, url: str, sessions: int, steps: int, results: Any) -> None:
+def measured(kind: str, url: str, sessions: int, steps: int, attempts: int, results: Any) -> None:
     """Measure in a process of its own, whose memory is then its own too."""
     before = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         if kind == "whole":
-            rate = asyncio.run(whole(url, sessions, steps, Path(folder)))
+            rate = asyncio.run(whole(url, attempts, steps, Path(folder)))
         else:
             rate = asyncio.run(
-                bare(url, sessions, steps) if kind == "bare" else runner(url, sessions, steps, Path(folder)))
-    cpu = 1000 * (time.process_time() - before) / (sessions * steps)
+                bare(url, sessions, steps, attempts) if kind ==
+                "bare" else runner(url, sessions, steps, attempts, Path(folder)))
+    cpu = 1000 * (time.process_time() - before) / (attempts * steps)
     results.put((rate, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, cpu))
 
 
@@ -199,11 +211,11 @@ def suite_overhead(pairs: int, attempts: int) -> dict[str, float]:
     return {"pairs": pairs, "attempts": attempts, "before_s": times[0], "after_s": times[1]}
 
 
-def measure(kind: str, url: str, sessions: int, steps: int) -> tuple[float, float, float]:
+def measure(kind: str, url: str, sessions: int, steps: int, attempts: int) -> tuple[float, float, float]:
     """Return steps a second, the most memory in MB, and milliseconds of CPU a step."""
     spawn = multiprocessing.get_context("spawn")
     results = spawn.Queue()
-    process = spawn.Process(target=measured, args=(kind, url, sessions, steps, results))
+    process = spawn.Process(target=measured, args=(kind, url, sessions, steps, attempts, results))
     process.start()
     found = results.get(timeout=600)
     process.join()
@@ -328,7 +340,7 @@ def beside_agentgym(url: str, items: int, rounds: int, latency: float, checkout:
     if theirs.returncode:
         raise SystemExit(f"eval_runner: AgentGym's evaluator failed: {theirs.stderr.strip().splitlines()[-1]}")
     with tempfile.TemporaryDirectory() as folder:
-        rate = asyncio.run(runner(url, items, rounds, Path(folder), latency))
+        rate = asyncio.run(runner(url, items, rounds, items, Path(folder), latency))
     return {
         "latency": latency,
         "items": items,
@@ -419,8 +431,9 @@ def large_report(attempts: int, rounds: int) -> dict[str, float]:
 
 def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("--steps", type=int, default=200, help="steps of each session (default: 200)")
-    words.add_argument("--sessions", default="1,64,512", help="sessions at once (default: 1,64,512)")
+    words.add_argument("--steps", type=int, default=40, help="steps of each attempt (default: 40)")
+    words.add_argument("--sessions", default="1,16,64,512", help="sessions at once (default: 1,16,64,512)")
+    words.add_argument("--played", type=int, default=512, help="attempts in each row (default: 512)")
     words.add_argument("--work",
                        type=float,
                        default=300.0,
@@ -454,10 +467,10 @@ def main() -> None:
         time.sleep(0.05)
     url, lines = f"http://127.0.0.1:{port}", []
     for sessions in map(int, options.sessions.split(",")):
-        steps = max(20, min(options.steps, 20_000 // sessions))
-        # Taken in turns, so that what else the machine does meets both.
-        rounds = [(measure("bare", url, sessions, steps), measure("runner", url, sessions, steps))
-                  for _ in range(options.repeat)]
+        # As many attempts whatever is played at once, so that opening and closing one costs each row the same. Taken in
+        # turns, so that what else the machine does meets both.
+        play = (url, sessions, options.steps, options.played)
+        rounds = [(measure("bare", *play), measure("runner", *play)) for _ in range(options.repeat)]
         bare_rate, ours = max(one[0][0] for one in rounds), max(one[1][0] for one in rounds)
         lines.append({
             "sessions": sessions,
@@ -465,6 +478,7 @@ def main() -> None:
             "runner_steps_s": ours,
             "share": ours / bare_rate,
             "overhead_ms": 1000 * (1 / ours - 1 / bare_rate),
+            "bare_cpu_ms": min(one[0][2] for one in rounds),
             "runner_cpu_ms": min(one[1][2] for one in rounds),
             "runner_mb": min(one[1][1] for one in rounds),
             "bare_mb": min(one[0][1] for one in rounds)
@@ -473,7 +487,7 @@ def main() -> None:
         beside_agentgym(url, 64, 20, latency, options.agentgym, options.agentgym_python) for latency in (0.0, 0.05)
         if options.agentgym
     ]
-    run = measure("whole", url, options.whole, 3) if options.whole else None
+    run = measure("whole", url, 512, 3, options.whole) if options.whole else None
     auto = auto_against_fixed(url, options.auto, 10) if options.auto else []
     server.terminate()
     result = {
@@ -498,12 +512,12 @@ def main() -> None:
         f"{result['cores']} cores, load {result['load']:.1f}; a step costs the server {options.work:g} us; best of {options.repeat}"
     )
     print(
-        f"{'sessions':>8} {'bare steps/s':>13} {'runner steps/s':>15} {'share':>6} {'overhead/step':>14} {'CPU/step':>10} {'runner MB':>10} {'bare MB':>8}"
+        f"{'sessions':>8} {'bare steps/s':>13} {'runner steps/s':>15} {'share':>6} {'overhead/step':>14} {'bare CPU/step':>14} {'runner CPU/step':>16} {'runner MB':>10} {'bare MB':>8}"
     )
     for line in lines:
         print(
             f"{line['sessions']:8} {line['bare_steps_s']:13.0f} {line['runner_steps_s']:15.0f} {line['share']:6.0%} "
-            f"{line['overhead_ms']:11.3f} ms {line['runner_cpu_ms']:7.3f} ms {line['runner_mb']:10.0f} {line['bare_mb']:8.0f}"
+            f"{line['overhead_ms']:11.3f} ms {line['bare_cpu_ms']:11.3f} ms {line['runner_cpu_ms']:13.3f} ms {line['runner_mb']:10.0f} {line['bare_mb']:8.0f}"
         )
     for peer in peers:
         print(
