@@ -173,7 +173,7 @@ def show_numbers(console: "Console", summaries: Mapping[str, Mapping[str, Any]],
                  prompts: Sequence[str]) -> None:
     """Print the table."""
     from evaluation import show
-    console.print(show.table(f"{folder}" if folder else "", summaries, prompts))
+    show.print_table(console, show.table(f"{folder}" if folder else "", summaries, prompts))
     if compat:
         for summary in summaries.values():
             console.print(show.upstream_line(summary), highlight=False)
@@ -218,8 +218,6 @@ def report_command(options: argparse.Namespace) -> int:
 
 def compare_command(options: argparse.Namespace) -> int:
     """Compare runs."""
-    from rich.table import Table
-
     from evaluation import compared, report, show
     if len(options.folders) < 2:
         raise Misuse(f"compare {options.folders[0]}: one run only; name two or more folders")
@@ -231,7 +229,8 @@ def compare_command(options: argparse.Namespace) -> int:
     show_numbers(console, {run.name: run.summary
                            for run in runs}, None, options.upstream_compat,
                  [str(run.manifest["prompt"].get("source", "")) for run in runs])
-    table = Table("difference, item by item", "items", "success rate", "mean reward", "newly solved", "no longer")
+    table = show.columns("difference, item by item", "items", "success rate", "mean reward", "newly solved",
+                         "no longer")
     for line in compared.difference_lines(runs):
         show.add_row(table, line["name"], line["items"], line["success"], line["reward"], str(len(line["gained"])),
                      str(len(line["lost"])))
@@ -357,7 +356,8 @@ def suite_command(options: argparse.Namespace) -> int:
         raise Stopped(f"{place.with_name('summary.json')} cannot be written: {error.strerror}; make room") from None
     FACTS.update(summary)
     if not options.json:
-        show.console().print(show.suite_table(summary["suite"], summary["models"], suites.rows(summary)))
+        table = show.suite_table(summary["suite"], summary["models"], suites.rows(summary))
+        show.print_table(show.console(), table)
         if options.upstream_compat:
             for run in runs:
                 print(f"{one_line(run.name)}, {show.upstream_line(run.summary)}")
@@ -475,8 +475,6 @@ def summary_of(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def list_command(options: argparse.Namespace) -> int:
     """Show the runs in a folder; a damaged one is named and hides no other."""
-    from rich.table import Table
-
     from evaluation import show
     from evaluation.records import RUN, read_run
     found = sorted(Path(options.folder).glob(f"*/{RUN}"), key=lambda path: path.stat().st_mtime)
@@ -484,7 +482,7 @@ def list_command(options: argparse.Namespace) -> int:
     if not found:
         print(f"no runs in {options.folder}")
         return 0
-    table = Table("folder", "environment", "model", "attempts", "success rate", "errors")
+    table = show.columns("folder", "environment", "model", "attempts", "success rate", "errors")
     damaged = []
     for folder in (path.parent for path in found):
         try:

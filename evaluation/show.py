@@ -16,6 +16,7 @@ from evaluation.text import one_line
 
 PLAIN_EVERY = 10.0  # seconds between lines where there is no bar
 NARROW = 72  # columns
+UNBROKEN = 10_000  # columns, where nobody looks: whoever reads lines gets each value whole
 
 
 def percent(value: float) -> str:
@@ -98,6 +99,22 @@ class Watch:
     def left(self, now: float) -> float:
         """Return the seconds that the rest will take."""
         return seconds_left(self.total - self.done, self.played, self.seconds, now - self.begun, self.concurrency)
+
+
+def columns(*names: str) -> Table:
+    """Return a table with these columns, in which a value that is too long for its cell goes on in the next line."""
+    shown = Table()
+    for name in names:
+        shown.add_column(name, overflow="fold")
+    return shown
+
+
+def print_table(console: Console, shown: Table) -> None:
+    """Print a table, its title as a line before it, which the table's width does not break."""
+    title, shown.title = shown.title, None
+    if title:
+        console.print(title, soft_wrap=True)
+    console.print(shown)
 
 
 def add_row(shown: Table, *cells: str) -> None:
@@ -187,4 +204,4 @@ def upstream_line(summary: Mapping[str, Any]) -> str:
 
 def console() -> Console:
     """Return the console for results; wide where nobody looks, so that no line is broken."""
-    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120)
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else UNBROKEN)

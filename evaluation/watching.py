@@ -105,7 +105,7 @@ def headline(seen: Mapping[str, Any]) -> str:
 
 def table(seen: Mapping[str, Any]) -> Table:
     """Return what each session does, the oldest first."""
-    shown = Table("item", "sample", "session", "turn", "seconds", "waits for")
+    shown = show.columns("item", "sample", "session", "turn", "seconds", "waits for")
     for one in seen["sessions"][:SHOWN]:
         session = "" if one["session"] is None else str(one["session"])
         show.add_row(shown, one["item"], str(one["sample"]), session, str(one["turn"]), f"{one['seconds']:.0f}",

@@ -249,15 +249,14 @@ def prepare(c: Context,
                        place.inside(items) if items else "", before)
         return plan.final(chosen, own, stepping)
 
-    if not c.config.run.dry:
-        places.look(
-            c, place, {
-                "overrides": list(map(str, listed(gpus))),
-                "model": place.inside(model) if model and model.is_dir() else None,
-                "host_model": str(model) if model and model.is_dir() else None,
-                "prompt": [row.prompt.file, row.prompt.class_] if row.prompt and row.prompt.file else None,
-                "url": server.url if server.state in ("ready", "unknown") else None,
-            })
+    places.look(
+        c, place, {
+            "overrides": list(map(str, listed(gpus))),
+            "model": place.inside(model) if model and model.is_dir() else None,
+            "host_model": str(model) if model and model.is_dir() else None,
+            "prompt": [row.prompt.file, row.prompt.class_] if row.prompt and row.prompt.file else None,
+            "url": server.url if server.state in ("ready", "unknown") else None,
+        })
     there = places.gpu_count(place)
     if not gpus and there and not _typed_value(chosen, plan.GPUS) and not facts.cluster:
         gpus = there
@@ -480,15 +479,14 @@ def _resume(c: Context,
     items = Path(places.outside(place, str(values.get(ITEMS, ""))))
     facts = facts_of(place, folder.path.resolve(), model, items, server, str(values.get("data.prompt_key", "item_id")))
     overrides = layer(overrides, stepping(steps, values.get(EPOCHS), _batches(facts, values)))
-    if not c.config.run.dry:
-        places.look(
-            c, place, {
-                "overrides": list(map(str, overrides)),
-                "model": str(values.get(MODEL, "")).rstrip("/") if model.is_dir() else None,
-                "host_model": str(model) if model.is_dir() else None,
-                "prompt": [row.prompt.file, row.prompt.class_] if row.prompt and row.prompt.file else None,
-                "url": server.url if server.state in ("ready", "unknown") else None,
-            })
+    places.look(
+        c, place, {
+            "overrides": list(map(str, overrides)),
+            "model": str(values.get(MODEL, "")).rstrip("/") if model.is_dir() else None,
+            "host_model": str(model) if model.is_dir() else None,
+            "prompt": [row.prompt.file, row.prompt.class_] if row.prompt and row.prompt.file else None,
+            "url": server.url if server.state in ("ready", "unknown") else None,
+        })
     facts = replace(facts,
                     place=place.told,
                     place_missing=place.missing,

@@ -11,6 +11,7 @@ from merger.dtypes import itemsize
 from merger.foreign.text import printable
 
 PLAIN_STEP = 5.0  # seconds between two plain progress lines
+UNBROKEN = 10_000  # columns, where nobody looks: whoever reads lines gets each value whole
 
 
 class Progress(Protocol):
@@ -165,7 +166,7 @@ def print_tensors(tensors: Iterable[Kind]) -> None:
         sizes[kind] += tensor.numel * itemsize(tensor.dtype)
     table = Table(title="tensors", title_justify="left", title_style="bold")
     for column, justify in (("type and placement", "left"), ("count", "right"), ("size", "right")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+        table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for kind, count in kinds.most_common():
         table.add_row(Text(printable(kind)), str(count), size_text(sizes[kind]))
     _print(table)
@@ -173,7 +174,7 @@ def print_tensors(tensors: Iterable[Kind]) -> None:
 
 def _print(table: Any) -> None:
     from rich.console import Console
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else UNBROKEN, highlight=False)
     with console.capture() as text:  # by itself it ends the program where the reader of a pipe has left
         console.print(table)
     print(text.get(), end="")

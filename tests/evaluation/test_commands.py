@@ -24,6 +24,15 @@ def test_brackets_in_names_are_shown_as_they_are(tmp_path, capsys):
     assert "x[/y]" in shown and shown.count("a[/b]") >= 3 and shown.count("[red]a") >= 3
 
 
+def test_a_list_that_is_piped_has_every_folder_and_model_whole(tmp_path, capsys):
+    folder, model_name = "f" * 120, "organisation/" + "m" * 100
+    with environment() as env, endpoint(counter_player) as model:
+        assert run(tmp_path / folder, env.url, model.base_url, "--items", "0-1", "--model", model_name) == 0
+    capsys.readouterr()
+    assert main(["list", str(tmp_path)]) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if folder in line and model_name in line and "2 of 2" in line]
+
+
 def test_a_comparison_of_checkpoints_draws_the_curve_over_their_steps(tmp_path):
     from tasks.lib.checkpoints import served_name
     with environment() as env, endpoint(counter_player) as model:

@@ -53,3 +53,26 @@ def test_a_cost_of_which_a_part_is_unknown_is_shown_as_the_least():
     usage = {"prompt": 100, "completion": 10, "cached": 0, "reasoning": 0, "unknown": 1}
     found = numbers.summarize([{**attempt("a"), "usage": usage, "turns": [{"completion": "x"}] * 22}], 1, price={"input": 1e4, "output": 0.0})
     assert show.cost_text(found) == "at least 1.0000 (1 of 22 answers unknown)"
+
+
+LONG = f"saves/eval/{'p' * 200}", "m" * 150
+
+
+def test_in_a_pipe_no_value_is_cut_and_no_row_broken(capsys):
+    found = numbers.summarize([attempt("a", 0), attempt("b", 0, "model_error")], 1)
+    show.print_table(show.console(), show.table(LONG[0], {LONG[1]: found, "other": found}, ["of a prompt " * 30, "short"]))
+    table = show.columns("folder", "model", "errors")
+    show.add_row(table, *LONG, "1")
+    show.print_table(show.console(), table)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == LONG[0] and any(LONG[1] in line and "other" in line for line in lines)
+    assert any(("of a prompt " * 30).strip() in line for line in lines)
+    assert any(LONG[0] in line and LONG[1] in line and " 1 " in line for line in lines)
+
+
+def test_on_a_narrow_terminal_a_value_goes_on_in_the_next_line():
+    screen = io.StringIO()
+    table = show.columns("folder", "model", "errors")
+    show.add_row(table, *LONG, "1")
+    show.print_table(Console(file=screen, width=60), table)
+    assert "…" not in screen.getvalue() and screen.getvalue().count("m") == len(LONG[1]) + len("m") and screen.getvalue().count("p") == 200

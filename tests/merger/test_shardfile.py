@@ -385,6 +385,14 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(capsys: pytest.Captu
         "merge: merging 1.00 GB of 4.00 GB, 200 MB/s, 15 s left", "merge: merging 2.00 GB of 4.00 GB, 200 MB/s, 10 s left"]
 
 
+def test_in_a_pipe_no_value_is_cut_and_no_row_broken(capsys: pytest.CaptureFixture[str]) -> None:
+    folder, placement = "/x/" + "p" * 200, "[" + "Shard(0)," * 30 + "]"
+    show.print_table("merge", [("folder", folder)])
+    show.print_tensors([show.Kind(placement, (2, ), "float32")])
+    lines = capsys.readouterr().out.splitlines()
+    assert any(folder in line for line in lines) and any(placement in line for line in lines)
+
+
 def test_progress_is_a_bar_on_a_terminal() -> None:
     ours, theirs = pty.openpty()
     code = ("import time\nfrom merger import show\nwith show.progress('merging', 4_000_000_000, False) as step:\n"

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tasks.lib.training.rules import RULES
 from tests.fixtures.project import ROOT, copy_project
+from tests.fixtures.servers import free_port
+from tests.training import places
 
 # In docker's place: notes each command line and what Compose reads of the environment, and answers as an engine does that has
 # every image and runs nothing.
@@ -140,3 +143,79 @@ def test_what_dry_prints_is_what_a_real_run_executes(task: str, words: list[str]
     assert lines or real.returncode == dry.returncode == 2, (real.stdout, real.stderr)
     seen = (place / "docker/environment").read_text() if lines else ""
     assert all(f"{name}={value}\n" in seen for name, value in variables.items())
+
+
+# For what has states: the server goes where it is removed, and a run's container has ended as soon as it was started.
+STATEFUL = RECORDER.replace('case "$*" in\n', """case "$*" in
+    *"container inspect"*) test -f "$ANSWERS/up" || { echo "Error: No such container: x" >&2; exit 1; } ;;
+    *"container rm"*) rm -f "$ANSWERS/up" "$ANSWERS/up-ids"; exit ;;
+    *"image inspect"*) cat "$ANSWERS/image"; exit ;;
+    *"system info"*) echo '{"Runtimes": {"nvidia": {}}}'; exit ;;
+    *"compose version"*) exit ;;
+    *training.probe*) echo 'training.probe: {"gpus": 2}'; exit ;;
+    *--detach*train*) cp "$ANSWERS/ended" "$ANSWERS/up"; echo c9; exit ;;
+esac
+case "$*" in
+""", 1)
+IMAGE = [{"Id": "sha256:1", "Size": 5, "Created": "2026-01-01T00:00:00Z", "RepoTags": ["x:latest"], "Config": {"Labels": {}}}]
+
+
+@pytest.fixture
+def stateful(tmp_path: Path) -> Path:
+    """A place of its own, whose engine has GPUs and a container's states."""
+    (tmp_path / "docker").mkdir()
+    for name, text in (("docker", STATEFUL), ("nvidia-container-runtime-hook", "#!/bin/sh\n")):
+        (tmp_path / "docker" / name).write_text(text)
+        (tmp_path / "docker" / name).chmod(0o755)
+    (tmp_path / "docker/image").write_text(json.dumps(IMAGE))
+    copy_project(tmp_path / "project")
+    return tmp_path
+
+
+def container(place: Path, service: str, state: dict[str, object], **labels: str) -> str:
+    """Return what the engine says of a container of ours."""
+    project = "com.docker.compose.project"
+    ours = {project: "x", f"{project}.working_dir": str(place / "project"), "com.docker.compose.service": service, "org.agentgym-rl.uid": str(os.getuid()), **labels}
+    return json.dumps([{"Id": "c1", "Name": f"/x-{service}-1", "Image": "sha256:1", "State": state, "Config": {"Labels": ours},
+                        "HostConfig": {"PortBindings": {}}, "NetworkSettings": {"Ports": {}}}])
+
+
+def compared(place: Path, task: str, *words: str) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
+    """Run the task under `--dry` and for real; return what the real one said, and Docker's lines, which are the same."""
+    dry, asked = invoke(place, "--dry", task, *words)
+    assert not [argv for argv in asked if not is_question(argv)], "under --dry docker did something"
+    real, recorded = invoke(place, task, *words)
+    lines = printed(dry.stdout)[0]
+    # How a container ended is asked of its log.
+    assert [masked(argv) for argv in recorded if not is_question(argv) and "--tail" not in argv] == lines, (dry.stderr, real.stderr)
+    assert dry.returncode == 0, dry.stderr
+    return real, lines
+
+
+def test_of_a_restart(stateful: Path) -> None:
+    labels = {"org.agentgym-rl.env": "demo", "org.agentgym-rl.env.port": "26016"}
+    (stateful / "docker/up-ids").write_text("c1\n")
+    (stateful / "docker/up").write_text(container(stateful, "env-demo", {"Status": "running", "Running": True}, **labels))
+    options = stateful / "project/.run/env/demo/options.json"
+    options.parent.mkdir(parents=True)
+    options.write_text(json.dumps({"runner": "docker", "port": free_port()}))
+    real, lines = compared(stateful, "env.restart", "--env", "demo", "--wait", "1")
+    assert real.returncode == 1 and "was not ready after 1 s" in real.stderr, real.stderr
+    assert [line[:2] for line in lines] == [["container", "stop"], ["container", "rm"], ["compose", "--file"]]
+
+
+def test_of_a_training_run_that_is_started_and_resumed(stateful: Path) -> None:
+    places.items(stateful / "project/AgentItemId/babyai_train.json")
+    places.model(stateful / "project/models/tiny")
+    (stateful / "docker/ended").write_text(container(stateful, "train", {"Status": "exited", "Running": False, "ExitCode": 0}))
+    words = ["--runner", "docker", "--env", "babyai", "--model", "tiny", "--server", "http://env-server:1", "--gpus", "0,1", "--name", "r", "--skip", ",".join(RULES)]
+    real, lines = compared(stateful, "train.start", *words)
+    assert real.returncode == 0 and "r runs in the background" in real.stdout, real.stderr
+    looks, starts = lines
+    assert looks[-3:-1] == ["-m", "training.probe"] and starts[-5:] == ["python", "-m", "training", "run", "/workspace/saves/r"]
+    told = stateful / "project/saves/r/run.json"
+    told.write_text(json.dumps({**json.loads(told.read_text()), "created": 1.0}))  # it has not begun since
+    real, lines = compared(stateful, "train.resume", "--name", "r")
+    assert real.returncode == 0 and "there is no whole checkpoint" in real.stdout, real.stderr
+    looks, removes, again = lines
+    assert removes[:2] == ["container", "rm"] and again == starts

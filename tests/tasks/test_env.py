@@ -1,11 +1,13 @@
 """The env.* tasks with `--runner local`, as a user types them, and the fetching of data."""
 import gzip
+import hashlib
 import http.server
 import io
 import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -33,7 +35,7 @@ from tasks.lib.environments.haproxy import proxy_config
 from tasks.lib.environments.rows import Data, Environment, environment, environments
 from tasks.lib.environments.start_stop import recall_options
 from tasks.lib.errors import UserError
-from tasks.lib.host import processes
+from tasks.lib.host import processes, venvs
 from tasks.lib.host.ports import choose_port, port_is_free, take_port
 from tasks.lib.host.venvs import ensure_venv, reason_in
 from tests.fixtures import needs
@@ -211,7 +213,7 @@ def test_children_that_outlive_the_server_are_stopped_too(server, tmp_path):
     child = int(parent.stdout.readline())
     time.sleep(0.5)
     (tmp_path / "family").mkdir()
-    entry = env_local.started(parent, "server-0", 1)
+    entry = env_local.entry_of(parent, "server-0", 1)
     (tmp_path / "family" / "state.json").write_text(json.dumps({"port": 1, "processes": [entry]}))
     if server == "alive":
         threading.Thread(target=parent.wait).start()
@@ -418,6 +420,34 @@ def test_dry_prints_the_commands_for_a_local_server_and_runs_none(up):
     assert invoke("--dry", "env.down", "--env", "form-maze").stdout == f"kill -TERM -- -{entry['pid']}\n"
     assert invoke("--dry", "env.logs", "--env", "form-maze", "--follow").stdout == f"tail -n +1 -F {log}\n"
     assert env_local.is_running(entry)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_dry_prints_what_starts_a_local_server_word_for_word(replicas, up, request):
+    if replicas > 1:
+        request.getfixturevalue("haproxy")
+    words = ("--port", str(free_port()), "--replicas", str(replicas), "--session-ttl", "7")
+    done = invoke("--dry", "env.up", "--env", "form-maze", "--runner", "local", *words)
+    assert done.returncode == 0, done.stderr
+    lines = [shlex.split(line) for line in done.stdout.splitlines()]
+    up("form-maze", *words)
+    entries = json.loads((STATES / "form-maze" / "state.json").read_text())["processes"]
+    assert len(entries) == (1 if replicas == 1 else 3)
+    for entry, line in zip(entries, lines[-len(entries):], strict=True):
+        first = next(number for number, word in enumerate(line) if "=" not in word)
+        process = psutil.Process(entry["pid"])
+        assert process.cmdline()[-len(line[first:]):] == line[first:]
+        assert dict(word.split("=", 1) for word in line[:first]).items() <= process.environ().items()
+    assert [line for line in lines[:-len(entries)] if str(ROOT / "servers/link_data.py") in line]
+
+
+def test_an_environment_that_is_made_takes_no_command(tmp_path):
+    pins = env_local.CONSTRAINTS / "env-textcraft.txt"
+    made, filled = venvs.making(tmp_path, "3.11", pins)
+    assert made[1:] == ["venv", "--quiet", "--clear", "--python", "3.11", str(tmp_path / "venv")] and filled[-2:] == ["--requirements", str(pins)]
+    (tmp_path / "venv").mkdir()
+    (tmp_path / "venv/.made-from").write_text(hashlib.sha256(pins.read_bytes() + b"3.11").hexdigest())
+    assert venvs.making(tmp_path, "3.11", pins) == [] and len(venvs.making(tmp_path, "3.12", pins)) == 2
 
 
 def test_logs_show_what_the_server_said(up):

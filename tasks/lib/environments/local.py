@@ -5,18 +5,21 @@ runs from (data is linked into it), its log, and state.json, which names the pro
 """
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from servers.protocol import Client, ServerError, check_ready
 from tasks.lib import atomic
 from tasks.lib.atomic import close_to_others, make_private, write_private
+from tasks.lib.engine.dry_run import command_line
 from tasks.lib.environments.haproxy import proxy_config
 from tasks.lib.environments.plan import Options, server_variables
 from tasks.lib.environments.rows import Environment
@@ -24,7 +27,7 @@ from tasks.lib.errors import UserError
 from tasks.lib.host import processes
 from tasks.lib.host.ports import choose_port, take_port
 from tasks.lib.host.processes import identity, is_running, last_line
-from tasks.lib.host.venvs import ensure_venv, run_quietly
+from tasks.lib.host.venvs import ensure_venv, making, run_quietly
 from tasks.lib.settings import ROOT
 
 RUN = atomic.RUN / "env"
@@ -69,17 +72,94 @@ def prepare(row: Environment,
     row_file = home / "row.json"
     write_private(row_file, json.dumps(row.to_json(defaults=False)))
     make_private(home / "home")
-    run_quietly([
-        "env", f"HOME={home / 'home'}", sys.executable,
-        str(ROOT / "servers" / "link_data.py"),
-        str(row_file), "--source",
-        str(copy), "--data",
-        str(data)
-    ], "linking the data")
+    run_quietly(linking(home, data), "linking the data")
     return python, row_file, copy
 
 
-def started(process: subprocess.Popen, role: str, port: int) -> dict[str, Any]:
+def linking(home: Path, data: Path) -> list[str]:
+    """Return the command that links the data into the copy of the package folder in `home`."""
+    return [
+        "env", f"HOME={home / 'home'}", sys.executable,
+        str(ROOT / "servers" / "link_data.py"),
+        str(home / "row.json"), "--source",
+        str(home / "source"), "--data",
+        str(data)
+    ]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A process of a server: its command line, role and port, and the variables that it gets besides the server's environment."""
+    argv: list[str]
+    role: str
+    port: int
+    variables: Mapping[str, str]
+
+
+def launches(row: Environment, options: Options, data: Path, home: Path, python: Path,
+             proxy: str | None) -> list[Launch]:
+    """Return the processes to start, in this order.
+
+    Args:
+        home: the row's run folder.
+        python: the server's own.
+        proxy: HAProxy, which replicas need.
+    """
+    ports = [options.port]
+    if options.replicas > 1:
+        ports = []
+        for _ in range(options.replicas):
+            ports.append(choose_port((ports[-1] if ports else options.port) + 1, take_port))
+    found = []
+    for number, port in enumerate(ports):
+        host = options.bind if options.replicas == 1 else "127.0.0.1"
+        argv = [
+            str(python),
+            str(ROOT / "servers" / "serve.py"),
+            str(home / "row.json"), "--source",
+            str(home / "source"), "--data",
+            str(data), "--scratch",
+            str(home / f"scratch-{number}"), "--host", host, "--port",
+            str(port)
+        ]
+        variables = {"HOME": str(home / "home"), **server_variables(row, options, number)}
+        found.append(Launch(argv, f"server-{number}", port, variables))
+    if proxy and options.replicas > 1:
+        found.append(Launch([proxy, "-db", "-f", str(home / "haproxy.cfg")], "proxy", options.port, {}))
+    return found
+
+
+def proxy_for(options: Options, environ: Mapping[str, str]) -> str | None:
+    """Return HAProxy's path; None where there is none, and no need of it.
+
+    Raises:
+        UserError: replicas need it.
+    """
+    proxy = shutil.which("haproxy", path=environ.get("PATH", "") + ":/usr/sbin")
+    if options.replicas > 1 and not proxy:
+        raise UserError("--replicas needs haproxy on PATH (Debian: apt install haproxy), or --runner docker", code=1)
+    return proxy
+
+
+def would_run(row: Environment,
+              options: Options,
+              data: Path,
+              environ: Mapping[str, str],
+              folder: Path = RUN) -> list[str]:
+    """Return the command lines of a start, for `--dry`: the virtual environment where it is not made yet, then `up`'s.
+
+    Raises:
+        UserError: a program is missing.
+    """
+    home = folder / row.name
+    started = launches(row, options, data, home, home / "venv/bin/python", proxy_for(options, environ))
+    return [
+        *map(shlex.join, making(home, row.python, CONSTRAINTS / row.pins)),
+        shlex.join(linking(home, data)), *(command_line(one.argv, one.variables) for one in started)
+    ]
+
+
+def entry_of(process: subprocess.Popen, role: str, port: int) -> dict[str, Any]:
     """Return the state entry of a process."""
     return {**identity(process.pid), "role": role, "port": port}
 
@@ -125,45 +205,24 @@ def up(row: Environment,
         UserError: it could not start or did not get ready; nothing is left running.
     """
     home = folder / row.name
-    ports = [options.port]
-    if options.replicas > 1:
-        ports = []
-        for _ in range(options.replicas):
-            ports.append(choose_port((ports[-1] if ports else options.port) + 1, take_port))
-    proxy = shutil.which("haproxy", path=environ.get("PATH", "") + ":/usr/sbin")
-    if options.replicas > 1 and not proxy:
-        raise UserError("--replicas needs haproxy on PATH (Debian: apt install haproxy), or --runner docker", code=1)
-    python, row_file, copy = prepare(row, source, data, folder, python)
+    proxy = proxy_for(options, environ)
+    python, _, copy = prepare(row, source, data, folder, python)
+    started = launches(row, options, data, home, python, proxy)
     state: dict[str, Any] = {"url": url(options), "port": options.port, "processes": []}
 
-    def launch(argv: Sequence[str], role: str, port: int, variables: Mapping[str, str]) -> None:
-        process = processes.launch(argv, home / f"{role}.log", {**environ, **variables}, copy)
-        state["processes"].append(started(process, role, port))
-        write_private(home / "state.json", json.dumps(state))
-
+    if options.replicas > 1:
+        addresses = [f"127.0.0.1:{one.port}" for one in started if one.role != "proxy"]
+        rules = proxy_config(row, options.port, addresses)
+        write_private(home / "haproxy.cfg", rules.replace("bind :", f"bind {options.bind}:", 1))
+    # The row's `before` says `python`: the server's own, not the caller's.
+    path = os.pathsep.join((str(python.parent), environ.get("PATH", os.defpath)))
     ready = False
     try:
-        for number, port in enumerate(ports):
-            host = options.bind if options.replicas == 1 else "127.0.0.1"
-            argv = [
-                str(python),
-                str(ROOT / "servers" / "serve.py"),
-                str(row_file), "--source",
-                str(copy), "--data",
-                str(data), "--scratch",
-                str(home / f"scratch-{number}"), "--host", host, "--port",
-                str(port)
-            ]
-            # The row's `before` says `python`: the server's own, not the caller's.
-            path = os.pathsep.join((str(python.parent), environ.get("PATH", os.defpath)))
-            variables = {"HOME": str(home / "home"), "PATH": path, **server_variables(row, options, number)}
-            launch(argv, f"server-{number}", port, variables)
-        if proxy and options.replicas > 1:
-            config = home / "haproxy.cfg"
-            addresses = [f"127.0.0.1:{port}" for port in ports]
-            rules = proxy_config(row, options.port, addresses)
-            write_private(config, rules.replace("bind :", f"bind {options.bind}:", 1))
-            launch([proxy, "-db", "-f", str(config)], "proxy", options.port, {})
+        for one in started:
+            variables = {**environ, "PATH": path, **one.variables} if one.role != "proxy" else environ
+            process = processes.launch(one.argv, home / f"{one.role}.log", variables, copy)
+            state["processes"].append(entry_of(process, one.role, one.port))
+            write_private(home / "state.json", json.dumps(state))
         wait_until_ready(row, options, state, home, wait)
         ready = True
     finally:

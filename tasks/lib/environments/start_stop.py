@@ -102,7 +102,8 @@ def start_server(c: Context, row: Environment, options: Options, runner: str, bu
         remember_options(row, options, runner)
     if runner == "local":
         if c.config.run.dry:
-            put(f"would start {row.name} as a process of this machine on port {options.port}")
+            for line in env_local.would_run(row, options, data_folder(row), server_environment(row)):
+                put(line)
             return env_local.url(options)
         return env_local.up(row, options, local_source(row), data_folder(row), server_environment(row), wait)
     given = build_variables("")

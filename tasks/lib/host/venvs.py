@@ -9,6 +9,8 @@ from pathlib import Path
 from tasks.lib.atomic import write_private
 from tasks.lib.errors import UserError
 
+STAMP = ".made-from"  # what an environment was made from
+
 
 def uv() -> str:
     """Return the path of uv.
@@ -53,17 +55,34 @@ def ensure_venv(folder: Path, python: str, pins: Path) -> Path:
     Raises:
         UserError: there is no such Python, or a package cannot be had.
     """
-    wanted = hashlib.sha256(pins.read_bytes() + python.encode()).hexdigest()
-    venv, stamp = folder / "venv", folder / "venv" / ".made-from"
-    if not stamp.is_file() or stamp.read_text() != wanted:
-        run_quietly([uv(), "venv", "--quiet", "--clear", "--python", python,
-                     str(venv)],
-                    f"no Python {python} on PATH that works (install it, or use --runner docker); fetching one")
-        # --no-deps: the file is a whole freeze that ran, and some packages' own requirements contradict it.
-        run_quietly([
-            uv(), "pip", "install", "--quiet", "--no-deps", "--python",
-            str(venv / "bin" / "python"), "--requirements",
-            str(pins)
-        ], f"installing {pins.name}")
-        write_private(stamp, wanted)
-    return venv / "bin" / "python"
+    said = (f"no Python {python} on PATH that works (install it, or use --runner docker); fetching one",
+            f"installing {pins.name}")
+    commands = making(folder, python, pins)
+    for argv, what in zip(commands, said, strict=False):
+        run_quietly(argv, what)
+    if commands:
+        write_private(folder / "venv" / STAMP, _wanted(python, pins))
+    return folder / "venv" / "bin" / "python"
+
+
+def making(folder: Path, python: str, pins: Path) -> list[list[str]]:
+    """Return the two commands that make that environment; none where it is made.
+
+    Raises:
+        UserError: there is no uv.
+    """
+    venv = folder / "venv"
+    stamp = venv / STAMP
+    if stamp.is_file() and stamp.read_text() == _wanted(python, pins):
+        return []
+    # --no-deps: the file is a whole freeze that ran, and some packages' own requirements contradict it.
+    install = [
+        uv(), "pip", "install", "--quiet", "--no-deps", "--python",
+        str(venv / "bin" / "python"), "--requirements",
+        str(pins)
+    ]
+    return [[uv(), "venv", "--quiet", "--clear", "--python", python, str(venv)], install]
+
+
+def _wanted(python: str, pins: Path) -> str:
+    return hashlib.sha256(pins.read_bytes() + python.encode()).hexdigest()

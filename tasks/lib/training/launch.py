@@ -21,7 +21,7 @@ from tasks.lib.engine.images import image_facts, image_name, image_of
 from tasks.lib.engine.mounts import ensure_folders
 from tasks.lib.engine.ownership import is_ours, owner_of, project_name
 from tasks.lib.engine.sources import GYM, RL, choose_sources, revision
-from tasks.lib.errors import UserError
+from tasks.lib.errors import DockerError, UserError
 from tasks.lib.host import processes
 from tasks.lib.notices import say
 from tasks.lib.settings import ROOT, effective_environment, resolve
@@ -283,10 +283,10 @@ def _launch_container(c: Context, place: Place, name: str, folder: Path, inside:
                                   volumes=volumes)
 
     cpu = bool(place.gpus and place.gpus.cpu)
+    remove_ended(c, container)
     if c.config.run.dry:
         docker.drive(c, run, profiles=["train"], cpu=cpu, variables={**QUIET, **place.variables})
         return
-    remove_ended(container)
     docker.ask(run, profiles=["train"], cpu=cpu, variables={**QUIET, **place.variables})
     end = time.monotonic() + START_SECONDS
     while time.monotonic() < end:
@@ -303,18 +303,23 @@ def _launch_container(c: Context, place: Place, name: str, folder: Path, inside:
         time.sleep(0.2)
 
 
-def remove_ended(container: str) -> None:
+def remove_ended(c: Context, container: str) -> None:
     """Remove the container of an earlier attempt.
 
     Raises:
         UserError: it runs.
     """
-    if not docker.ask(lambda client: client.container.exists(container)):
-        return
+    try:
+        if not docker.ask(lambda client: client.container.exists(container)):
+            return
+    except DockerError:
+        if c.config.run.dry:  # which needs no engine
+            return
+        raise
     found = docker.ask(lambda client: client.container.inspect(container))
     if not is_ours(owner_of(found)):
         raise UserError(f"the container {container} is {owner_of(found)}; choose another --name, or set "
                         "COMPOSE_PROJECT_NAME to another one in .env")
     if found.state.running:
         raise UserError(f"the container {container} runs; `invoke train.stop` ends it")
-    docker.ask(lambda client: client.container.remove(container, volumes=True))
+    docker.drive(c, lambda client: client.container.remove(container, volumes=True))

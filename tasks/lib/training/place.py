@@ -7,10 +7,10 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from invoke.context import Context
 
@@ -24,6 +24,9 @@ from tasks.lib.errors import MISUSE, UserError
 from tasks.lib.flags import size_bytes
 from tasks.lib.settings import ROOT, SETTINGS, effective_environment, resolve
 from training import probe
+
+if TYPE_CHECKING:
+    from python_on_whales import DockerClient
 
 PROBE_SECONDS = 60
 KEYS = ("HF_TOKEN", "WANDB_API_KEY")  # the only ones of our secrets that a trainer uses
@@ -181,9 +184,16 @@ def outside(place: Place, inside: str) -> str:
 
 
 def look(c: Context, place: Place, asked: Mapping[str, Any]) -> None:
-    """Ask the place, and put what it tells into `place.told`. Without one, the workbench tells what it can."""
+    """Ask the place, and put what it tells into `place.told`. Without one, the workbench tells what it can.
+
+    Under `--dry`, print the command of the container that would be asked.
+    """
     asked = {**asked, "path": sources() if place.runner == "local" else []}
     words = ["-m", "training.probe", json.dumps(asked)]
+    if c.config.run.dry:
+        if place.runner == "docker" and not place.missing[0]:
+            docker.drive(c, *_probing(place, words))
+        return
     if not place.missing[0]:
         said = _ask_container(place, words) if place.runner == "docker" else _ask_python(place, words)
         line = next((one for one in reversed(said.splitlines()) if one.startswith(probe.MARK)), None)
@@ -219,18 +229,21 @@ def _ask_python(place: Place, words: Sequence[str]) -> str:
 
 
 def _ask_container(place: Place, words: Sequence[str]) -> str:
-    volumes = list(place.translation.volumes.items()) if place.translation else []
     ensure_folders(ROOT, effective_environment())
+    run, profiles, cpu, variables = _probing(place, words)
     try:
-        return str(
-            docker.ask(
-                lambda client: client.compose.run("train", ["python", *words], tty=False, remove=True, volumes=volumes),
-                profiles=["train"],
-                cpu=bool(place.gpus and place.gpus.cpu),
-                variables=place.variables))
+        return str(docker.ask(run, profiles=profiles, cpu=cpu, variables=variables))
     except UserError as error:
         place.missing = message(error)
         return ""
+
+
+def _probing(place: Place,
+             words: Sequence[str]) -> tuple[Callable[[DockerClient], object], list[str], bool, dict[str, str]]:
+    """Return the action that asks the image, its profiles, whether it goes without GPUs, and the variables."""
+    volumes = list(place.translation.volumes.items()) if place.translation else []
+    return (lambda client: client.compose.run("train", ["python", *words], tty=False, remove=True, volumes=volumes),
+            ["train"], bool(place.gpus and place.gpus.cpu), place.variables)
 
 
 def gpu_count(place: Place) -> int | None:
