@@ -11,8 +11,10 @@ from invoke.exceptions import Exit
 from invoke.tasks import Task
 
 from tasks import reporting
+from tasks.lib.atomic import RUN
 from tasks.lib.errors import INTERRUPTED, MISUSE, PIPE_CLOSED, BadSetting, UserError, printable
 from tasks.lib.notices import TASK
+from tasks.lib.settings import ROOT
 
 REMEDIES = {
     errno.EACCES: "give yourself access (chown, chmod)",
@@ -25,6 +27,10 @@ SPEAK_AS_ONE = ("build", "clean", "merge")
 
 def line(error: OSError) -> str:
     """Return what failed, with which file, and the remedy where one is known."""
+    # Its owner's keys and servers are in there: nothing to be opened to others.
+    refused = error.errno in (errno.EACCES, errno.EPERM) and str(error.filename).startswith(f"{RUN}{os.sep}")
+    if refused and (uid := RUN.stat().st_uid) != os.geteuid():
+        return f"{RUN} is of user id {uid}, who works in this folder; work in a clone of your own: git clone {ROOT} DIR"
     said = f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
     return "; ".join(filter(None, (said, REMEDIES.get(error.errno or 0))))
 

@@ -256,3 +256,43 @@ def test_a_run_whose_container_is_a_stranger_s_is_not_stopped(people: tuple[Pers
     done = two.invoke("train.stop", "--name", "shared")
     assert runs(theirs), done.stdout
     assert done.returncode == 2 and f"left {container} alone" in done.stderr and "--any asks" in done.stderr, done.stdout + done.stderr
+
+
+@pytest.fixture
+def guest(people: tuple[Person, Person]) -> Iterator[Person]:
+    """The second of the two, in the first one's folder, in which everybody may read and write but for what the tasks note."""
+    one, two = people
+    one.root.parent.chmod(0o755)
+    subprocess.run(["chmod", "-R", "a+rwX", one.root], check=True)
+    (one.root / ".run").mkdir(mode=0o700, exist_ok=True)
+    for place in ((one.root / ".run"), *(one.root / ".run").rglob("*")):
+        place.chmod(0o700)
+        os.chown(place, one.uid, one.uid)
+    yield Person(two.name, two.uid, one.root, two.shared)
+    one.root.parent.chmod(0o700)
+
+
+def test_two_in_one_folder_have_each_their_own_containers(people: tuple[Person, Person], guest: Person, theirs: str) -> None:
+    told = json.loads(guest.invoke("status", "--json").stdout)
+    assert told["containers"] == [] and theirs in [found["id"] for found in told["of_others"]]
+    mine = guest.start("scripts")
+    assert [found["id"] for found in json.loads(guest.invoke("status", "--json").stdout)["containers"]] == [mine]
+    assert guest.invoke("down").returncode == 0 and runs(theirs) and not runs(mine)
+    plain = {"COMPOSE_PROJECT_NAME": ""}
+    said = [person.invoke("--dry", "down", **plain).stdout for person in (people[0], guest)]
+    names = [re.search(r"COMPOSE_PROJECT_NAME=(agentgym-rl-\w{6}) ", one) for one in said]
+    assert all(names) and names[0][1] != names[1][1], "the user is part of the project's name"  # type: ignore[index]
+
+
+@pytest.mark.parametrize("words", [["env.up", "--env", "demo", "--runner", "local"], ["env.up", "--env", "demo", "--runner", "docker"], ["env.restart", "--env", "demo"],
+                                   ["eval", "--env", "demo", "--model", "expert", "--runner", "local"], ["env.logs", "--env", "demo"]], ids=" ".join)
+def test_what_another_noted_in_this_folder_stays_theirs(guest: Person, words: list[str]) -> None:
+    done = guest.invoke(*words)
+    assert done.returncode in (1, 2) and "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert f"{guest.root}/.run is of user id {guest.root.stat().st_uid}, who works in this folder" in done.stderr and f"git clone {guest.root} DIR" in done.stderr
+
+
+@pytest.mark.parametrize("words", [["env.list"], ["env.down"], ["doctor"], ["train.list"], ["eval.list"]], ids=" ".join)
+def test_what_only_looks_works_in_another_s_folder(guest: Person, words: list[str]) -> None:
+    done = guest.invoke(*words)
+    assert done.returncode in ((0, 1) if words == ["doctor"] else (0, )) and "Traceback" not in done.stderr, done.stderr

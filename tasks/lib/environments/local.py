@@ -166,7 +166,10 @@ def entry_of(process: subprocess.Popen, role: str, port: int) -> dict[str, Any]:
 
 def states(folder: Path = RUN) -> dict[str, dict[str, Any]]:
     """Return the state of every local server that was started and not stopped, by environment."""
-    found = {path.parent.name: read_state(path) for path in sorted(folder.glob("*/state.json"))}
+    try:
+        found = {path.parent.name: read_state(path) for path in sorted(folder.glob("*/state.json"))}
+    except PermissionError:  # another user's, who works in this folder: none of ours
+        return {}
     return {name: state for name, state in found.items() if state is not None}
 
 
