@@ -1,5 +1,6 @@
 """`--json` is a contract: every task that reports takes it, prints one object that its schema allows, and nothing else."""
 import json
+import os
 import re
 import subprocess
 
@@ -8,6 +9,7 @@ import pytest
 from invoke.program import Program
 
 from tasks import ns, reporting
+from tasks.lib.tables import print_table
 from tests.fixtures.project import ROOT, copy_project
 from tests.tasks.test_edge import FAKE, Project
 
@@ -100,3 +102,31 @@ def test_a_run_s_numbers_are_in_the_object(project: Project) -> None:
         assert found["code"] == 0
     merged = valid(project.invoke("eval.merge", *words, "--out", str(project.root / "saves/eval/both"), "--json"), "eval.merge")
     assert merged["code"] == 2 and merged["error"]["message"]
+
+
+@pytest.mark.parametrize("words", [["status"], ["env.list"], ["doctor"], ["build.all"], ["build.env", "--env", "demo"], ["clean.images", "--yes"], ["down"], ["env.down"]],
+                         ids=" ".join)
+def test_no_table_is_printed_where_there_is_something_to_show(words: list[str], project: Project) -> None:
+    label = "com.docker.compose.project"
+    labels = {label: "x", f"{label}.working_dir": str(project.root), "com.docker.compose.service": "env-demo", "org.agentgym-rl.uid": str(os.getuid()),
+              "org.agentgym-rl.env": "demo", "org.agentgym-rl.env.port": "26016"}
+    told = {"ids": "c1\n", "image-ids": "sha256:1\n",
+            "images": json.dumps([{"Id": "sha256:1", "Size": 5, "Created": "2026-01-01T00:00:00Z", "RepoTags": ["agentgym/env-demo:latest"]}]),
+            "containers": json.dumps([{"Id": "c1", "Name": "/x-env-demo-1", "Image": "sha256:1", "State": {"Status": "running", "Running": True},
+                                       "Config": {"Labels": labels}, "HostConfig": {"PortBindings": {}}, "NetworkSettings": {"Ports": {}}}])}
+    for name, text in told.items():
+        (project.answers / name).write_text(text)
+    try:
+        shown = project.invoke(*words)
+        found = valid(project.invoke(*words, "--json"), words[0])
+    finally:
+        for name in told:
+            (project.answers / name).unlink()
+    assert (shown.stdout.strip() or words == ["down"]) and found["code"] == shown.returncode, shown.stderr
+    assert {"status": "x-env-demo-1", "env.list": "26016", "down": "x-env-demo-1", "env.down": "demo"}.get(words[0], "") in json.dumps(found)
+
+
+def test_a_table_in_a_pipe_has_each_row_on_a_line_and_each_value_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [("x" * 300, "y " * 200 + "z"), ("short", "too")]
+    print_table(("a", "b"), rows)
+    assert [re.split(r" {2,}", line) for line in capsys.readouterr().out.splitlines()] == [["a", "b"], *map(list, rows)]
