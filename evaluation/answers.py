@@ -27,21 +27,33 @@ FULL = frozenset(("model_length", "model_context_window_exceeded", "context_leng
 # What OpenAI, vLLM, llama.cpp, TGI, Anthropic's, LiteLLM's and others' endpoints say of a conversation that is too long.
 _OVERFLOW = re.compile(
     r"context[_ -]?(length|window|size|limit)|maximum (context|model|sequence|input|prompt)|"
-    r"(prompt|input|message)s? (is |are )?too long|reduce the length|too many (input |prompt )?tokens|input token count|"
-    r"max_model_len|max_new_tokens`? must be|`?inputs`? must have less|range of input length|"
-    r"exceed(s|ed)? (the )?(model|max(imum)?)( message| model)? (token|length)", re.IGNORECASE)
+    r"(prompt|input|message)s? (is |are )?too long|reduce the length|too many (input |prompt )?tokens|"
+    r"(input|prompt) token count|max_(model|seq|input)_len|max_new_tokens`? must be|`?inputs`? must have less|"
+    r"range of input length|tokens must be at least 1, got -|"  # what a prompt that is too long leaves of a default
+    r"(input|prompt|messages?|conversation)\b[^.;]{0,60}?(exceed|longer than|too large)[^.;]{0,60}?(length|limit|token)|"
+    r"exceed(s|ed)? (the )?(model|max(imum)?)( message| model)? (token|length)",
+    re.IGNORECASE)
+_RATE = re.compile(r"\bper (?:second|minute|hour|day)\b|rate.?limit|quota|\bTPM\b", re.IGNORECASE)  # no context's limit
+LOOKED_AT = 4096  # characters of a message; a body of megabytes would be searched for minutes
+_TOO_LONG = frozenset(("context_length_exceeded", "context_window_exceeded", "exceed_context_size_error"))
 _ERROR = re.compile(r"errors?(?:[_-]?(?:codes?|types?|messages?|msgs?|info|details?|reasons?|descriptions?))?",
                     re.IGNORECASE)
 _FAILED = re.compile(r"(?:error|fail(?:ed|ure)?|cancel(?:l?ed)?|abort(?:ed)?|time(?:d[ _-]?)?out|expired)",
                      re.IGNORECASE)
 _CONTEXT = re.compile(
-    r"(?:maximum|max)?[ _]?(?:context|model|sequence)[ _](?:length|window|size|limit)(?: (?:is|of)|:| only)* (\d[\d,]*)|"
-    r"(?:must be|limit is) <= (\d[\d,]*)", re.IGNORECASE)
+    r"(?:(?:context|model|sequence)[ _](?:length|window|size|limit)(?: limit)?|maximum allowed (?:input )?length)"
+    r"(?: (?:is|of|only|of \S+ is)|:)* \(?(\d[\d,]*)|(?:must be|limit is) <= (\d[\d,]*)|"
+    r"(\d[\d,]*) (?:tokens )?max(?:imum)? (?:context|model) length|max_(?:model|seq)_len\W{1,3}(\d[\d,]*)",
+    re.IGNORECASE)
 _SUM = re.compile(r"(\d[\d,]*) \+ \d[\d,]* > (\d[\d,]*)")  # Anthropic's: prompt, answer and context
 _PROMPT = re.compile(
-    r"(\d[\d,]*) (?:tokens )?(?:in the messages|in (?:your|the) prompt|(?:input|prompt|message) tokens|`inputs` tokens|"
-    r"(?:tokens )?from the input|of text input)", re.IGNORECASE)
-_REQUESTED = re.compile(r"requested (?:a total of )?(\d[\d,]*) tokens", re.IGNORECASE)
+    r"(\d[\d,]*) (?:tokens )?(?:in the messages|in (?:your|the) prompt|(?:input|prompt|message) tokens|`?inputs`? tokens|"
+    r"(?:tokens )?from the input|of text input)|(?<!maximum )(?<!max )\b(?:prompt|input|request|messages)"
+    r"(?: (?:is|too|long|token|tokens|count|contains|has|length|of|resulted|in))*:? \(?(?:length )?(\d[\d,]*)|"
+    r"keep the first (\d[\d,]*) tokens", re.IGNORECASE)
+_REQUESTED = re.compile(
+    r"requested (?:a total of |about )?(\d[\d,]*) tokens|will take (\d[\d,]*) tokens|output tokens \((\d[\d,]*)\)",
+    re.IGNORECASE)
 _UNSUPPORTED = re.compile(
     r"unsupported|not (?:be )?supported|(?:does|do|is|are) not (?:support|allowed|permitted|recogni[sz]ed)|only the default|"
     r"unknown|unrecogni[sz]ed|unexpected|extra (?:inputs|fields)|deprecated|not available|not (?:a )?(?:valid|accepted)|"
@@ -54,8 +66,9 @@ def overflowed(status: int, message: str, code: str = "") -> bool:
 
     A 413 alone does not: it may be a proxy's limit, or one of tokens a minute.
     """
-    return code == "context_length_exceeded" or (status in (400, 413, 422) and code != "rate_limit_exceeded"
-                                                 and bool(_OVERFLOW.search(message)))
+    message = message[:LOOKED_AT]
+    return code in _TOO_LONG or (status in (400, 413, 422) and code != "rate_limit_exceeded"
+                                 and bool(_OVERFLOW.search(message)) and not _RATE.search(message))
 
 
 class Room(NamedTuple):
@@ -80,6 +93,7 @@ def room_in(message: str, max_tokens: int) -> Room | None:
         found = next((group for group in match.groups() if group), None) if match else None
         return None if found is None or len(found) > 12 else int(found.replace(",", ""))
 
+    message = message[:LOOKED_AT]
     context, prompt = first(_CONTEXT.search(message)), first(_PROMPT.search(message))
     if summed := _SUM.search(message):
         prompt, context = (None if len(group) > 12 else int(group.replace(",", "")) for group in summed.groups())
@@ -300,6 +314,8 @@ def completion_of(answer: Any,
     if not keep_think:
         thought, text = split_thought(text)
         reasoning = "\n".join(filter(None, (reasoning, thought)))
+    if not usage.prompt or (said.text and not usage.completion):  # a server that does not count says 0
+        usage.unknown = 1
     return Completion(text, reasoning, finish, usage, seconds, retries, refusal, extras)
 
 

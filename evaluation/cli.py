@@ -240,7 +240,7 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--format",
                         choices=("csv", "jsonl", "parquet"),
                         default="csv",
-                        help="of the file (default: csv)")
+                        help="of the file; in csv an apostrophe is before a text that is a formula (default: csv)")
     export.add_argument("--rows",
                         choices=("attempts", "turns"),
                         default="attempts",

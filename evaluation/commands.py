@@ -15,7 +15,7 @@ from evaluation.cli import FAILED, INTERRUPTED, MISUSE
 from evaluation.output import FACTS, complain
 from evaluation.problems import Misuse, Stopped, Unreachable
 from evaluation.records import differences
-from evaluation.text import one_line
+from evaluation.text import one_line, short
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -121,7 +121,7 @@ def run_command(options: argparse.Namespace) -> int:
                      options.upstream_compat)
         FACTS["report"] = str(path)
         tell(f"report: {path}")
-    for line in notes(summary, settings.sampling.max_tokens):
+    for line in notes(summary, settings):
         say(line)
     if stopped:
         raise type(stopped)(f"{stopped}; mended, the same command goes on with {settings.out}")
@@ -136,12 +136,16 @@ def run_command(options: argparse.Namespace) -> int:
     return code
 
 
-def notes(summary: Mapping[str, Any], max_tokens: int) -> list[str]:
+def notes(summary: Mapping[str, Any], settings: "Settings") -> list[str]:
     """Return what of a run's numbers must not be overlooked, a line each."""
     found = []
     if summary["room_left"]:
         found.append(f"{summary['room_left']} attempts ended in context_overflow with room left in the context: "
-                     f"lower --max-tokens ({max_tokens} now)")
+                     f"lower --max-tokens ({settings.sampling.max_tokens} now)")
+    for flag, limit in (("--token-limit", settings.limits.tokens), ("--context-length", settings.sampling.context)):
+        if limit and summary["usage"]["unknown"]:
+            found.append(f"the endpoint did not say the tokens of {summary['usage']['unknown']} answers, which "
+                         f"{flag} {limit} could not count")
     if summary["sessions_lost"]:
         found.append(f"{summary['sessions_lost']} sessions could not be closed; the server may keep them until it ends")
     if summary["answers"] and 2 * summary["empty_answers"] > summary["answers"]:
@@ -292,6 +296,10 @@ def merge_command(options: argparse.Namespace) -> int:
     if joined.twice:
         complain(f"{joined.twice} attempts are in more than one of the runs; one of each stands (machines that share "
                  "items need other samples' numbers: give each its own items)")
+    if len(joined.versions) > 1:
+        complain(
+            f"the runs were played by {len(joined.versions)} different versions, of which run.json keeps the first: "
+            f"{'; '.join(short(one, 120) for one in joined.versions)}")
     FACTS["report"] = str(out / REPORT)
     print(f"report: {out / REPORT}")
     return 0
@@ -337,14 +345,14 @@ def suite_command(options: argparse.Namespace) -> int:
     place = Path(options.plan)
     plan = suites.read_plan(place)
     settings = suite_settings(plan, options.check)
-    short = suites.short_lists(plan, {one.row.name: len(one.items) for one in settings})
+    lacking = suites.short_lists(plan, {one.row.name: len(one.items) for one in settings})
     if options.check:
         states = [{**suites.standing(one), "rounds": one.limits.rounds, "origin": one.origin} for one in settings]
-        write_file(place.with_name("state.json"), json.dumps({"pairs": states, "notes": short}, indent=1) + "\n")
+        write_file(place.with_name("state.json"), json.dumps({"pairs": states, "notes": lacking}, indent=1) + "\n")
         return 0
     seen = suites.seen(plan, settings, lambda model: price_of(options.prices, model))
     summary = suites.summary_of(plan, [one.line for one in seen])
-    summary["notes"] += short
+    summary["notes"] += lacking
     runs = [one.run for one in seen if one.run is not None]
     page = Path(options.out) if options.out else place.with_name("report.html")
     if any(run.records for run in runs):

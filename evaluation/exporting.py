@@ -6,13 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluation.problems import Misuse
+from evaluation.problems import Misuse, reason
 from evaluation.records import read_run
 from evaluation.rescoring import read_scored
 from evaluation.text import json_line
 
 ROWS = ("attempts", "turns")
 FORMATS = ("csv", "jsonl", "parquet")
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what begins a formula in a spreadsheet (OWASP, CSV injection)
 OF_A_TURN = ("completion", "action", "observation", "reward", "reasoning", "finish", "refusal", "invalid", "seconds")
 
 
@@ -69,25 +70,42 @@ def turns(folder: Path) -> Iterator[dict[str, Any]]:
             }
 
 
+def _plain(value: Any) -> Any:
+    """Return a cell of a table: a number or a text; what a later version nests is its JSON."""
+    return value if value is None or isinstance(value, str | int | float) else json_line(value)
+
+
+def _quoted(value: Any) -> Any:
+    """Return a cell of CSV. Spreadsheets run a text that begins as a formula does, and models and servers say what they like."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
+
+
 def table(rows: Sequence[Mapping[str, Any]], kind: str) -> bytes:
     """Return rows as a file of the format `kind`; a column that some rows lack is empty in them.
 
     Raises:
-        Misuse: Parquet, and there is no pyarrow.
+        Misuse: Parquet, and there is no pyarrow, or a column that it cannot hold.
     """
     if kind == "jsonl":
         return "".join(json_line(row) + "\n" for row in rows).encode("utf-8", "backslashreplace")
     columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [{key: _plain(value) for key, value in row.items()} for row in rows]
     if kind == "csv":
         out = io.StringIO()
         writer = csv.DictWriter(out, columns, restval="")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({key: _quoted(value) for key, value in row.items()} for row in cells)
         return out.getvalue().encode("utf-8", "backslashreplace")
     if importlib.util.find_spec("pyarrow") is None:
         raise Misuse("export: Parquet needs pyarrow, which this Python has not; `pip install pyarrow`, or --format csv")
     import pyarrow
     import pyarrow.parquet
     file = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table({key: [row.get(key) for row in rows] for key in columns}), file)
+    for key in columns:  # each by itself, so that the line can name it
+        try:
+            pyarrow.array([row.get(key) for row in cells])
+        except (pyarrow.ArrowException, OverflowError) as error:
+            raise Misuse(
+                f"export: Parquet cannot hold the column {key} ({reason(error)}); take --format jsonl") from None
+    pyarrow.parquet.write_table(pyarrow.table({key: [row.get(key) for row in cells] for key in columns}), file)
     return file.getvalue()

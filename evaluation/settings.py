@@ -216,9 +216,14 @@ def check_url(name: str, url: str) -> str:
         # What a login is in such an address is not sure, so all before the last @ is left out.
         shown = "***@" + url.rpartition("@")[2] if "@" in url else url
         raise Misuse(f"{name} {shown!r} is no address; write it like http://127.0.0.1:36001") from None
-    if parts.query or parts.fragment:  # which may hold a key
-        shown = redacted_url(url.partition("?")[0].partition("#")[0])
-        raise Misuse(f"{name} {shown} has a query or fragment after it, to which no route can be added; leave that out")
+    shown = redacted_url(url.partition("?")[0].partition("#")[0])  # what follows may hold a key
+    route = re.search(r"(/chat)?/completions/*$", parts.path) if name == "--base-url" else None
+    if parts.query or parts.fragment:
+        raise Misuse(f"{name} {shown} has a query or fragment after it, to which no route can be added; leave that out"
+                     f"{'; a version goes into --api-version' if 'api-version' in parts.query else ''}"
+                     f"{f', and {route[0]}, which is added' if route else ''}")
+    if route:
+        raise Misuse(f"{name} {shown} has the route at its end that is added to it; leave {route[0]} out")
     return url.rstrip("/")
 
 
@@ -296,7 +301,12 @@ def decide(options: argparse.Namespace) -> Settings:
         config["context_length"] = options.context_length
     if options.finish_reason:
         config["finish_reasons"] = sorted(options.finish_reason)
-    for secret in (*headers.values(), *filter(None, (urlsplit(url).password for url in (base_url, server)))):
+    # A server may repeat what follows the scheme, as in `Bearer TOKEN`, without it.
+    schemes = [
+        re.fullmatch(r"(?:bearer|basic|token|api-?key) +(\S+)", value, re.IGNORECASE) for value in headers.values()
+    ]
+    values = [*headers.values(), *(match[1] for match in schemes if match)]
+    for secret in (*values, *filter(None, (urlsplit(url).password for url in (base_url, server)))):
         OWN.add(secret)
     folder = Path(options.root) / "saves" / "eval"
     # More items and samples go into the folder of the fewer; what is no more has one of its own.

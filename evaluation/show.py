@@ -182,7 +182,7 @@ def summary_line(summary: Mapping[str, Any]) -> str:
 def tokens(usage: Mapping[str, int]) -> str:
     """Return the tokens, and of how many answers nobody knows."""
     if not usage["prompt"] and not usage["completion"]:
-        return "-"
+        return f"{usage['unknown']} answers unknown" if usage["unknown"] else "-"
     unknown = f", {usage['unknown']} answers unknown" if usage["unknown"] else ""
     return f"{usage['prompt']:,} in, {usage['completion']:,} out{unknown}"
 

@@ -203,6 +203,18 @@ def cell(line: Mapping[str, Any] | None, metric: str) -> str:
     return f"{shown} ({line['state']}, {line['attempts']} of {line['expected']})"
 
 
+def cost_of(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Return what a model's pairs cost together, the least where a pair's cost, or the tokens of an answer, are unknown."""
+    known = [line for line in lines if line.get("cost") is not None]
+    if not known:
+        return "-"
+    total, unknown = f"{sum(line['cost'] for line in known):.4f}", sum(line["usage"]["unknown"] for line in known)
+    lacking = [f"{unknown} answers unknown"] if unknown else []
+    if len(known) < len(lines):
+        lacking.append(f"{len(lines) - len(known)} of {len(lines)} environments without a cost")
+    return f"at least {total} ({', '.join(lacking)})" if lacking else total
+
+
 def rows(summary: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     """Return the table's rows: what it is, and a cell each model."""
     at = {(line["env"], line["model"]): line for line in summary["pairs"]}
@@ -229,9 +241,8 @@ def rows(summary: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
         f"{sum(line['errors'] for line in own)} ({percent(sum(line['errors'] for line in own) / tried)})" if
         (tried := sum(line["attempts"] for line in own)) else "-" for own in totals
     ]))
-    costs = [[line["cost"] for line in own if line.get("cost") is not None] for own in totals]
-    if any(costs):
-        found.append(("cost", [f"{sum(own):.4f}" if own else "-" for own in costs]))
+    if any(line.get("cost") is not None for own in totals for line in own):
+        found.append(("cost", [cost_of(own) for own in totals]))
     return found
 
 

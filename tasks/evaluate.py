@@ -370,7 +370,7 @@ def conversations(c: Context, run: list[str] | None = None, out: str = "", all: 
       iterable=["run"],
       help={
           "run": RUN_HELP,
-          "format": "Of the file: csv, jsonl, or parquet where pyarrow is installed (default: csv).",
+          "format": "Of the file: csv (formulas get an apostrophe), jsonl, or parquet with pyarrow (default: csv).",
           "rows": "What a row is: attempts or turns (default: attempts).",
           "out": "The file to write (default: ROWS.FORMAT in the first run's folder).",
           "to": "Hand the runs' figures to wandb, trackio or mlflow, by its own client, and write no file.",

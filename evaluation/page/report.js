@@ -461,8 +461,13 @@ async function showAttempt(number, turn) {
     at("copy").hidden = false;
     if (!await show(where, item, transcript(number), true)) return;
   }
-  const place = document.querySelector(turn ? `#columns [data-turn="${turn}"]` : state.finds ? "#columns .match" : "#none");
+  at("copied").textContent = "";
+  const place = document.querySelector(turn ? `#columns [data-turn="${Number(turn)}"]` : state.finds ? "#columns .match" : "#none");
   if (place) place.scrollIntoView();
+  else if (turn) {
+    const { length } = document.querySelectorAll("#columns article:first-child [data-turn]");
+    at("copied").textContent = visible(`the link is to round ${turn}, and this attempt has ${length}`);
+  }
 }
 
 function showItem(item) {
@@ -501,12 +506,15 @@ function hide() {
 }
 
 function follow() {
-  const asked = new URLSearchParams(location.hash.slice(1)), turn = Number(asked.get("turn")), item = asked.get("item");
-  asked.delete("turn");
-  const number = places.get(asked.toString());
-  if (number !== undefined) showAttempt(number, turn);
-  else if (byItem.has(item) && !asked.has("run")) showItem(item);
+  const asked = new URLSearchParams(location.hash.slice(1)), item = asked.get("item"), lost = at("lost");
+  const one = Object.fromEntries(["run", "item", "sample"].map((name) => [name, asked.get(name) ?? ""]));
+  const number = places.get(new URLSearchParams(one).toString()), all = byItem.has(item) && !asked.has("run");
+  lost.hidden = item === null || number !== undefined || all;
+  lost.textContent = visible(`The link is to an attempt that this report does not have: ${location.hash.slice(1)}`);
+  if (number !== undefined) showAttempt(number, asked.get("turn"));
+  else if (all) showItem(item);
   else if (state.open !== null) hide();  // the way back led to the page itself
+  if (!lost.hidden) lost.scrollIntoView({ block: "center" });
 }
 
 function step(by) {

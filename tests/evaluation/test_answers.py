@@ -16,6 +16,15 @@ from evaluation.answers import overflowed, retry_after, said_in
     (400, "temperature exceeds the maximum of 1", "", False), (400, "max_tokens 4096 exceeds the maximum output tokens of 2048", "", False),
     (400, "The input token count (9) exceeds the maximum number of tokens allowed (8).", "", True),
     (400, "the request exceeds the available context size", "", True), (400, "This model's maximum prompt length is 9", "", True),
+    (400, "Input length (5000 tokens) exceeds the maximum allowed length (4090 tokens). Use a shorter input or enable --allow-auto-truncate.", "", True),
+    (400, "The input (5000 tokens) is longer than the model's context length (4096 tokens).", "", True), (400, "zu lang", "exceed_context_size_error", True),
+    (400, "The decoder prompt (length 5951) is longer than the maximum model length of 4096.", "", True), (400, "max_tokens must be at least 1, got -904.", "", True),
+    (400, "The sum of prompt length (4000) and query length (0) max_tokens (2048) should not exceed max_seq_len (4096)", "", True),
+    (400, "Prompt contains 65673 tokens and 0 draft tokens, too large for model with 32768 maximum context length", "", True),
+    (400, "prompt token count of 130000 exceeds the limit of 128000", "", True), (400, "Requested input length 9000 exceeds maximum input length 8000", "", True),
+    (413, "Request too large for model on input tokens per minute (ITPM): Limit 6000, Requested 7000, please reduce the length", "", False),
+    (400, "the tokens of your prompts exceed the rate limit of your plan", "", False), (400, "max_tokens: Input should be greater than or equal to 1", "", False),
+    (400, "max_tokens must be at least 1, got 0", "", False), (400, "user: String should have at most 64 characters", "", False),
     (500, "maximum context length", "", False), (422, "`inputs` tokens + `max_new_tokens` must be <= 4096. Given: 4000 `inputs` tokens", "", True),
 ])
 def test_an_overflow_is_told_from_other_refusals(status, message, code, is_one):

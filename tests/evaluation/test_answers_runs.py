@@ -27,6 +27,7 @@ from evaluation.model import Usage
 from evaluation.numbers import cost
 from evaluation.thoughts import split_thought
 from tests.evaluation.whole import attempts, outcomes, run, summary
+from tests.fixtures.servers import FIXTURE_ROWS
 from tests.fixtures.standins import Answer, completion, counter_player, endpoint, environment, failure, serving
 
 ONCE = ("--model-tries", "1", "--concurrency", "1", "--max-error-rate", "1")
@@ -199,6 +200,33 @@ def test_reasoning_beside_the_completion_is_paid_for_and_limited(tmp_path):
     assert cost(record["usage"], {"input": 0.0, "output": 1e6}) == 204
 
 
+def usage_last(text: str, used: object) -> Answer:
+    return Answer(pieces(text, used), 200, {"content-type": "text/event-stream"})
+
+
+@pytest.mark.parametrize("used,kept", [
+    ({"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 112}, (10, 102, 100, 0)),
+    ({"prompt_tokens": 10, "completion_tokens": 2, "completion_tokens_details": {"reasoning_tokens": 100}}, (10, 102, 100, 0)),
+    ({"prompt_tokens": 10, "completion_tokens": 102, "total_tokens": 112, "completion_tokens_details": {"reasoning_tokens": 100}}, (10, 102, 100, 0)),
+    ({"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 3, "completion_tokens_details": {"reasoning_tokens": None}}, (10, 2, 0, 0)),
+    ({"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": "112", "completion_tokens_details": {"reasoning_tokens": "100"}}, (10, 2, 0, 0)),
+    ({"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": None, "completion_tokens_details": None}, (10, 2, 0, 0)),
+    ({"prompt_tokens": None, "completion_tokens": 2, "total_tokens": 12}, (0, 0, 0, 1)), (None, (0, 0, 0, 1)),
+    ({"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}, (0, 0, 0, 1)), ({"prompt_tokens": 10, "completion_tokens": 0, "total_tokens": 10}, (10, 0, 0, 1)),
+], ids=json.dumps)
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_tokens_of_an_answer_are_read_whole_or_said_to_be_unknown(used, kept, stream, tmp_path, capsys):
+    (tmp_path / "prices.toml").write_text('["stand-in"]\ninput = 0\noutput = 1e6\n')
+    say = lambda messages, body: usage_last("win", used) if stream else {**completion("win"), "usage": used}  # noqa: E731
+    with environment() as env, endpoint(say) as model:
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0", "--prices", str(tmp_path / "prices.toml"), "--token-limit", "300", *(["--stream"] if stream else [])) == 0
+    record, shown = attempts(tmp_path / "out")[0], capsys.readouterr().out
+    assert tuple(record["usage"][key] for key in ("prompt", "completion", "reasoning", "unknown")) == kept
+    assert summary(tmp_path / "out")["cost"] == kept[1]
+    assert ("at least" in shown, "did not say the tokens of 1 answers, which --token-limit 300 could not count" in shown) == (kept[3] == 1, kept[3] == 1)
+    assert (f"{kept[0]} in, {kept[1]} out" if kept[0] else "1 answers unknown") in shown
+
+
 # The context
 
 
@@ -210,6 +238,21 @@ def test_reasoning_beside_the_completion_is_paid_for_and_limited(tmp_path):
     ("Requested token count exceeds the model's maximum context length of 4096 tokens. You requested a total of 5096 tokens: 1000 tokens from the input messages and 4096 tokens for the completion.", 4096, 1000),
     ("`inputs` tokens + `max_new_tokens` must be <= 4096. Given: 4000 `inputs` tokens and 4096 `max_new_tokens`", 4096, 4000),
     ("This model's maximum context length is 8192 tokens", 8192, None),
+    ("You passed 80 input tokens and requested 4096 output tokens. However, the model's context length is only 2048 tokens, resulting in a maximum input length of 1024 tokens.", 2048, 80),
+    ("The decoder prompt (length 5951) is longer than the maximum model length of 4096. Make sure that `max_model_len` is no smaller", 4096, 5951),
+    ("Input length (5000) exceeds model's maximum context length (4096).", 4096, 5000),
+    ("The input (691,793 tokens) is longer than the model's context length (540000 tokens).", 540000, 691793),
+    ("Input length (5000 tokens) exceeds the maximum allowed length (4090 tokens). Use a shorter input", 4090, 5000),
+    ("request (13392 tokens) exceeds the available context size (8192 tokens), try increasing it", 8192, 13392),
+    ("inputs tokens + max_new_tokens must be <= 8193. Given: 4000 inputs tokens and 4096 max_new_tokens", 8193, 4000),
+    ("This endpoint's maximum context length is 32768 tokens. However, you requested about 34096 tokens (30000 of text input, 4096 in the output).", 32768, 30000),
+    ("This model's maximum context length is 4097 tokens, however you requested 4927 tokens (831 in your prompt; 4096 for the completion). Please reduce your prompt", 4097, 831),
+    ("The prompt is too long: 40000, model maximum context length: 32767", 32767, 40000),
+    ("Prompt contains 65673 tokens and 0 draft tokens, too large for model with 32768 maximum context length", 32768, 65673),
+    ("The sum of prompt length (1000.0), query length (0) and max_tokens (4096) should not exceed max_seq_len (4096)", 4096, 1000),
+    ("The estimated number of input and maximum output tokens (4352) exceeded this model context window limit (4096).", 4096, 256),
+    ("The maximum context length of Meta-Llama-3 is 8192. However, answering your request will take 9096 tokens. Please reduce the length of the messages", 8192, 5000),
+    ("Trying to keep the first 5000 tokens when context the overflows. However, the model is loaded with context length of only 4096 tokens", 4096, 5000),
 ])
 def test_what_an_endpoint_says_of_its_context_is_read(message, context, prompt):
     assert room_in(message, 4096) == (context, prompt)
@@ -238,6 +281,39 @@ def test_a_shorter_answer_is_asked_for_where_prompt_and_answer_do_not_fit_togeth
         assert run(tmp_path / "out", env.url, model.base_url, "--items", "0", "--max-tokens", "250") == 0
     record, = attempts(tmp_path / "out")
     assert record["outcome"] == "success" and [turn.get("cut") for turn in record["turns"]] == [None, 200, 120]
+
+
+SHORT = ["You passed {prompt} input tokens and requested {wanted} output tokens. However, the model's context length is only {context} tokens.",
+         "`inputs` tokens + `max_new_tokens` must be <= {context}. Given: {prompt} `inputs` tokens and {wanted} `max_new_tokens`",
+         "input length and `max_tokens` exceed context limit: {prompt} + {wanted} > {context}, decrease input length or `max_tokens` and try again",
+         "The estimated number of input and maximum output tokens ({sum}) exceeded this model context window limit ({context}).",
+         "This endpoint's maximum context length is {context} tokens. However, you requested about {sum} tokens ({prompt} of text input, {wanted} in the output)."]
+LONG = ["The decoder prompt (length {prompt}) is longer than the maximum model length of {context}. Make sure that `max_model_len` is no smaller",
+        "The input ({prompt} tokens) is longer than the model's context length ({context} tokens).", "Input length ({prompt} tokens) exceeds the maximum allowed length ({context} tokens).",
+        "request ({prompt} tokens) exceeds the available context size ({context} tokens), try increasing it", "The prompt is too long: {prompt}, model maximum context length: {context}",
+        "prompt token count of {prompt} exceeds the limit of {context}"]
+
+
+@pytest.mark.parametrize("wording", SHORT)
+def test_each_endpoints_words_for_a_full_context_are_read(wording, tmp_path):
+    def say(messages, body):
+        prompt, wanted = 40 * len(messages), body["max_tokens"]
+        told = wording.format(prompt=prompt, wanted=wanted, context=400, sum=prompt + wanted)
+        return failure(422, told) if prompt + wanted > 400 else completion(counter_player(messages, body), prompt, 2)
+
+    with environment() as env, endpoint(say) as model:
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0", "--max-tokens", "250") == 0
+    record, = attempts(tmp_path / "out")
+    assert record["outcome"] == "success" and [turn.get("cut") for turn in record["turns"]] == [None, 200, 120]
+
+
+@pytest.mark.parametrize("wording", LONG)
+def test_a_prompt_that_alone_is_too_long_leaves_no_room(wording, tmp_path, capsys):
+    say = lambda messages, body: failure(400, wording.format(prompt=5000, context=4096)) if len(messages) > 3 else completion("add", 1000, 2)  # noqa: E731
+    with environment() as env, endpoint(say) as model:
+        assert run(tmp_path / "out", env.url, model.base_url, "--items", "0-2") == 0
+    assert set(outcomes(tmp_path / "out").values()) == {"context_overflow"} and summary(tmp_path / "out")["room_left"] == 0
+    assert "room left" not in capsys.readouterr().out
 
 
 def test_a_run_says_how_many_attempts_ended_with_room_left(tmp_path, capsys):
@@ -290,6 +366,22 @@ def test_an_action_in_a_thought_is_never_played_unless_it_is_kept(tmp_path):
     assert attempts(tmp_path / "kept")[0]["turns"][0]["completion"].startswith("<think>")
     configs = [json.loads((tmp_path / name / "run.json").read_text())["config"]["sampling"]["keep_think"] for name in ("out", "kept")]
     assert configs == [False, True]
+
+
+@pytest.mark.parametrize("rule,kept", [("after_first_action", "lose"), ("one_action_line", "win"), ("raw", "<think>"), ("after_last_action", "win"), ("whole_line", "win")])
+def test_a_thought_is_no_action_by_any_rule(rule, kept, tmp_path):
+    """`kept`: how the action that is played with --keep-think begins, or the refused turn's, whose answer is not played."""
+    mark = "" if rule in ("raw", "whole_line") else "Action: "
+    (tmp_path / "rows.toml").write_text(FIXTURE_ROWS.read_text().replace('action = "whole_line"', f'action = "{rule}"'))
+    played = []
+    fault = lambda path, number, body: played.append(body["action"]) if path == "/step" else None  # noqa: E731
+    flags = ("--items", "0", "--environments", str(tmp_path / "rows.toml"), "--max-round", "1")
+    with environment(fault) as env, endpoint(lambda messages, body: f"<think>{mark}lose</think>\n{mark}win") as model:
+        assert run(tmp_path / "out", env.url, model.base_url, *flags) == 0
+        assert played == ["win"] and outcomes(tmp_path / "out") == {"0": "success"}
+        played.clear()
+        assert run(tmp_path / "kept", env.url, model.base_url, *flags, "--keep-think") == 0
+    assert (played[0].startswith(kept) if played else rule == "one_action_line") and attempts(tmp_path / "kept")[0]["turns"][0].get("invalid") == (True if rule == "one_action_line" else None)
 
 
 def test_refusals_and_tool_calls_are_kept_and_empty_answers_are_said(tmp_path, capsys):
@@ -382,7 +474,30 @@ def test_azures_addresses_and_headers_are_sent_and_their_values_kept_out(tmp_pat
         assert told in capsys.readouterr().err
 
 
-def pieces(text: str, usage: dict) -> bytes:
+@pytest.mark.parametrize("end,told", [
+    ("/openai/deployments/x?api-version=2024-10-21", "a version goes into --api-version"), ("/openai/deployments/x/chat/completions", "leave /chat/completions out"),
+    ("/openai/deployments/x/chat/completions?api-version=2024-10-21", "a version goes into --api-version, and /chat/completions, which is added"), ("/v1?key=hunter2", "leave that out"),
+])
+def test_an_address_with_more_than_the_base_is_one_line_that_says_where_the_rest_goes(end, told, tmp_path, capsys):
+    with environment() as env, endpoint(counter_player) as model:
+        assert run(tmp_path / "out", env.url, model.base_url.removesuffix("/v1") + end, "--items", "0") == 2
+        assert not model.requests and not env.created
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == 1 and "hunter2" not in error and not (tmp_path / "out").exists()
+
+
+def test_what_follows_a_headers_scheme_is_a_secret_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MY_AUTH", "Bearer token-of-the-gateway")
+    monkeypatch.setenv("MY_TITLE", "our evaluation")
+    refuse = lambda messages, body: failure(400, "token-of-the-gateway may not") if len(messages) > 3 else "an evaluation: token-of-the-gateway"  # noqa: E731
+    with environment() as env, endpoint(refuse) as model:
+        run(tmp_path / "out", env.url, model.base_url, "--items", "0", "--header", "Authorization=MY_AUTH", "--header", "X-Title=MY_TITLE", *ONCE)
+        assert model.requests[0][0]["authorization"] == "Bearer token-of-the-gateway"
+    kept = "".join(path.read_text() for path in (tmp_path / "out").iterdir())
+    assert "token-of-the-gateway" not in kept + "".join(capsys.readouterr()) and "an evaluation: ***" in kept
+
+
+def pieces(text: str, usage: object) -> bytes:
     chunks = [{"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}, *({"choices": [{"index": 0, "delta": {"content": one}}]} for one in text),
               {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}, {"choices": [], "usage": usage}]
     return b": a comment\r\n\r\n" + b"".join(b"data: " + json.dumps(chunk).encode() + b"\r\n\r\n" for chunk in chunks) + b"data: [DONE]\r\n\r\n"

@@ -154,7 +154,8 @@ def test_an_endpoint_that_goes_midway_stops_the_run_which_keeps_its_numbers(tmp_
     with environment() as env, endpoint(say) as model:
         args = (tmp_path / "out", env.url, model.base_url, "--items", "0-9", "--concurrency", "1", "--model-tries", "2")
         assert run(*args) == 1 and env.sessions == {}
-        error = capsys.readouterr().err
+        out, error = capsys.readouterr()
+        assert "3 of 10 attempts have a score; while a run is not whole its numbers are biased" in out
         assert error.count("\n") == 1 and "cannot reach" in error and f"the same command goes on with {tmp_path / 'out'}" in error
         found = summary(tmp_path / "out")
         assert (found["attempts"], found["items"], found["errors"]) == (7, 3, 4) and (tmp_path / "out/report.html").is_file()
@@ -345,6 +346,29 @@ def test_a_proxy_is_not_asked_for_an_endpoint_on_this_machine(tmp_path, monkeypa
             monkeypatch.delenv(name, raising=False)
         assert run(tmp_path / "out", env.url, model.base_url, "--items", "0", "--model-tries", "1") == 0
     assert seen == []
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_proxy_that_asks_for_a_login_is_one_line_that_says_where_it_goes(scheme, tmp_path, monkeypatch, capsys):
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def refuse():
+        with suppress(OSError):
+            while True:
+                line, _ = listener.accept()
+                with line:
+                    line.recv(65536)
+                    line.sendall(b"HTTP/1.1 407 Proxy Authentication Required\r\nproxy-authenticate: Basic\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+
+    for name in ("NO_PROXY", "no_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{listener.getsockname()[1]}")
+    threading.Thread(target=refuse, daemon=True).start()
+    with environment() as env, listener:
+        assert run(tmp_path / "out", env.url, f"{scheme}://model.example/v1", "--items", "0-9", "--concurrency", "1", "--model-tries", "1") == 2
+    error = capsys.readouterr().err
+    assert "407" in error and "the proxy asks for a login; put it into HTTPS_PROXY" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("value,shown", [

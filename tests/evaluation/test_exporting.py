@@ -1,12 +1,15 @@
 """Runs as tables."""
 import csv
 import json
+import os
+import subprocess
 import sys
 
 import pytest
 
 from evaluation.__main__ import main
 from tests.evaluation.whole import KEY, attempts, run
+from tests.fixtures.servers import ROOT
 from tests.fixtures.standins import completion, counter_player, endpoint, environment
 
 
@@ -36,6 +39,58 @@ def test_every_attempt_and_every_turn_is_a_row(rows, count, played, tmp_path, ca
     else:
         assert [line["turn"] for line in lines] == [1, 2, 3] * 3 and {row["refusal"] for row in table} == {"a,\"b\"\n\u2028c"}
         assert lines[0]["tokens_prompt"] == 10 and lines[0]["completion"] == "add"
+
+
+WILD = ["=cmd|' /C calc'!A0", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "a\r\nb,\"c\"", "half \ud83d", "\u2028\x00", " =1", "1" * 400, "-", ""]
+
+
+def hostile(folder):
+    """The run's first attempt with answers that a table may stumble over, and fields of a later version."""
+    lines = attempts(folder)
+    lines[0]["turns"] = [{"completion": text, "action": text, "observation": text, "reward": -1.5} for text in WILD]
+    lines[0].update(later={"a": [1, "=x"]}, huge=10**30)
+    (folder / "attempts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return lines[0]["index"]
+
+
+def test_no_text_in_a_csv_is_a_formula_and_none_is_lost_elsewhere(played, tmp_path):
+    first = hostile(played)
+    for kind in ("csv", "jsonl"):
+        assert main(["export", str(played), "--rows", "turns", "--format", kind, "--out", str(tmp_path / f"x.{kind}")]) == 0
+        assert main(["export", str(played), "--format", kind, "--out", str(tmp_path / f"y.{kind}")]) == 0
+    whole = [text.replace("\ud83d", "\ufffd") for text in WILD]
+    with (tmp_path / "x.csv").open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["item"].endswith(str(first))]
+    assert not any(value.startswith(("=", "+", "@", "\t", "\r")) for row in rows for value in row.values())
+    assert [row["completion"].removeprefix("'") for row in rows] == whole and {row["reward"] for row in rows} == {"-1.5"}
+    lines = [json.loads(line) for line in (tmp_path / "x.jsonl").read_bytes().split(b"\n") if line]
+    assert [line["completion"] for line in lines if line["item"] == rows[0]["item"]] == whole
+    with (tmp_path / "y.csv").open(newline="", encoding="utf-8") as file:
+        later = next(row for row in csv.DictReader(file) if row["later"])
+    assert json.loads(later["later"]) == {"a": [1, "=x"]} and later["huge"] == "1" + "0" * 30
+
+
+@pytest.mark.slow  # it gets pyarrow, which nothing else here needs
+@pytest.mark.timeout(900)
+def test_parquet_has_the_rows_of_the_other_formats(played, tmp_path):
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--target", str(tmp_path / "site"), "pyarrow"], check=True, capture_output=True, timeout=600)
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path / "site")])}
+
+    def python(*words):
+        return subprocess.run([sys.executable, *words], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120, check=False)
+
+    def exported(rows, kind):
+        return python("-m", "evaluation", "export", str(played), "--rows", rows, "--format", kind, "--out", f"{rows}.{kind}")
+
+    hostile(played)
+    for kind in ("parquet", "jsonl"):
+        assert exported("turns", kind).returncode == 0
+    read = python("-c", "import json, pyarrow.parquet as all; print(json.dumps(all.read_table('turns.parquet').to_pylist()))")
+    lines = [json.loads(line) for line in (tmp_path / "turns.jsonl").read_bytes().split(b"\n") if line]
+    assert json.loads(read.stdout) == lines and len(lines) == len(WILD) + 6
+    done = exported("attempts", "parquet")
+    assert done.returncode == 2 and "cannot hold the column huge" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not (tmp_path / "attempts.parquet").exists()
 
 
 def test_parquet_without_its_library_is_one_line(played, tmp_path, monkeypatch, capsys):

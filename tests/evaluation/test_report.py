@@ -202,6 +202,49 @@ def test_a_link_leads_to_a_turn_and_says_what_it_cost(page):
     assert inner.url.endswith("#run=0&item=demo_0&sample=0&turn=2")
 
 
+@pytest.mark.parametrize("turn", ["9", "0", "-1", "1e999", "x", "2\"]", "%00"])
+def test_a_link_to_a_turn_that_is_not_there_says_so(turn, page):
+    inner = page([run(MIXED)], f"#run=0&item=demo_1&sample=0&turn={turn}").page
+    inner.wait_for_selector("#copied:has-text('and this attempt has 2')")
+    assert inner.inner_text("#viewer-title") == "demo_1" and inner.is_hidden("#lost")
+    inner.evaluate("() => { location.hash = 'run=0&item=demo_1&sample=0&turn=2'; }")
+    inner.wait_for_selector("#copied:has-text('this attempt')", state="detached")
+
+
+@pytest.mark.parametrize("where", ["run=0&item=demo_9&sample=0", "run=0&item=demo_1&sample=7", "run=7&item=demo_1&sample=0", "item=demo_9", "item=%3Cimg%20src=x%3E&run=0&sample=0"])
+def test_a_link_to_an_attempt_that_is_not_there_says_so(where, page):
+    inner = page([run(MIXED)], f"#{where}").page
+    inner.wait_for_selector("#lost:has-text('an attempt that this report does not have')")
+    assert inner.is_hidden("#viewer")
+    inner.evaluate("() => { location.hash = 'sample=0&item=demo_1&run=0'; }")  # in whatever order
+    inner.wait_for_selector("#viewer-title:text-is('demo_1')")
+    assert inner.is_hidden("#lost")
+
+
+def test_what_was_said_in_place_of_an_answer_is_shown_and_turns_nothing(page):
+    said = {"completion": "", "action": "", "observation": "a\u202eb", "refusal": "I can\u2066not", "extras": {"tool_calls": ["go north"]}}
+    inner = page([run([record(0, turns=[said, turn("go")], error="\x1b[2K\u202etorn")])], "#run=0&item=demo_0&sample=0").page
+    inner.wait_for_selector("#columns article")
+    shown = inner.inner_text("#columns")
+    for text in ("(empty)", "a\\u202eb", "I can\\u2066not", "tool_calls", "go north", "\\u001b[2K\\u202etorn"):
+        assert text in shown, text
+    assert not set(shown) & set("\u202e\u2066\x1b")
+
+
+def test_what_is_searched_is_no_pattern(page):
+    words = [".*", "a|b", "(", "[a-z]", "\\d", "$^", "a+b?", "{2}", "/x/", "-", "\\"]
+    shown = page([run([record(n, turns=[turn(f"say {one} now", "")], text="") for n, one in enumerate(words)])])
+    for number, one in enumerate(words):
+        shown.page.fill("#said", f"say {one} now")
+        shown.page.wait_for_selector("#shown:text-is('1 of 11 attempts')")
+        assert shown.rows() == [f"demo_{number}"]
+    shown.page.fill("#said", "")
+    for where in (",", " and ", ",,", "   "):
+        shown.page.fill("#where", where)
+        shown.page.wait_for_selector("#shown:text-is('11 of 11 attempts')")
+        assert shown.page.is_hidden("#where-note")
+
+
 def test_long_words_are_folded_and_come_whole(page):
     parts = ["".join(f"{kind} {n} of a long line that goes on\n" for n in range(6_000)) for kind in ("wall", "door")] + ["x" * 200_000]
     shown = page([run([record(0, turns=[turn("look", text, reasoning="why not" * 9) for text in parts]), record(1)])])

@@ -622,7 +622,7 @@ def test_damaged_sessions_rule_and_prompt_are_no_traceback(tmp_path, capsys):
         assert culprit in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("more", [("--items", "0-3", "--samples", "2"), ("--items", "0-5", "--samples", "1"), ("--items", "0-7", "--samples", "4"), ("--items", "5,3,2,1,0", "--samples", "1")])
+@pytest.mark.parametrize("more", [("--items", "0-9", "--limit", "6", "--samples", "3"), ("--items", "0-3", "--samples", "2"), ("--items", "0-5", "--samples", "1"), ("--items", "0-7", "--samples", "4"), ("--items", "5,3,2,1,0", "--samples", "1")])
 def test_a_run_that_grows_plays_only_what_is_new(more, tmp_path):
     with environment() as env, endpoint(counter_player) as model:
         assert main(words(tmp_path / "out", env.url, model.base_url, "--items", "0-3" if "5,3,2,1,0" not in more else "0-2")) == 0
@@ -647,7 +647,7 @@ def test_a_run_that_is_asked_for_less_is_refused_and_keeps_all(tmp_path, capsys)
     with environment() as env, endpoint(counter_player) as model:
         assert main(words(tmp_path / "out", env.url, model.base_url, "--items", "0-3", "--samples", "2")) == 0
         before = (tmp_path / "out" / "attempts.jsonl").read_bytes()
-        for flags, told in ((("--items", "0-3"), "samples: was 2, is 1"), (("--items", "0-2", "--samples", "2"), "items: 1 of 4"), (("--items", "0-9", "--samples", "4", "--max-round", "3"), "max_round: was 5, is 3")):
+        for flags, told in ((("--items", "0-3"), "samples: was 2, is 1"), (("--items", "0-2", "--samples", "2"), "items: 1 of 4"), (("--items", "0-9", "--limit", "2"), "items: 2 of 4 are not asked for any more, such as form-textcraft_2; samples: was 2, is 1"), (("--items", "0-9", "--samples", "4", "--max-round", "3"), "max_round: was 5, is 3")):
             assert main(words(tmp_path / "out", env.url, model.base_url, *flags)) == 2
             assert told in capsys.readouterr().err
         assert (tmp_path / "out" / "attempts.jsonl").read_bytes() == before
@@ -689,6 +689,45 @@ def test_of_an_attempt_that_two_runs_have_one_with_a_result_stands(tmp_path, cap
     assert main(["merge", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "both")]) == 0
     assert {record["item"][-1]: record["outcome"] for record in attempts(tmp_path / "both")} == {"0": "success", "1": "failure", "2": "success"}
     assert "1 attempts are in more than one of the runs" in capsys.readouterr().err
+
+
+def test_runs_of_other_samples_and_with_a_damaged_line_are_one_which_plays_the_rest(tmp_path, capsys):
+    with environment() as env, endpoint(counter_player) as model:
+        assert main(words(tmp_path / "a", env.url, model.base_url, "--items", "0-3", "--samples", "2")) == 0
+        assert main(words(tmp_path / "b", env.url, model.base_url, "--items", "2-5")) == 0
+        assert main(words(tmp_path / "whole", env.url, model.base_url, "--items", "0-5", "--samples", "2")) == 0
+        lines = (tmp_path / "b" / "attempts.jsonl").read_bytes().splitlines(keepends=True)
+        lost = next(place for place, line in enumerate(lines) if json.loads(line)["index"] == 5)
+        lines[lost] = lines[lost][:40] + b"\n"
+        (tmp_path / "b" / "attempts.jsonl").write_bytes(b"".join(lines))
+        told = json.loads((tmp_path / "b" / "run.json").read_text())
+        (tmp_path / "b" / "run.json").write_text(json.dumps({**told, "revision": "another"}))
+        capsys.readouterr()
+        assert main(["merge", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "both")]) == 0
+        error = capsys.readouterr().err
+        for said in (f"line {lost + 1} is no JSON", "2 attempts are in more than one of the runs", "played by 2 different versions", "another"):
+            assert said in error, said
+        assert error.count("\n") == 3 and len(attempts(tmp_path / "both")) == 9 and summary_of(tmp_path / "both")["expected"] == 12
+        asked = len(model.requests)
+        assert main(words(tmp_path / "both", env.url, model.base_url, "--items", "0-5", "--samples", "2")) == 0 and len(model.requests) - asked == 9
+    assert by_key(tmp_path / "both") == by_key(tmp_path / "whole") and numbers_of(tmp_path / "both") == numbers_of(tmp_path / "whole")
+
+
+def summary_of(out: Path) -> dict:
+    return json.loads((out / "summary.json").read_text())
+
+
+def test_runs_on_other_data_and_one_that_is_named_twice_are_not_merged(tmp_path, capsys):
+    with environment() as env, endpoint(counter_player) as model:
+        for name, items in (("a", "0-1"), ("b", "2-3")):
+            assert main(words(tmp_path / name, env.url, model.base_url, "--items", items)) == 0
+    told = json.loads((tmp_path / "b" / "run.json").read_text())
+    (tmp_path / "b" / "run.json").write_text(json.dumps({**told, "about": {"data": "toy"}}))
+    capsys.readouterr()
+    for folders, said in ((("a", "b"), "on data toy; merge runs on the same data"), (("a", "a"), "is named twice"), (("a", "b/../a"), "is named twice")):
+        assert main(["merge", *(str(tmp_path / one) for one in folders), "--out", str(tmp_path / "no")]) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1 and not (tmp_path / "no").exists()
 
 
 @pytest.mark.slow

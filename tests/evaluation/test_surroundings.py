@@ -1,9 +1,12 @@
 """Runs in odd surroundings: another locale, few open files, a terminal of old."""
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 
 import pytest
 
@@ -50,6 +53,29 @@ def test_the_processes_own_limit_is_raised_where_it_may_be(tmp_path):
     with environment() as env, endpoint(counter_player) as model:
         done = process(tmp_path / "out", env, model, "--items", "0", "--concurrency", "64", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (100, 1000)))
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("surroundings", [{"TERM": "dumb"}, {"TERM": "xterm", "COLUMNS": "30"}], ids=["dumb", "narrow"])
+def test_a_terminal_that_cannot_show_a_bar_gets_no_moves_of_the_cursor(surroundings, tmp_path):
+    ours, theirs = os.openpty()
+    said: list[bytes] = []
+
+    def read() -> None:
+        with suppress(OSError):  # the last writer has gone
+            while piece := os.read(ours, 65536):
+                said.append(piece)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    environ = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR")}
+    with environment() as env, endpoint(counter_player) as model:
+        words = ["run", "--env", "form-textcraft", "--environments", str(FIXTURE_ROWS), "--server", env.url, "--base-url", model.base_url, "--model", "stand-in", "--out", str(tmp_path / "out"), "--items", "0-1"]
+        done = subprocess.run([sys.executable, "-m", "evaluation", *words], cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, env={**environ, **surroundings}, timeout=120, check=False)
+    os.close(theirs)
+    reader.join(60)
+    os.close(ours)
+    text = b"".join(said).decode()
+    assert done.returncode == 0 and "success" in text and not re.search(r"\x1b\[[0-9;?]*[A-HJKSTfhlsu]", text), text
 
 
 def test_running_out_of_open_files_is_named():
