@@ -41,6 +41,10 @@ OURS = {
     "max_completion_tokens": "use --max-tokens, or add --max-tokens 0",
 }
 
+# Headers that say how a request is carried: with another value it is none.
+CLIENTS = frozenset(("accept-encoding", "connection", "content-encoding", "content-length", "content-type", "expect",
+                     "te", "trailer", "transfer-encoding", "upgrade"))
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -178,6 +182,9 @@ def read_headers(flags: Collection[str], environ: Mapping[str, str]) -> dict[str
         if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name) or not re.fullmatch(r"[A-Za-z_]\w*", variable):
             raise Misuse("--header is no NAME=VARIABLE; write it like api-key=AZURE_KEY, where AZURE_KEY is an "
                          "environment variable that holds the value")
+        if name.lower() in CLIENTS or name.lower() in map(str.lower, found):
+            said = "is the client's own" if name.lower() in CLIENTS else "is there twice"
+            raise Misuse(f"--header {name}={variable}: {name} {said}; leave it out")
         value = environ.get(variable, "").strip()
         if not value or not value.isascii() or not value.isprintable():
             raise Misuse(f"--header {name}={variable}: the environment variable {variable} "

@@ -469,9 +469,11 @@ def test_azures_addresses_and_headers_are_sent_and_their_values_kept_out(tmp_pat
         assert run(tmp_path / "out", env.url, url + "/openai/deployments/x", "--items", "0", "--api-version", "2024-10-21", "--header", "api-key=MY_AZURE") == 0
     assert paths[0] == ("/openai/deployments/x/chat/completions?api-version=2024-10-21", "azure-secret-value")
     assert not any("azure-secret-value" in path.read_text() for path in (tmp_path / "out").iterdir())
-    for flag, told in (("api-key", "NAME=VARIABLE"), ("api-key=NOT_SET_AT_ALL", "is not set"), ("a b=MY_AZURE", "NAME=VARIABLE")):
-        assert run(tmp_path / "x", env.url, url, "--items", "0", "--header", flag) == 2
-        assert told in capsys.readouterr().err
+    for flag, told in (("api-key", "NAME=VARIABLE"), ("api-key=NOT_SET_AT_ALL", "is not set"), ("a b=MY_AZURE", "NAME=VARIABLE"), ("Content-Length=MY_AZURE", "is the client's own"),
+                       ("transfer-encoding=MY_AZURE", "is the client's own"), ("x-team=MY_AZURE", "X-TEAM is there twice")):
+        assert run(tmp_path / "x", env.url, url, "--items", "0", "--header", flag, "--header", "X-TEAM=MY_AZURE") == 2
+        error = capsys.readouterr().err
+        assert told in error and error.count("\n") == 1 and not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize("end,told", [
