@@ -176,7 +176,7 @@ def read_headers(flags: Collection[str], environ: Mapping[str, str]) -> dict[str
     Raises:
         Misuse: a flag is not NAME=VARIABLE, the variable is not set, or no header can carry what it holds.
     """
-    found = {}
+    found: dict[str, str] = {}
     for flag in flags:
         name, _, variable = flag.partition("=")
         if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name) or not re.fullmatch(r"[A-Za-z_]\w*", variable):
