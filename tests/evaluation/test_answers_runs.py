@@ -439,6 +439,35 @@ def test_what_an_endpoint_does_not_know_is_learnt_said_and_kept(tmp_path, capsys
     assert len(kept) == 3 and all(said.count(line) == 1 for line in kept) and "the endpoint refuses max_tokens: max_completion_tokens is sent" in kept
 
 
+REFUSALS = ["Unsupported parameter: '{}' is not supported with this model.", "Unrecognized request argument supplied: {}", "{}: Extra inputs are not permitted", "{} is not supported",
+            "This model does not support the parameter `{}`.", "Unknown name \"{}\": Cannot find field.", "Unsupported value: '{}' does not support 0.3 with this model."]
+PLACES = [lambda said, name: {"error": {"message": said, "param": name, "code": "unsupported_parameter"}}, lambda said, name: {"error": {"message": said}}, lambda said, name: {"error": said},
+          lambda said, name: {"message": said}, lambda said, name: {"detail": said}, lambda said, name: {"object": "error", "message": said, "param": name}, lambda said, name: [{"error": {"message": said}}]]
+
+
+@given(refused=st.sets(st.sampled_from(["temperature", "seed", "top_p"])), longer=st.booleans(), said=st.sampled_from(REFUSALS), place=st.sampled_from(PLACES), status=st.sampled_from([400, 422]),
+       kind=st.sampled_from(["application/json", "application/problem+json", "text/plain", ""]), stream=st.booleans())
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+def test_whatever_is_refused_and_however_it_is_said_the_run_goes_on_without_it(refused, longer, said, place, status, kind, stream, tmp_path_factory):
+    out = tmp_path_factory.mktemp("refused") / "out"
+
+    def say(messages, body):
+        if longer and "max_tokens" in body:
+            return Answer(place("'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.", "max_tokens"), status, {"content-type": kind})
+        for name in sorted(refused & body.keys()):
+            return Answer(place(said.format(name), name), status, {"content-type": kind})
+        return counter_player(messages, body)
+
+    with environment() as env, endpoint(say) as model:
+        words = ["--temperature", "0.3", "--seed", "1", "--top-p", "0.9", "--max-tokens", "77", "--concurrency", "1", *(["--stream"] if stream else [])]
+        assert run(out, env.url, model.base_url, "--items", "0-1", *words) == 0
+        last = model.requests[-1][1]
+        assert not refused & last.keys() and {"temperature", "seed", "top_p"} - refused <= last.keys()
+        assert last.get("max_completion_tokens" if longer else "max_tokens") == 77
+    assert len(json.loads((out / "run.json").read_text())["work"][0].get("adjusted", [])) == len(refused) + longer
+    assert {record["outcome"] for record in attempts(out)} <= {"success", "failure"}
+
+
 def test_a_value_out_of_range_is_no_parameter_that_is_unknown():
     assert unsupported("temperature must be between 0 and 1", "temperature", ("temperature", )) is None
 
