@@ -57,14 +57,16 @@ class Person:
         name, uid: of the user.
         root: the clone.
         shared: COMPOSE_PROJECT_NAME and IMAGE_TAG, which two people's .env files have in common.
+        home: where it is not the folder that the clone is in; another's, with the .docker that their builds make, is closed.
     """
     name: str
     uid: int
     root: Path
     shared: Mapping[str, str]
+    home: Path | None = None
 
     def environment(self, more: Mapping[str, str]) -> dict[str, str]:
-        return {"PATH": os.environ["PATH"], "HOME": str(self.root.parent), "LANG": "C.UTF-8", **self.shared, **more}
+        return {"PATH": os.environ["PATH"], "HOME": str(self.home or self.root.parent), "LANG": "C.UTF-8", **self.shared, **more}
 
     def run(self, *argv: str, stdin: str = "", cwd: Path | None = None, **more: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(as_user(self.uid, argv, self.root.parents[1] / "kept"), cwd=cwd or self.root, env=self.environment(more), input=stdin,
@@ -262,18 +264,20 @@ def test_a_run_whose_container_is_a_stranger_s_is_not_stopped(people: tuple[Pers
 def guest(people: tuple[Person, Person]) -> Iterator[Person]:
     """The second of the two, in the first one's folder, in which everybody may read and write but for what the tasks note."""
     one, two = people
+    docker("tag", IMAGE, f"agentgym-rl/scripts:{two.shared['IMAGE_TAG']}")  # clean.images of another test took it
     one.root.parent.chmod(0o755)
     subprocess.run(["chmod", "-R", "a+rwX", one.root], check=True)
     (one.root / ".run").mkdir(mode=0o700, exist_ok=True)
     for place in ((one.root / ".run"), *(one.root / ".run").rglob("*")):
         place.chmod(0o700)
         os.chown(place, one.uid, one.uid)
-    yield Person(two.name, two.uid, one.root, two.shared)
+    yield Person(two.name, two.uid, one.root, two.shared, two.root.parent)
     one.root.parent.chmod(0o700)
 
 
 def test_two_in_one_folder_have_each_their_own_containers(people: tuple[Person, Person], guest: Person, theirs: str) -> None:
     told = json.loads(guest.invoke("status", "--json").stdout)
+    assert "containers" in told, told
     assert told["containers"] == [] and theirs in [found["id"] for found in told["of_others"]]
     mine = guest.start("scripts")
     assert [found["id"] for found in json.loads(guest.invoke("status", "--json").stdout)["containers"]] == [mine]
