@@ -62,7 +62,7 @@ def merge(options: Options) -> dict[str, Any]:
             try:
                 job = prepare(options, files, ask=beside.ask)
             except MergeError:
-                if not beside.pending:
+                if not beside.guessed:
                     raise
                 verdict = beside.answer()  # what that makes of the checkpoint comes first
                 job = prepare(options, files, ask=lambda *_: verdict)
@@ -98,10 +98,11 @@ def carry_out(job: Job, options: Options, began: float, beside: model_check.Besi
     """Write, check and publish what `prepare` planned; return the record.
 
     Args:
-        beside: what `prepare` asked; where it has not answered yet, the weights are written meanwhile, and `job` becomes
-            what its answer makes of it before anything is published.
+        beside: what `prepare` asked; where `job` comes of a guess, the weights are written meanwhile, and it becomes what
+            the answer makes of it before anything is published.
     """
-    if beside is None or not beside.pending:
+    guessed = beside is not None and beside.guessed
+    if not guessed:
         _say(job, options)
     choice = gpu_choice() if job.device == "auto" else None
     converter = choice.converter if choice else HostConverter if job.device == "cpu" else partial(TorchConverter,
@@ -113,7 +114,7 @@ def carry_out(job: Job, options: Options, began: float, beside: model_check.Besi
         own = any(holds(folder, job.target) for folder in files.folders)
         keep_companions(job.target, staging.folder, files.seen, files.folders if own else (), job.texts)
         write = partial(_write, options=options, folder=staging.folder, converter=converter)
-        tally = _write_checked(job, options, beside, staging.folder, write) if beside and beside.pending else write(job)
+        tally = _write_checked(job, options, beside, staging.folder, write) if beside and guessed else write(job)
         if choice:
             job.device = choice.chosen or "cpu, and a GPU for some blocks"
             if choice.reason and not options.quiet:

@@ -156,12 +156,17 @@ class Beside:
     """Transformers, asked in a thread while the merge goes on with what the config alone tells.
 
     It ends with its block, and the child with it.
+
+    Attributes:
+        guessed: what `ask` returned was no answer but what is likely, so that the answer must be asked for, however soon
+            it comes.
     """
 
     def __init__(self) -> None:
         self._answers: list[Verdict | BaseException] = []
         self._done = threading.Event()  # a thread's `join` that is interrupted may take it for ended (Python 3.11)
         self._done.set()
+        self.guessed = False
 
     def __enter__(self) -> "Beside":
         return self
@@ -192,12 +197,14 @@ class Beside:
         threading.Thread(target=put, daemon=True).start()
         if self._done.wait(REMEMBERED):
             return self.answer()
+        self.guessed = True
         config_dir, shapes = question[:2]
         return Verdict(tied=tied_by_config(read_config(config_dir), list(shapes)))
 
     def answer(self) -> Verdict:
         """Wait for the answer and return it; raise what `ask` raised."""
         self._done.wait()
+        self.guessed = False
         found = self._answers[-1]
         if isinstance(found, BaseException):
             raise found

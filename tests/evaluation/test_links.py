@@ -65,10 +65,12 @@ def test_a_pipe_does_not_hang_a_run_that_is_taken_up(played, name, tmp_path, cap
 
 
 @pytest.mark.parametrize("words", [["list", ".."], ["report", "."], ["rescore", "."], ["watch", ".", "--once"], ["conversations", ".", "--out", "x.jsonl"], ["export", ".", "--out", "x.csv"],
-                                   ["compare", ".", "."], ["merge", ".", ".", "--out", "m"]], ids=lambda words: words[0])
+                                   ["compare", ".", "."], ["merge", ".", "../whole", "--out", "m"]], ids=lambda words: words[0])
 @pytest.mark.parametrize("name,kind", [("attempts.jsonl", "a terabyte"), ("attempts.jsonl", "a pipe"), (".lock", "a pipe"), ("run.json", "a terabyte"), ("summary.json", "a terabyte")])
 def test_no_reader_hangs_or_fills_the_memory(played, name, kind, words, tmp_path):
     folder = handed_on(played, tmp_path)
+    if words[0] == "merge":
+        shutil.copytree(folder, folder.with_name("whole"))
     (folder / name).unlink(missing_ok=True)
     if kind == "a pipe":
         os.mkfifo(folder / name)

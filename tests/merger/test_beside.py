@@ -120,6 +120,33 @@ def test_what_it_says_comes_before_what_copying_finds(checkpoint: Path, tmp_path
     assert len(weights(tmp_path / "saves/out")) == 3
 
 
+# Answers when what is likely has been taken, and before a byte of the weights is written.
+AT_ONCE = """
+import time
+def asked(*question):
+    time.sleep(0.5)
+    return model_check.Verdict({})
+model_check.ask = asked
+def late(self, *question, usual=model_check.Beside.ask):
+    found = usual(self, *question)
+    self._done.wait()
+    return found
+model_check.Beside.ask = late
+"""
+
+
+def test_an_answer_that_comes_right_after_the_guess_counts(checkpoint: Path, tmp_path: Path) -> None:
+    args = arguments(checkpoint, tmp_path)
+    with untouched(tmp_path):
+        refusal = run_program(*args, program=unchecked(AT_ONCE.replace("({})", '(missing=["a.weight"])'))).refusal
+    assert "lacks a.weight" in refusal
+    told = AT_ONCE.replace("{}", 'transformers="5.0", fp32=["norm"]')
+    record = run_program(*args, program=unchecked(told)).record()
+    assert record["model_check"] == "keys and shapes as transformers 5.0 expects"
+    found = weights(tmp_path / "saves/out")
+    assert len(found) == 3 and str(found["model.norm.weight"].dtype) == "torch.float32"
+
+
 def test_a_crash_of_the_question_is_one_line_and_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
     with untouched(tmp_path):
         run = run_program(*arguments(checkpoint, tmp_path), program=beside('raise OSError(5, "Input/output error")'))
