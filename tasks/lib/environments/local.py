@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,20 +96,30 @@ class Launch:
     variables: Mapping[str, str]
 
 
-def launches(row: Environment, options: Options, data: Path, home: Path, python: Path,
-             proxy: str | None) -> list[Launch]:
+def ports_for(options: Options) -> list[int]:
+    """Return a port for each server: its own, or for replicas free ones above the proxy's, which are taken.
+
+    Raises:
+        UserError: there are none.
+    """
+    if options.replicas == 1:
+        return [options.port]
+    ports: list[int] = []
+    for _ in range(options.replicas):
+        ports.append(choose_port((ports[-1] if ports else options.port) + 1, take_port))
+    return ports
+
+
+def launches(row: Environment, options: Options, data: Path, home: Path, python: Path, proxy: str | None,
+             ports: Sequence[int]) -> list[Launch]:
     """Return the processes to start, in this order.
 
     Args:
         home: the row's run folder.
         python: the server's own.
         proxy: HAProxy, which replicas need.
+        ports: of the servers.
     """
-    ports = [options.port]
-    if options.replicas > 1:
-        ports = []
-        for _ in range(options.replicas):
-            ports.append(choose_port((ports[-1] if ports else options.port) + 1, take_port))
     found = []
     for number, port in enumerate(ports):
         host = options.bind if options.replicas == 1 else "127.0.0.1"
@@ -152,7 +162,8 @@ def would_run(row: Environment,
         UserError: a program is missing.
     """
     home = folder / row.name
-    started = launches(row, options, data, home, home / "venv/bin/python", proxy_for(options, environ))
+    ports = ports_for(options)
+    started = launches(row, options, data, home, home / "venv/bin/python", proxy_for(options, environ), ports)
     return [
         *map(shlex.join, making(home, row.python, CONSTRAINTS / row.pins)),
         shlex.join(linking(home, data)), *(command_line(one.argv, one.variables) for one in started)
@@ -208,9 +219,10 @@ def up(row: Environment,
         UserError: it could not start or did not get ready; nothing is left running.
     """
     home = folder / row.name
+    ports = ports_for(options)
     proxy = proxy_for(options, environ)
     python, _, copy = prepare(row, source, data, folder, python)
-    started = launches(row, options, data, home, python, proxy)
+    started = launches(row, options, data, home, python, proxy, ports)
     state: dict[str, Any] = {"url": url(options), "port": options.port, "processes": []}
 
     if options.replicas > 1:
