@@ -7,8 +7,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 
-import psutil
-
 from tasks.lib.doctor import surroundings
 from tasks.lib.doctor.check import MISSING, NOTE, OK, Check
 from tasks.lib.engine import containers
@@ -164,6 +162,7 @@ def _docker_checks() -> Iterator[Check]:
     except DockerError as error:
         yield Check("engine", MISSING, "none answers", error.message or "start Docker")
         yield surroundings.check_gpus(surroundings.gpus_here(), "")
+        import psutil  # not for `invoke --list`
         yield _memory(psutil.virtual_memory().total)
         yield _clock(None)
         if error.code != COMMAND_NOT_FOUND:  # Compose reads its files without an engine
