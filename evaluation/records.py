@@ -315,6 +315,8 @@ class RunFolder:
     def __enter__(self) -> "RunFolder":
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            if (self.folder / BEFORE).is_symlink():  # what it holds is moved, and its folder removed
+                raise Misuse(f"{self.folder / BEFORE} is a link; remove it, or choose another folder with --out")
             self._lock = os.fdopen(_open_own(self.folder / LOCK, os.O_WRONLY | os.O_CREAT), "w")
         except OSError as error:
             raise Misuse(
@@ -343,8 +345,9 @@ class RunFolder:
         before = self.folder / BEFORE
         if before.is_dir() and (error is not None or not self.records):  # the new run has not begun
             self._remove()
-            for path in before.iterdir():
-                path.rename(self.folder / path.name)
+            for name in FILES:
+                with suppress(FileNotFoundError):
+                    (before / name).rename(self.folder / name)
         shutil.rmtree(before, ignore_errors=True)
         self._lock.close()
 

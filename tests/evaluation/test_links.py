@@ -47,6 +47,19 @@ def test_a_link_in_the_folder_is_not_written_through(played, name, tmp_path, cap
         assert status == 2 and f"{folder / name} " in told and "it is a link" in told and ("remove it" in told or "restore the file" in told), told
 
 
+@pytest.mark.parametrize("items", ["0-5", "0-1"], ids=["which goes on", "which is refused"])
+def test_a_folder_put_aside_that_is_a_link_keeps_what_it_leads_to(played, items, tmp_path, capsys):
+    folder, outside = handed_on(played, tmp_path), tmp_path / "outside"
+    outside.mkdir()
+    (outside / "mine").write_text(KEPT)
+    (folder / ".before").symlink_to(outside)
+    before = sorted((path.name, path.read_bytes()) for path in folder.iterdir() if path.is_file())
+    assert played[1](folder, items) == 2
+    assert f"{folder / '.before'} is a link; remove it" in capsys.readouterr().err
+    assert [path.name for path in outside.iterdir()] == ["mine"]
+    assert sorted((path.name, path.read_bytes()) for path in folder.iterdir() if path.is_file()) == before
+
+
 @pytest.mark.parametrize("name", ["summary.json.new", "report.html.new"])
 def test_nor_when_it_is_counted_again(played, name, tmp_path):
     folder, outside = handed_on(played, tmp_path), tmp_path / "outside"
