@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -57,10 +57,19 @@ GB = 1e9
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it cleans up as Ctrl-C does
-    try:
+
+    def work() -> int:
         check(options)
         with work_folder(options) as folder:
             return run(options, folder, contenders(options))
+
+    return exit_code(work)
+
+
+def exit_code(work: Callable[[], int]) -> int:
+    """Return what `work` returns; where it cannot be done or is interrupted, 2 or 130 after a line that says so."""
+    try:
+        return work()
     except (ValueError, OSError) as error:
         print(f"benchmark: {error} (exit 2)", file=sys.stderr)
         return 2

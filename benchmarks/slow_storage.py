@@ -48,15 +48,12 @@ def main() -> int:
     except (ImportError, OSError) as error:
         print(f"benchmark: {error}; pip install mfusepy, and apt-get install fuse3 (exit 2)", file=sys.stderr)
         return 2
-    try:
+
+    def work() -> int:
         with merge.work_folder(options) as folder:
             return run(options, folder)
-    except (ValueError, OSError) as error:
-        print(f"benchmark: {error} (exit 2)", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("benchmark: interrupted (exit 130)", file=sys.stderr)
-        return 130
+
+    return merge.exit_code(work)
 
 
 def parse() -> argparse.Namespace:
